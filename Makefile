@@ -1,0 +1,38 @@
+# Everything bootstraps itself on a bare machine: Python 3.11+, pip, make and git are enough.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.PHONY: install demo test check bench lock clean
+
+install: $(STAMP)
+
+$(STAMP): pyproject.toml requirements.lock
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet --disable-pip-version-check uv
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip sync --quiet requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip install --quiet --no-deps --editable .
+	touch $(STAMP)
+
+demo: install
+	$(BIN)/leukoflow sample demo-out/archive --images 96 --seed 7
+	$(BIN)/leukoflow run demo-out/archive/smears.zip --out demo-out --run-id demo --manifest demo-out/archive/manifest.csv --shard-size 32
+
+test: install
+	$(BIN)/python -m pytest
+
+check: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: install
+	$(BIN)/python -m pytest benchmarks -q -s -o python_files='bench_*.py'
+
+# Only maintainers run this: pins the versions that were tested, without naming any index.
+lock:
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --group dev pyproject.toml --python-version 3.11 --universal -o requirements.lock
+
+clean:
+	rm -rf $(VENV) demo-out

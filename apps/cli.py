@@ -1,0 +1,443 @@
+"""The command line. Each command imports what it needs when it runs, so that `--help` answers at once."""
+
+from __future__ import annotations
+
+import os
+import sys
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn
+
+import typer
+from typer.core import TyperGroup
+
+from leukoflow.errors import ConfigError, LeukoflowError
+
+if TYPE_CHECKING:
+    from apps.prefect_server import LocalServer
+    from leukoflow.config import RunConfig
+
+_USAGE = 1  # a mistyped command; 2 is taken by an unusable source
+
+
+class _Commands(TyperGroup):
+    """Exits with 1 for a command that cannot be understood, since 2 says that the source is unusable."""
+
+    def invoke(self, ctx: Any) -> Any:
+        try:
+            return super().invoke(ctx)
+        except Exception as error:
+            if hasattr(error, "show") and hasattr(error, "exit_code"):  # the usage errors of typer's parser
+                error.exit_code = _USAGE
+            raise
+
+
+app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Nightly batch inference on blood smears: for every image that was handed over, a calibrated prediction with "
+    "its evidence, or the reason why there is none. Research use only.\n\n"
+    "Start with `leukoflow sample demo` and `leukoflow run demo/smears.zip --out out`.",
+)
+prefect_app = typer.Typer(
+    cls=_Commands,
+    no_args_is_help=True,
+    rich_markup_mode="markdown",
+    help="A local Prefect server that stays, for its dashboard.\n\n"
+    "`leukoflow run` starts a server for itself when none is configured, and stops it at the end. One that was started "
+    "here is used instead and keeps running, so that its dashboard shows all runs.",
+)
+app.add_typer(prefect_app, name="prefect")
+
+Debug = Annotated[bool, typer.Option("--debug", help="Show Prefect's log and the traceback of an error.")]
+Out = Annotated[str, typer.Argument(metavar="OUT", help="The folder or s3:// prefix that was given to `run --out`.")]
+RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="The run, as `leukoflow status OUT` lists it.")]
+
+
+def main() -> None:
+    """Entry point of the `leukoflow` command."""
+    app(prog_name="leukoflow")
+
+
+@contextmanager
+def _reported(debug: bool = False) -> Iterator[None]:
+    """Turns an error into one line that names the thing and the remedy, and into the exit code of the design."""
+    try:
+        yield
+    except (typer.Exit, typer.Abort):
+        raise
+    except KeyboardInterrupt:
+        _fail("stopped; the same command continues where it was", 130)
+    except LeukoflowError as error:
+        if debug:
+            traceback.print_exc()
+        _fail(str(error), error.exit_code)
+    except Exception as error:
+        if debug:
+            traceback.print_exc()
+        where = traceback.extract_tb(error.__traceback__)[-1]
+        _fail(
+            f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno}); "
+            "this is a fault of the program: --debug shows the whole traceback",
+            1,
+        )
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    from rich.console import Console
+    from rich.text import Text
+
+    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), (message, "red")))
+    raise typer.Exit(code)
+
+
+# --- run -------------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def run(
+    source: Annotated[
+        str,
+        typer.Argument(
+            metavar="SOURCE",
+            help="A folder, a zip, a tar (plain, gz, bz2, xz, zst), one image, or an s3:// prefix or object of these.",
+        ),
+    ],
+    out: Annotated[str, typer.Option("--out", "-o", help="Folder or s3:// prefix; the run writes to OUT/RUN_ID.")],
+    run_id: Annotated[
+        str | None,
+        typer.Option("--run-id", help="Name of the run. Default: the source's name and a fingerprint of the settings."),
+    ] = None,
+    manifest: Annotated[
+        str | None,
+        typer.Option(
+            "--manifest", help="CSV or Parquet: image_key and any of slide_id patient_id site scanner um_per_px."
+        ),
+    ] = None,
+    bundle: Annotated[
+        str | None, typer.Option("--bundle", help="Name or directory of the model bundle. Default: pocket.")
+    ] = None,
+    config: Annotated[Path | None, typer.Option("--config", help="TOML file with any of the settings.")] = None,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=0, help="Local worker processes; 0 is one per core.")
+    ] = None,
+    shard_size: Annotated[
+        int | None, typer.Option("--shard-size", help="Images per shard, a multiple of 16. Default: 256.")
+    ] = None,
+    cluster: Annotated[
+        str | None,
+        typer.Option(
+            "--cluster", metavar="ADDRESS", help="A Dask scheduler, tcp://host:8786. Default: local processes."
+        ),
+    ] = None,
+    reuse: Annotated[
+        str | None,
+        typer.Option(
+            "--reuse", metavar="RUN_ID", help="Take over the stages that an earlier run in OUT has done alike."
+        ),
+    ] = None,
+    device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda. Default: auto.")] = None,
+    um_per_px: Annotated[
+        float | None, typer.Option("--um-per-px", help="Micrometres per pixel of images whose manifest row has none.")
+    ] = None,
+    keep_prefect: Annotated[
+        bool, typer.Option("--keep-prefect", help="Leave the Prefect server that this run starts running.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Predict every image of SOURCE.
+
+    Leaves in OUT/RUN_ID one row for every image (`predictions/`), its cells (`cells/`), masks and features (Zarr),
+    a ranking of the slides (`slides.parquet`), `report.html`, and last of all `manifest.json`.
+
+    The same command resumes: a run that was killed or stopped does only what is missing, and a finished one
+    returns at once. Ctrl-C lets the shards in work finish first.
+
+    Uses the Prefect server of `PREFECT_API_URL` or of the active profile; without one it starts its own.
+
+    **Examples**
+
+    `leukoflow run smears.zip --out out`
+
+    `leukoflow run s3://lab/2026-03-01/ --out s3://results --manifest slides.csv --cluster tcp://gpu1:8786`
+
+    **Exit codes**: 0 every image accounted for; 2 source unusable or empty; 3 some members quarantined; 4 members
+    missing or source truncated; 130 stopped, and can be resumed; 1 anything else.
+    """
+    with _reported(debug):
+        from leukoflow.config import load_config
+
+        settings = load_config(
+            config,
+            source=source,
+            out=out,
+            run_id=run_id,
+            manifest=manifest,
+            bundle=bundle,
+            reuse=reuse,
+            shard_size=shard_size,
+            um_per_px=um_per_px,
+            device=device,
+            cluster={"workers": workers, "address": cluster},
+        )
+        raise typer.Exit(_run(settings, keep_prefect, debug))
+
+
+def _run(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
+    """Plans, finds or starts a Prefect server, runs the flow under a progress display, and shows the outcome."""
+    from apps import prefect_server, view
+
+    console = view.console()
+    chosen = prefect_server.configured_api_url()
+    if chosen is not None:  # before anything imports Prefect; a patient key may come from a block of that server
+        _use_prefect(None, chosen, debug)
+    with console.status("planning", spinner="dots"):
+        from leukoflow.progress import read_manifest
+        from leukoflow.storage import Storage
+        from tasks.open_run import open_run
+
+        opened = open_run(settings)
+    if opened.finished is not None:
+        console.print(f"[green]{opened.run_id} is finished already[/]; nothing was started.")
+        view.show_outcome(console, opened.root, opened.finished)
+        return opened.finished.exit_code
+    view.show_plan(console, opened.run_id, opened.root, opened.summary)
+    server: LocalServer | None = None
+    if chosen is None:
+        with console.status("starting a Prefect server", spinner="dots"):
+            server = prefect_server.start_server(keep_prefect)
+        _use_prefect(server, server.url, debug)
+    try:
+        address = (chosen or (server.url if server else "")).removesuffix("/").removesuffix("/api")
+        console.print(f"dashboard  {address}", soft_wrap=True)
+        with view.live_progress(console, opened.root):
+            from flows.nightly import nightly
+
+            state = nightly(settings, return_state=True)
+    finally:
+        if server is not None:
+            server.stop()
+    outcome = state.result(raise_on_failure=False)
+    if isinstance(outcome, BaseException):
+        raise outcome
+    manifest = read_manifest(Storage(opened.root))
+    if manifest is None:
+        raise LeukoflowError(f"run {opened.run_id} ended without a manifest: {state.message or state.name}")
+    view.show_outcome(console, opened.root, manifest)
+    if server is not None and server.keep:
+        console.print(f"the Prefect server stays at {server.ui_url}; `leukoflow prefect stop` ends it", soft_wrap=True)
+    return manifest.exit_code
+
+
+def _use_prefect(server: LocalServer | None, url: str, debug: bool) -> None:
+    """Points this process to a Prefect API; Prefect reads its settings when it is imported, so not later than that."""
+    from apps import prefect_server
+
+    if debug:
+        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
+    os.environ.update(prefect_server.client_environment(server))
+    os.environ["PREFECT_API_URL"] = url
+
+
+# --- status, report --------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def status(
+    out: Out,
+    run_id: Annotated[
+        str | None, typer.Argument(metavar="[RUN_ID]", help="One run; without it, all runs in OUT.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Say how far runs are: running, killed, stopped, failed and finished ones.
+
+    Without RUN_ID a line for every run in OUT; with it, its progress stage by stage, its last sign of life, what
+    failed, and the command that resumes it. Reads only what the run has committed, so it works from any machine
+    that sees OUT.
+
+    **Examples**: `leukoflow status out`; `leukoflow status out smears-1f0c63b2`
+    """
+    with _reported(debug):
+        from apps import view
+        from leukoflow.progress import list_runs, read_progress
+
+        console = view.console()
+        if run_id is None:
+            runs = list_runs(out)
+            if not runs:
+                raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {out}` makes one")
+            view.show_runs(console, out, [read_progress(_root(out, name)) for name in runs])
+        else:
+            view.show_status(console, _root(out, run_id), read_progress(_root(out, run_id)))
+
+
+@app.command()
+def report(out: Out, run_id: RunId, debug: Debug = False) -> None:
+    """Write report.html of a run anew, also while it is running or after it was killed.
+
+    The report is one file without anything external: totals, distributions, timings, the ranking of the slides, and
+    the most suspicious and the least certain fields with their cells outlined. The outlines need the source; where it
+    is gone, the masks are shown alone.
+
+    **Example**: `leukoflow report out smears-1f0c63b2`
+    """
+    with _reported(debug):
+        from tasks.report import build_report
+
+        from apps import view
+        from leukoflow.progress import ProgressReader
+
+        root = _root(out, run_id)
+        reader = ProgressReader(root)
+        progress = reader.read()
+        reader.storage.write("report.html", build_report(root, reader.manifest()).encode())
+        view.console().print(f"{reader.storage.uri('report.html')}  ({progress.state})", soft_wrap=True)
+
+
+def _root(out: str, run_id: str) -> str:
+    return f"{out.rstrip('/')}/{run_id}"
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def doctor(
+    out: Annotated[str | None, typer.Option("--out", "-o", help="Where runs are to be written.")] = None,
+    bundle: Annotated[str, typer.Option("--bundle", help="Name or directory of the model bundle.")] = "pocket",
+    cluster: Annotated[
+        str | None, typer.Option("--cluster", metavar="ADDRESS", help="The Dask scheduler to use.")
+    ] = None,
+    start_prefect: Annotated[
+        bool, typer.Option("--start/--no-start", help="Start a Prefect server for a moment if none is configured.")
+    ] = True,
+    debug: Debug = False,
+) -> None:
+    """Check what a run needs, and say what to do about what is not right.
+
+    Versions, Prefect server, Dask scheduler, storage, bundle, decoding process, disk, memory, cores and GPU. Exits
+    with 1 when a check failed; warnings do not count.
+
+    **Examples**: `leukoflow doctor`; `leukoflow doctor --out s3://results --cluster tcp://gpu1:8786`
+    """
+    with _reported(debug):
+        from apps import view
+        from apps.doctor import diagnose
+
+        console = view.console()
+        with console.status("checking", spinner="dots"):
+            checks = diagnose(out, bundle, cluster, start_prefect)
+        view.show_checks(console, checks)
+        raise typer.Exit(1 if any(c.verdict == "fail" for c in checks) else 0)
+
+
+# --- sample ----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def sample(
+    directory: Annotated[
+        Path, typer.Argument(metavar="DIR", help="New or empty folder, or that of an earlier sample.")
+    ],
+    images: Annotated[int, typer.Option("--images", "-n", min=1, help="How many fields to render.")] = 64,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="The same seed gives the same bytes.")] = 0,
+    side: Annotated[int, typer.Option("--side", min=32, help="Width and height of a field in pixels.")] = 224,
+    debug: Debug = False,
+) -> None:
+    """Render an archive of made-up smear fields with their ground truth.
+
+    Writes DIR/smears.zip and the same images below DIR/fields, masks of nuclei, cytoplasm and single cells below
+    DIR/truth, DIR/truth.csv, and DIR/manifest.csv for `leukoflow run --manifest`. The cells are drawn, not real: good
+    for trying things out, not for judging the model.
+
+    **Example**: `leukoflow sample demo --images 96 --seed 7`
+    """
+    with _reported(debug):
+        from apps import view
+        from tasks.sample import write_sample
+
+        console = view.console()
+        with console.status(f"rendering {images:,} fields", spinner="dots"):
+            made = write_sample(directory, images, seed, side)
+        console.print(
+            f"{made.images:,} fields of {made.slides:,} slides with {made.cells:,} white cells in {made.archive}",
+            soft_wrap=True,
+            highlight=False,
+        )
+        console.print(f"next: leukoflow run {made.archive} --out out --manifest {made.manifest}", soft_wrap=True)
+
+
+# --- prefect ---------------------------------------------------------------------------------------------------------
+
+
+@prefect_app.command("start")
+def prefect_start(debug: Debug = False) -> None:
+    """Start a Prefect server on this machine that stays until it is stopped.
+
+    It listens on the loopback address only, keeps its database below the user's state directory
+    (`LEUKOFLOW_PREFECT_HOME` names another place), and sends nothing anywhere.
+    """
+    with _reported(debug):
+        from apps import prefect_server, view
+
+        console = view.console()
+        with console.status("starting a Prefect server", spinner="dots"):
+            server = prefect_server.start_server(keep=True)
+        console.print(f"dashboard  {server.ui_url}\nlog        {server.log}", soft_wrap=True)
+        console.print(f"runs use it by themselves; other programs with PREFECT_API_URL={server.url}", soft_wrap=True)
+
+
+@prefect_app.command("status")
+def prefect_status(debug: Debug = False) -> None:
+    """Say which Prefect server a run would use. Exits with 1 when one is configured and does not answer."""
+    with _reported(debug):
+        from apps import prefect_server, view
+
+        console = view.console()
+        if url := prefect_server.configured_api_url():
+            answers = prefect_server.is_healthy(url)
+            console.print(f"configured: {url} ({'answers' if answers else 'does not answer'})", soft_wrap=True)
+            raise typer.Exit(0 if answers else 1)
+        server = prefect_server.running_server()
+        if server is None:
+            console.print(
+                "none is running; `leukoflow run` starts one for itself, `leukoflow prefect start` one that stays"
+            )
+        else:
+            console.print(f"running at {server.ui_url} (process {server.pid}, log {server.log})", soft_wrap=True)
+
+
+@prefect_app.command("stop")
+def prefect_stop(debug: Debug = False) -> None:
+    """Stop the server that `leukoflow prefect start` or `run --keep-prefect` left running."""
+    with _reported(debug):
+        from apps import prefect_server, view
+
+        view.console().print("stopped" if prefect_server.stop() else "none was running")
+
+
+# --- version ---------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def version() -> None:
+    """Print the version of leukoflow and of what decides its numbers."""
+    from importlib.metadata import PackageNotFoundError
+    from importlib.metadata import version as installed
+
+    for name in ("leukoflow", "prefect", "distributed", "torch", "timm", "opencv-python-headless", "zarr", "pyarrow"):
+        try:
+            typer.echo(f"{name} {installed(name)}")
+        except PackageNotFoundError:
+            typer.echo(f"{name} not installed")
+    typer.echo(f"python {sys.version.split()[0]}")
+
+
+if __name__ == "__main__":
+    main()

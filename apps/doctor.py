@@ -1,0 +1,268 @@
+"""Checks what a run needs before the night does. Every check is small, changes nothing, and names its remedy."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import socket
+import sys
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+from urllib.parse import urlsplit
+
+from leukoflow.errors import LeukoflowError
+
+if TYPE_CHECKING:
+    from leukoflow.config import LimitSettings
+    from leukoflow.storage import Storage
+
+Verdict = Literal["ok", "warn", "fail"]
+
+MIN_FREE_GB = 5.0
+MIN_MEMORY_GB = 4.0
+_TESTED: dict[str, tuple[str, str]] = {  # at least, below; as pyproject.toml has it
+    "prefect": ("3.8", "3.9"),
+    "fastapi": ("0.139", "0.155"),
+    "dask": ("2026.1", ""),
+    "distributed": ("2026.1", ""),
+    "torch": ("2.6", ""),
+    "timm": ("1.0.20", ""),
+    "numpy": ("2.0", ""),
+    "zarr": ("3.1", ""),
+    "pyarrow": ("19", ""),
+    "opencv-python-headless": ("4.10", ""),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """One check: what was looked at, what was found, and what to do about it (empty when nothing)."""
+
+    name: str
+    verdict: Verdict
+    found: str
+    remedy: str = ""
+
+
+def diagnose(out: str | None, bundle: str, cluster: str | None, start_prefect: bool) -> list[Check]:
+    """All checks, in the order in which a run needs what they look at. A check that breaks is a failed check."""
+    steps: list[tuple[str, Callable[[], Iterator[Check]]]] = [
+        ("python", check_python),
+        ("packages", check_packages),
+        ("machine", check_machine),
+        ("gpu", check_gpu),
+        ("bundle", lambda: check_bundle(bundle)),
+        ("decoding", check_decoding),
+        ("prefect", lambda: check_prefect(start_prefect)),
+    ]
+    if cluster:
+        steps.append(("cluster", lambda: check_cluster(cluster)))
+    if out:
+        steps.append(("storage", lambda: check_storage(out)))
+    checks: list[Check] = []
+    for name, step in steps:
+        try:
+            checks.extend(step())
+        except LeukoflowError as error:
+            checks.append(Check(name, "fail", str(error)))
+        except Exception as error:
+            checks.append(Check(name, "fail", f"{type(error).__name__}: {error}", "reinstall with `make install`"))
+    return checks
+
+
+def check_python() -> Iterator[Check]:
+    """Which interpreter this is; the installation itself sees to its version."""
+    yield Check("python", "ok", f"{platform.python_version()} at {sys.executable}")
+
+
+def check_packages() -> Iterator[Check]:
+    """Installed versions against the range that is known to work."""
+    wrong = 0
+    for name, (low, high) in _TESTED.items():
+        try:
+            found = version(name)
+        except PackageNotFoundError:
+            wrong += 1
+            yield Check(name, "fail", "not installed", "run `make install`, which installs the tested set of versions")
+            continue
+        if not _within(found, low, high):
+            wrong += 1
+            wanted = f">={low}" + (f",<{high}" if high else "")
+            yield Check(
+                name, "fail", f"{found}, tested is {wanted}", f"pip install '{name}{wanted}', or `make install`"
+            )
+    if not wrong:
+        yield Check(
+            "packages", "ok", ", ".join(f"{name} {version(name)}" for name in ("prefect", "distributed", "torch"))
+        )
+
+
+def _within(found: str, low: str, high: str) -> bool:
+    def key(text: str) -> tuple[int, ...]:
+        digits = []
+        for part in text.split("+")[0].split("."):
+            number = "".join(c for c in part if c.isdigit())
+            digits.append(int(number) if number else 0)
+        return tuple(digits)
+
+    return key(low) <= key(found) and (not high or key(found) < key(high))
+
+
+def check_machine() -> Iterator[Check]:
+    """Cores and memory of this machine."""
+    import psutil
+
+    from leukoflow.cluster import cores
+
+    n = cores()
+    yield Check("cores", "ok", f"{n} usable, so {n} local worker{'s' if n > 1 else ''} by default")
+    free, total = (psutil.virtual_memory().available / 2**30, psutil.virtual_memory().total / 2**30)
+    found = f"{free:.1f} of {total:.1f} GB available"
+    if free < MIN_MEMORY_GB:
+        yield Check("memory", "warn", found, "close other programs, or give fewer workers (`--workers 1`)")
+    else:
+        yield Check("memory", "ok", found)
+
+
+def check_gpu() -> Iterator[Check]:
+    """What PyTorch can compute on."""
+    import torch
+
+    if torch.cuda.is_available():
+        names = ", ".join(torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count()))
+        yield Check("gpu", "ok", f"{names} (torch {torch.__version__})")
+    elif shutil.which("nvidia-smi"):
+        yield Check(
+            "gpu",
+            "warn",
+            f"a driver is installed, but torch {torch.__version__} sees no GPU",
+            "install the torch wheel for the driver's CUDA version, and look at CUDA_VISIBLE_DEVICES",
+        )
+    else:
+        yield Check("gpu", "ok", f"none; the CPU is used (torch {torch.__version__})")
+
+
+def check_bundle(name: str) -> Iterator[Check]:
+    """The bundle loads, and its weights are those that its digest names."""
+    from models.bundle import load_bundle
+
+    bundle = load_bundle(name)
+    yield Check("bundle", "ok", f"{name}, digest {bundle.digest[:12]}")
+
+
+def check_decoding() -> Iterator[Check]:
+    """The disposable decoding process starts and decodes."""
+    import cv2
+    import numpy as np
+
+    from leukoflow.config import RunConfig
+    from leukoflow.method import SegmentSettings
+    from tasks.ingest import Decoder
+
+    encoded = cv2.imencode(".png", np.full((64, 64, 3), 200, np.uint8))[1].tobytes()
+    limits: LimitSettings = RunConfig.model_fields["limits"].default
+    with Decoder(limits, SegmentSettings()) as decoder:
+        decoded = decoder.decode([(encoded, None)])[0]
+    if decoded.rgb is None:
+        yield Check("decoding", "fail", f"a plain PNG was refused: {decoded.reason}", "reinstall with `make install`")
+    else:
+        yield Check("decoding", "ok", "the separate decoding process works")
+
+
+def check_prefect(start: bool) -> Iterator[Check]:
+    """The Prefect server that a run would use answers, or one can be started."""
+    from apps.prefect_server import configured_api_url, default_home, is_healthy, running_server, start_server
+
+    if url := configured_api_url():
+        if is_healthy(url, timeout=5.0):
+            yield Check("prefect", "ok", f"{url} answers")
+        else:
+            yield Check(
+                "prefect",
+                "fail",
+                f"{url} does not answer",
+                "start that server, or unset PREFECT_API_URL so that a run starts its own",
+            )
+        return
+    if (server := running_server()) is not None:
+        yield Check("prefect", "ok", f"a local server runs at {server.ui_url}")
+    elif not start:
+        yield Check("prefect", "ok", f"none is running; a run starts its own below {default_home()} (not tried)")
+    else:
+        server = start_server(keep=False)
+        server.stop()
+        yield Check("prefect", "ok", f"none is running; a run can start its own below {server.home}")
+
+
+def check_cluster(address: str) -> Iterator[Check]:
+    """Something listens at the scheduler's address; a run then checks its workers and their code."""
+    parts = urlsplit(address)
+    try:
+        host, port = parts.hostname, parts.port
+    except ValueError:
+        host = port = None
+    if parts.scheme not in ("tcp", "tls") or not host or not port:
+        yield Check(
+            "cluster", "fail", f"{address} is no scheduler address", "write it as tcp://HOST:8786 or tls://HOST:8786"
+        )
+        return
+    try:
+        with socket.create_connection((host, port), timeout=5):
+            yield Check("cluster", "ok", f"{address} accepts connections")
+    except OSError as error:
+        yield Check(
+            "cluster",
+            "fail",
+            f"{address}: {error.strerror or error}",
+            "start it with `dask scheduler`, or open the port; without --cluster local processes are used",
+        )
+
+
+def check_storage(out: str) -> Iterator[Check]:
+    """The destination takes writes, refuses to create a key twice, and has room."""
+    from leukoflow.storage import Storage
+
+    storage = Storage(out)
+    existed = not storage.is_local or Path(storage.root).exists()
+    key = f"_doctor-{uuid.uuid4().hex[:8]}"
+    remedy = "choose another --out, or correct its permissions (for s3: the AWS_... variables and the bucket's policy)"
+    try:
+        first, second = storage.create(key, b"1"), storage.create(key, b"2")
+        intact = storage.read(key) == b"1"
+    except (LeukoflowError, OSError) as error:
+        yield Check("storage", "fail", f"{out}: {error}", remedy)
+        return
+    finally:
+        _remove(storage, key, existed)
+    if not (first and not second and intact):
+        yield Check(
+            "storage",
+            "fail",
+            f"{out} lets an existing key be created again, so two workers could commit one shard",
+            "use a local disk or an object store with conditional writes (If-None-Match)",
+        )
+        return
+    yield Check("storage", "ok", f"{out} takes writes and conditional writes")
+    if storage.is_local:
+        folder = Path(storage.root)
+        while not folder.exists():
+            folder = folder.parent
+        free = shutil.disk_usage(folder).free / 2**30
+        if free < MIN_FREE_GB:
+            yield Check("disk", "warn", f"{free:.1f} GB free at {out}", "make room: masks and features take most of it")
+        else:
+            yield Check("disk", "ok", f"{free:.1f} GB free at {out}")
+
+
+def _remove(storage: Storage, key: str, existed: bool) -> None:
+    try:
+        storage.delete(key)
+        if not existed:
+            os.rmdir(storage.root)  # leave no trace of a folder that was not there
+    except OSError:
+        return

@@ -1,0 +1,303 @@
+"""What the command line shows: plans, live progress, outcomes, runs and checks, as rich tables and plain lines."""
+
+from __future__ import annotations
+
+import shlex
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from datetime import UTC, datetime, timedelta
+from typing import TYPE_CHECKING
+
+from rich.console import Console, Group
+from rich.markup import escape
+from rich.padding import Padding
+from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.table import Table
+from rich.text import Text
+
+from leukoflow.records import CLASSES
+
+if TYPE_CHECKING:
+    from apps.doctor import Check
+    from leukoflow.progress import RunProgress
+    from leukoflow.records import PlanSummary, RunManifest
+
+_POLL_SECONDS = 1.0
+_PLAIN_SECONDS = 10.0
+_STATE_STYLE = {"running": "cyan", "finished": "green", "cancelled": "yellow", "killed": "red", "failed": "red"}
+
+
+def console() -> Console:
+    """The console for results: standard output."""
+    return Console(highlight=False)
+
+
+def duration(seconds: float) -> str:
+    """`42 s`, `3 min 05 s`, `2 h 07 min`."""
+    whole = max(0, round(seconds))
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60:02d} s"
+    return f"{whole // 3600} h {whole % 3600 // 60:02d} min"
+
+
+def _ago(moment: str) -> str:
+    try:
+        age = datetime.now(UTC) - datetime.fromisoformat(moment)
+    except (ValueError, TypeError):
+        return "?"
+    return f"{duration(max(age, timedelta(0)).total_seconds())} ago"
+
+
+def _facts() -> Table:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    return table
+
+
+# --- a run that begins and goes on -----------------------------------------------------------------------------------
+
+
+def show_plan(target: Console, run_id: str, root: str, summary: PlanSummary) -> None:
+    """What is about to be done."""
+    table = _facts()
+    table.add_row("run", Text(run_id, style="bold"))
+    table.add_row("source", Text(f"{summary.source.uri} ({summary.source.kind})"))
+    found = f"{summary.members:,} images in {summary.shards:,} shards"
+    extra = [
+        f"{count:,} {what}"
+        for count, what in ((summary.missing, "missing"), (summary.ignored, "other entries ignored"))
+        if count
+    ]
+    table.add_row("plan", Text(", ".join([found, *extra])))
+    if summary.truncated:
+        table.add_row("source", Text(f"incomplete: {summary.truncated}", style="yellow"))
+    table.add_row("output", Text(root))
+    target.print(table)
+
+
+class _Pace:
+    """Images per second since the display began, which a resumed run's earlier shards must not flatter."""
+
+    def __init__(self) -> None:
+        self._began = time.monotonic()
+        self._before: int | None = None
+
+    def describe(self, done: int, members: int) -> tuple[str, str]:
+        """Rate and time left, each as words."""
+        if self._before is None:
+            self._before = done
+        fresh = done - self._before
+        if fresh <= 0:
+            return "–", "–"
+        rate = fresh / (time.monotonic() - self._began)
+        return f"{rate:.1f} images/s", duration((members - done) / rate)
+
+
+@contextmanager
+def live_progress(target: Console, root: str) -> Iterator[None]:
+    """Shows how far the run at `root` is while the block runs: a bar, or without a terminal a line now and then."""
+    ended = threading.Event()
+    thread = threading.Thread(target=_follow, args=(target, root, ended), name="progress", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join(timeout=5)
+
+
+def _follow(target: Console, root: str, ended: threading.Event) -> None:
+    from leukoflow.progress import ProgressReader
+
+    reader, pace = ProgressReader(root), _Pace()
+    if not target.is_terminal:
+        while not ended.wait(_PLAIN_SECONDS):
+            progress = _try_read(reader)
+            if progress is not None:
+                rate, left = pace.describe(progress.done, progress.members)
+                target.print(
+                    f"{progress.done:,} of {progress.members:,} images, {progress.shards_done} of {progress.shards} "
+                    f"shards; {rate}, {left} left; {_counts(progress)}",
+                    soft_wrap=True,
+                )
+        return
+    with Progress(
+        SpinnerColumn(),
+        BarColumn(bar_width=32),
+        TextColumn("{task.percentage:>3.0f} %"),
+        TextColumn("{task.fields[line]}"),
+        console=target,
+        transient=True,
+    ) as bar:
+        task: TaskID = bar.add_task("run", total=None, line="starting workers and loading the models")
+        while True:
+            progress = _try_read(reader)
+            if progress is not None and progress.done:
+                rate, left = pace.describe(progress.done, progress.members)
+                line = f"{progress.done:,}/{progress.members:,}  {rate}  {left} left  [dim]{_counts(progress)}[/]"
+                bar.update(task, completed=progress.done, total=progress.members, line=line)
+            elif progress is not None:
+                pace.describe(0, progress.members)
+            if ended.wait(_POLL_SECONDS):
+                return
+
+
+def _try_read(reader: object) -> RunProgress | None:
+    """The display must never end a run: whatever goes wrong while looking is looked at again a second later."""
+    try:
+        return reader.read()  # type: ignore[attr-defined, no-any-return]
+    except Exception:
+        return None
+
+
+def _counts(p: RunProgress) -> str:
+    parts = (
+        (p.predicted, "predicted"),
+        (p.abstained, "abstained"),
+        (p.rejected, "rejected"),
+        (p.quarantined, "quarantined"),
+    )
+    return ", ".join(f"{n:,} {name}" for n, name in parts if n or name == "predicted")
+
+
+# --- a run that has ended --------------------------------------------------------------------------------------------
+
+
+def show_outcome(target: Console, root: str, manifest: RunManifest) -> None:
+    """Totals that reconcile, labels, pace, and where to look next."""
+    m = manifest
+    totals = Table(box=None, padding=(0, 2), show_header=False)
+    totals.add_column(style="dim")
+    totals.add_column(justify="right")
+    totals.add_column(style="dim")
+    for name, count in (
+        ("predicted", m.predicted),
+        ("abstained", m.abstained),
+        ("rejected", m.rejected),
+        ("quarantined", m.quarantined),
+    ):
+        totals.add_row(name, f"{count:,}", f"{100 * count / max(1, m.members):.1f} %")
+    balanced = m.predicted + m.abstained + m.rejected + m.quarantined == m.members
+    totals.add_row("members", Text(f"{m.members:,}", style="bold"), "balanced" if balanced else "DO NOT BALANCE")
+    for name, count in (("missing", m.missing), ("ignored", m.ignored), ("patient conflicts", m.conflicts)):
+        if count:
+            totals.add_row(name, f"{count:,}", "")
+
+    labels = Table(box=None, padding=(0, 2), show_header=False)
+    labels.add_column(style="dim")
+    labels.add_column(justify="right")
+    labels.add_column()
+    most = max([*m.labels, 1])
+    for name, count in zip(CLASSES, m.labels, strict=True):
+        labels.add_row(name, f"{count:,}", Text("█" * round(16 * count / most), style="cyan"))
+
+    both = Table.grid(padding=(0, 4))
+    both.add_row(totals, labels)
+    pace = _facts()
+    rate = m.members / m.processing_seconds if m.processing_seconds else 0.0
+    pace.add_row(
+        "time",
+        f"{duration(m.processing_seconds)} for {m.members:,} images ({rate:.1f}/s), "
+        f"after {m.startup_seconds:.1f} s of start-up",
+    )
+    stages = ", ".join(f"{t.stage} {1000 * t.seconds / max(1, t.images):.0f} ms" for t in m.timings)
+    if stages:
+        pace.add_row("per image", stages)
+    for reason, count in m.reasons[:5]:
+        pace.add_row("reason", Text(f"{count:,} × {reason}"))
+    if m.source_truncated:
+        pace.add_row("source", Text(f"incomplete: {m.source_truncated}", style="yellow"))
+    query = f"select status, label, count(*) from '{root}/predictions/*.parquet' group by all"
+    pace.add_row("report", Text(f"{root}/report.html"))
+    pace.add_row("tables", Text(f"duckdb -c {shlex.quote(query)}"))
+    target.print(Group(Padding(both, (1, 0)), pace), soft_wrap=False)
+
+
+# --- status ----------------------------------------------------------------------------------------------------------
+
+
+def show_runs(target: Console, out: str, runs: Sequence[RunProgress]) -> None:
+    """One line for every run."""
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    for name, justify in (
+        ("run", "left"),
+        ("state", "left"),
+        ("images", "right"),
+        ("shards", "right"),
+        ("last sign", "left"),
+    ):
+        table.add_column(name, justify=justify)  # type: ignore[arg-type]
+    for p in sorted(runs, key=lambda p: p.started_at, reverse=True):
+        table.add_row(
+            Text(p.run_id, style="bold"),
+            Text(p.state, style=_STATE_STYLE.get(p.state, "yellow")),
+            f"{p.done:,}/{p.members:,}",
+            f"{p.shards_done:,}/{p.shards:,}",
+            _ago(p.last_activity),
+        )
+    target.print(table)
+    target.print(f"[dim]one of them in detail: leukoflow status {escape(shlex.quote(out))} RUN_ID[/]", soft_wrap=True)
+
+
+def show_status(target: Console, root: str, p: RunProgress) -> None:
+    """One run in detail, with what to do about it."""
+    from leukoflow.progress import ProgressReader
+
+    reader = ProgressReader(root)
+    table = _facts()
+    table.add_row("run", Text(p.run_id, style="bold"))
+    table.add_row(
+        "state", Text(f"{p.state}{': ' + p.message if p.message else ''}", style=_STATE_STYLE.get(p.state, "yellow"))
+    )
+    share = f" ({100 * p.done / p.members:.0f} %)" if p.members else ""
+    table.add_row("images", f"{p.done:,} of {p.members:,}{share}: {_counts(p)}")
+    for stage in ("masks", "features", "predictions"):
+        done = len(reader.storage.names(f"markers/{stage}"))
+        table.add_row(stage, f"{done:,} of {p.shards:,} shards")
+    table.add_row("started", f"{p.started_at} ({_ago(p.started_at)})")
+    table.add_row("last sign", f"{p.last_activity} ({_ago(p.last_activity)})")
+    for shard, message in p.failed_shards[:10]:
+        table.add_row("failed", Text(f"shard {shard}: {message}", style="red"))
+    if len(p.failed_shards) > 10:
+        table.add_row("", f"and {len(p.failed_shards) - 10} more shards")
+    if p.dashboard and p.state == "running":
+        table.add_row("dashboard", Text(p.dashboard))
+    if p.state == "finished":
+        table.add_row("report", Text(f"{root}/report.html"))
+    elif p.state == "running":
+        table.add_row("next", "wait, or look at the dashboard; Ctrl-C or SIGTERM to its process stops it resumably")
+    else:
+        table.add_row("next", Text(f"continue with: {p.command}"))
+        if p.failed_shards:
+            table.add_row("", "a shard that fails again needs its cause mended first; `leukoflow doctor` looks for it")
+    target.print(table)
+    manifest = reader.manifest()
+    if manifest is not None:
+        show_outcome(target, root, manifest)
+
+
+# --- doctor ----------------------------------------------------------------------------------------------------------
+
+
+def show_checks(target: Console, checks: Sequence[Check]) -> None:
+    """The checks, each with its verdict and, where needed, its remedy."""
+    style = {"ok": "green", "warn": "yellow", "fail": "bold red"}
+    table = Table(box=None, padding=(0, 2), show_header=False)
+    table.add_column(no_wrap=True)
+    table.add_column(no_wrap=True, style="dim")
+    table.add_column(overflow="fold")
+    for check in checks:
+        table.add_row(Text(check.verdict, style=style[check.verdict]), check.name, Text(check.found))
+        if check.remedy:
+            table.add_row("", "", Text(f"→ {check.remedy}", style=style[check.verdict]))
+    target.print(table)
+    failed, warned = (sum(c.verdict == v for c in checks) for v in ("fail", "warn"))
+    if not failed:
+        target.print("[green]a run can start[/]" + (f", with {warned} warnings" if warned else ""))
+    else:
+        target.print(f"[red]{failed} of {len(checks)} checks failed[/]")

@@ -1,0 +1,1 @@
+"""The directed graphs of work, each readable from top to bottom."""

@@ -1,0 +1,471 @@
+"""The nightly run: open, preflight, dispatch shards, publish. Prefect sees shards, Dask sees stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, BinaryIO, cast
+
+import psutil
+from distributed import Client, KilledWorker
+from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.cache_policies import NO_CACHE
+from prefect.client.orchestration import get_client
+from prefect.futures import PrefectFuture, wait
+from prefect.runtime import flow_run
+from prefect.settings import PREFECT_UI_URL
+from prefect.states import Cancelled, Completed, Failed, State
+from prefect.task_runners import ThreadPoolTaskRunner
+from prefect.utilities.annotations import quote
+from tasks.report import build_report
+
+from leukoflow.cluster import code_digest, cores, open_cluster
+from leukoflow.codec import dumps
+from leukoflow.config import RunConfig
+from leukoflow.errors import LeukoflowError, RunCancelledError, ShardError
+from leukoflow.progress import HEARTBEAT_SECONDS, Heartbeat, now
+from leukoflow.records import CLASSES, RunManifest, Shard, ShardReceipt
+from leukoflow.runlog import run_log
+from leukoflow.sources import spool
+from leukoflow.storage import Storage
+from tasks.bisect import find_culprits
+from tasks.open_run import Run, open_run, spooled, stem
+from tasks.plan import read_shard, shards
+from tasks.preflight import preflight
+from tasks.publish import publish
+from tasks.shard import (
+    ShardJob,
+    adopt_stages,
+    attempt_prefix,
+    classify,
+    committed,
+    extract,
+    next_of,
+    open_plan,
+    prepare,
+    recall,
+    segment,
+    stage_keys,
+    trail_of,
+)
+
+IN_FLIGHT_PER_WORKER = 2
+"""Shards on their way at once: one that computes, one that waits behind it, so that no worker runs dry."""
+
+DEATHS_BEFORE_SEARCH = 2
+"""A worker may die of a reboot; a shard that saw two die is searched for the member that kills them."""
+
+
+def _run_name() -> str:
+    config = flow_run.parameters["config"]
+    source = config.source if isinstance(config, RunConfig) else config["source"]
+    return f"screening of {stem(source)}"
+
+
+@flow(name="leukoflow nightly", flow_run_name=_run_name, task_runner=ThreadPoolTaskRunner(max_workers=256))
+def nightly(config: RunConfig) -> State[Any]:
+    """Screens every image of a source and accounts for each of them, exactly once.
+
+    Run again with the same settings, it does only what is missing.
+    """
+    log = get_run_logger()
+    try:
+        run = open_run(config)
+        if run.finished is not None:
+            return Completed(message=f"run {run.run_id} was finished already: {headline(run.finished)}")
+        with run_log(run.root), _Heart(run) as heart, _draining(heart) as stop:
+            log.info("run %s: %s images in %s shards", run.run_id, run.summary.members, run.summary.shards)
+            startup, processing = _process(run, stop)
+            manifest = publish(run, startup, processing)
+            Storage(run.root).delete("_attempts")
+            Storage(run.root).write("report.html", build_report(run.root, manifest).encode())
+            create_markdown_artifact(
+                summary(run, manifest), key="nightly-summary", description=f"What became of {stem(config.source)}"
+            )
+            log.info("run %s: %s", run.run_id, headline(manifest))
+            heart.say("finished", headline(manifest))
+        return Completed(message=headline(manifest))
+    except RunCancelledError as cancelled:
+        log.warning("%s", cancelled)
+        return Cancelled(message=str(cancelled), data=cancelled)
+    except LeukoflowError as error:
+        log.error("%s", error)
+        return Failed(message=str(error), data=error)
+
+
+# --- shards: what Prefect sees ---------------------------------------------------------------------------------------
+
+
+@task(name="shard", cache_policy=NO_CACHE, persist_result=False)
+def process_shard(work: _Work, shard: Shard) -> ShardReceipt:
+    """One shard through its stages; an attempt that fails is repeated with what is committed left alone."""
+    log = get_run_logger()
+    job = work.job(shard)
+    storage = Storage(job.root)
+    keys = stage_keys(work.run.bundle, read_shard(open_plan(job.root), shard.ordinal), job.device)
+    done = committed(storage, shard, keys)
+    if work.run.config.reuse:
+        done = adopt_stages(job, Storage(work.run.config.out).child(work.run.config.reuse), keys, done)
+    try:
+        receipt = _chain(work.client, job, tuple(done))
+    except KilledWorker:
+        work.deaths[shard.ordinal] += 1
+        raise ShardError(f"shard {shard.name}: {_obituary(storage, job)}") from None
+    storage.delete(attempt_prefix(shard, job.attempt))
+    storage.delete(f"failures/{shard.name}.json")
+    stages = ", ".join(f"{t.stage} {t.seconds:.1f} s" for t in receipt.timings)
+    log.info(
+        "shard %s: %s predicted, %s abstained, %s rejected, %s quarantined (%s)%s",
+        shard.name, receipt.predicted, receipt.abstained, receipt.rejected, receipt.quarantined, stages,
+        f"; kept: {', '.join(receipt.resumed)}" if receipt.resumed else "",
+    )  # fmt: skip
+    return receipt
+
+
+def _chain(client: Client, job: ShardJob, done: tuple[str, ...]) -> ShardReceipt:
+    """The shard's chain of Dask tasks, block after block; only the receipt comes back here."""
+    gpu = {"GPU": 1} if job.device == "cuda" else None
+    held: list[Any] = []
+
+    def submit(function: Any, *args: Any, on: dict[str, int] | None = None) -> Any:
+        name = f"{function.__name__}-{job.shard.name}-{job.attempt}-{len(held)}"
+        held.append(client.submit(function, *args, key=name, resources=on, pure=False))
+        return held[-1]
+
+    try:
+        features = None
+        if "features" not in done:
+            first, seen = job.shard.first, None
+            while first < job.shard.first + job.shard.count:
+                block = submit(prepare, job, first)
+                segmented = submit(recall if "masks" in done else segment, job, block, seen, on=gpu)
+                seen = submit(trail_of, segmented)
+                features = submit(extract, job, segmented, features, on=gpu)
+                first = submit(next_of, block).result()
+                # The pixels of this block are let go as soon as its features are computed.
+                del block, segmented
+                held[:] = [f for f in held if f in (seen, features)]
+        return cast(ShardReceipt, submit(classify, job, features, done, on=gpu).result())
+    except BaseException:
+        client.cancel(held, force=True)
+        raise
+
+
+def _obituary(storage: Storage, job: ShardJob) -> str:
+    """Why the worker died, if its last note says so."""
+    try:
+        note = json.loads(storage.read(f"{attempt_prefix(job.shard, job.attempt)}/timeout.json"))
+    except FileNotFoundError:
+        return "its worker process died (out of memory, killed, or a poisonous image); the shard is tried again"
+    return f"{note['message']}; its worker was ended and the shard is tried again"
+
+
+@dataclass(slots=True)
+class _Work:
+    """What the shard tasks of one run share."""
+
+    run: Run
+    client: Client
+    deaths: Counter[int] = field(default_factory=Counter)
+    culprits: dict[int, tuple[tuple[int, str], ...]] = field(default_factory=dict)
+
+    def job(self, shard: Shard) -> ShardJob:
+        """A new attempt at a shard; members that are known to kill their worker are left out."""
+        run = self.run
+        job = ShardJob(
+            root=run.root,
+            run_id=run.run_id,
+            source=run.source,
+            shard=shard,
+            attempt=uuid.uuid4().hex[:12],
+            bundle=run.config.bundle,
+            bundle_digest=run.bundle.digest,
+            device=run.device,
+            code=code_digest(),
+            limits=run.config.limits,
+            meta_columns=run.config.meta_columns,
+            spool=spool_key(shard) if spooled(run.source) else None,
+            culprits=self.culprits.get(shard.ordinal, ()),
+        )
+        if self.deaths[shard.ordinal] < DEATHS_BEFORE_SEARCH or shard.ordinal in self.culprits:
+            return job
+        get_run_logger().warning("shard %s: searching for the image that kills its worker", shard.name)
+        search = self.client.submit(find_culprits, job, key=f"find-culprits-{shard.name}-{job.attempt}", pure=False)
+        self.culprits[shard.ordinal] = search.result()
+        return self.job(shard)
+
+
+# --- the run ---------------------------------------------------------------------------------------------------------
+
+
+def _process(run: Run, stop: threading.Event) -> tuple[float, float]:
+    """Does what is missing; returns seconds of start-up and of processing. Raises RunCancelledError, ShardError."""
+    pending = _pending(run)
+    first = next(pending, None)
+    born = psutil.Process().create_time()
+    if first is None:
+        return time.time() - born, 0.0
+    workers = run.config.cluster.workers or cores()
+    local = run.config.cluster.address == "local"
+    preflight(run, workers if local else 0)
+    with open_cluster(run.config.cluster, needs_gpu=run.device == "cuda") as client:
+        workers = len(client.scheduler_info(n_workers=-1)["workers"])
+        started = time.time()
+        try:
+            _dispatch(_Work(run, client), first, pending, workers * IN_FLIGHT_PER_WORKER, stop)
+        finally:
+            Storage(run.root).delete("_spool")
+    return started - born, time.time() - started
+
+
+def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: int, stop: threading.Event) -> None:
+    """Keeps a bounded number of shards on their way, tells the progress, and drains when asked to stop."""
+    run = work.run
+    total, done, failures = run.summary.shards, 0, 0
+    options = run.config.limits
+    artifact = create_progress_artifact(0.0, key="nightly-progress", description=f"{run.run_id}: starting")
+    started, shown = time.monotonic(), 0.0
+    on_the_way: dict[PrefectFuture[ShardReceipt], Shard] = {}
+    upcoming: Iterator[Shard] = _with_spool(run, _chained(first, pending))
+    exhausted = False
+    images = 0
+    while True:
+        while not exhausted and not stop.is_set() and len(on_the_way) < in_flight:
+            shard = next(upcoming, None)
+            if shard is None:
+                exhausted = True
+                break
+            named = process_shard.with_options(
+                task_run_name=f"shard {shard.name} · images {shard.first + 1}–{shard.first + shard.count}",
+                retries=options.shard_retries,
+                retry_delay_seconds=options.retry_delay_seconds,
+            )
+            on_the_way[named.submit(quote(work), shard)] = shard
+        if not on_the_way:
+            break
+        finished = wait(list(on_the_way), timeout=0.2).done
+        for future in finished:
+            shard = on_the_way.pop(future)
+            Storage(run.root).delete(spool_key(shard))
+            if not future.state.is_completed():
+                failures += 1
+                _remember_failure(run, shard, future.state.message or "it failed")
+                continue
+            done += 1
+            images += shard.count
+        if finished and (time.monotonic() - shown > 2.0 or not on_the_way):
+            shown = time.monotonic()
+            ahead = total - done - failures
+            rate = images / (shown - started)
+            update_progress_artifact(
+                artifact,
+                100.0 * (total - max(0, ahead)) / total,
+                f"{run.run_id}: {done} shards done in this session, {failures} failed, {rate:.1f} images/s",
+            )
+    if stop.is_set() and not exhausted:
+        raise RunCancelledError(
+            f"run {run.run_id} was asked to stop and has drained; {done} shards were finished in this session. "
+            f"To take it up again: {run.binding.command}"
+        )
+    if failures:
+        raise ShardError(
+            f"run {run.run_id}: {failures} of {total} shards failed after {options.shard_retries + 1} attempts each; the "
+            f"others are committed. What failed and why: leukoflow status {run.config.out} {run.run_id}. "
+            f"Once mended: {run.binding.command}"
+        )
+    update_progress_artifact(artifact, 100.0, f"{run.run_id}: all {total} shards are committed")
+
+
+def _chained(first: Shard, rest: Iterator[Shard]) -> Iterator[Shard]:
+    yield first
+    yield from rest
+
+
+def _pending(run: Run) -> Iterator[Shard]:
+    """Shards that are not wholly committed, in order. What is there is checked in threads, ahead of the consumer."""
+    storage, frozen, lock = Storage(run.root), open_plan(run.root), threading.Lock()
+
+    def is_done(shard: Shard) -> bool:
+        with lock:  # one Parquet reader must not be used by two threads at once
+            members = read_shard(frozen, shard.ordinal)
+        found = committed(storage, shard, stage_keys(run.bundle, members, run.device))
+        return "predictions" in found
+
+    listed = list(shards(run.summary))
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        for shard, done in zip(listed, pool.map(is_done, listed), strict=True):
+            if not done:
+                yield shard
+
+
+def spool_key(shard: Shard) -> str:
+    """Where a compressed tar's members lie while their shard is processed."""
+    return f"_spool/{shard.name}.bin"
+
+
+def _with_spool(run: Run, pending: Iterator[Shard]) -> Iterator[Shard]:
+    """Unpacks a compressed tar in one linear pass, as far ahead as shards are asked for; other sources need nothing."""
+    if not spooled(run.source):
+        yield from pending
+        return
+    storage = Storage(run.root)
+    members = open_plan(run.root)
+
+    def sink(shard: Shard) -> BinaryIO:
+        return storage.writer(spool_key(shard))
+
+    yield from spool(run.source, ((shard, read_shard(members, shard.ordinal)) for shard in pending), sink)
+
+
+def _remember_failure(run: Run, shard: Shard, message: str) -> None:
+    body = json.dumps({"shard": shard.name, "message": message, "at": now()}, ensure_ascii=False)
+    Storage(run.root).write(f"failures/{shard.name}.json", body.encode())
+
+
+# --- signs of life, and the wish to stop -----------------------------------------------------------------------------
+
+
+class _Heart:
+    """Writes the heartbeat file and asks Prefect whether somebody pressed Cancel, in a thread of its own."""
+
+    def __init__(self, run: Run) -> None:
+        self.storage = Storage(run.root)
+        self.cancelled = threading.Event()
+        self._over = threading.Event()
+        self._last = ("failed", "it ended without a word")
+        self._flow_run_id = flow_run.id
+        self._thread = threading.Thread(target=self._beat, name="leukoflow-heart", daemon=True)
+
+    def __enter__(self) -> _Heart:
+        self._write("running", "")
+        self._thread.start()
+        return self
+
+    def say(self, state: str, message: str) -> None:
+        """The last word, written when the run ends."""
+        self._last = (state, message)
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._over.set()
+        self._thread.join(timeout=30)
+        if isinstance(error, RunCancelledError):
+            self._last = ("cancelled", str(error))
+        elif error is not None:
+            self._last = ("failed", str(error) or type(error).__name__)
+        self._write(*self._last)
+
+    def _write(self, state: Any, message: str) -> None:
+        beat = Heartbeat(os.getpid(), socket.gethostname(), now(), state, message, PREFECT_UI_URL.value() or "")
+        self.storage.write("heartbeat.json", dumps(beat))
+
+    def _beat(self) -> None:
+        with get_client(sync_client=True) as client:
+            while not self._over.wait(HEARTBEAT_SECONDS / 2):
+                try:
+                    self._write("running", "")
+                    state = client.read_flow_run(uuid.UUID(str(self._flow_run_id))).state
+                    if state is not None and (state.is_cancelling() or state.is_cancelled()):
+                        self.cancelled.set()
+                except Exception as error:  # a missed beat must not end a night's work
+                    get_logger().warning("heartbeat: %s", error)
+
+
+def get_logger() -> Any:
+    """The run's logger outside of Prefect's contexts."""
+    import logging
+
+    return logging.getLogger("leukoflow")
+
+
+@contextmanager
+def _draining(heart: _Heart) -> Iterator[threading.Event]:
+    """An event that is set when the run should stop taking up shards: SIGTERM, Ctrl-C, or Cancel in Prefect.
+
+    A second signal ends the flow at once; what was committed stays.
+    """
+    stop = heart.cancelled
+
+    def ask(number: int, frame: Any) -> None:
+        if stop.is_set():
+            raise KeyboardInterrupt
+        get_logger().warning("%s: finishing what is on its way, then stopping", signal.Signals(number).name)
+        stop.set()
+
+    if threading.current_thread() is not threading.main_thread():
+        yield stop
+        return
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+# --- what people read ------------------------------------------------------------------------------------------------
+
+
+def headline(manifest: RunManifest) -> str:
+    """One line: how many came in and what became of them."""
+    m = manifest
+    extra = f", {m.missing} missing" if m.missing else ""
+    cut = "; the source is truncated" if m.source_truncated else ""
+    return (
+        f"{m.members} of {m.members} images accounted for: {m.predicted} predicted, {m.abstained} abstained, "
+        f"{m.rejected} rejected, {m.quarantined} quarantined{extra}{cut}"
+    )
+
+
+def summary(run: Run, manifest: RunManifest) -> str:
+    """The summary artifact, Markdown."""
+    m = manifest
+    rate = m.members / m.processing_seconds if m.processing_seconds else 0.0
+    lines = [
+        f"## Run {m.run_id}",
+        "",
+        headline(m) + ".",
+        "",
+        f"Source `{m.source.uri}`, bundle `{m.bundle}` ({m.bundle_digest[:12]}), {m.device}. "
+        f"{rate:.1f} images/s after a start-up of {m.startup_seconds:.0f} s.",
+        "",
+        "| handed over | predicted | abstained | rejected | quarantined | missing | ignored |",
+        "|---:|---:|---:|---:|---:|---:|---:|",
+        f"| {m.members} | {m.predicted} | {m.abstained} | {m.rejected} | {m.quarantined} | {m.missing} | {m.ignored} |",
+        "",
+        "| label | fields | share |",
+        "|---|---:|---:|",
+    ]
+    labelled = max(1, sum(m.labels))
+    lines += [f"| {name} | {n} | {100 * n / labelled:.1f} % |" for name, n in zip(CLASSES, m.labels, strict=True)]
+    lines += ["", "| stage | images/s per worker | seconds, all shards |", "|---|---:|---:|"]
+    lines += [
+        f"| {t.stage} | {t.images / t.seconds if t.seconds else 0:.1f} | {t.seconds:.0f} |" for t in m.timings
+    ]  # fmt: skip
+    lines += [
+        "",
+        "Slowest shards: " + ", ".join(f"{shard} ({seconds:.0f} s)" for shard, seconds in m.slowest[:5]) + ".",
+        "",
+    ]
+    if m.reasons:
+        lines += ["| why there is no prediction | images |", "|---|---:|"]
+        lines += [f"| {reason} | {count} |" for reason, count in m.reasons]
+        lines += [""]
+    if m.conflicts:
+        lines += [f"**{m.conflicts} images were found under more than one patient: see `duplicates.parquet`.**", ""]
+    lines += [
+        f"Report: `{run.root}/report.html` · predictions: `{run.root}/predictions/` · slides: `{run.root}/slides.parquet`",
+        "",
+        "Research use only.",
+    ]
+    return "\n".join(lines)

@@ -1,0 +1,28 @@
+"""Frozen dataclasses to JSON and back: markers, receipts and the manifest are these records, nothing else."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict
+from typing import TypeVar
+
+from pydantic import TypeAdapter, ValidationError
+
+from leukoflow.errors import StorageError
+
+T = TypeVar("T")
+
+
+def dumps(record: object) -> bytes:
+    """UTF-8 JSON of a frozen dataclass, stable in key order, ending with a line feed."""
+    return (json.dumps(asdict(record), ensure_ascii=False, sort_keys=True, indent=1) + "\n").encode()  # type: ignore[call-overload]
+
+
+def loads(kind: type[T], data: bytes, what: str) -> T:
+    """The record of `kind` in `data`. Raises StorageError naming `what` when the bytes are no such record."""
+    try:
+        return TypeAdapter(kind).validate_json(data)
+    except ValidationError as error:
+        raise StorageError(
+            f"{what} is damaged ({error.error_count()} fields do not fit); delete it and rerun"
+        ) from None

@@ -1,0 +1,158 @@
+"""RunConfig: what a run is asked to do, from a TOML file, the environment (`LEUKOFLOW_...`) and the command line."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tomllib
+from contextvars import ContextVar
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, ValidationError, field_validator
+from pydantic.fields import FieldInfo
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+
+from leukoflow.errors import ConfigError
+from leukoflow.method import Settings
+
+MICRO_BATCH = 16
+"""Fields per inference batch. Shard sizes are multiples of it, so that no float depends on how a run was cut."""
+
+
+class LimitSettings(Settings):
+    """Bounds on what one image, one shard or one run may take."""
+
+    max_member_mb: int = Field(1024, ge=1, description="largest stored or decompressed member, MB")
+    max_megapixels: float = Field(120.0, gt=0, description="largest decoded image, megapixels")
+    min_side_px: int = Field(32, ge=1, description="smallest side of an image, pixels")
+    decode_seconds: float = Field(60.0, gt=0, description="time to decode one image")
+    decode_memory_mb: int = Field(4096, ge=256, description="address space of the decoding process, MB")
+    block_mb: int = Field(256, ge=8, description="decoded pixels a shard holds at once, MB")
+    stage_seconds: float = Field(1800.0, gt=0, description="time for one stage of one shard, from its start")
+    shard_retries: int = Field(2, ge=0, description="further attempts at a shard that failed")
+    retry_delay_seconds: float = Field(2.0, ge=0, description="pause before a shard is tried again")
+
+
+class ClusterSettings(Settings):
+    """Where Dask comes from."""
+
+    address: str = Field("local", description="`local`, or the tcp:// or tls:// address of a scheduler")
+    workers: int = Field(0, ge=0, description="local worker processes; 0 = one per core")
+    memory_limit: str = Field("auto", description="memory limit of a local worker, as Dask spells it")
+    wait_seconds: float = Field(60.0, gt=0, description="how long to wait for workers or a resource")
+
+
+class RunConfig(BaseSettings):
+    """All settings of a nightly run. Anything that changes a number is part of `fingerprint()`; the rest is not."""
+
+    model_config = SettingsConfigDict(
+        env_prefix="LEUKOFLOW_",
+        env_nested_delimiter="__",
+        frozen=True,
+        extra="forbid",
+        nested_model_default_partial_update=True,
+    )
+
+    source: str
+    out: str
+    run_id: str | None = None
+    manifest: str | None = None
+    bundle: str = "pocket"
+    reuse: str | None = None
+    shard_size: int = Field(256, ge=MICRO_BATCH, le=4096)
+    um_per_px: float | None = Field(None, gt=0, description="scale of all images whose manifest row gives none")
+    meta_columns: tuple[str, ...] = Field((), description="further manifest columns to carry along, as meta_<name>")
+    device: str = Field("auto", description="`auto`, `cpu` or `cuda`")
+    limits: LimitSettings = LimitSettings()
+    cluster: ClusterSettings = ClusterSettings()
+
+    @field_validator("shard_size")
+    @classmethod
+    def _whole_batches(cls, value: int) -> int:
+        if value % MICRO_BATCH:
+            near = value // MICRO_BATCH * MICRO_BATCH + MICRO_BATCH
+            raise ValueError(f"must be a multiple of {MICRO_BATCH} (the fixed inference batch); try {near}")
+        return value
+
+    @field_validator("device")
+    @classmethod
+    def _known_device(cls, value: str) -> str:
+        if value not in ("auto", "cpu", "cuda"):
+            raise ValueError("must be auto, cpu or cuda")
+        return value
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """The command line wins over the environment, the environment over the file (see `load_config`)."""
+        return (init_settings, env_settings, _FileSource(settings_cls))
+
+    def fingerprint(self, source_identity: str, bundle_digest: str, device: str, manifest_digest: str) -> str:
+        """Hex digest (16 digits) over everything that decides the output: two runs with the same one are the same run."""
+        binding = {
+            "source": self.source.rstrip("/"),
+            "identity": source_identity,
+            "manifest": manifest_digest,
+            "bundle": bundle_digest,
+            "device": device,
+            "shard_size": self.shard_size,
+            "um_per_px": self.um_per_px,
+            "meta_columns": list(self.meta_columns),
+            "limits": {k: v for k, v in self.limits.model_dump().items() if k in _DECIDING_LIMITS},
+        }
+        return hashlib.sha256(json.dumps(binding, sort_keys=True).encode()).hexdigest()[:16]
+
+
+_DECIDING_LIMITS = ("max_member_mb", "max_megapixels", "min_side_px")
+_file: ContextVar[dict[str, Any] | None] = ContextVar("configuration file", default=None)
+
+
+class _FileSource(PydanticBaseSettingsSource):
+    """The TOML table that `load_config` has read."""
+
+    def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
+        """One field's value, as pydantic-settings asks for it."""
+        return (_file.get() or {}).get(field_name), field_name, False
+
+    def __call__(self) -> dict[str, Any]:
+        """The whole table."""
+        return _file.get() or {}
+
+
+def load_config(file: str | Path | None = None, **overrides: Any) -> RunConfig:
+    """Settings from `file` (TOML), then `LEUKOFLOW_*` variables, then `overrides` that are not None; later ones win.
+
+    Nested tables merge key by key. Raises ConfigError naming each wrong setting.
+    """
+    table: dict[str, Any] = {}
+    if file is not None:
+        try:
+            table = tomllib.loads(Path(file).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"configuration file {file} does not exist") from None
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise ConfigError(f"configuration file {file} is not valid TOML: {error}") from None
+    token = _file.set(table)
+    try:
+        return RunConfig(**_without_none(overrides))
+    except ValidationError as error:
+        raise ConfigError(_explain(error)) from None
+    finally:
+        _file.reset(token)
+
+
+def _without_none(table: dict[str, Any]) -> dict[str, Any]:
+    cleaned = {k: _without_none(v) if isinstance(v, dict) else v for k, v in table.items() if v is not None}
+    return {k: v for k, v in cleaned.items() if v != {}}
+
+
+def _explain(error: ValidationError) -> str:
+    lines = [f"{'.'.join(str(p) for p in e['loc']) or 'settings'}: {e['msg']}" for e in error.errors()]
+    return "the configuration is not usable: " + "; ".join(lines)

@@ -1,0 +1,55 @@
+"""One exception tree. Every message names the thing and the remedy, since it is what an operator reads at night."""
+
+
+class LeukoflowError(Exception):
+    """Base of all errors that leukoflow raises on purpose; `exit_code` is what the command line returns."""
+
+    exit_code = 1
+
+
+class SourceError(LeukoflowError):
+    """The source as a whole cannot be used: absent, empty, of no known kind."""
+
+    exit_code = 2
+
+
+class ConfigError(LeukoflowError):
+    """A setting is missing, contradictory or out of range."""
+
+
+class PreflightError(LeukoflowError):
+    """Something that the run needs is not there: disk, memory, write access, conditional writes, a resource."""
+
+
+class RunConflictError(LeukoflowError):
+    """The run id exists and is bound to another source, other settings or another bundle."""
+
+
+class BundleError(LeukoflowError):
+    """A bundle is absent, incomplete, altered or of another schema version."""
+
+
+class StorageError(LeukoflowError):
+    """A read or write at the destination failed in a way that a retry of the run may mend."""
+
+
+class ClusterError(LeukoflowError):
+    """No Dask cluster, workers running other code, or a resource that no worker offers."""
+
+
+class ShardError(LeukoflowError):
+    """One shard failed for good; the message names the shard, the stage and the reason."""
+
+
+class ReconciliationError(LeukoflowError):
+    """The totals do not balance: some member has no row, or more than one."""
+
+
+class RunCancelledError(LeukoflowError):
+    """The run was asked to stop, has drained what was running, and can be resumed."""
+
+    exit_code = 130
+
+
+class MemberError(LeukoflowError):
+    """One member of the source cannot be used; becomes a quarantined row whose `reason` is this message."""

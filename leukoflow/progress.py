@@ -1,0 +1,186 @@
+"""How far a run is, told from what it has committed: the same answer for a live, a killed and a finished run."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import time
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Literal
+
+from leukoflow.codec import loads
+from leukoflow.errors import StorageError
+from leukoflow.records import Marker, RunManifest, ShardReceipt
+from leukoflow.storage import Storage
+
+State = Literal["running", "finished", "cancelled", "failed", "killed", "unknown"]
+HEARTBEAT_SECONDS = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class RunBinding:
+    """`run.json`, written once before anything else: what the run id stands for."""
+
+    run_id: str
+    fingerprint: str
+    source_uri: str
+    members: int
+    shards: int
+    shard_size: int
+    bundle: str
+    bundle_digest: str
+    device: str
+    started_at: str
+    command: str  # resumes the run
+
+
+@dataclass(frozen=True, slots=True)
+class Heartbeat:
+    """`heartbeat.json`: who works on the run and when it last said so; `state` and `message` are the last word."""
+
+    pid: int
+    host: str
+    at: str
+    state: Literal["running", "cancelled", "failed", "finished"]
+    message: str = ""
+    dashboard: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class RunProgress:
+    """Totals of the shards that are committed."""
+
+    run_id: str
+    state: State
+    message: str
+    dashboard: str
+    members: int
+    done: int
+    predicted: int
+    abstained: int
+    rejected: int
+    quarantined: int
+    shards: int
+    shards_done: int
+    started_at: str
+    last_activity: str
+    failed_shards: tuple[tuple[str, str], ...]  # (shard, what happened)
+    command: str
+
+
+def now() -> str:
+    """The time in UTC, ISO 8601, whole seconds."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
+
+
+class ProgressReader:
+    """Reads a run's progress again and again; markers that were read once are not read again."""
+
+    def __init__(self, root: str) -> None:
+        self.storage = Storage(root)
+        self._receipts: dict[str, ShardReceipt] = {}
+
+    def read(self) -> RunProgress:
+        """The progress as of now. Raises StorageError when there is no run at this root."""
+        try:
+            binding = loads(RunBinding, self.storage.read("run.json"), self.storage.uri("run.json"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise StorageError(
+                f"{self.storage.root} holds no run (no run.json); list the runs with `leukoflow status OUT`"
+            ) from None
+        present = set(self.storage.names("markers/predictions"))
+        for name in present - self._receipts.keys():
+            try:
+                marker = loads(Marker, self.storage.read(f"markers/predictions/{name}"), name)
+            except FileNotFoundError:
+                continue
+            if marker.receipt is not None:
+                self._receipts[name] = marker.receipt
+        receipts = [r for name, r in self._receipts.items() if name in present]
+        beat = self._heartbeat()
+        failures = tuple((name.removesuffix(".json"), self._failure(name)) for name in self.storage.names("failures"))
+        return RunProgress(
+            run_id=binding.run_id,
+            state=self._state(beat),
+            message=beat.message if beat else "",
+            dashboard=beat.dashboard if beat else "",
+            members=binding.members,
+            done=sum(r.rows for r in receipts),
+            predicted=sum(r.predicted for r in receipts),
+            abstained=sum(r.abstained for r in receipts),
+            rejected=sum(r.rejected for r in receipts),
+            quarantined=sum(r.quarantined for r in receipts),
+            shards=binding.shards,
+            shards_done=len(receipts),
+            started_at=binding.started_at,
+            last_activity=beat.at if beat else binding.started_at,
+            failed_shards=failures,
+            command=binding.command,
+        )
+
+    def manifest(self) -> RunManifest | None:
+        """The finished run's manifest, or None."""
+        return read_manifest(self.storage)
+
+    def _failure(self, name: str) -> str:
+        try:
+            return str(json.loads(self.storage.read(f"failures/{name}"))["message"])
+        except (FileNotFoundError, ValueError, KeyError):
+            return "cleared meanwhile"
+
+    def _heartbeat(self) -> Heartbeat | None:
+        try:
+            return loads(Heartbeat, self.storage.read("heartbeat.json"), "heartbeat.json")
+        except (FileNotFoundError, StorageError):
+            return None
+
+    def _state(self, beat: Heartbeat | None) -> State:
+        if self.manifest() is not None:
+            return "finished"
+        if beat is None:
+            return "unknown"
+        if beat.state != "running":
+            return "unknown" if beat.state == "finished" else beat.state
+        if beat.host == socket.gethostname():
+            return "running" if _alive(beat.pid) else "killed"
+        age = time.time() - datetime.fromisoformat(beat.at).timestamp()
+        return "running" if age < 6 * HEARTBEAT_SECONDS else "killed"
+
+
+def read_progress(root: str) -> RunProgress:
+    """One look at a run's progress."""
+    return ProgressReader(root).read()
+
+
+def read_manifest(storage: Storage) -> RunManifest | None:
+    """The manifest of a finished run; None while there is none."""
+    try:
+        data = storage.read("manifest.json")
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    return loads(RunManifest, data, storage.uri("manifest.json"))
+
+
+def list_runs(out: str) -> list[str]:
+    """Run ids below an output folder or prefix."""
+    storage = Storage(out)
+    found = []
+    for name in storage.names(""):
+        try:
+            storage.read(f"{name}/run.json")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError, OSError):
+            continue
+        found.append(name)
+    return found
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        return True
+    return True

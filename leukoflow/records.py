@@ -1,0 +1,201 @@
+"""The frozen dataclasses that travel between parts. Small by design: pixels never ride in a record that Prefect sees."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+CLASSES: tuple[str, str, str, str] = ("Benign", "Early", "Pre", "Pro")
+"""Class order everywhere: labels on disk, logits, probability columns."""
+
+
+class Status(StrEnum):
+    """What became of a member. Every member of the source ends in exactly one of these."""
+
+    PREDICTED = "predicted"
+    ABSTAINED = "abstained"
+    REJECTED = "rejected"
+    QUARANTINED = "quarantined"
+
+
+class SourceKind(StrEnum):
+    """How members are reached."""
+
+    DIRECTORY = "directory"  # a local folder, or an s3:// prefix
+    ZIP = "zip"
+    TAR = "tar"  # uncompressed, read in place
+    COMPRESSED_TAR = "compressed-tar"  # gz, bz2, xz, zst: spooled shard by shard
+    IMAGE = "image"  # one image file
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """What was handed over. `identity` changes when the content may have changed (size and mtime, ETag, listing digest)."""
+
+    uri: str
+    kind: SourceKind
+    identity: str
+    size_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Member:
+    """One entry of the source, as the frozen plan records it.
+
+    `locator` says where the bytes are: the path below the root for a directory, the name for an image; archives use
+    `offset` instead (zip: of the local header; tar: of the data; compressed tar: within the shard's spool file).
+    `refusal` is a reason for quarantine that planning already knew (encrypted, a symbolic link, ...).
+    """
+
+    ordinal: int
+    image_key: str
+    locator: str
+    offset: int
+    stored_bytes: int
+    size_bytes: int
+    method: int
+    identity: str
+    refusal: str | None = None
+    slide_id: str | None = None
+    patient_id: str | None = None  # already pseudonymised
+    site: str | None = None
+    scanner: str | None = None
+    um_per_px: float | None = None
+    meta: tuple[tuple[str, str | None], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """A run of consecutive members of the plan; the unit that Prefect sees."""
+
+    ordinal: int
+    first: int
+    count: int
+
+    @property
+    def name(self) -> str:
+        """Zero-padded ordinal: the name of the shard's Zarr groups and Parquet parts."""
+        return f"{self.ordinal:05d}"
+
+
+@dataclass(frozen=True, slots=True)
+class PlanSummary:
+    """What planning found, without the members."""
+
+    source: Source
+    members: int
+    ignored: int
+    missing: int
+    truncated: str | None  # why the source is known to be incomplete, or None
+    shard_size: int
+    digest: str  # of the members' identities, keys and manifest fields
+
+    @property
+    def shards(self) -> int:
+        """Number of shards."""
+        return -(-self.members // self.shard_size)
+
+
+@dataclass(frozen=True, slots=True)
+class Quality:
+    """Quality of one field. `reasons` is empty when the field may be diagnosed."""
+
+    focus: float  # variance of the Laplacian of lightness, at the model's scale
+    exposure: float  # mean lightness, 0 to 1
+    saturated: float  # share of pixels clipped black or white
+    foreground: float  # share of pixels that are not background
+    stain: float  # how far the stained pixels' hue is from blood stains, 0 (typical) upwards
+    flags: tuple[str, ...] = ()  # remarks that do not reject
+    reasons: tuple[str, ...] = ()  # why the field is rejected
+
+
+@dataclass(frozen=True, slots=True)
+class StageTiming:
+    """Wall seconds of one stage over one shard, and how many images it served."""
+
+    stage: str
+    seconds: float
+    images: int
+
+
+@dataclass(frozen=True, slots=True)
+class PartRef:
+    """One committed part: what a stage wrote for a shard. Digest over all files' names and bytes."""
+
+    stage: str
+    shard: str
+    attempt: str
+    key: str  # content address: what the part was made from
+    files: tuple[tuple[str, int, str], ...]  # (path below the run, bytes, sha256)
+
+
+@dataclass(frozen=True, slots=True)
+class ShardReceipt:
+    """What a shard's chain of Dask tasks returns to Prefect: counts, never pixels."""
+
+    shard: Shard
+    predicted: int
+    abstained: int
+    rejected: int
+    quarantined: int
+    cells: int
+    labels: tuple[int, int, int, int]
+    reasons: tuple[tuple[str, int], ...]  # reason of a row without a prediction, and how often
+    seconds: float
+    timings: tuple[StageTiming, ...] = field(default=())
+    resumed: tuple[str, ...] = field(default=())  # stages whose stored part was used
+
+    @property
+    def rows(self) -> int:
+        """Rows written for this shard: must equal the shard's count."""
+        return self.predicted + self.abstained + self.rejected + self.quarantined
+
+
+@dataclass(frozen=True, slots=True)
+class Marker:
+    """`markers/<stage>/<shard>.json`: created once, names the winning attempt; with it the stage is committed."""
+
+    part: PartRef
+    receipt: ShardReceipt | None = None  # only of the last stage, `predictions`
+
+
+@dataclass(frozen=True, slots=True)
+class RunManifest:
+    """`manifest.json`, written last of all: what the run was, what became of every member, and digests of all parts."""
+
+    run_id: str
+    schema_version: int
+    fingerprint: str
+    source: Source
+    source_truncated: str | None
+    bundle: str
+    bundle_digest: str
+    device: str
+    shard_size: int
+    started_at: str  # ISO 8601, UTC
+    finished_at: str
+    startup_seconds: float  # before the first shard: planning, Prefect, Dask, models
+    processing_seconds: float
+    members: int
+    predicted: int
+    abstained: int
+    rejected: int
+    quarantined: int
+    missing: int
+    ignored: int
+    cells: int
+    labels: tuple[int, int, int, int]  # of predicted and abstained rows together, in the order of CLASSES
+    reasons: tuple[tuple[str, int], ...]
+    conflicts: int  # images found under more than one patient, see duplicates.parquet
+    timings: tuple[StageTiming, ...]  # summed over shards
+    slowest: tuple[tuple[str, float], ...]  # (shard, seconds)
+    parts: tuple[PartRef, ...]
+    tables: tuple[tuple[str, int, str], ...]  # (path below the run, bytes, sha256) of plan, slides, duplicates, missing
+    software: tuple[tuple[str, str], ...]
+
+    @property
+    def exit_code(self) -> int:
+        """What the command line returns for this run."""
+        if self.missing or self.source_truncated:
+            return 4
+        return 3 if self.quarantined else 0

@@ -1,0 +1,110 @@
+"""Arrow schemas of everything that a run publishes in Parquet. Units are in the column names; strings are plain."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pyarrow as pa
+
+SCHEMA_VERSION = 1
+
+PREDICTIONS = pa.schema(
+    [
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("image_key", pa.string(), nullable=False),
+        pa.field("source_uri", pa.string(), nullable=False),
+        pa.field("member_sha256", pa.string()),
+        pa.field("slide_id", pa.string()),
+        pa.field("patient_id", pa.string()),
+        pa.field("site", pa.string()),
+        pa.field("scanner", pa.string()),
+        pa.field("um_per_px", pa.float64()),
+        pa.field("status", pa.string(), nullable=False),
+        pa.field("reason", pa.string()),
+        pa.field("label", pa.string()),
+        pa.field("confidence", pa.float64()),
+        pa.field("prob_benign", pa.float64()),
+        pa.field("prob_early", pa.float64()),
+        pa.field("prob_pre", pa.float64()),
+        pa.field("prob_pro", pa.float64()),
+        pa.field("prediction_set", pa.list_(pa.string())),
+        pa.field("ood_score", pa.float64()),
+        pa.field("n_cells", pa.int32()),
+        pa.field("shard", pa.string(), nullable=False),
+        pa.field("zarr_index", pa.int32()),
+        pa.field("n_tiles", pa.int32(), nullable=False),
+        pa.field("width_px", pa.int32()),
+        pa.field("height_px", pa.int32()),
+        pa.field("focus", pa.float64()),
+        pa.field("exposure", pa.float64()),
+        pa.field("quality_flags", pa.list_(pa.string())),
+        pa.field("bundle_digest", pa.string(), nullable=False),
+    ]
+)
+"""One row for every member of the source."""
+
+CELLS = pa.schema(
+    [
+        pa.field("image_key", pa.string(), nullable=False),
+        pa.field("cell_id", pa.int32(), nullable=False),
+        pa.field("bbox_xmin_px", pa.float32(), nullable=False),
+        pa.field("bbox_ymin_px", pa.float32(), nullable=False),
+        pa.field("bbox_xmax_px", pa.float32(), nullable=False),
+        pa.field("bbox_ymax_px", pa.float32(), nullable=False),
+        pa.field("centroid_x_px", pa.float32(), nullable=False),
+        pa.field("centroid_y_px", pa.float32(), nullable=False),
+        pa.field("nucleus_area_px", pa.float32(), nullable=False),
+        pa.field("cell_area_px", pa.float32(), nullable=False),
+        pa.field("nc_ratio", pa.float32(), nullable=False),
+        pa.field("eccentricity", pa.float32(), nullable=False),
+        pa.field("touches_border", pa.bool_(), nullable=False),
+        pa.field("attention", pa.float32(), nullable=False),
+        pa.field("zarr_index", pa.int32(), nullable=False),
+    ]
+)
+"""One row per cell. Boxes and centroids are in source pixels, areas in pixels of the mask."""
+
+SLIDES = pa.schema(
+    [
+        pa.field("rank", pa.int32(), nullable=False),
+        pa.field("slide_id", pa.string(), nullable=False),
+        pa.field("grouping", pa.string(), nullable=False),
+        pa.field("patient_id", pa.string()),
+        pa.field("site", pa.string()),
+        pa.field("urgency", pa.float64(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("malignant_score", pa.float64()),
+        pa.field("prob_benign", pa.float64()),
+        pa.field("prob_early", pa.float64()),
+        pa.field("prob_pre", pa.float64()),
+        pa.field("prob_pro", pa.float64()),
+        pa.field("n_images", pa.int32(), nullable=False),
+        pa.field("n_predicted", pa.int32(), nullable=False),
+        pa.field("n_abstained", pa.int32(), nullable=False),
+        pa.field("n_rejected", pa.int32(), nullable=False),
+        pa.field("n_quarantined", pa.int32(), nullable=False),
+        pa.field("n_malignant", pa.int32(), nullable=False),
+        pa.field("n_cells", pa.int64(), nullable=False),
+        pa.field("top_image_key", pa.string()),
+        pa.field("top_confidence", pa.float64()),
+    ]
+)
+"""One row per slide, most urgent first. `grouping` says where the slide id came from: `manifest` or `folder`."""
+
+DUPLICATES = pa.schema(
+    [
+        pa.field("member_sha256", pa.string(), nullable=False),
+        pa.field("image_key", pa.string(), nullable=False),
+        pa.field("patient_id", pa.string()),
+        pa.field("shard", pa.string(), nullable=False),
+    ]
+)
+"""Identical images that belong to more than one patient: a mix-up to clear before anything is acted upon."""
+
+
+def predictions_schema(meta_columns: Sequence[str] = ()) -> pa.Schema:
+    """Schema of `predictions/`, with the manifest columns that the configuration lists as `meta_<name>` strings."""
+    schema = PREDICTIONS
+    for name in meta_columns:
+        schema = schema.append(pa.field(f"meta_{name}", pa.string()))
+    return schema

@@ -1,0 +1,603 @@
+"""What was handed over: recognise it, list its members as a stream, read one member.
+
+A source is a folder, a zip or tar archive (plain or compressed), or one image; on a local file system or under `s3://`.
+Archives are read in place, never unpacked; names inside them are data and never become file-system paths.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import re
+import stat
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import islice
+from pathlib import Path
+from typing import Any, BinaryIO, Protocol, cast
+from urllib.parse import unquote_to_bytes
+
+from leukoflow.errors import MemberError, SourceError, StorageError
+from leukoflow.records import Member, Shard, Source, SourceKind
+from leukoflow.tarlist import BLOCK, ByteStream, CompressedStream, PlainStream, TarWalk, is_header
+from leukoflow.ziplist import ZipWalk, find_directory, read_entry
+
+DEFAULT_MEMBER_BYTES = 512 << 20
+_COMPRESSIONS = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
+_IMAGES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
+_NESTED = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_LITTER = frozenset({"Thumbs.db", "ehthumbs.db", "desktop.ini", "Desktop.ini", ".DS_Store"})
+_COPY_BYTES = 1 << 20
+_SURROGATE = re.compile("[\udc80-\udcff]")
+_S3_BLOCK = 4 << 20
+_S3_PAGE = 1000
+
+
+# ---------------------------------------------------------------- recognising
+
+
+def identify(uri: str | Path) -> Source:
+    """Recognise a source by its content, not by its name.
+
+    Raises SourceError where it is absent, empty or of no known kind.
+    """
+    text = str(uri)
+    if text.startswith("s3://"):
+        return _identify_s3(text.rstrip("/") if text.count("/") > 3 else text)
+    path = os.path.abspath(text)
+    try:
+        status = os.stat(path)
+        if stat.S_ISDIR(status.st_mode):
+            return _identify_folder(path, _folder_digest(path))
+        if not stat.S_ISREG(status.st_mode):
+            raise SourceError(f"{path} is neither a folder nor a regular file")
+        with open(path, "rb") as file:
+            kind = _kind_of(file, status.st_size, path)
+    except FileNotFoundError:
+        raise SourceError(f"{path} does not exist: check the path of the source") from None
+    except PermissionError:
+        raise SourceError(f"{path} may not be read: give this user the right to read it") from None
+    return Source(path, kind, _file_identity(status), status.st_size)
+
+
+def _file_identity(status: os.stat_result) -> str:
+    return f"{status.st_size}-{status.st_mtime_ns}"
+
+
+def _kind_of(file: BinaryIO, size: int, name: str) -> SourceKind:
+    if size == 0:
+        raise SourceError(f"{name} is empty (0 bytes): hand it over again")
+    head = file.read(BLOCK)
+    if head.startswith((b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")):
+        return SourceKind.ZIP
+    compression = _compression(head)
+    if compression:
+        file.seek(0)
+        block = CompressedStream(file, compression).read(BLOCK)
+        if is_header(block) or block == bytes(BLOCK):
+            return SourceKind.COMPRESSED_TAR
+        raise SourceError(f"{name} is compressed ({compression}), but holds no tar archive: hand over a zip or tar")
+    if head.startswith(_IMAGES):
+        return SourceKind.IMAGE
+    if is_header(head) or head == bytes(BLOCK):
+        return SourceKind.TAR
+    if find_directory(file, size) is not None:
+        return SourceKind.ZIP  # with something in front, such as a self-extracting program
+    raise SourceError(f"{name} is neither a zip or tar archive nor a JPEG, PNG, TIFF or BMP image")
+
+
+def _compression(head: bytes) -> str | None:
+    return next((name for magic, name in _COMPRESSIONS.items() if head.startswith(magic)), None)
+
+
+def _folder_digest(path: str) -> Iterator[tuple[bytes, int, str]]:
+    for relative, status in _walk(path):
+        if isinstance(status, os.stat_result):
+            yield relative, status.st_size if stat.S_ISREG(status.st_mode) else 0, str(status.st_mtime_ns)
+
+
+def _identify_folder(uri: str, listing: Iterable[tuple[bytes, int, str]]) -> Source:
+    digest, total, count = hashlib.blake2b(digest_size=16), 0, 0
+    for name, size, version in listing:
+        digest.update(b"%d:%s %d %s\n" % (len(name), name, size, version.encode()))
+        total, count = total + size, count + 1
+    if not count:
+        raise SourceError(f"{uri} holds no files: nothing was handed over")
+    return Source(uri, SourceKind.DIRECTORY, digest.hexdigest(), total)
+
+
+def _walk(root: str) -> Iterator[tuple[bytes, os.stat_result | OSError]]:
+    """Everything below `root` but folders, in order of path; a folder that cannot be read comes with its error."""
+    base = os.fsencode(root)
+    pending: list[bytes] = [b""]
+    while pending:
+        relative = pending.pop()
+        path = os.path.join(base, relative) if relative else base
+        try:
+            status = os.lstat(path) if relative else os.stat(path)
+            if not stat.S_ISDIR(status.st_mode):
+                yield relative, status
+                continue
+            names = os.listdir(path)
+        except OSError as error:
+            yield relative, error
+            continue
+        names.sort(reverse=True)
+        pending.extend(os.path.join(relative, name) if relative else name for name in names)
+
+
+# ---------------------------------------------------------------- S3
+
+
+def _s3() -> Any:
+    """A file system made where it is used: never across a fork, never with cached listings."""
+    import s3fs  # deferred: a slow import that local sources do without
+
+    return s3fs.S3FileSystem(use_listings_cache=False)
+
+
+@contextmanager
+def _s3_errors(uri: str) -> Iterator[None]:
+    try:
+        yield
+    except FileNotFoundError:
+        raise
+    except PermissionError as error:
+        raise StorageError(f"{uri}: access denied ({error}); check the credentials of this worker") from error
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "aiohttp") and not isinstance(
+            error, OSError
+        ):
+            raise
+        raise StorageError(f"{uri}: the object store does not answer as it should ({error})") from error
+
+
+def _identify_s3(uri: str) -> Source:
+    filesystem = _s3()
+    try:
+        with _s3_errors(uri):
+            bucket, _, key = uri.removeprefix("s3://").partition("/")
+            info = filesystem.info(f"{bucket}/{key}") if key else {"type": "directory"}
+            if info["type"] != "directory":
+                size = int(info["size"])
+                with filesystem.open(f"{bucket}/{key}", "rb", block_size=_S3_BLOCK) as file:
+                    kind = _kind_of(file, size, uri)
+                return Source(uri, kind, _s3_identity(info), size)
+            return _identify_folder(uri, ((k.encode(), size, tag) for k, size, tag in _s3_listing(filesystem, uri)))
+    except FileNotFoundError:
+        raise SourceError(f"{uri} does not exist: check bucket, key and endpoint") from None
+    except StorageError as error:
+        raise SourceError(str(error)) from error
+
+
+def _s3_identity(info: dict[str, Any]) -> str:
+    return f"{info['size']}-{str(info.get('ETag', '')).strip(chr(34))}"
+
+
+def _s3_listing(filesystem: Any, uri: str) -> Iterator[tuple[str, int, str]]:
+    """(key below the prefix, size, ETag) page by page, in the store's order; the client's own listing keeps all."""
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    prefix = prefix + "/" if prefix else ""
+    token: dict[str, str] = {}
+    while True:
+        page = filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=_S3_PAGE, **token)
+        for item in page.get("Contents", ()):
+            yield item["Key"][len(prefix) :], int(item["Size"]), item["ETag"].strip('"')
+        if not page.get("IsTruncated"):
+            return
+        token = {"ContinuationToken": page["NextContinuationToken"]}
+
+
+def _s3_object(filesystem: Any, bucket: str, key: str, tag: str) -> bytes:
+    """A whole object, only if it still has this ETag; the client's own functions take no such condition."""
+    from fsspec.asyn import sync
+
+    async def fetch() -> bytes:
+        answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, IfMatch=f'"{tag}"')
+        async with answer["Body"] as body:
+            return cast(bytes, await body.read())
+
+    return cast(bytes, sync(filesystem.loop, fetch))
+
+
+# ---------------------------------------------------------------- opening
+
+
+@contextmanager
+def _open(source: Source) -> Iterator[BinaryIO]:
+    """The source's file, after making sure that it is still the one that was identified."""
+    if source.uri.startswith("s3://"):
+        filesystem = _s3()
+        try:
+            with _s3_errors(source.uri):
+                info = filesystem.info(source.uri)
+                identity = _s3_identity(info)
+                file = filesystem.open(source.uri, "rb", block_size=_S3_BLOCK, cache_type="readahead")
+        except FileNotFoundError:
+            raise SourceError(f"{source.uri} has gone since it was planned: put it back or start a new run") from None
+    else:
+        try:
+            file = open(source.uri, "rb")  # noqa: SIM115 - closed below
+        except OSError as error:
+            raise SourceError(f"{source.uri} cannot be read: {error.strerror}") from error
+        identity = _file_identity(os.fstat(file.fileno()))
+    with file:
+        if identity != source.identity:
+            raise SourceError(f"{source.uri} has changed since it was planned: start a new run for the new content")
+        yield cast(BinaryIO, file)
+
+
+def _stream(source: Source, file: BinaryIO) -> ByteStream:
+    if source.kind is SourceKind.TAR:
+        return PlainStream(file, source.size_bytes)
+    compression = _compression(file.read(8))
+    file.seek(0)
+    return CompressedStream(file, compression or "gz")
+
+
+# ---------------------------------------------------------------- listing
+
+
+class Listing:
+    """Members of a source in its own order, as a stream that can be walked once.
+
+    `ignored` (folders and litter of operating systems) and `truncated` (why the source is known to be incomplete, or
+    None) are complete once the iteration has ended. Of a compressed tar the members' `offset` is left at 0: it
+    depends on the shards (see `spool`).
+    """
+
+    def __init__(self, source: Source, member_bytes: int = DEFAULT_MEMBER_BYTES) -> None:
+        self._source = source
+        self._limit = member_bytes
+        self._keys = UniqueKeys()
+        self._ordinal = 0
+        self.ignored = 0
+        self.truncated: str | None = None
+
+    def __iter__(self) -> Iterator[Member]:
+        match self._source.kind:
+            case SourceKind.ZIP:
+                return self._zip()
+            case SourceKind.TAR | SourceKind.COMPRESSED_TAR:
+                return self._tar()
+            case SourceKind.DIRECTORY if self._source.uri.startswith("s3://"):
+                return self._prefix()
+            case SourceKind.DIRECTORY:
+                return self._folder()
+            case _:
+                return self._image()
+
+    def _member(
+        self, path: str, size: int, identity: str, *, locator: str = "", offset: int = 0, stored: int | None = None,
+        method: int = 0, refusal: str | None = None,
+    ) -> Member:  # fmt: skip
+        if refusal is None:
+            refusal = self._refusal(path, size)
+        member = Member(
+            self._ordinal, self._keys.add(path), locator, offset, size if stored is None else stored, size, method,
+            identity, refusal,
+        )  # fmt: skip
+        self._ordinal += 1
+        return member
+
+    def _refusal(self, path: str, size: int) -> str | None:
+        if size == 0:
+            return "empty: 0 bytes"
+        if size > self._limit:
+            return f"too large: {size:,} bytes, the limit is {self._limit:,}"
+        if path[-5:].lower().endswith(_NESTED):
+            return "archive within the source: unpack it and hand over its images"
+        return None
+
+    def _zip(self) -> Iterator[Member]:
+        with _open(self._source) as file:
+            walk = ZipWalk(file, self._source.size_bytes)
+            for entry in walk:
+                path = key_of(entry.name)
+                if entry.is_directory or is_litter(path):
+                    self.ignored += 1
+                    continue
+                identity = f"{entry.crc:08x}-{entry.size}-{entry.offset}"
+                yield self._member(
+                    path, entry.size, identity, offset=entry.offset, stored=entry.stored, method=entry.method,
+                    refusal=entry.refusal,
+                )  # fmt: skip
+            self.truncated = walk.truncated
+
+    def _tar(self) -> Iterator[Member]:
+        compressed = self._source.kind is SourceKind.COMPRESSED_TAR
+        with _open(self._source) as file:
+            stream = _stream(self._source, file)
+            walk = TarWalk(stream)
+            for entry in walk:
+                path = key_of(entry.name)
+                if entry.is_directory or is_litter(path):
+                    self.ignored += 1
+                    continue
+                refusal = entry.refusal
+                if compressed:  # every byte passes by anyway, so its checksum costs little and makes the identity
+                    crc, present = _checksum(stream, entry.size)
+                    identity = f"{crc:08x}-{entry.size}-{entry.offset}"
+                else:
+                    present = min(entry.size, max(0, self._source.size_bytes - entry.offset))
+                    identity = f"{entry.mtime}-{entry.size}-{entry.offset}-{self._source.identity}"
+                if present < entry.size:
+                    refusal = refusal or f"truncated: {present:,} of {entry.size:,} bytes"
+                member = self._member(
+                    path, entry.size, identity, offset=0 if compressed else entry.offset, refusal=refusal
+                )
+                yield member
+            self.truncated = walk.truncated
+
+    def _folder(self) -> Iterator[Member]:
+        for relative, status in _walk(self._source.uri):
+            path = key_of(relative)
+            if isinstance(status, OSError):
+                self.truncated = f"the folder {path or self._source.uri} cannot be read: {status.strerror}"
+                continue
+            if is_litter(path):
+                self.ignored += 1
+                continue
+            refusal = None
+            if stat.S_ISLNK(status.st_mode):
+                refusal = "symbolic link: links are not followed"
+            elif not stat.S_ISREG(status.st_mode):
+                refusal = "special file: not a regular file"
+            size = 0 if refusal else status.st_size
+            yield self._member(
+                path, size, f"{size}-{status.st_mtime_ns}", locator=locator_of(relative), refusal=refusal
+            )
+
+    def _prefix(self) -> Iterator[Member]:
+        with _s3_errors(self._source.uri):
+            for key, size, tag in _s3_listing(_s3(), self._source.uri):
+                if not key or key.endswith("/") or is_litter(key):
+                    self.ignored += 1
+                    continue
+                yield self._member(key, size, f"{size}-{tag}", locator=locator_of(key.encode()))
+
+    def _image(self) -> Iterator[Member]:
+        name = self._source.uri.rpartition("/")[2]
+        yield self._member(key_of(os.fsencode(name)), self._source.size_bytes, self._source.identity)
+
+
+def key_of(name: bytes) -> str:
+    """`image_key` of a name inside a source: UTF-8, with every byte that is none as `%XX`."""
+    try:
+        return name.decode()
+    except UnicodeDecodeError:
+        text = name.decode("utf-8", "surrogateescape")
+        return _SURROGATE.sub(lambda match: f"%{ord(match[0]) - 0xDC00:02X}", text)
+
+
+def locator_of(path: bytes) -> str:
+    """Reversible text for a path of any bytes; unlike a key it also escapes the percent sign."""
+    return key_of(path.replace(b"%", b"%25"))
+
+
+def is_litter(path: str) -> bool:
+    """Whether an operating system left this file behind: no image that anybody handed over."""
+    folder, _, name = path.rpartition("/")
+    return name in _LITTER or name.startswith("._") or "__MACOSX" in folder.split("/")
+
+
+class UniqueKeys:
+    """Gives a repeated name the smallest unused suffix `#2`, `#3` ... in order of appearance."""
+
+    def __init__(self) -> None:
+        self._used: set[str] = set()
+        self._last: dict[str, int] = {}
+
+    def add(self, name: str) -> str:
+        """The key for one more appearance of `name`."""
+        if name not in self._used:
+            self._used.add(name)
+            return name
+        number = self._last.get(name, 1) + 1
+        while (key := f"{name}#{number}") in self._used:
+            number += 1
+        self._last[name] = number
+        self._used.add(key)
+        return key
+
+
+def _checksum(stream: ByteStream, size: int) -> tuple[int, int]:
+    """CRC-32 of the next `size` bytes and how many there were."""
+    crc = present = 0
+    while present < size:
+        data = stream.read(min(_COPY_BYTES, size - present))
+        if not data:
+            break
+        crc, present = zlib.crc32(data, crc), present + len(data)
+    return crc, present
+
+
+# ---------------------------------------------------------------- reading
+
+
+class Reader(Protocol):
+    """Reads members of one source; keeps what is worth keeping open."""
+
+    def read(self, member: Member) -> bytes:
+        """All bytes of a member. Raises MemberError with a reason for people, StorageError where a retry may help."""
+
+
+@contextmanager
+def open_reader(
+    source: Source, spool_file: str | Path | None = None, member_bytes: int = DEFAULT_MEMBER_BYTES
+) -> Iterator[Reader]:
+    """A reader for the members of `source`; of a compressed tar those in `spool_file`, the shard's file from `spool`.
+
+    Raises SourceError where an archive has changed since it was identified.
+    """
+    if source.kind is SourceKind.COMPRESSED_TAR:
+        if spool_file is None:
+            raise ValueError("members of a compressed tar are read from their shard's spool file")
+        with open(spool_file, "rb") as file:
+            yield _ArchiveReader(source, file, member_bytes)
+    elif source.kind is not SourceKind.DIRECTORY:
+        with _open(source) as file:
+            yield _ArchiveReader(source, file, member_bytes)
+    elif source.uri.startswith("s3://"):
+        yield _PrefixReader(source, member_bytes)
+    else:
+        yield _FolderReader(source, member_bytes)
+
+
+def read_member(source: Source, member: Member, limit_bytes: int = DEFAULT_MEMBER_BYTES) -> bytes:
+    """Bytes of one member (not of a compressed tar); `open_reader` is faster for several."""
+    with open_reader(source, member_bytes=limit_bytes) as reader:
+        return reader.read(member)
+
+
+def _check(member: Member, limit: int) -> None:
+    if member.refusal:
+        raise MemberError(member.refusal)
+    if max(member.size_bytes, member.stored_bytes) > limit:
+        raise MemberError(f"too large: {max(member.size_bytes, member.stored_bytes):,} bytes, the limit is {limit:,}")
+
+
+class _ArchiveReader:
+    """Members of a zip, a tar, a spool file, or the one image."""
+
+    def __init__(self, source: Source, file: BinaryIO, limit: int) -> None:
+        self._source = source
+        self._file = file
+        self._limit = limit
+
+    def read(self, member: Member) -> bytes:
+        _check(member, self._limit)
+        with _s3_errors(self._source.uri):
+            if self._source.kind is SourceKind.ZIP:
+                return read_entry(
+                    self._file, member.offset, member.method, member.stored_bytes, member.size_bytes, _crc_of(member)
+                )
+            self._file.seek(member.offset)
+            data = self._file.read(member.size_bytes)
+        if len(data) < member.size_bytes:
+            raise MemberError(f"truncated: {len(data):,} of {member.size_bytes:,} bytes")
+        if self._source.kind is SourceKind.COMPRESSED_TAR and zlib.crc32(data) != _crc_of(member):
+            raise StorageError("a spool file is damaged: its checksum does not match; it will be spooled again")
+        return data
+
+
+def _crc_of(member: Member) -> int:
+    return int(member.identity[:8], 16)
+
+
+class _FolderReader:
+    """Files below a local folder; no link is followed, whatever the folder has become since it was planned."""
+
+    def __init__(self, source: Source, limit: int) -> None:
+        self._root = os.fsencode(source.uri)
+        self._limit = limit
+
+    def read(self, member: Member) -> bytes:
+        _check(member, self._limit)
+        path = os.path.join(self._root, unquote_to_bytes(member.locator))
+        try:
+            descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            raise MemberError(_failure(error)) from error
+        with open(descriptor, "rb") as file:
+            status = os.fstat(descriptor)
+            if not stat.S_ISREG(status.st_mode) or f"{status.st_size}-{status.st_mtime_ns}" != member.identity:
+                raise MemberError("changed since it was planned: start a new run for the new content")
+            try:
+                data = file.read(member.size_bytes + 1)
+            except OSError as error:
+                raise MemberError(_failure(error)) from error
+        if len(data) != member.size_bytes:
+            raise MemberError(f"truncated: {len(data):,} of {member.size_bytes:,} bytes")
+        return data
+
+
+def _failure(error: OSError) -> str:
+    if error.errno == errno.ENOENT:
+        return "gone: it was deleted since it was planned"
+    if error.errno == errno.ELOOP:
+        return "symbolic link: links are not followed"
+    if error.errno == errno.EACCES:
+        return "no permission to read it"
+    return f"cannot be read: {error.strerror}"
+
+
+class _PrefixReader:
+    """Objects below an S3 prefix, one request each, only if they are still the planned ones."""
+
+    def __init__(self, source: Source, limit: int) -> None:
+        self._bucket, _, prefix = source.uri.removeprefix("s3://").partition("/")
+        self._prefix = prefix + "/" if prefix else ""
+        self._limit = limit
+        self._filesystem = _s3()
+
+    def read(self, member: Member) -> bytes:
+        _check(member, self._limit)
+        key = self._prefix + unquote_to_bytes(member.locator).decode()
+        tag = member.identity.partition("-")[2]
+        try:
+            with _s3_errors(f"s3://{self._bucket}/{key}"):
+                data = _s3_object(self._filesystem, self._bucket, key, tag)
+        except FileNotFoundError as error:
+            raise MemberError("gone: it was deleted since it was planned") from error
+        except StorageError as error:
+            if "PreconditionFailed" in str(error) or "pre-conditions" in str(error):
+                raise MemberError("changed since it was planned: start a new run for the new content") from error
+            raise
+        if len(data) != member.size_bytes:
+            raise MemberError(f"truncated: {len(data):,} of {member.size_bytes:,} bytes")
+        return data
+
+
+# ---------------------------------------------------------------- spooling compressed tars
+
+
+def spool(
+    source: Source, shards: Iterable[tuple[Shard, Sequence[Member]]], write: Callable[[Shard], BinaryIO]
+) -> Iterator[Shard]:
+    """Unpack the wanted shards of a compressed tar in one linear pass; yields each when its file is closed.
+
+    `shards` come in ascending order with all their members; the bytes of each member that has no refusal are written
+    one after the other to `write(shard)`, so that a member starts at its `offset`. The pass goes on only when the
+    consumer asks for the next shard: how far it runs ahead, and so the scratch needed, is the consumer's choice.
+    Raises SourceError where the archive no longer matches the plan.
+    """
+    with _open(source) as file:
+        stream = _stream(source, file)
+        entries = _plan_order(TarWalk(stream))
+        position = 0
+        for shard, members in shards:
+            with write(shard) as sink:
+                for member in members:
+                    name = next(islice(entries, member.ordinal - position, None), None)
+                    position = member.ordinal + 1
+                    if name is None or not member.image_key.startswith(key_of(name)):  # a repeated one has a suffix
+                        raise _altered(source, member)
+                    if member.refusal is None and _copy(stream, sink, member.size_bytes) != _crc_of(member):
+                        raise _altered(source, member)
+            yield shard
+
+
+def _altered(source: Source, member: Member) -> SourceError:
+    return SourceError(f"{source.uri} does not match its plan at {member.image_key}: start a new run for it")
+
+
+def _plan_order(walk: TarWalk) -> Iterator[bytes]:
+    """Names of the entries that are members of the plan: neither folders nor litter."""
+    for entry in walk:
+        if not entry.is_directory and not is_litter(key_of(entry.name)):
+            yield entry.name
+
+
+def _copy(stream: ByteStream, sink: BinaryIO, size: int) -> int:
+    """Copy `size` bytes and return their CRC-32."""
+    crc = 0
+    while size > 0:
+        data = stream.read(min(_COPY_BYTES, size))
+        if not data:
+            return -1
+        sink.write(data)
+        crc, size = zlib.crc32(data, crc), size - len(data)
+    return crc

@@ -1,0 +1,1 @@
+"""Torch modules, and what is needed to save and load them."""

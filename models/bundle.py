@@ -1,0 +1,398 @@
+"""The bundle: one directory with `bundle.json` and `*.safetensors` that fixes everything a prediction depends on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import Field, ValidationError
+from safetensors.numpy import load_file as load_arrays
+from safetensors.numpy import save_file as save_arrays
+from safetensors.torch import load_file as load_tensors
+from safetensors.torch import save_file as save_tensors
+from torch import nn
+
+from leukoflow.errors import BundleError
+from leukoflow.method import ClassifySettings, FeatureSettings, MethodSettings, SegmentSettings, SelectSettings, Settings
+from leukoflow.records import CLASSES
+from models.attention_classifier import AttentionClassifier, ClassifierSpec
+from models.attention_unet import AttentionUNet, UNetSpec
+from models.hybrid_cn_nas import BackboneSpec, HybridCNNas, build_backbone
+
+SCHEMA_VERSION = 1
+EMBEDDED = Path(__file__).parent / "default"
+Component = Literal["segmenter", "features", "classifier"]
+PresetName = Literal["pocket", "full"]
+M = TypeVar("M", bound=nn.Module)
+
+
+class Calibration(Settings):
+    """What was fitted on calibration clusters, which no network was trained on."""
+
+    temperature: float = Field(1.0, gt=0)
+    alpha: float = 0.05  # wanted miss rate of the prediction sets, per class
+    conformal: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)  # class c is in the set if 1 - p[c] <= conformal[c]
+    min_cells: int = 1
+    min_confidence: float = 0.0
+    max_ood: float = float("inf")
+
+
+class Training(Settings):
+    """Where the weights come from."""
+
+    data_digest: str = "none"
+    seed: int = 0
+    held_out_fold: int | None = None
+    held_out_clusters: tuple[str, ...] = ()
+    calibration_clusters: tuple[str, ...] = ()
+    training_clusters: tuple[str, ...] = ()
+    command: str = ""
+    minutes: dict[str, float] = Field(default_factory=dict)  # wall clock of each phase
+
+
+class Preset(Settings):
+    """Architecture and settings before training."""
+
+    method: MethodSettings
+    unet: UNetSpec
+    backbones: tuple[BackboneSpec, ...]
+    classifier_width: int = 96
+    classifier_layers: int = 1
+
+
+class BundleSpec(Settings):
+    """Content of `bundle.json`. `files` names every weight file with its SHA-256."""
+
+    schema_version: int = SCHEMA_VERSION
+    name: str
+    preset: str
+    classes: tuple[str, ...] = CLASSES
+    method: MethodSettings
+    unet: UNetSpec | None
+    backbones: tuple[BackboneSpec, ...]
+    classifier: ClassifierSpec
+    selected: tuple[int, ...]  # columns of the hybrid vector, in the order of their choice
+    calibration: Calibration = Calibration()
+    training: Training = Training()
+    metrics: dict[str, Any] = Field(default_factory=dict)
+    files: dict[str, str] = Field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Statistics:
+    """Arrays fitted on training data. D = hybrid columns, K = selected ones, Q = principal directions.
+
+    The out-of-distribution score lives in the space of [field, mean of cells], both z-scored and selected (2 K).
+    """
+
+    field_mean: NDArray[np.float32]  # [D]
+    field_std: NDArray[np.float32]  # [D]
+    cell_mean: NDArray[np.float32]  # [D]
+    cell_std: NDArray[np.float32]  # [D]
+    ood_mean: NDArray[np.float32]  # [2 K]
+    ood_directions: NDArray[np.float32]  # [2 K, Q]
+    ood_scale: NDArray[np.float32]  # [Q + 1]: deviation along each direction, and of what is left over
+
+    def arrays(self) -> dict[str, NDArray[np.float32]]:
+        """Name to array, as stored."""
+        return {name: np.ascontiguousarray(getattr(self, name), np.float32) for name in self.__slots__}
+
+
+def preset(name: PresetName | str) -> Preset:
+    """The two presets: `pocket` for a laptop's processor, `full` for a GPU with pretrained weights."""
+    if name == "pocket":
+        return Preset(
+            method=MethodSettings(),
+            unet=UNetSpec(),
+            backbones=(
+                BackboneSpec(
+                    name="convnext",
+                    architecture="convnext_atto",
+                    kwargs={"ls_init_value": 0.1},  # 1e-6 is for long schedules
+                    num_features=320,
+                ),
+                BackboneSpec(
+                    name="nasnet",
+                    architecture="nasnetalarge",
+                    kwargs={"num_features": 384, "channel_multiplier": 2, "stem_size": 32},
+                    num_features=384,
+                ),
+            ),
+        )
+    if name == "full":
+        imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
+        return Preset(
+            method=MethodSettings(
+                features=FeatureSettings(field_input_px=331, cell_px=128),
+                select=SelectSettings(k=2000),
+            ),
+            unet=UNetSpec(widths=(32, 64, 128, 256)),
+            backbones=(
+                BackboneSpec(
+                    name="convnext",
+                    architecture="convnext_base",
+                    num_features=1024,
+                    hub="convnext_base.fb_in22k_ft_in1k",
+                    **imagenet,
+                ),
+                BackboneSpec(
+                    name="nasnet",
+                    architecture="nasnetalarge",
+                    num_features=4032,
+                    hub="nasnetalarge.tf_in1k",
+                    mean=(0.5, 0.5, 0.5),
+                    std=(0.5, 0.5, 0.5),
+                ),
+            ),
+            classifier_width=256,
+            classifier_layers=2,
+        )
+    raise BundleError(f"no preset named {name!r}; there are: pocket, full")
+
+
+def enabled_backbones(backbones: tuple[BackboneSpec, ...], settings: FeatureSettings) -> tuple[BackboneSpec, ...]:
+    """The backbones that the ablation switches leave on."""
+    return tuple(spec for spec in backbones if getattr(settings, spec.name))
+
+
+def _sha256(path: Path) -> str:
+    """Hex SHA-256 of a file."""
+    with path.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _digest(value: object) -> str:
+    """Hex SHA-256 of the canonical JSON of a value."""
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A bundle on disk whose files have been checked against the digests in `bundle.json`."""
+
+    path: Path
+    spec: BundleSpec
+    statistics: Statistics
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 over `bundle.json` and all weights. Metrics are left out: measuring a bundle does not change it."""
+        return _digest(self.spec.model_dump(mode="json", exclude={"metrics"}))
+
+    def component_digest(self, component: Component) -> str:
+        """Digest of what one stage depends on; a new classifier leaves segmenter and features unchanged."""
+        spec = self.spec
+        dump = spec.model_dump(mode="json")
+        method, files = dump["method"], spec.files
+        if component == "segmenter":
+            names = ["segmenter.safetensors"]
+            value = [dump["unet"], method["quality"], method["normalize"], method["segment"]]
+        elif component == "features":
+            names = [f"{b.name}.safetensors" for b in spec.backbones]
+            value = [dump["backbones"], method["features"]]
+        else:
+            names = ["classifier.safetensors", "statistics.safetensors"]
+            keys = ("classes", "classifier", "selected", "calibration")
+            value = [method["select"], method["classify"], *(dump[key] for key in keys)]
+        return _digest([component, value, {name: files.get(name) for name in names}])
+
+    def segmenter(self, device: str | torch.device = "cpu") -> AttentionUNet | None:
+        """U-Net in evaluation mode, or None for a bundle trained without one."""
+        if self.spec.unet is None:
+            return None
+        model = AttentionUNet(self.spec.unet)
+        return self._ready(model, "segmenter", device)
+
+    def hybrid(self, device: str | torch.device = "cpu") -> HybridCNNas:
+        """Both backbones in evaluation mode."""
+        nets = [self._filled(build_backbone(spec), spec.name) for spec in self.spec.backbones]
+        return _evaluation(HybridCNNas(self.spec.backbones, nets), device)
+
+    def classifier(self, device: str | torch.device = "cpu") -> AttentionClassifier:
+        """Classifier in evaluation mode."""
+        return self._ready(AttentionClassifier(self.spec.classifier), "classifier", device)
+
+    def _filled(self, model: M, name: str) -> M:
+        state = {k: v.float() if v.is_floating_point() else v for k, v in load_tensors(self._file(name)).items()}
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            raise BundleError(f"{self._file(name)} does not fit its architecture in bundle.json: {error}") from error
+        return model
+
+    def _ready(self, model: M, name: str, device: str | torch.device) -> M:
+        return _evaluation(self._filled(model, name), device)
+
+    def _file(self, name: str) -> Path:
+        return self.path / f"{name}.safetensors"
+
+
+def _evaluation(model: M, device: str | torch.device) -> M:
+    """Evaluation mode, frozen, on the device; four-dimensional weights in the layout that CPUs and tensor cores like."""
+    model.eval().requires_grad_(False)
+    return model.to(device=device, memory_format=torch.channels_last)
+
+
+def load_bundle(name_or_dir: str | Path) -> Bundle:
+    """Opens a bundle by the name of an embedded one (`pocket`) or by its directory, and checks every file.
+
+    Raises BundleError when it is absent, incomplete, altered, or of another schema version.
+    """
+    path = Path(name_or_dir)
+    if not (path / "bundle.json").is_file() and path.name == str(name_or_dir):
+        path = EMBEDDED / path.name
+    document = path / "bundle.json"
+    if not document.is_file():
+        known = sorted(p.parent.name for p in EMBEDDED.glob("*/bundle.json"))
+        raise BundleError(
+            f"no bundle {str(name_or_dir)!r}: neither a directory with a bundle.json nor one of the embedded ones {known}"
+        )
+    try:
+        raw = json.loads(document.read_text("utf-8"))
+    except (ValueError, OSError) as error:
+        raise BundleError(f"{document} cannot be read: {error}") from error
+    version = raw.get("schema_version") if isinstance(raw, dict) else None
+    if version != SCHEMA_VERSION:
+        raise BundleError(
+            f"{document} has schema version {version!r}, this leukoflow reads {SCHEMA_VERSION}: "
+            "train the bundle again, or use the leukoflow that wrote it"
+        )
+    try:
+        spec = BundleSpec.model_validate(raw)
+    except ValidationError as error:
+        raise BundleError(f"{document} is not a valid bundle: {error}") from error
+    _check_files(path, spec)
+    arrays = load_arrays(path / "statistics.safetensors")
+    try:
+        statistics = Statistics(**{name: arrays[name] for name in Statistics.__slots__})
+    except KeyError as error:
+        raise BundleError(f"{path / 'statistics.safetensors'} lacks {error}; train the bundle again") from error
+    return Bundle(path, spec, statistics)
+
+
+def _check_files(path: Path, spec: BundleSpec) -> None:
+    """Every weight file is there and unaltered, and every one that the spec needs is named."""
+    needed = {"classifier.safetensors", "statistics.safetensors", *(f"{b.name}.safetensors" for b in spec.backbones)}
+    if spec.unet is not None:
+        needed.add("segmenter.safetensors")
+    if needed - set(spec.files):
+        raise BundleError(f"{path / 'bundle.json'} names no digest for {sorted(needed - set(spec.files))}")
+    for name, digest in sorted(spec.files.items()):
+        file = path / name
+        if Path(name).name != name or not file.is_file():
+            raise BundleError(f"bundle {path} is incomplete: {name} is missing; copy the whole directory again")
+        if _sha256(file) != digest:
+            raise BundleError(f"bundle {path} was altered: {name} does not have the digest that bundle.json records")
+
+
+def save_bundle(
+    path: Path,
+    spec: BundleSpec,
+    modules: Mapping[str, nn.Module],
+    statistics: Statistics,
+) -> Bundle:
+    """Writes weights (half precision where they are large), statistics and, last, `bundle.json`; returns it loaded.
+
+    `modules` maps `segmenter`, `classifier` and each backbone's name to its module.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    files: dict[str, str] = {}
+    for name, module in modules.items():
+        file = path / f"{name}.safetensors"
+        half = name != "classifier"
+        state = {k: _stored(v, half) for k, v in module.state_dict().items()}
+        save_tensors(state, file)
+        files[file.name] = _sha256(file)
+    file = path / "statistics.safetensors"
+    save_arrays(statistics.arrays(), file)
+    files[file.name] = _sha256(file)
+    write_spec(path, spec.model_copy(update={"files": files}))
+    return load_bundle(path)
+
+
+def write_spec(path: Path, spec: BundleSpec) -> None:
+    """Writes `bundle.json` atomically, so that it never names files that are not there."""
+    temporary = path / "bundle.json.part"
+    temporary.write_text(spec.model_dump_json(indent=1) + "\n", "utf-8")
+    os.replace(temporary, path / "bundle.json")
+
+
+def _stored(value: torch.Tensor, half: bool) -> torch.Tensor:
+    """Contiguous CPU tensor; half precision unless it is small (normalisation statistics keep their range)."""
+    value = value.detach().cpu().contiguous()
+    return value.half() if half and value.is_floating_point() and value.dim() > 1 else value
+
+
+def random_bundle(path: Path, seed: int = 0, preset_name: PresetName = "pocket", *, tiny: bool = False) -> Bundle:
+    """A structurally complete bundle with random weights: for tests and timing, useless for diagnosis."""
+    chosen = _tiny() if tiny else preset(preset_name)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        hybrid = HybridCNNas(chosen.backbones)
+        rng = np.random.default_rng(seed)
+        total = hybrid.num_features
+        k = min(chosen.method.select.k, total)
+        classifier = AttentionClassifier(
+            ClassifierSpec(inputs=k, width=chosen.classifier_width, layers=chosen.classifier_layers)
+        )
+        modules: dict[str, nn.Module] = {"segmenter": AttentionUNet(chosen.unet), "classifier": classifier}
+        modules |= dict(hybrid.backbones.items())
+    q = min(8, 2 * k)
+    statistics = Statistics(
+        field_mean=np.zeros(total, np.float32),
+        field_std=np.ones(total, np.float32),
+        cell_mean=np.zeros(total, np.float32),
+        cell_std=np.ones(total, np.float32),
+        ood_mean=np.zeros(2 * k, np.float32),
+        ood_directions=np.linalg.qr(rng.normal(size=(2 * k, q)))[0].astype(np.float32),
+        ood_scale=np.ones(q + 1, np.float32),
+    )
+    spec = BundleSpec(
+        name=f"random-{'tiny' if tiny else preset_name}-{seed}",
+        preset=preset_name,
+        method=chosen.method,
+        unet=chosen.unet,
+        backbones=chosen.backbones,
+        classifier=classifier.spec,
+        selected=tuple(int(i) for i in rng.permutation(total)[:k]),
+        calibration=Calibration(max_ood=1e9),
+        training=Training(seed=seed, command="random weights"),
+    )
+    return save_bundle(path, spec, modules, statistics)
+
+
+def _tiny() -> Preset:
+    """Very small networks of the same families."""
+    return Preset(
+        method=MethodSettings(
+            segment=SegmentSettings(),
+            features=FeatureSettings(cell_px=32, field_input_px=64, field_batch=4, cell_batch=16),
+            select=SelectSettings(k=16),
+            classify=ClassifySettings(max_cells=16),
+        ),
+        unet=UNetSpec(widths=(4, 8)),
+        backbones=(
+            BackboneSpec(
+                name="convnext",
+                architecture="convnext_atto",
+                kwargs={"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
+                num_features=16,
+            ),
+            BackboneSpec(
+                name="nasnet",
+                architecture="nasnetalarge",
+                kwargs={"num_features": 96, "channel_multiplier": 2, "stem_size": 8},
+                num_features=96,
+            ),
+        ),
+        classifier_width=16,
+    )

@@ -1,0 +1,114 @@
+"""Hybrid features: pooled penultimate activations of a ConvNeXt (Liu et al. 2022) and a NASNet-A (Zoph et al. 2018).
+
+Both networks come from timm. The same module sees crops of single cells and whole fields; its output is the
+concatenation of the enabled backbones' pooled features, in the order of the specs.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal
+
+import timm
+import torch
+from pydantic import Field
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from leukoflow.errors import BundleError, ConfigError
+from leukoflow.method import Settings
+
+
+class BackboneSpec(Settings):
+    """One backbone: timm's name and arguments, and how its input is z-scored (RGB in 0..1)."""
+
+    name: Literal["convnext", "nasnet"]
+    architecture: str
+    kwargs: dict[str, int | float | str | tuple[int, ...]] = Field(default_factory=dict)
+    num_features: int
+    layer: str = "global average pool of the last feature map"
+    mean: tuple[float, float, float] = (0.73, 0.76, 0.85)
+    std: tuple[float, float, float] = (0.24, 0.24, 0.14)
+    hub: str | None = None  # timm's name of pretrained weights, where there are any
+
+
+def build_backbone(spec: BackboneSpec, weights: str | Path | None = None) -> nn.Module:
+    """timm network without a classifier head: [N, 3, h, w] -> [N, num_features].
+
+    `weights` is None (random), "hub" (timm downloads and caches), a *.safetensors file, or a directory holding
+    `<name>.safetensors` or timm's `model.safetensors`. Raises BundleError when they are absent or of another shape.
+    """
+    if weights == "hub":
+        if spec.hub is None:
+            raise BundleError(f"backbone {spec.name} ({spec.architecture}) has no weights on timm's hub; give a path")
+        try:
+            return timm.create_model(spec.hub, pretrained=True, num_classes=0, **spec.kwargs)
+        except Exception as error:
+            raise BundleError(
+                f"weights of {spec.hub} could not be had from timm's hub ({error}); download them elsewhere and pass "
+                "the file or its directory instead"
+            ) from error
+    model = timm.create_model(spec.architecture, pretrained=False, num_classes=0, **spec.kwargs)
+    found = int(model.num_features)
+    if found != spec.num_features:
+        raise ConfigError(f"backbone {spec.name}: {spec.architecture} gives {found} features, not {spec.num_features}")
+    if weights is not None:
+        _load_weights(model, spec, Path(weights))
+    return model
+
+
+def _load_weights(model: nn.Module, spec: BackboneSpec, path: Path) -> None:
+    """Loads a safetensors file (a published checkpoint's classifier head is dropped)."""
+    if path.is_dir():
+        candidates = [path / f"{spec.name}.safetensors", path / spec.architecture / "model.safetensors"]
+        candidates.append(path / "model.safetensors")
+        file = next((p for p in candidates if p.is_file()), None)
+        if file is None:
+            raise BundleError(f"no weights of {spec.name} in {path}: expected one of {[p.name for p in candidates]}")
+    else:
+        file = path
+    if not file.is_file():
+        raise BundleError(f"weights of backbone {spec.name}: no file {file}")
+    state = {key: value.float() for key, value in load_file(file).items()}
+    wanted = model.state_dict()
+    missing = sorted(k for k in wanted if k not in state and not k.endswith("num_batches_tracked"))
+    shapes = sorted(k for k in wanted if k in state and state[k].shape != wanted[k].shape)
+    if missing or shapes:
+        raise BundleError(
+            f"{file} does not fit backbone {spec.name} ({spec.architecture}): {len(missing)} weights absent, "
+            f"{len(shapes)} of another shape, for example {(missing + shapes)[0]}"
+        )
+    model.load_state_dict({k: v for k, v in state.items() if k in wanted}, strict=False)
+
+
+class HybridCNNas(nn.Module):
+    """Concatenated pooled features of the backbones. Input float32 [N, 3, h, w], RGB in 0..1; output [N, D]."""
+
+    def __init__(self, specs: tuple[BackboneSpec, ...], backbones: list[nn.Module] | None = None) -> None:
+        super().__init__()
+        if not specs:
+            raise ConfigError("no backbone is enabled: switch on features.convnext or features.nasnet")
+        self.specs = specs
+        built = backbones if backbones is not None else [build_backbone(spec) for spec in specs]
+        self.backbones = nn.ModuleDict({spec.name: net for spec, net in zip(specs, built, strict=True)})
+        for spec in specs:
+            self.register_buffer(f"{spec.name}_mean", torch.tensor(spec.mean).view(1, 3, 1, 1), persistent=False)
+            self.register_buffer(f"{spec.name}_std", torch.tensor(spec.std).view(1, 3, 1, 1), persistent=False)
+
+    @property
+    def num_features(self) -> int:
+        """D, the sum over backbones."""
+        return sum(spec.num_features for spec in self.specs)
+
+    @property
+    def columns(self) -> tuple[tuple[str, str, int], ...]:
+        """(backbone, layer, dimension) of each block of columns, in order."""
+        return tuple((spec.name, spec.layer, spec.num_features) for spec in self.specs)
+
+    def forward(self, rgb: Tensor) -> Tensor:
+        """Features float32 [N, D]."""
+        parts = []
+        for spec in self.specs:
+            mean, std = getattr(self, f"{spec.name}_mean"), getattr(self, f"{spec.name}_std")
+            parts.append(self.backbones[spec.name]((rgb - mean) / std).float())
+        return torch.cat(parts, 1)

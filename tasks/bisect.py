@@ -1,0 +1,65 @@
+"""Which members kill their worker. The search runs in processes of its own, so that blame never falls on a neighbour.
+
+Dask marks every task that was assigned to a dead worker as suspicious, and the operating system kills for memory whom
+it likes. Here each suspect set is processed alone in a child that does nothing else; a set is guilty if its child died.
+"""
+
+from __future__ import annotations
+
+import pickle
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from tasks.shard import ShardJob, members_of, probe
+
+DIED = "its processing kills the worker process"
+
+
+def find_culprits(job: ShardJob) -> tuple[tuple[int, str], ...]:
+    """(ordinal, reason) of each member whose processing alone ends the process; runs on a worker, writes nothing."""
+    known = {ordinal for ordinal, _ in job.culprits}
+    suspects = [m.ordinal for m in members_of(job) if m.refusal is None and m.ordinal not in known]
+    found: list[tuple[int, str]] = []
+    search(suspects, lambda ordinals: _kills(job, ordinals), found)
+    return tuple(found)
+
+
+def search(suspects: Sequence[int], kills: Callable[[Sequence[int]], str | None], found: list[tuple[int, str]]) -> None:
+    """Halves a guilty set until single members remain; appends (ordinal, reason). Innocent sets cost one look each."""
+    reason = kills(suspects) if suspects else None
+    if reason is None:
+        return
+    if len(suspects) == 1:
+        found.append((suspects[0], reason))
+        return
+    middle = len(suspects) // 2
+    search(suspects[:middle], kills, found)
+    search(suspects[middle:], kills, found)
+
+
+def _kills(job: ShardJob, ordinals: Sequence[int]) -> str | None:
+    """Why the child that processed these members died, or None when it lived."""
+    alone = replace(job, only=tuple(ordinals))
+    limit = job.limits.stage_seconds * 3
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "tasks.bisect"],
+            input=pickle.dumps(alone),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            timeout=limit,
+            check=False,
+        )
+    except subprocess.TimeoutExpired:
+        return f"{DIED}: longer than {limit:.0f} s"
+    if done.returncode < 0:
+        return f"{DIED}: signal {-done.returncode}"
+    if done.returncode == 75:
+        return f"{DIED}: a stage ran longer than {job.limits.stage_seconds:.0f} s"
+    return None if done.returncode == 0 else f"{DIED}: exit code {done.returncode}"
+
+
+if __name__ == "__main__":
+    probe(pickle.loads(sys.stdin.buffer.read()))

@@ -1,0 +1,288 @@
+"""The disposable process in which untrusted bytes become pixels.
+
+Started by `tasks.ingest.Decoder` as `python -m tasks.decode_child`; it imports little, so that it can be replaced
+quickly. It reads one request at a time from standard input and answers on standard output before it reads the next;
+end of input ends it. A crash, a memory or a CPU limit ends it too, and is then blamed on the image in hand.
+
+Frames (little endian): first, once, the limits as LIMITS and the settings as JSON; the process answers READY. Then
+requests of REQUEST and the image's bytes, answered by ANSWER, a text of words for people, and pixels.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import os
+import resource
+import struct
+import sys
+import warnings
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from leukoflow.geometry import field_geometry
+from leukoflow.method import SegmentSettings
+
+SETUP = struct.Struct("<3QdQ")
+"""Limits (pixels, shortest side in pixels, memory in bytes, CPU seconds an image) and the length of the settings."""
+REQUEST = struct.Struct("<Qd")
+"""Length of the image's bytes, micrometres per pixel (not a number where unknown)."""
+ANSWER = struct.Struct("<B5L")
+"""Decoded (1) or refused (0), height and width of the pixels, width and height of the source, length of the text."""
+READY = b"leukoflow decoder\n"
+
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
+_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
+_OTHERS = (
+    (b"PK\x03\x04", "a zip archive"),
+    (b"\x1f\x8b", "a gzip archive"),
+    (b"7z\xbc\xaf", "a 7-Zip archive"),
+    (b"Rar!", "a RAR archive"),
+    (b"GIF8", "a GIF image"),
+    (b"%PDF", "a PDF document"),
+    (b"\0\0\0\x0cjP  ", "a JPEG 2000 image"),
+    (b"\xff\x4f\xff\x51", "a JPEG 2000 image"),
+    (b"\x7fELF", "a program"),
+    (b"MZ", "a program"),
+)
+_STRIP_PIXELS = 4_000_000
+_DRAFT_PIXELS = 16_000_000  # a larger JPEG is decoded at a fraction of its size where that is enough
+_ORIENTATION = 0x0112
+_TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """A decoded image at the model's scale, with the size it had (upright), and remarks."""
+
+    rgb: NDArray[np.uint8]
+    source_width: int
+    source_height: int
+    remarks: tuple[str, ...] = ()
+
+
+class RefusedError(Exception):
+    """Why an image is not decoded, in words for people."""
+
+
+def decode_image(
+    data: bytes, um_per_px: float | None, settings: SegmentSettings, max_pixels: int, min_side_px: int
+) -> Field:
+    """Decode JPEG, PNG, TIFF or BMP to uint8 RGB [height, width, 3] at the scale of `field_geometry`.
+
+    Size limits are checked from the header, before anything is decoded. 16-bit values are scaled by their full range;
+    grey becomes RGB; palettes, CMYK and transparency (over white) are resolved; EXIF rotation is applied, and the
+    source's width and height are those of the upright image. Of several pages the first is used. Resolution tags are
+    ignored: microscopes' software leaves screen resolutions there. Raises RefusedError.
+    """
+    _recognise(data)
+    try:
+        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            return _decode(image, um_per_px, settings, max_pixels, min_side_px)
+    except RefusedError:
+        raise
+    except MemoryError:
+        raise RefusedError("too large: decoding it needs more memory than the limit allows") from None
+    except UnidentifiedImageError:
+        raise RefusedError("damaged: the image's header cannot be read") from None
+    except Exception as error:  # whatever a decoder raises on hostile bytes is about the bytes
+        words = str(error) or type(error).__name__
+        if "truncated" in words or "end of file" in words.lower():
+            raise RefusedError(f"truncated: the image's data ends early ({len(data):,} bytes)") from None
+        raise RefusedError(f"damaged: {words[:200]}") from None
+
+
+def _recognise(data: bytes) -> None:
+    if not data:
+        raise RefusedError("empty: 0 bytes")
+    if data.startswith(_MAGIC):
+        return
+    for magic, name in _OTHERS:
+        if data.startswith(magic):
+            raise RefusedError(f"not an image that is read: {name}; JPEG, PNG, TIFF and BMP are")
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        raise RefusedError("not an image that is read: a WebP image; JPEG, PNG, TIFF and BMP are")
+    if not data.strip(b"\0"):
+        raise RefusedError(f"damaged: {len(data):,} bytes, all zero")
+    head = data[:1024]
+    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
+        raise RefusedError("not an image: text")
+    raise RefusedError("not an image: its first bytes are those of no JPEG, PNG, TIFF or BMP")
+
+
+def _decode(
+    image: Image.Image, um_per_px: float | None, settings: SegmentSettings, max_pixels: int, min_side_px: int
+) -> Field:
+    remarks = []
+    orientation = 1
+    if image.format != "TIFF":  # of a TIFF the decoder itself applies it
+        orientation = _orientation(image)
+    width, height = image.size
+    if width * height > max_pixels:
+        raise RefusedError(f"too large: {width:,} x {height:,} px, at most {max_pixels:,} pixels")
+    if min(width, height) < min_side_px:
+        raise RefusedError(f"too small: {width} x {height} px, at least {min_side_px}")
+    pages = getattr(image, "n_frames", 1)
+    if image.format == "TIFF" and pages > 1:
+        remarks.append(f"first of {pages} pages")
+    turned = orientation in _TURNED
+    upright = (height, width) if turned else (width, height)
+    target = field_geometry(*upright, um_per_px, settings)
+    if target.width * target.height > max_pixels:
+        raise RefusedError(
+            f"too large: {target.width:,} x {target.height:,} px at the model's scale; "
+            f"are {um_per_px:g} micrometres per pixel right?"
+        )
+    size = (target.height, target.width) if turned else (target.width, target.height)
+    if image.format == "JPEG" and width * height > _DRAFT_PIXELS:
+        image.draft(None, size)
+    pixels = _resize(_pixels(image), size)
+    return Field(_upright(_rgb(pixels), orientation), *upright, tuple(remarks))
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        value = image.getexif().get(_ORIENTATION, 1)
+    except Exception:  # damaged EXIF does not make the pixels worse
+        return 1
+    return value if isinstance(value, int) and 1 <= value <= 8 else 1
+
+
+def _pixels(image: Image.Image) -> NDArray[np.uint8]:
+    """All pixels as uint8 [h, w] or [h, w, 3], converted strip by strip so that no second whole copy is needed."""
+    image.load()
+    width, height = image.size
+    if width * height <= _STRIP_PIXELS:
+        return _converted(image)
+    rows = max(1, _STRIP_PIXELS // width)
+    out: NDArray[np.uint8] | None = None
+    for top in range(0, height, rows):
+        bottom = min(top + rows, height)
+        strip = image.crop((0, top, width, bottom))
+        strip.info = image.info  # transparency of a palette is kept there
+        part = _converted(strip)
+        if out is None:
+            out = np.empty((height, *part.shape[1:]), np.uint8)
+        out[top:bottom] = part
+    assert out is not None
+    return out
+
+
+def _converted(image: Image.Image) -> NDArray[np.uint8]:
+    mode = image.mode
+    if mode in ("L", "RGB"):
+        if "transparency" not in image.info:
+            return np.asarray(image)
+        image = image.convert("RGBA")
+    elif mode.startswith("I"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 0xFFFF:
+            raise RefusedError("pixels of 32 bits are not supported: save it with 8 or 16 bits")
+        return ((values.astype(np.uint32) + 128) // 257).astype(np.uint8)
+    elif mode == "F":
+        raise RefusedError("floating-point pixels are not supported: save it with 8 or 16 bits")
+    elif mode == "1":
+        return np.asarray(image.convert("L"))
+    elif mode in ("P", "PA", "LA", "La", "RGBa"):
+        image = image.convert("RGBA")
+    if image.mode == "RGBA":
+        white = Image.new("RGB", image.size, "white")
+        white.paste(image, mask=image.getchannel("A"))
+        return np.asarray(white)
+    return np.asarray(image.convert("RGB"))
+
+
+def _resize(pixels: NDArray[np.uint8], size: tuple[int, int]) -> NDArray[np.uint8]:
+    if (pixels.shape[1], pixels.shape[0]) == size:
+        return pixels
+    shrinking = size[0] < pixels.shape[1] or size[1] < pixels.shape[0]
+    resized = cv2.resize(pixels, size, interpolation=cv2.INTER_AREA if shrinking else cv2.INTER_LINEAR)
+    return np.asarray(resized, np.uint8)
+
+
+def _rgb(pixels: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    return np.repeat(pixels[:, :, None], 3, axis=2) if pixels.ndim == 2 else pixels
+
+
+def _upright(pixels: NDArray[np.uint8], orientation: int) -> NDArray[np.uint8]:
+    """Undo an EXIF orientation (Exif 2.32, tag 274)."""
+    if orientation in _TURNED:
+        pixels = pixels.transpose(1, 0, 2)
+    if orientation in (3, 4, 7, 8):
+        pixels = pixels[::-1]
+    if orientation in (2, 3, 6, 7):
+        pixels = pixels[:, ::-1]
+    return np.ascontiguousarray(pixels)
+
+
+# ---------------------------------------------------------------- the process
+
+
+def main() -> None:
+    """Serve requests until the input ends."""
+    source = os.fdopen(os.dup(0), "rb")
+    sink = os.fdopen(os.dup(1), "wb")
+    os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing that a library prints may mix with the answers
+    warnings.simplefilter("ignore")
+    Image.MAX_IMAGE_PIXELS = None  # our own limit is checked from the header
+    cv2.setNumThreads(1)
+    max_pixels, min_side, memory_bytes, cpu_seconds, length = SETUP.unpack(source.read(SETUP.size))
+    settings = SegmentSettings.model_validate_json(source.read(length))
+    _limit_memory(memory_bytes)
+    sink.write(READY)
+    sink.flush()
+    os.dup2(1, 2)  # from here on, complaints of image libraries are not ours
+    while len(header := source.read(REQUEST.size)) == REQUEST.size:
+        length, scale = REQUEST.unpack(header)
+        _allow_cpu(cpu_seconds)
+        try:
+            data = _exactly(source, length)
+            field = decode_image(data, None if math.isnan(scale) else scale, settings, max_pixels, min_side)
+        except RefusedError as refusal:
+            _answer(sink, None, str(refusal))
+        except MemoryError:
+            return  # too little for the bytes themselves: the rest of them is still in the pipe
+        else:
+            del data
+            _answer(sink, field, "\n".join(field.remarks))
+
+
+def _exactly(source: BinaryIO, length: int) -> bytes:
+    data = source.read(length)
+    if len(data) < length:
+        sys.exit(0)  # the parent has gone
+    return data
+
+
+def _answer(sink: BinaryIO, field: Field | None, text: str) -> None:
+    words = text.encode("utf-8", "replace")
+    if field is None:
+        sink.write(ANSWER.pack(0, 0, 0, 0, 0, len(words)) + words)
+    else:
+        height, width = field.rgb.shape[:2]
+        sink.write(ANSWER.pack(1, height, width, field.source_width, field.source_height, len(words)) + words)
+        sink.write(np.ascontiguousarray(field.rgb).reshape(-1).data)
+    sink.flush()
+
+
+def _limit_memory(more: int) -> None:
+    """Allow `more` bytes of address space above what the imported libraries have taken."""
+    with open("/proc/self/statm") as file:
+        taken = int(file.read().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (taken + more, resource.RLIM_INFINITY))
+
+
+def _allow_cpu(seconds: float) -> None:
+    """Let this process live for `seconds` more of CPU time; the kernel ends it when they are spent."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    until = math.ceil(usage.ru_utime + usage.ru_stime + seconds)
+    resource.setrlimit(resource.RLIMIT_CPU, (until, resource.RLIM_INFINITY))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,270 @@
+"""Preparation of a field: overlays out, stain and illumination brought to a reference, detail enhanced, z-score.
+
+Everything works on uint8 with OpenCV's 8-bit Lab (L in 0..255, a and b offset by 128). Reinhard's transfer is affine
+per channel, so on 8 bits it is three tables of 256 entries; a field crosses to Lab and back once, and an image of
+8,000 x 8,000 pixels never exists as floats.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
+
+import cv2
+import numpy as np
+from numpy.typing import NDArray
+
+from leukoflow.errors import LeukoflowError
+from leukoflow.method import NormalizeSettings
+
+FIELD_PX = 224
+"""Side of the training fields; lengths below are in their pixels."""
+
+OVERLAY_ZONE_PX = 34  # corner square that holds every burned-in scale bar of the training fields
+OVERLAY_REACH_PX = 112  # a longer bar is followed this far along the edge
+OVERLAY_MIN_GLYPH_PX = 6
+OVERLAY_MIN_COLUMNS = 5  # text and bars are wide; a speck is not
+GLYPH_RED, GLYPH_REDDER = 5, 20  # half the excess of red over green and blue: at all, and over the surroundings
+OVERLAY_GAP_PX = 8
+OVERLAY_MIN_CONTRAST = 10.0  # density of glyph pixels in the corner against the rest of the image
+MAX_GAIN = 4.0  # of Reinhard's deviation ratio: a blank field has no deviation to stretch
+DETAIL_SIGMAS_PX = (2.0, 4.0)
+
+_T = TypeVar("_T", bound=np.generic)
+
+
+def mask_overlays(rgb: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np.bool_]]:
+    """Paint over burned-in scale bars and their text in the corners.
+
+    A glyph is thin (top-hat) and near black or red, which hardly any stained structure is at the field's scale; a
+    corner counts as annotated where it is much denser in such pixels than the rest of the image. There, one square of
+    fixed size is filled with the local background whatever the bar's style, since the style follows the laboratory and
+    with it the class. A longer bar widens the square.
+
+    Args:
+        rgb: uint8 [H, W, 3].
+
+    Returns:
+        The image (the same array where nothing was found) and bool [H, W], true where pixels were replaced.
+    """
+    _check_rgb(rgb)
+    height, width = rgb.shape[:2]
+    painted = np.zeros((height, width), np.bool_)
+    scale = max(height, width) / FIELD_PX
+    small = rgb
+    if scale > 1.25:
+        size = (max(1, round(width / scale)), max(1, round(height / scale)))
+        small = np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)
+    else:
+        scale = 1.0
+    glyphs = _glyphs(small)
+    total = int(np.count_nonzero(glyphs))
+    h, w = glyphs.shape
+    zone = min(OVERLAY_ZONE_PX, h // 2, w // 2)
+    if total < OVERLAY_MIN_GLYPH_PX or zone < 8:
+        return rgb, painted
+    out = rgb
+    for bottom in (True, False):
+        for right in (True, False):
+            # Views with the corner at the origin, so that one piece of code serves all four.
+            corner = _from_corner(glyphs, bottom, right)
+            inside = int(np.count_nonzero(corner[:zone, :zone]))
+            wide_enough = np.count_nonzero(corner[:zone, :zone].any(axis=0)) >= OVERLAY_MIN_COLUMNS
+            rest = (total - inside) / max(1, h * w - zone * zone)
+            if not wide_enough or inside < OVERLAY_MIN_GLYPH_PX or inside / (zone * zone) < OVERLAY_MIN_CONTRAST * rest:
+                continue
+            columns = np.flatnonzero(corner[:zone, : min(OVERLAY_REACH_PX, w)].any(axis=0))
+            # A longer bar goes on without a gap; a speck farther off has nothing to do with it.
+            gaps = np.flatnonzero(np.diff(columns) > OVERLAY_GAP_PX)
+            reach = min(w, max(zone, int(columns[gaps[0] if gaps.size else -1]) + 4))
+            tall, wide = round(zone * scale), min(width, round(reach * scale))
+            if out is rgb:
+                out = rgb.copy()
+            target = _from_corner(out, bottom, right)
+            target[:tall, :wide] = _background(_from_corner(small, bottom, right), zone, reach)
+            _from_corner(painted, bottom, right)[:tall, :wide] = True
+    return out, painted
+
+
+def reinhard(rgb: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
+    """Colour transfer of Reinhard et al. (IEEE CG&A 2001) to a reference, in 8-bit Lab.
+
+    Args:
+        rgb: uint8 [H, W, 3].
+        mean: reference mean of L, a and b in OpenCV's 8-bit units.
+        std: reference deviation of the same.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    _check_rgb(rgb)
+    lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)
+    return _rgb(cv2.LUT(lab, _transfer(lab, mean, std)))
+
+
+def fit_reference(
+    fields: Iterable[NDArray[np.uint8]],
+) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
+    """Reference for `reinhard`: the mean over fields of each field's own Lab mean and deviation.
+
+    Raises:
+        LeukoflowError: no field was given.
+    """
+    stats = [
+        np.concatenate([part.ravel() for part in cv2.meanStdDev(cv2.cvtColor(field, cv2.COLOR_RGB2LAB))])
+        for field in fields
+    ]
+    if not stats:
+        raise LeukoflowError("no fields to fit the normalisation reference on: give at least one training field")
+    m = np.mean(stats, axis=0)
+    return (float(m[0]), float(m[1]), float(m[2])), (float(m[3]), float(m[4]), float(m[5]))
+
+
+def clahe(rgb: NDArray[np.uint8], clip: float, grid: int | tuple[int, int]) -> NDArray[np.uint8]:
+    """Contrast-limited adaptive histogram equalisation of Lab lightness (Zuiderveld 1994).
+
+    Args:
+        rgb: uint8 [H, W, 3].
+        clip: clip limit as a multiple of the uniform histogram.
+        grid: tiles per side, or (columns, rows).
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    _check_rgb(rgb)
+    lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)
+    return _rgb(_with_lightness(lab, _clahe(cv2.extractChannel(lab, 0), clip, grid)))
+
+
+def multiscale(rgb: NDArray[np.uint8], amount: float) -> NDArray[np.uint8]:
+    """Multi-scale detail enhancement of Lab lightness (after Kim et al. 2015): differences of Gaussians added back.
+
+    With blurs B2 and B4 (sigma 2 and 4 px) the bands are L - B2 and B2 - B4, weighted 1 and 1/2.
+
+    Args:
+        rgb: uint8 [H, W, 3].
+        amount: weight of the finest band; 0 leaves the image as it is.
+
+    Returns:
+        uint8 [H, W, 3].
+    """
+    _check_rgb(rgb)
+    lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)
+    return _rgb(_with_lightness(lab, _detail(cv2.extractChannel(lab, 0), amount)))
+
+
+def normalize(rgb: NDArray[np.uint8], settings: NormalizeSettings) -> NDArray[np.uint8]:
+    """All enabled steps with one Lab round trip. A pure function of its arguments.
+
+    CLAHE's tiles keep their size in pixels, so a mosaic is treated like the fields it consists of.
+
+    Args:
+        rgb: uint8 [H, W, 3] at the model's scale.
+        settings: switches, reference and strengths.
+
+    Returns:
+        uint8 [H, W, 3]; the input itself where every step is off.
+    """
+    _check_rgb(rgb)
+    if settings.mask_overlays:
+        rgb, _ = mask_overlays(rgb)
+    if not (settings.reinhard or settings.clahe or settings.multiscale):
+        return rgb
+    lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)
+    if settings.reinhard:
+        lab = cv2.LUT(lab, _transfer(lab, settings.reference_mean, settings.reference_std))
+    if settings.clahe or settings.multiscale:
+        lightness = cv2.extractChannel(lab, 0)
+        if settings.clahe:
+            tile = FIELD_PX / settings.clahe_grid
+            grid = (max(1, round(rgb.shape[1] / tile)), max(1, round(rgb.shape[0] / tile)))
+            lightness = _clahe(lightness, settings.clahe_clip, grid)
+        if settings.multiscale:
+            lightness = _detail(lightness, settings.multiscale_amount)
+        lab = _with_lightness(lab, lightness)
+    return _rgb(lab)
+
+
+def zscore(rgb: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
+    """Network input: channels first, each channel shifted and scaled.
+
+    Args:
+        rgb: uint8 [..., H, W, 3].
+        mean: per channel, in units of 0 to 1.
+        std: per channel, in units of 0 to 1.
+
+    Returns:
+        float32 [..., 3, H, W], C-contiguous.
+    """
+    levels = np.arange(256, dtype=np.float32) / np.float32(255)
+    out = np.empty((*rgb.shape[:-3], 3, *rgb.shape[-3:-1]), np.float32)
+    for c in range(3):
+        table = ((levels - np.float32(mean[c])) / np.float32(std[c])).astype(np.float32)
+        out[..., c, :, :] = table[rgb[..., c]]
+    return out
+
+
+def _check_rgb(rgb: NDArray[np.uint8]) -> None:
+    if rgb.ndim != 3 or rgb.shape[2] != 3 or rgb.dtype != np.uint8 or 0 in rgb.shape:
+        raise LeukoflowError(f"expected an RGB image uint8 [H, W, 3], got {rgb.dtype} {rgb.shape}: convert it first")
+
+
+def _rgb(lab: NDArray[np.uint8] | cv2.typing.MatLike) -> NDArray[np.uint8]:
+    return np.asarray(cv2.cvtColor(lab, cv2.COLOR_LAB2RGB), np.uint8)
+
+
+def _transfer(lab: cv2.typing.MatLike, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
+    """Reinhard's affine map as one table per channel: uint8 [256, 1, 3]."""
+    own_mean, own_std = (part.ravel() for part in cv2.meanStdDev(lab))
+    target = np.asarray(std, np.float64)
+    # A constant channel has nothing to stretch; its gain is of no consequence, so 1.
+    gain = np.divide(target, own_std, out=np.ones(3), where=own_std > 1e-6).clip(0.0, MAX_GAIN)
+    levels = np.arange(256, dtype=np.float64)[:, None]
+    table = (levels - own_mean) * gain + np.asarray(mean, np.float64)
+    return np.rint(table).clip(0, 255).astype(np.uint8)[:, None, :]
+
+
+def _clahe(lightness: cv2.typing.MatLike, clip: float, grid: int | tuple[int, int]) -> cv2.typing.MatLike:
+    tiles = (grid, grid) if isinstance(grid, int) else grid
+    return cv2.createCLAHE(clipLimit=clip, tileGridSize=tiles).apply(lightness)
+
+
+def _detail(lightness: cv2.typing.MatLike, amount: float) -> cv2.typing.MatLike:
+    # (L - B2) + (B2 - B4) / 2 = L - (B2 + B4) / 2: two blurs and two sums, all in uint8.
+    fine, coarse = (cv2.GaussianBlur(lightness, (0, 0), sigma) for sigma in DETAIL_SIGMAS_PX)
+    cv2.addWeighted(fine, 0.5, coarse, 0.5, 0.0, dst=fine)
+    return cv2.addWeighted(lightness, 1.0 + amount, fine, -amount, 0.0)
+
+
+def _with_lightness(lab: cv2.typing.MatLike, lightness: cv2.typing.MatLike) -> cv2.typing.MatLike:
+    return cv2.insertChannel(lightness, lab, 0)
+
+
+def _glyphs(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
+    """Thin structures that are near black or red: bool [H, W]."""
+    red, green, blue = cv2.split(rgb)
+    brightest = cv2.max(red, cv2.max(green, blue))
+    darkest = cv2.min(red, cv2.min(green, blue))
+    window = np.ones((7, 7), np.uint8)
+    thin_dark = cv2.morphologyEx(darkest, cv2.MORPH_BLACKHAT, window) > 60
+    black = thin_dark & (brightest < 130) & (cv2.subtract(brightest, darkest) < 25)
+    redness = cv2.addWeighted(red, 0.5, cv2.max(green, blue), -0.5, 128.0)
+    thin_red = (redness > 128 + GLYPH_RED) & (cv2.morphologyEx(redness, cv2.MORPH_TOPHAT, window) > GLYPH_REDDER)
+    return np.asarray(black | thin_red, np.bool_)
+
+
+def _from_corner(image: NDArray[_T], bottom: bool, right: bool) -> NDArray[_T]:
+    """View of [H, W, ...] flipped so that the named corner is its first pixel."""
+    return image[:: -1 if bottom else 1, :: -1 if right else 1]
+
+
+def _background(corner: NDArray[np.uint8], zone: int, reach: int) -> NDArray[np.uint8]:
+    """Median colour uint8 [3] of the brightest third around the corner's overlay."""
+    around = corner[: 3 * zone, : reach + 2 * zone]
+    keep = np.ones(around.shape[:2], np.bool_)
+    keep[:zone, :reach] = False
+    pixels = around[keep]
+    if pixels.size == 0:
+        pixels = corner.reshape(-1, 3)
+    green = pixels[:, 1]
+    return np.asarray(np.median(pixels[green >= np.percentile(green, 67)], axis=0), np.uint8)

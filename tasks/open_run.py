@@ -1,0 +1,203 @@
+"""Opening a run: identify the source, bind the run id, freeze the plan, and tell what is already done."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import shlex
+import tempfile
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path, PurePosixPath
+
+import zarr
+
+from leukoflow.codec import dumps, loads
+from leukoflow.config import RunConfig
+from leukoflow.errors import ConfigError, RunConflictError
+from leukoflow.progress import RunBinding, now, read_manifest
+from leukoflow.records import PlanSummary, RunManifest, Source, SourceKind
+from leukoflow.sources import identify
+from leukoflow.storage import Storage
+from models.bundle import Bundle, load_bundle
+from tasks.plan import plan, read_summary
+
+PATIENT_KEY = "LEUKOFLOW_PATIENT_KEY"
+_RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """An opened run. `finished` is its manifest when there is nothing left to do."""
+
+    config: RunConfig
+    run_id: str
+    root: str
+    fingerprint: str
+    source: Source
+    summary: PlanSummary
+    bundle: Bundle
+    device: str
+    binding: RunBinding
+    finished: RunManifest | None
+
+
+def open_run(config: RunConfig) -> Run:
+    """Plans the run, or finds the plan that was frozen, and binds its id; starts neither Prefect nor Dask.
+
+    Raises SourceError (nothing usable there), RunConflictError (the id stands for something else), ConfigError,
+    BundleError, StorageError.
+    """
+    bundle = load_bundle(config.bundle)
+    device = resolve_device(config.device)
+    source = identify(config.source)
+    manifest_digest = _file_digest(config.manifest) if config.manifest else ""
+    fingerprint = config.fingerprint(source.identity, bundle.digest, device, manifest_digest)
+    run_id = config.run_id or f"{stem(config.source)}-{fingerprint[:8]}"
+    if not _RUN_ID.fullmatch(run_id):
+        raise ConfigError(f"run id {run_id!r} is not usable: letters, digits, '.', '_' and '-' only, at most 100")
+    out = Storage(config.out)
+    storage = out.child(run_id)
+    bound = _binding(storage)
+    if bound is not None and bound.fingerprint != fingerprint:
+        raise RunConflictError(
+            f"run {run_id} exists and was made from another source, other settings or another bundle "
+            f"({bound.fingerprint}, now {fingerprint}); choose a new --run-id, and --reuse {run_id} to keep what still holds"
+        )
+    if config.reuse and _binding(out.child(config.reuse)) is None:
+        raise ConfigError(f"--reuse {config.reuse}: there is no such run in {config.out}")
+    summary = _frozen_plan(storage, config, source)
+    if bound is None:
+        bound = RunBinding(
+            run_id=run_id,
+            fingerprint=fingerprint,
+            source_uri=source.uri,
+            members=summary.members,
+            shards=summary.shards,
+            shard_size=summary.shard_size,
+            bundle=config.bundle,
+            bundle_digest=bundle.digest,
+            device=device,
+            started_at=now(),
+            command=resume_command(config, run_id),
+        )
+        storage.create("run.json", dumps(bound))
+    for group in ("masks.zarr", "features.zarr"):
+        zarr.open_group(storage.zarr(group), mode="a")
+    return Run(
+        config, run_id, storage.root, fingerprint, source, summary, bundle, device, bound, _finished(storage)
+    )  # fmt: skip
+
+
+def resume_command(config: RunConfig, run_id: str) -> str:
+    """The command that takes this run up again."""
+    words = ["leukoflow", "run", config.source, "--out", config.out, "--run-id", run_id]
+    for option, value, default in (
+        ("--manifest", config.manifest, None),
+        ("--bundle", config.bundle, "pocket"),
+        ("--shard-size", config.shard_size, RunConfig.model_fields["shard_size"].default),
+        ("--um-per-px", config.um_per_px, None),
+        ("--device", config.device, "auto"),
+        ("--cluster", config.cluster.address, "local"),
+    ):
+        if value != default:
+            words += [option, str(value)]
+    return shlex.join(words)
+
+
+def resolve_device(device: str) -> str:
+    """`cpu` or `cuda`. Raises ConfigError when cuda is asked for and absent."""
+    import torch
+
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise ConfigError("--device cuda: torch sees no GPU here; check `leukoflow doctor`, or use --device cpu")
+    return device
+
+
+def stem(uri: str) -> str:
+    """A source's name without folders and endings, fit for a run id."""
+    name = PurePosixPath(uri.rstrip("/")).name or "source"
+    name = re.sub(r"(\.tar)?\.(zip|tar|gz|tgz|bz2|xz|zst)$", "", name, flags=re.IGNORECASE)
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "source"
+
+
+def patient_key() -> bytes | None:
+    """The key for pseudonyms, from the environment or, where a Prefect API is configured, from a Secret block."""
+    if value := os.environ.get(PATIENT_KEY):
+        return value.encode()
+    if not os.environ.get("PREFECT_API_URL"):
+        return None
+    from prefect.blocks.system import Secret
+
+    try:
+        block = Secret.load("leukoflow-patient-key", _sync=True)
+    except ValueError:
+        return None
+    return str(block.get()).encode()
+
+
+def _binding(storage: Storage) -> RunBinding | None:
+    try:
+        return loads(RunBinding, storage.read("run.json"), storage.uri("run.json"))
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+
+
+def _frozen_plan(storage: Storage, config: RunConfig, source: Source) -> PlanSummary:
+    """The plan that exists, else a new one; it is published whole or not at all."""
+    try:
+        with storage.open("plan.parquet") as file:
+            return read_summary(file)
+    except FileNotFoundError:
+        pass
+    with tempfile.TemporaryDirectory(prefix="leukoflow-plan-") as scratch:
+        draft, missing = Path(scratch) / "plan.parquet", Path(scratch) / "missing.parquet"
+        summary = plan(
+            source,
+            draft,
+            shard_size=config.shard_size,
+            um_per_px=config.um_per_px,
+            manifest=config.manifest,
+            meta_columns=config.meta_columns,
+            patient_key=patient_key(),
+            member_bytes=config.limits.max_member_mb << 20,
+            missing_out=missing,
+        )
+        if missing.exists():
+            storage.write("missing.parquet", missing.read_bytes())
+        storage.write("plan.parquet", draft.read_bytes())
+    return summary
+
+
+def _finished(storage: Storage) -> RunManifest | None:
+    """The manifest, if every part that it lists is there and unaltered; a manifest that no longer holds is removed."""
+    manifest = read_manifest(storage)
+    if manifest is None:
+        return None
+    if intact(storage, [p.files for p in manifest.parts] + [manifest.tables]):
+        return manifest
+    storage.delete("manifest.json")
+    return None
+
+
+def intact(storage: Storage, groups: Sequence[Sequence[tuple[str, int, str]]]) -> bool:
+    """Whether all files of all groups are there and unaltered; hashing runs in threads."""
+    with ThreadPoolExecutor(max_workers=4) as pool:
+        return all(pool.map(storage.intact, groups))
+
+
+def _file_digest(path: str) -> str:
+    try:
+        with Path(path).open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise ConfigError(f"--manifest {path} cannot be read: {error.strerror}") from None
+
+
+def spooled(source: Source) -> bool:
+    """Whether the source's members must be unpacked to scratch before workers can read them."""
+    return source.kind is SourceKind.COMPRESSED_TAR

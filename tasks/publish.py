@@ -1,0 +1,285 @@
+"""The last step: reconcile plan and parts, rank slides, flag mixed-up patients, and write the manifest last of all."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import io
+import platform
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from leukoflow.codec import dumps
+from leukoflow.errors import ReconciliationError
+from leukoflow.progress import now
+from leukoflow.records import CLASSES, Marker, PartRef, RunManifest, ShardReceipt, StageTiming, Status
+from leukoflow.schema import DUPLICATES, SCHEMA_VERSION, SLIDES
+from leukoflow.storage import Storage
+from tasks.open_run import Run
+from tasks.plan import shards
+from tasks.shard import STAGES, open_plan, read_marker
+
+SOFTWARE = (
+    "leukoflow", "prefect", "dask", "distributed", "torch", "timm", "opencv-python-headless", "numpy", "zarr", "pyarrow",
+)  # fmt: skip
+MALIGNANT = slice(1, 4)
+SLOWEST = 10
+REASONS = 50
+
+
+@dataclass(slots=True)
+class _Slide:
+    """Running sums of one slide; never more than one slide's numbers, however many fields it has."""
+
+    grouping: str
+    patient_id: str | None
+    site: str | None
+    status: Counter[str] = field(default_factory=Counter)
+    probabilities: NDArray[np.float64] = field(default_factory=lambda: np.zeros(4))
+    malignant: int = 0
+    cells: int = 0
+    top: tuple[float, str] | None = None
+
+
+def publish(run: Run, startup_seconds: float, processing_seconds: float) -> RunManifest:
+    """Writes slides, duplicates and the manifest. Raises ReconciliationError unless every member has exactly one row."""
+    storage = Storage(run.root)
+    markers = list(_markers(run, storage))
+    receipts = [m.receipt for m in markers if m.receipt is not None]
+    totals = Counter[str]()
+    for receipt in receipts:
+        totals.update(
+            predicted=receipt.predicted,
+            abstained=receipt.abstained,
+            rejected=receipt.rejected,
+            quarantined=receipt.quarantined,
+            cells=receipt.cells,
+        )
+    slides, conflicts, rows = _read_tables(run, storage)
+    expected = run.summary.members
+    counted = sum(totals[s] for s in Status)
+    if not rows == counted == expected:
+        raise ReconciliationError(
+            f"run {run.run_id}: {expected} members, {rows} rows, {counted} accounted for; nothing is published. "
+            f"Run the same command again; if it stays, delete {storage.uri('markers')} and rerun"
+        )
+    tables = [_table(storage, "slides.parquet", slides)]
+    if len(conflicts):
+        tables.append(_table(storage, "duplicates.parquet", conflicts))
+    else:
+        storage.delete("duplicates.parquet")
+    tables.append(storage.digest("plan.parquet"))
+    if run.summary.missing:
+        tables.append(storage.digest("missing.parquet"))
+    reasons = Counter[str]()
+    labels = np.zeros(4, np.int64)
+    stages: dict[str, StageTiming] = {}
+    for receipt in receipts:
+        reasons.update(dict(receipt.reasons))
+        labels += np.array(receipt.labels)
+        for t in receipt.timings:
+            old = stages.get(t.stage, StageTiming(t.stage, 0.0, 0))
+            stages[t.stage] = StageTiming(t.stage, old.seconds + t.seconds, old.images + t.images)
+    slowest = sorted(((r.shard.name, r.seconds) for r in receipts), key=lambda item: -item[1])[:SLOWEST]
+    manifest = RunManifest(
+        run_id=run.run_id,
+        schema_version=SCHEMA_VERSION,
+        fingerprint=run.fingerprint,
+        source=run.source,
+        source_truncated=run.summary.truncated,
+        bundle=run.config.bundle,
+        bundle_digest=run.bundle.digest,
+        device=run.device,
+        shard_size=run.summary.shard_size,
+        started_at=run.binding.started_at,
+        finished_at=now(),
+        startup_seconds=startup_seconds,
+        processing_seconds=processing_seconds,
+        members=expected,
+        predicted=totals["predicted"],
+        abstained=totals["abstained"],
+        rejected=totals["rejected"],
+        quarantined=totals["quarantined"],
+        missing=run.summary.missing,
+        ignored=run.summary.ignored,
+        cells=totals["cells"],
+        labels=(int(labels[0]), int(labels[1]), int(labels[2]), int(labels[3])),
+        reasons=tuple(reasons.most_common(REASONS)),
+        conflicts=len(conflicts),
+        timings=tuple(stages.values()),
+        slowest=tuple(slowest),
+        parts=tuple(_parts(run, storage)),
+        tables=tuple(tables),
+        software=software(),
+    )
+    storage.write("manifest.json", dumps(manifest))
+    return manifest
+
+
+def software() -> tuple[tuple[str, str], ...]:
+    """Versions of what computed the run."""
+    found = [("python", platform.python_version())]
+    for name in SOFTWARE:
+        try:
+            found.append((name, importlib.metadata.version(name)))
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return tuple(found)
+
+
+def _markers(run: Run, storage: Storage) -> Iterator[Marker]:
+    """The last stage's marker of every shard, in order."""
+    for shard in shards(run.summary):
+        marker = read_marker(storage, "predictions", shard)
+        if marker is None or marker.receipt is None:
+            raise ReconciliationError(
+                f"run {run.run_id}: shard {shard.name} is not committed; run the same command again"
+            )
+        yield marker
+
+
+def _parts(run: Run, storage: Storage) -> Iterator[PartRef]:
+    for shard in shards(run.summary):
+        for stage in STAGES:
+            marker = read_marker(storage, stage, shard)
+            if marker is None:
+                raise ReconciliationError(f"run {run.run_id}: stage {stage} of shard {shard.name} is not committed")
+            yield marker.part
+
+
+def _table(storage: Storage, name: str, table: pa.Table) -> tuple[str, int, str]:
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False)
+    storage.write(name, sink.getvalue())
+    return storage.digest(name)
+
+
+def _read_tables(run: Run, storage: Storage) -> tuple[pa.Table, pa.Table, int]:
+    """One pass over the predictions, a part at a time: slides, conflicts, and the number of rows.
+
+    Keys are compared with the plan's, part by part, so that a row too few, too many or for somebody else is found.
+    """
+    slides: dict[str, _Slide] = {}
+    hashes: list[NDArray[np.uint64]] = []
+    patients: list[NDArray[np.uint64]] = []
+    frozen, rows = open_plan(run.root), 0
+    columns = [
+        "image_key", "member_sha256", "slide_id", "patient_id", "site", "status", "n_cells",
+        "prob_benign", "prob_early", "prob_pre", "prob_pro", "confidence",
+    ]  # fmt: skip
+    for shard in shards(run.summary):
+        part = _read_part(storage, shard.name, columns)
+        planned = frozen.read_row_group(shard.ordinal, columns=["image_key"])["image_key"]
+        if not part["image_key"].combine_chunks().equals(planned.combine_chunks()):
+            raise ReconciliationError(f"run {run.run_id}: the rows of shard {shard.name} are not the plan's members")
+        rows += len(part)
+        pairs = []
+        for row in part.to_pylist():
+            _count(slides, row)
+            if row["member_sha256"] and row["patient_id"]:
+                pairs.append((int(row["member_sha256"][:16], 16), hash_patient(row["patient_id"])))
+        if pairs:
+            array = np.array(pairs, np.uint64)
+            hashes.append(array[:, 0])
+            patients.append(array[:, 1])
+    shared = _shared_hashes(hashes, patients)
+    return _slides_table(slides), _conflicts(run, storage, shared), rows
+
+
+def hash_patient(patient_id: str) -> int:
+    """64 bits of a pseudonym (`p_` and hex digits), enough to tell patients apart while counting."""
+    return int(patient_id.removeprefix("p_")[:16], 16)
+
+
+def _read_part(storage: Storage, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
+    with storage.open(f"predictions/part-{shard}.parquet") as file:
+        return pq.read_table(file, columns=list(columns) if columns else None)
+
+
+def _shared_hashes(hashes: list[NDArray[np.uint64]], patients: list[NDArray[np.uint64]]) -> set[int]:
+    """Image digests (64 bits) that occur under more than one patient."""
+    if not hashes:
+        return set()
+    pairs = np.unique(np.stack([np.concatenate(hashes), np.concatenate(patients)], axis=1), axis=0)
+    values, counts = np.unique(pairs[:, 0], return_counts=True)
+    return {int(v) for v in values[counts > 1]}
+
+
+def _conflicts(run: Run, storage: Storage, shared: set[int]) -> pa.Table:
+    rows: list[dict[str, Any]] = []
+    if shared:
+        for shard in shards(run.summary):
+            part = _read_part(storage, shard.name, ["member_sha256", "image_key", "patient_id", "shard"])
+            rows += [r for r in part.to_pylist() if r["member_sha256"] and int(r["member_sha256"][:16], 16) in shared]
+    return pa.Table.from_pylist(sorted(rows, key=lambda r: (r["member_sha256"], r["image_key"])), DUPLICATES)
+
+
+def _count(slides: dict[str, _Slide], row: dict[str, Any]) -> None:
+    """Adds a field to its slide: by `slide_id` where the manifest gave one, else by the folder it lies in."""
+    slide_id, grouping = row["slide_id"], "manifest"
+    if slide_id is None:
+        slide_id, grouping = row["image_key"].rpartition("/")[0] or ".", "folder"
+    slide = slides.get(f"{grouping}:{slide_id}")
+    if slide is None:
+        slide = slides[f"{grouping}:{slide_id}"] = _Slide(grouping, row["patient_id"], row["site"])
+    slide.status[row["status"]] += 1
+    slide.cells += row["n_cells"] or 0
+    if row["status"] != Status.PREDICTED:
+        return
+    p = np.array([row["prob_benign"], row["prob_early"], row["prob_pre"], row["prob_pro"]])
+    slide.probabilities += p
+    malignant = float(p[MALIGNANT].sum())
+    slide.malignant += malignant > 0.5
+    if slide.top is None or (malignant, row["image_key"]) > slide.top:
+        slide.top = (malignant, row["image_key"])
+
+
+def _slides_table(slides: dict[str, _Slide]) -> pa.Table:
+    """Slides by urgency: the expected share of malignant fields, shrunk towards one half where few fields speak.
+
+    A slide on which nothing could be predicted has urgency one half: nobody may take silence for health.
+    """
+    rows = []
+    for key, slide in slides.items():
+        n = slide.status[Status.PREDICTED]
+        mean = slide.probabilities / n if n else None
+        malignant = float(slide.probabilities[MALIGNANT].sum())
+        rows.append(
+            {
+                "slide_id": key.split(":", 1)[1],
+                "grouping": slide.grouping,
+                "patient_id": slide.patient_id,
+                "site": slide.site,
+                "urgency": (malignant + 1.0) / (n + 2.0),
+                "label": None if mean is None else CLASSES[int(mean.argmax())],
+                "malignant_score": None if mean is None else float(mean[MALIGNANT].sum()),
+                "prob_benign": None if mean is None else float(mean[0]),
+                "prob_early": None if mean is None else float(mean[1]),
+                "prob_pre": None if mean is None else float(mean[2]),
+                "prob_pro": None if mean is None else float(mean[3]),
+                "n_images": slide.status.total(),
+                "n_predicted": n,
+                "n_abstained": slide.status[Status.ABSTAINED],
+                "n_rejected": slide.status[Status.REJECTED],
+                "n_quarantined": slide.status[Status.QUARANTINED],
+                "n_malignant": int(slide.malignant),
+                "n_cells": slide.cells,
+                "top_image_key": slide.top and slide.top[1],
+                "top_confidence": slide.top and slide.top[0],
+            }
+        )
+    rows.sort(key=lambda r: (-r["urgency"], r["slide_id"]))  # type: ignore[operator, return-value]
+    for rank, row in enumerate(rows, 1):
+        row["rank"] = rank
+    return pa.Table.from_pylist(rows, SLIDES)
+
+
+def receipts_of(run: Run) -> list[ShardReceipt]:
+    """Receipts of all shards, in order."""
+    return [replace(m.receipt) for m in _markers(run, Storage(run.root)) if m.receipt is not None]

@@ -1,0 +1,801 @@
+"""`report.html`: what became of a run, on one page that needs nothing else. Works on unfinished runs too.
+
+Tables are streamed part by part and only the best candidates are kept, so memory does not grow with the run. Nothing
+that comes from a source (keys, slide ids, reasons) reaches the page unescaped.
+"""
+
+from __future__ import annotations
+
+import base64
+import heapq
+import html
+import math
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+import pyarrow.parquet as pq
+import zarr
+from numpy.typing import NDArray
+
+from leukoflow.codec import loads
+from leukoflow.config import RunConfig
+from leukoflow.errors import LeukoflowError
+from leukoflow.method import SegmentSettings
+from leukoflow.progress import ProgressReader, RunBinding, RunProgress
+from leukoflow.records import CLASSES, Marker, Member, RunManifest, ShardReceipt, SourceKind, StageTiming
+from leukoflow.sources import open_reader
+from leukoflow.storage import Storage
+from tasks.ingest import Decoder
+from tasks.plan import read_shard, read_summary
+
+FIELDS_SHOWN = 12
+"""Fields with outlines in each of the two galleries."""
+KEYS_SHOWN = 50
+SLIDES_SHOWN = 50
+
+_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # even a hostile key could load nothing
+_BINS = 15  # of the confidence histogram, from 0.25 (a guess among four) to 1
+_SLIDES_KEPT = 200
+_COLUMNS = (
+    "image_key", "slide_id", "status", "reason", "label", "confidence", "prob_benign", "prob_early", "prob_pre",
+    "prob_pro", "prediction_set", "n_cells", "shard", "zarr_index", "n_tiles", "um_per_px",
+)  # fmt: skip
+_LABEL_COLOURS = {"Benign": "#3f8f83", "Early": "#c79a1e", "Pre": "#d9692b", "Pro": "#b0396b"}
+_STATUS_COLOURS = {"predicted": "#3b78b5", "abstained": "#8d8f99", "rejected": "#d09a2d", "quarantined": "#c0392b"}
+_STATUS_MEANING = {
+    "predicted": "a label with its confidence",
+    "abstained": "a label is given, but not to be relied on",
+    "rejected": "quality too poor to diagnose",
+    "quarantined": "could not be read",
+}
+
+
+@dataclass(slots=True)
+class _Survey:
+    """What one pass over the predictions keeps."""
+
+    histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros((_BINS, 2), np.int64))  # predicted, abstained
+    labels: Counter[str] = field(default_factory=Counter)
+    without: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # status -> first (key, reason)
+    suspicious: dict[str, list[tuple[float, str, dict[str, Any]]]] = field(default_factory=dict)  # slide -> heap
+    uncertain: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)  # heap, least certain kept
+
+
+@dataclass(frozen=True, slots=True)
+class _Totals:
+    """The run's numbers, from its manifest or, while there is none, from what is committed."""
+
+    run_id: str
+    source_uri: str
+    kind: SourceKind
+    bundle: str
+    bundle_digest: str
+    device: str
+    started_at: str
+    finished_at: str | None
+    members: int
+    counts: tuple[tuple[str, int], ...]
+    missing: int
+    ignored: int
+    truncated: str | None
+    conflicts: int
+    cells: int
+    labels: tuple[int, int, int, int]
+    reasons: tuple[tuple[str, int], ...]
+    timings: tuple[StageTiming, ...]
+    slowest: tuple[tuple[str, float], ...]
+    startup_seconds: float | None
+    processing_seconds: float | None
+    shards: int
+    shard_size: int
+    fingerprint: str
+    software: tuple[tuple[str, str], ...]
+
+    @property
+    def done(self) -> int:
+        return sum(count for _, count in self.counts)
+
+
+def build_report(root: str, manifest: RunManifest | None) -> str:
+    """The page for the run at `root` (a storage URI); without a manifest it is labelled as that of an unfinished run.
+
+    Shows the pixels of about two dozen fields, read again from the source through the disposable decoder; where a
+    field cannot be read any more, its mask is shown alone. Raises StorageError when there is no run at `root`.
+    """
+    reader = ProgressReader(root)
+    storage = reader.storage
+    progress = reader.read()
+    receipts = list(_receipts(storage, _committed(storage)))
+    totals = _from_manifest(storage, manifest) if manifest else _from_receipts(storage, progress, receipts)
+    survey = _survey(storage, (r.shard.name for r in receipts))
+    slides = _slides(storage) if manifest else []
+    with ExitStack() as stack:
+        painter = _Painter(storage, totals, stack)
+        suspicious = [painter.card(row) for row in _most_suspicious(survey, slides)]
+        uncertain = [painter.card(row) for _, _, row in sorted(survey.uncertain, key=lambda c: (-c[0], c[1]))]
+        notes = painter.notes
+    return _page(totals, manifest is not None, progress, survey, slides, suspicious, uncertain, notes)
+
+
+# --- gathering -------------------------------------------------------------------------------------------------------
+
+
+def _committed(storage: Storage) -> list[str]:
+    return [name.removesuffix(".json") for name in storage.names("markers/predictions")]
+
+
+def _receipts(storage: Storage, shards: Iterable[str]) -> Iterator[ShardReceipt]:
+    for shard in shards:
+        try:
+            marker = loads(Marker, storage.read(f"markers/predictions/{shard}.json"), f"marker of shard {shard}")
+        except FileNotFoundError:
+            continue  # taken back meanwhile, since a part was altered
+        if marker.receipt is not None:
+            yield marker.receipt
+
+
+def _from_manifest(storage: Storage, m: RunManifest) -> _Totals:
+    return _Totals(
+        run_id=m.run_id,
+        source_uri=m.source.uri,
+        kind=m.source.kind,
+        bundle=m.bundle,
+        bundle_digest=m.bundle_digest,
+        device=m.device,
+        started_at=m.started_at,
+        finished_at=m.finished_at,
+        members=m.members,
+        counts=(
+            ("predicted", m.predicted),
+            ("abstained", m.abstained),
+            ("rejected", m.rejected),
+            ("quarantined", m.quarantined),
+        ),
+        missing=m.missing,
+        ignored=m.ignored,
+        truncated=m.source_truncated,
+        conflicts=m.conflicts,
+        cells=m.cells,
+        labels=m.labels,
+        reasons=m.reasons,
+        timings=m.timings,
+        slowest=m.slowest,
+        startup_seconds=m.startup_seconds,
+        processing_seconds=m.processing_seconds,
+        shards=-(-m.members // m.shard_size),
+        shard_size=m.shard_size,
+        fingerprint=m.fingerprint,
+        software=m.software,
+    )
+
+
+def _from_receipts(storage: Storage, progress: RunProgress, receipts: Sequence[ShardReceipt]) -> _Totals:
+    binding = loads(RunBinding, storage.read("run.json"), storage.uri("run.json"))
+    with storage.open("plan.parquet") as file:
+        summary = read_summary(file)
+    reasons: Counter[str] = Counter()
+    seconds: Counter[str] = Counter()
+    images: Counter[str] = Counter()
+    labels = [0, 0, 0, 0]
+    for receipt in receipts:
+        reasons.update(dict(receipt.reasons))
+        labels = [a + b for a, b in zip(labels, receipt.labels, strict=True)]
+        for timing in receipt.timings:
+            seconds[timing.stage] += timing.seconds  # type: ignore[assignment]
+            images[timing.stage] += timing.images
+    slowest = heapq.nlargest(10, ((r.shard.name, r.seconds) for r in receipts), key=lambda s: s[1])
+    return _Totals(
+        run_id=binding.run_id,
+        source_uri=binding.source_uri,
+        kind=summary.source.kind,
+        bundle=binding.bundle,
+        bundle_digest=binding.bundle_digest,
+        device=binding.device,
+        started_at=binding.started_at,
+        finished_at=None,
+        members=binding.members,
+        counts=(
+            ("predicted", progress.predicted),
+            ("abstained", progress.abstained),
+            ("rejected", progress.rejected),
+            ("quarantined", progress.quarantined),
+        ),
+        missing=summary.missing,
+        ignored=summary.ignored,
+        truncated=summary.truncated,
+        conflicts=0,
+        cells=sum(r.cells for r in receipts),
+        labels=(labels[0], labels[1], labels[2], labels[3]),
+        reasons=tuple(reasons.most_common(50)),
+        timings=tuple(StageTiming(stage, float(seconds[stage]), images[stage]) for stage in seconds),
+        slowest=tuple(slowest),
+        startup_seconds=None,
+        processing_seconds=None,
+        shards=binding.shards,
+        shard_size=binding.shard_size,
+        fingerprint=binding.fingerprint,
+        software=(),
+    )
+
+
+def _survey(storage: Storage, shards: Iterable[str]) -> _Survey:
+    """One pass over the predictions of the committed shards."""
+    survey = _Survey()
+    for shard in shards:
+        try:
+            with storage.open(f"predictions/part-{shard}.parquet") as file:
+                for batch in pq.ParquetFile(file).iter_batches(batch_size=1024, columns=list(_COLUMNS)):
+                    for row in batch.to_pylist():
+                        _take(survey, row)
+        except FileNotFoundError:
+            continue  # committed, but not moved to its place yet
+    return survey
+
+
+def _take(survey: _Survey, row: dict[str, Any]) -> None:
+    status, key = row["status"], row["image_key"]
+    if status != "predicted":
+        listed = survey.without.setdefault(status, [])
+        if len(listed) < KEYS_SHOWN:
+            listed.append((key, row["reason"] or ""))
+    if row["label"] is None:
+        return
+    survey.labels[row["label"]] += 1
+    place = min(_BINS - 1, max(0, int((row["confidence"] - 0.25) / 0.75 * _BINS)))
+    survey.histogram[place, 0 if status == "predicted" else 1] += 1
+    if row["zarr_index"] is None:
+        return
+    _keep(survey.uncertain, (-row["confidence"], key, row), FIELDS_SHOWN)
+    if status != "predicted":
+        return
+    malignant = row["prob_early"] + row["prob_pre"] + row["prob_pro"]
+    _keep(survey.suspicious.setdefault(_slide_of(row), []), (malignant, key, row), FIELDS_SHOWN)
+    if len(survey.suspicious) > 2 * _SLIDES_KEPT:
+        best = heapq.nlargest(_SLIDES_KEPT, survey.suspicious.items(), key=lambda item: max(c[0] for c in item[1]))
+        survey.suspicious = dict(best)
+
+
+def _keep(heap: list[tuple[float, str, dict[str, Any]]], item: tuple[float, str, dict[str, Any]], size: int) -> None:
+    """Keeps the `size` items of highest score; the key decides ties, and is unique, so rows are never compared."""
+    if len(heap) < size:
+        heapq.heappush(heap, item)
+    elif item[:2] > heap[0][:2]:
+        heapq.heapreplace(heap, item)
+
+
+def _slide_of(row: dict[str, Any]) -> str:
+    return row["slide_id"] or row["image_key"].rpartition("/")[0] or "."
+
+
+def _slides(storage: Storage) -> list[dict[str, Any]]:
+    """The most urgent slides of a finished run."""
+    try:
+        with storage.open("slides.parquet") as file:
+            for batch in pq.ParquetFile(file).iter_batches(batch_size=SLIDES_SHOWN):
+                return list(batch.to_pylist())
+    except FileNotFoundError:
+        pass
+    return []
+
+
+def _most_suspicious(survey: _Survey, slides: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The best field of each slide, slides by urgency; then their second best, until there are enough."""
+    ranks = {s["slide_id"]: s["rank"] for s in slides}
+    ordered = sorted(
+        (sorted(heap, key=lambda c: (-c[0], c[1])) for heap in survey.suspicious.values()),
+        key=lambda fields: (ranks.get(_slide_of(fields[0][2]), math.inf), -fields[0][0], fields[0][1]),
+    )
+    chosen: list[dict[str, Any]] = []
+    for depth in range(FIELDS_SHOWN):
+        chosen += [fields[depth][2] for fields in ordered if len(fields) > depth]
+        if len(chosen) >= FIELDS_SHOWN:
+            break
+    return chosen[:FIELDS_SHOWN]
+
+
+# --- fields with their cells -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Card:
+    """One field of a gallery: its row, the drawing (SVG) and a remark about it."""
+
+    row: dict[str, Any]
+    drawing: str
+    remark: str
+
+
+class _Painter:
+    """Draws single fields: pixels from the source where they can be had, outlines from the masks."""
+
+    def __init__(self, storage: Storage, totals: _Totals, stack: ExitStack) -> None:
+        self.storage = storage
+        self.notes: list[str] = []
+        self._plan: pq.ParquetFile | None = None
+        self._reader: Any = None
+        self._decoder: Decoder | None = None
+        if totals.kind is SourceKind.COMPRESSED_TAR:
+            self.notes.append("The source is a compressed archive, which is not unpacked again: masks are shown alone.")
+            return
+        try:
+            self._plan = pq.ParquetFile(stack.enter_context(storage.open("plan.parquet")))
+            source = read_summary(stack.enter_context(storage.open("plan.parquet"))).source
+            self._reader = stack.enter_context(open_reader(source))
+            limits = RunConfig.model_fields["limits"].default
+            self._decoder = stack.enter_context(Decoder(limits, _segment_settings(totals)))
+        except (LeukoflowError, OSError) as error:
+            self._reader = None
+            self.notes.append(f"The source cannot be read any more, so masks are shown alone ({error}).")
+
+    def card(self, row: dict[str, Any]) -> _Card:
+        """The drawing of the field of one row of the predictions. Failures become a remark, never an exception."""
+        try:
+            cells = self._cells(row)
+            tile = self._tile(row, cells)
+            group: Any = zarr.open_group(self.storage.zarr(f"masks.zarr/{row['shard']}", read_only=True), mode="r")
+            labels = np.asarray(group["cells"][tile], np.uint16)
+            affine = np.asarray(group["to_source"][tile], np.float64)
+        except Exception as error:
+            return _Card(row, "", f"its mask cannot be read ({type(error).__name__})")
+        photo, remark = None, ""
+        if self._reader is not None:
+            photo, remark = self._photo(row, labels.shape, affine)
+        if row["n_tiles"] > 1:
+            part = (
+                f"tile {tile - row['zarr_index'] + 1} of {row['n_tiles']}, the one with the cell of highest attention"
+            )
+            remark = f"{part}; {remark}" if remark else part
+        mine = {c["cell_id"]: c for c in cells if c["zarr_index"] == tile}
+        return _Card(row, _drawing(photo, labels, mine), remark)
+
+    def _cells(self, row: dict[str, Any]) -> list[dict[str, Any]]:
+        columns = ["image_key", "cell_id", "attention", "nc_ratio", "cell_area_px", "zarr_index"]
+        with self.storage.open(f"cells/part-{row['shard']}.parquet") as file:
+            table = pq.read_table(file, columns=columns, filters=[("image_key", "=", row["image_key"])])
+        return list(table.to_pylist())
+
+    def _tile(self, row: dict[str, Any], cells: Sequence[dict[str, Any]]) -> int:
+        """Row in the shard's masks; of a tiled field the tile that holds the cell of highest attention."""
+        if row["n_tiles"] > 1 and cells:
+            return int(max(cells, key=lambda c: (c["attention"], -c["cell_id"]))["zarr_index"])
+        return int(row["zarr_index"])
+
+    def _photo(
+        self, row: dict[str, Any], shape: tuple[int, ...], affine: NDArray[np.float64]
+    ) -> tuple[NDArray[np.uint8] | None, str]:
+        """The pixels under a mask, uint8 [H, W, 3]; None with the reason where they cannot be had."""
+        assert self._decoder is not None
+        try:
+            member = self._member(row)
+            decoded = self._decoder.decode_one(self._reader.read(member), row["um_per_px"])
+        except (LeukoflowError, OSError) as error:
+            return None, f"the image cannot be read any more ({error}); mask alone"
+        if decoded.rgb is None:
+            return None, f"the image cannot be read any more ({decoded.reason}); mask alone"
+        x, y = (round((affine[i, 2] + 0.5) / affine[i, i] - 0.5) for i in (0, 1))
+        height, width = shape
+        piece = decoded.rgb[y : y + height, x : x + width]
+        if piece.size == 0 or abs(decoded.rgb.shape[1] - decoded.source_width / affine[0, 0]) > 1:
+            return None, "the image's scale does not fit its mask any more; mask alone"
+        out = np.full((height, width, 3), 255, np.uint8)
+        out[: piece.shape[0], : piece.shape[1]] = piece
+        return out, ""
+
+    def _member(self, row: dict[str, Any]) -> Member:
+        assert self._plan is not None
+        for member in read_shard(self._plan, int(row["shard"])):
+            if member.image_key == row["image_key"]:
+                return member
+        raise LeukoflowError("the plan does not list it")
+
+
+def _segment_settings(totals: _Totals) -> SegmentSettings:
+    """The geometry that the run used; where its bundle is not here, the defaults (a misfit is noticed and said)."""
+    from models.bundle import load_bundle
+
+    try:
+        return load_bundle(totals.bundle).spec.method.segment
+    except LeukoflowError:
+        return SegmentSettings()
+
+
+def _drawing(photo: NDArray[np.uint8] | None, labels: NDArray[np.uint16], cells: dict[int, dict[str, Any]]) -> str:
+    """An SVG: the field, each cell's outline in the colour of its attention, and boxes at the three that weigh most."""
+    height, width = labels.shape
+    parts = [f'<svg viewBox="0 0 {width} {height}" role="img" preserveAspectRatio="xMidYMid meet">']
+    if photo is not None:
+        ok, data = cv2.imencode(".jpg", cv2.cvtColor(photo, cv2.COLOR_RGB2BGR), [cv2.IMWRITE_JPEG_QUALITY, 85])
+        assert ok
+        encoded = base64.b64encode(data.tobytes()).decode()
+        parts.append(f'<image width="{width}" height="{height}" href="data:image/jpeg;base64,{encoded}"/>')
+    else:
+        parts.append(f'<rect class="nophoto" width="{width}" height="{height}"/>')
+    top = max((c["attention"] for c in cells.values()), default=0.0) or 1.0
+    ranked = sorted(cells.values(), key=lambda c: (-c["attention"], c["cell_id"]))
+    for cell_id in [int(i) for i in np.unique(labels) if i]:
+        cell = cells.get(cell_id)
+        weight = cell["attention"] / top if cell else 0.0
+        title = f"cell {cell_id}"
+        if cell:
+            title += f": attention {cell['attention']:.3f}, nucleus to cell {cell['nc_ratio']:.2f}"
+        fill = "none" if photo is not None else _colour(weight) + "55"
+        parts.append(
+            f'<path d="{_outline(labels == cell_id)}" fill="{fill}" stroke="{_colour(weight)}" '
+            f'stroke-width="{1.0 + 1.2 * weight:.1f}"><title>{title}</title></path>'
+        )
+    for rank, cell in enumerate(ranked[:3], 1):
+        ys, xs = np.nonzero(labels == cell["cell_id"])
+        if not len(xs):
+            continue
+        x0, y0, x1, y1 = int(xs.min()) - 2, int(ys.min()) - 2, int(xs.max()) + 3, int(ys.max()) + 3
+        above = y0 >= 12
+        parts.append(
+            f'<rect class="box" x="{x0}" y="{y0}" width="{x1 - x0}" height="{y1 - y0}"/>'
+            f'<text x="{max(1, min(x0, width - 10))}" y="{y0 - 2 if above else min(height - 2, y1 + 9)}">{rank}</text>'
+        )
+    parts.append("</svg>")
+    return "".join(parts)
+
+
+def _outline(mask: NDArray[np.bool_]) -> str:
+    """SVG path of a mask's outer contours, in pixel coordinates."""
+    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+    path = []
+    for contour in contours:
+        points = cv2.approxPolyDP(contour, 0.7, True).reshape(-1, 2) + 0.5
+        path.append("M" + "L".join(f"{x:g} {y:g}" for x, y in points) + "Z")
+    return "".join(path)
+
+
+def _colour(weight: float) -> str:
+    """Attention relative to the field's highest, from slate over amber to red; seen well on violet and on white."""
+    stops = ((0x47, 0x5A, 0x73), (0xE8, 0x9A, 0x1C), (0xD4, 0x1F, 0x2D))
+    position = min(max(weight, 0.0), 1.0) * 2
+    low, high = stops[min(1, int(position))], stops[min(1, int(position)) + 1]
+    share = position - min(1, int(position))
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(low, high, strict=True))
+
+
+# --- the page --------------------------------------------------------------------------------------------------------
+
+
+def _text(value: object, limit: int = 140) -> str:
+    """Foreign text, safe to show: escaped, without control or direction-changing characters, of bounded length."""
+    shown = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in str(value))
+    if len(shown) > limit:
+        shown = f"{shown[: limit // 2]}…{shown[-limit // 2 :]}"
+    return html.escape(shown)
+
+
+def _number(value: float, digits: int = 0) -> str:
+    return f"{value:,.{digits}f}"
+
+
+def _share(part: float, whole: float) -> str:
+    return f"{100 * part / whole:.1f} %" if whole else "–"
+
+
+def _seconds(value: float) -> str:
+    if value < 60:
+        return f"{value:.1f} s"
+    if value < 3600:
+        return f"{int(value) // 60} min {int(value) % 60:02d} s"
+    return f"{int(value) // 3600} h {int(value) % 3600 // 60:02d} min"
+
+
+def _moment(value: str) -> str:
+    try:
+        return datetime.fromisoformat(value).strftime("%Y-%m-%d %H:%M UTC")
+    except ValueError:
+        return _text(value)
+
+
+def _table(head: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], empty: str = "none") -> str:
+    """A table; `head` is (title, class of the column), cells are HTML already."""
+    body = "".join(
+        "<tr>" + "".join(f'<td class="{head[i][1]}">{cell}</td>' for i, cell in enumerate(row)) + "</tr>"
+        for row in rows
+    )
+    if not body:
+        return f'<p class="quiet">{empty}</p>'
+    titles = "".join(f'<th class="{kind}">{title}</th>' for title, kind in head)
+    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _bar(share: float, colour: str) -> str:
+    return f'<span class="bar"><i style="width:{100 * min(1.0, max(0.0, share)):.1f}%;background:{colour}"></i></span>'
+
+
+def _style() -> str:
+    return Path(__file__).with_name("report.css").read_text(encoding="utf-8").partition("*/")[2].replace("\n", "")
+
+
+def _page(
+    t: _Totals,
+    finished: bool,
+    progress: RunProgress,
+    survey: _Survey,
+    slides: Sequence[dict[str, Any]],
+    suspicious: Sequence[_Card],
+    uncertain: Sequence[_Card],
+    notes: Sequence[str],
+) -> str:
+    sections: list[tuple[str, str, Callable[[], str]]] = [
+        ("slides", "Slides by urgency", lambda: _slides_section(slides, finished)),
+        ("suspicious", "Most suspicious fields", lambda: _gallery(suspicious, notes, "No field was predicted.")),
+        ("uncertain", "Least certain fields", lambda: _gallery(uncertain, (), "No field was diagnosed.")),
+        ("distributions", "Distributions", lambda: _distributions(t, survey)),
+        ("unpredicted", "Members without a prediction", lambda: _unpredicted(t, survey)),
+        ("timings", "Timings", lambda: _timings(t)),
+        ("provenance", "Provenance", lambda: _provenance(t)),
+    ]
+    contents = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
+    body = "".join(f'<section id="{name}"><h2>{title}</h2>{build()}</section>' for name, title, build in sections)
+    state = "finished" if finished else progress.state
+    return (
+        '<!doctype html><html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
+        f"<title>{_text(t.run_id)} · leukoflow</title><style>{_style()}</style></head><body>"
+        f'<header><p class="brand">leukoflow <span>run report</span></p><h1>{_text(t.run_id)} '
+        f'<span class="state {state}">{state}</span></h1><p class="quiet">{_text(t.source_uri)}</p></header>'
+        f"<main>{_verdict(t, finished, progress)}{_tiles(t)}<nav>{contents}</nav>{body}</main>"
+        "<footer><b>Research use only.</b> Not a medical device: no diagnosis, and no decision about a patient, may rest "
+        "on this page. Every finding needs the eye of a haematologist on the slide itself.</footer></body></html>\n"
+    )
+
+
+def _verdict(t: _Totals, finished: bool, progress: RunProgress) -> str:
+    sums = " + ".join(f"{_number(n)} {name}" for name, n in t.counts)
+    if not finished:
+        left = t.members - t.done
+        text = (
+            f"<b>Not a final result: the run is {progress.state}.</b> {_number(t.done)} of {_number(t.members)} members "
+            f"are accounted for so far ({sums}), {_number(left)} are not. Slides are ranked when all are."
+        )
+        if progress.state != "running":
+            text += f" To continue: <code>{_text(progress.command, 400)}</code>"
+        kind = "open"
+    elif t.done == t.members:
+        text = f"<b>Reconciled.</b> Each of the {_number(t.members)} members has exactly one row: {sums}."
+        kind = "good"
+    else:
+        text = f"<b>The totals do not balance:</b> {sums} make {_number(t.done)}, not {_number(t.members)} members."
+        kind = "bad"
+    more = []
+    if t.missing:
+        more.append(f"{_number(t.missing)} images that the manifest lists were not in the source (missing.parquet).")
+    if t.truncated:
+        more.append(f"The source is incomplete: {_text(t.truncated, 400)}.")
+    if t.conflicts:
+        more.append(
+            f"{_number(t.conflicts)} rows show identical images under different patients (duplicates.parquet): "
+            "clear this mix-up before anything is acted upon."
+        )
+    if progress.failed_shards and not finished:
+        more += [f"Shard {_text(shard)} failed: {_text(why, 400)}" for shard, why in progress.failed_shards[:10]]
+    warnings = "".join(f'<p class="verdict warn">{line}</p>' for line in more)
+    return f'<p class="verdict {kind}">{text}</p>{warnings}'
+
+
+def _tiles(t: _Totals) -> str:
+    tiles = "".join(
+        f'<div class="tile">{_dot(_STATUS_COLOURS[name])}{name}'
+        f"<b>{_number(n)}</b><small>{_share(n, t.members)} · {_STATUS_MEANING[name]}</small></div>"
+        for name, n in t.counts
+    )
+    bar = "".join(
+        f'<i style="width:{100 * n / max(1, t.members):.3f}%;background:{_STATUS_COLOURS[name]}" title="{name}"></i>'
+        for name, n in t.counts
+        if n
+    )
+    return f'<div class="tiles">{tiles}</div><div class="stack">{bar}</div>'
+
+
+def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
+    if not finished:
+        return '<p class="quiet">Slides are ranked when the run has finished.</p>'
+    head = (
+        ("#", "n"), ("slide", "key"), ("site", ""), ("patient", "key"), ("urgency", "n"), ("", "chart"), ("label", ""),
+        ("malignant fields", "n"), ("predicted", "n"), ("abst.", "n"), ("rej.", "n"), ("quar.", "n"), ("cells", "n"),
+        ("most suspicious field", "key"),
+    )  # fmt: skip
+    rows = [
+        (
+            str(s["rank"]),
+            _text(s["slide_id"], 60),
+            _text(s["site"] or "–", 40),
+            _text((s["patient_id"] or "–")[:12]),
+            f"{s['urgency']:.3f}",
+            _bar(s["urgency"], "var(--accent)"),
+            _label(s["label"]),
+            _number(s["n_malignant"]),
+            f"{_number(s['n_predicted'])} of {_number(s['n_images'])}",
+            _number(s["n_abstained"]),
+            _number(s["n_rejected"]),
+            _number(s["n_quarantined"]),
+            _number(s["n_cells"]),
+            _text(s["top_image_key"] or "–", 60),
+        )
+        for s in slides
+    ]
+    more = (
+        f'<p class="quiet">The {SLIDES_SHOWN} most urgent ones; all are in slides.parquet.</p>'
+        if len(slides) == SLIDES_SHOWN
+        else ""
+    )
+    grouped = any(s["grouping"] == "folder" for s in slides)
+    note = (
+        '<p class="quiet">Without a slide in the manifest, the images of one folder count as a slide.</p>'
+        if grouped
+        else ""
+    )
+    explained = (
+        '<p class="quiet">Urgency is the expected share of malignant fields; with few predicted fields it stays near '
+        "one half, so that silence is not taken for health.</p>"
+    )
+    return explained + note + _table(head, rows, "No slide.") + more
+
+
+def _label(label: str | None) -> str:
+    if label is None:
+        return "–"
+    return f"{_dot(_LABEL_COLOURS.get(label, '#888'))}{_text(label)}"
+
+
+def _dot(colour: str) -> str:
+    return f'<span class="dot" style="background:{colour}"></span>'
+
+
+def _gallery(cards: Sequence[_Card], notes: Sequence[str], empty: str) -> str:
+    if not cards:
+        return f'<p class="quiet">{empty}</p>'
+    lead = (
+        '<p class="quiet">Outlines: cells as segmented, from <b style="color:#475a73">low</b> over '
+        '<b style="color:#e89a1c">middle</b> to <b style="color:#d41f2d">high</b> attention within the field; the '
+        "three cells that weighed most are boxed and numbered. Rest the pointer on an outline for its numbers.</p>"
+    )
+    lead += "".join(f'<p class="verdict warn">{_text(note, 400)}</p>' for note in notes)
+    return lead + '<div class="gallery">' + "".join(map(_figure, cards)) + "</div>"
+
+
+def _figure(card: _Card) -> str:
+    row = card.row
+    bars = "".join(
+        f'<tr><td>{name}</td><td class="chart">{_bar(row[column], _LABEL_COLOURS[name])}</td>'
+        f'<td class="n">{row[column]:.3f}</td></tr>'
+        for name, column in zip(CLASSES, ("prob_benign", "prob_early", "prob_pre", "prob_pro"), strict=True)
+    )
+    chosen = ", ".join(row["prediction_set"] or ()) or "none"
+    facts = f"{row['n_cells'] or 0} cells · prediction set: {_text(chosen)}"
+    lines = [f'<p class="key">{_text(row["image_key"], 80)}</p>']
+    if row["slide_id"]:
+        lines.append(f'<p class="quiet">slide {_text(row["slide_id"], 60)}</p>')
+    lines.append(f'<p class="said">{_label(row["label"])} <span class="n">{row["confidence"]:.3f}</span></p>')
+    lines.append(f"<table>{bars}</table><p class='quiet'>{facts}</p>")
+    if row["status"] != "predicted":
+        lines.append(f'<p class="quiet"><b>{_text(row["status"])}</b>: {_text(row["reason"] or "")}</p>')
+    if card.remark:
+        lines.append(f'<p class="quiet">{_text(card.remark, 300)}</p>')
+    drawing = card.drawing or '<div class="nodrawing">no drawing</div>'
+    return f"<figure>{drawing}<figcaption>{''.join(lines)}</figcaption></figure>"
+
+
+def _distributions(t: _Totals, survey: _Survey) -> str:
+    total = sum(t.labels)
+    labels = _table(
+        (("label", ""), ("fields", "n"), ("share", "n"), ("", "chart")),
+        [
+            (_label(name), _number(n), _share(n, total), _bar(n / max(1, *t.labels), _LABEL_COLOURS[name]))
+            for name, n in zip(CLASSES, t.labels, strict=True)
+        ],
+    )
+    return (
+        f'<div class="two"><div><h3>Labels</h3><p class="quiet">Predicted and abstained fields together.</p>{labels}'
+        f'<p class="quiet">{_number(t.cells)} cells were found.</p></div>'
+        f'<div><h3>Confidence</h3><p class="quiet">{_dot(_STATUS_COLOURS["predicted"])}predicted '
+        f"{_dot(_STATUS_COLOURS['abstained'])}abstained</p>"
+        f"{_histogram(survey.histogram)}</div></div>"
+    )
+
+
+def _histogram(counts: NDArray[np.int64]) -> str:
+    """Stacked columns: fields by confidence."""
+    width, height, foot, side = 460, 170, 22, 44
+    top = int(counts.sum(axis=1).max(initial=0))
+    if not top:
+        return '<p class="quiet">No field was diagnosed.</p>'
+    step = (width - side) / _BINS
+    parts = [f'<svg class="plot" viewBox="0 0 {width} {height + foot}" role="img">']
+    for share in (0.5, 1.0):
+        y = height - share * (height - 14)
+        parts.append(f'<line x1="{side}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(f'<text x="{side - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(top * share)}</text>')
+    for i, (predicted, abstained) in enumerate(counts.tolist()):
+        low, high = 0.25 + 0.75 * i / _BINS, 0.25 + 0.75 * (i + 1) / _BINS
+        base = float(height)
+        for n, name in ((predicted, "predicted"), (abstained, "abstained")):
+            tall = n / top * (height - 14)
+            base -= tall
+            parts.append(
+                f'<rect x="{side + i * step + 1:.1f}" y="{base:.1f}" width="{step - 2:.1f}" height="{tall:.1f}" '
+                f'fill="{_STATUS_COLOURS[name]}"><title>{low:.2f} to {high:.2f}: {n} {name}</title></rect>'
+            )
+    parts.append(f'<line class="axis" x1="{side}" x2="{width}" y1="{height}" y2="{height}"/>')
+    for value in (0.25, 0.5, 0.75, 1.0):
+        x = side + (value - 0.25) / 0.75 * (width - side)
+        anchor = "end" if value == 1.0 else "middle"
+        parts.append(f'<text x="{x:.1f}" y="{height + 16}" text-anchor="{anchor}">{value:g}</text>')
+    return "".join(parts) + "</svg>"
+
+
+def _unpredicted(t: _Totals, survey: _Survey) -> str:
+    out = [
+        "<h3>Reasons</h3>",
+        _table((("reason", ""), ("members", "n")), [(_text(r), _number(n)) for r, n in t.reasons]),
+    ]
+    counts = dict(t.counts)
+    for status in ("quarantined", "rejected", "abstained"):
+        listed = survey.without.get(status, [])
+        if not listed:
+            continue
+        more = counts[status] - len(listed)
+        note = f'<p class="quiet">and {_number(more)} more, all in predictions/</p>' if more > 0 else ""
+        table = _table((("image", "key"), ("reason", "")), [(_text(k, 100), _text(r, 300)) for k, r in listed])
+        is_open = " open" if status == "quarantined" else ""
+        out.append(f"<details{is_open}><summary>{status}: {_number(counts[status])}</summary>{table}{note}</details>")
+    return "".join(out)
+
+
+def _timings(t: _Totals) -> str:
+    total = sum(s.seconds for s in t.timings) or 1.0
+    stages = _table(
+        (("stage", ""), ("worker time", "n"), ("images", "n"), ("per image", "n"), ("share", "n"), ("", "chart")),
+        [
+            (
+                _text(s.stage),
+                _seconds(s.seconds),
+                _number(s.images),
+                f"{1000 * s.seconds / max(1, s.images):.1f} ms",
+                _share(s.seconds, total),
+                _bar(s.seconds / total, "var(--accent)"),
+            )
+            for s in t.timings
+        ],
+        "No shard is done yet.",
+    )
+    pace = ""
+    if t.processing_seconds and t.startup_seconds is not None:
+        pace = (
+            f"<p>{_number(t.members)} members in {_seconds(t.processing_seconds)}, "
+            f"<b>{t.members / t.processing_seconds:.1f} per second</b>, after {_seconds(t.startup_seconds)} of "
+            'start-up. <span class="quiet">Stages taken over from an earlier session cost nothing in this one.</span></p>'
+        )
+    slowest = _table(
+        (("slowest shards", "key"), ("worker time", "n")),
+        [(_text(name), _seconds(seconds)) for name, seconds in t.slowest],
+    )
+    return f'{pace}<div class="two"><div>{stages}</div><div>{slowest}</div></div>'
+
+
+def _provenance(t: _Totals) -> str:
+    facts = [
+        ("source", _text(t.source_uri, 300)),
+        ("kind", _text(t.kind)),
+        ("bundle", f"{_text(t.bundle)} · {_text(t.bundle_digest)}"),
+        ("device", _text(t.device)),
+        ("fingerprint", _text(t.fingerprint)),
+        ("shards", f"{_number(t.shards)} of up to {_number(t.shard_size)} images"),
+        ("started", _moment(t.started_at)),
+        ("finished", _moment(t.finished_at) if t.finished_at else "–"),
+        ("ignored", f"{_number(t.ignored)} entries that are no images by name (folders, litter of operating systems)"),
+        *((_text(name), _text(version)) for name, version in t.software),
+    ]
+    return _table((("", ""), ("", "key")), facts)

@@ -1,0 +1,888 @@
+"""The chain of one shard: prepare, segment, extract, classify. Each is one plain Dask task per block of members.
+
+A stage reads what it needs, calls the pure functions of its own module, writes below the shard's attempt, and the last
+block's task commits: a marker that is created only if absent names the winning attempt, and its files move to their
+final keys. A shard is one block unless its images are large; blocks bound what is decoded at any time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import zarr
+from numpy.typing import NDArray
+
+from leukoflow.cluster import code_digest
+from leukoflow.codec import dumps, loads
+from leukoflow.config import LimitSettings
+from leukoflow.errors import ClusterError, ShardError, StorageError
+from leukoflow.geometry import field_geometry
+from leukoflow.records import (
+    CLASSES,
+    Marker,
+    Member,
+    PartRef,
+    Quality,
+    Shard,
+    ShardReceipt,
+    Source,
+    StageTiming,
+    Status,
+)
+from leukoflow.schema import CELLS, predictions_schema
+from leukoflow.sources import Reader, open_reader
+from leukoflow.storage import Storage
+from models.attention_unet import segment_batch
+from models.bundle import Bundle, load_bundle
+from tasks.classify import Verdict, diagnose, pool_tiles
+from tasks.extract import extract_batch, field_inputs
+from tasks.ingest import Decoder, ingest
+from tasks.normalize import normalize
+from tasks.plan import read_shard
+from tasks.quality import assess
+from tasks.segment import CellTable, cell_table, concatenate, crop_cells, own_cells, pseudo_semantic, watershed_cells
+
+STAGES = ("masks", "features", "predictions")
+REVISIONS = {"masks": 1, "features": 1, "predictions": 1}
+"""Raised when a stage's code changes what it writes; part of every content key."""
+
+ZARR_CHUNK, ZARR_SHARD = 10, 250
+
+
+@dataclass(frozen=True, slots=True)
+class ShardJob:
+    """Everything a worker needs to know about a shard: small, and the same for all tasks of its chain."""
+
+    root: str  # storage URI of the run
+    run_id: str
+    source: Source
+    shard: Shard
+    attempt: str
+    bundle: str
+    bundle_digest: str
+    device: str
+    code: str  # digest of the code that the flow runs
+    limits: LimitSettings
+    meta_columns: tuple[str, ...]
+    spool: str | None = None  # key of the shard's spooled bytes (compressed tars)
+    culprits: tuple[tuple[int, str], ...] = ()  # (ordinal, reason): members known to kill their worker
+    only: tuple[int, ...] | None = None  # when searching for culprits: nothing else is touched, nothing written
+
+
+@dataclass(frozen=True, slots=True)
+class Fact:
+    """What ingest and quality found out about one member."""
+
+    ordinal: int
+    status: Status | None  # None while the member goes on to the model
+    reason: str | None
+    sha256: str | None
+    width: int | None
+    height: int | None
+    quality: Quality | None
+    n_tiles: int
+    zarr_index: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Consecutive members of a shard with their normalised tiles.
+
+    `tiles` uint8 [t, S, S, 3]; `batches` lists, per inference batch, the tile of each slot or -1 for a blank one;
+    `owners` int32 [t] is the member's ordinal; `origins` int32 [t, 2] and `cores` int32 [t, 4] place a tile in its
+    scaled image; `to_source` float32 [t, 2, 3].
+    """
+
+    first: int
+    next: int
+    facts: tuple[Fact, ...]
+    tiles: NDArray[np.uint8]
+    batches: tuple[tuple[int, ...], ...]
+    owners: NDArray[np.int32]
+    origins: NDArray[np.int32]
+    cores: NDArray[np.int32]
+    to_source: NDArray[np.float32]
+    timings: tuple[StageTiming, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Trail:
+    """What one block's task hands to the same stage's task of the next block: all that was written so far."""
+
+    facts: tuple[Fact, ...] = ()
+    rows: int = 0
+    cells: int = 0
+    timings: tuple[StageTiming, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Segmented:
+    """A block with its cells: `table` rows grouped by tile, `offsets` int64 [t + 1] into it."""
+
+    block: Block
+    table: CellTable
+    offsets: NDArray[np.int64]
+    trail: Trail
+
+
+# --- keys and markers ------------------------------------------------------------------------------------------------
+
+
+def stage_keys(bundle: Bundle, members: Sequence[Member], device: str) -> dict[str, str]:
+    """Content address of each stage of a shard: what it is made from, upstream's key included."""
+    who = hashlib.sha256()
+    for m in members:
+        who.update(repr((m.image_key, m.identity, m.refusal, m.um_per_px)).encode())
+    manifest = repr([(m.slide_id, m.patient_id, m.site, m.scanner, m.meta) for m in members])
+    chain, keys = who.hexdigest(), {}
+    for stage, component, extra in (
+        ("masks", "segmenter", device),
+        ("features", "features", device),
+        ("predictions", "classifier", manifest),
+    ):
+        parts = (stage, REVISIONS[stage], bundle.component_digest(component), extra, chain)  # type: ignore[arg-type]
+        chain = keys[stage] = hashlib.sha256(repr(parts).encode()).hexdigest()
+    return keys
+
+
+def marker_key(stage: str, shard: Shard) -> str:
+    """Key of a stage's marker."""
+    return f"markers/{stage}/{shard.name}.json"
+
+
+def read_marker(storage: Storage, stage: str, shard: Shard) -> Marker | None:
+    """The marker, or None while the stage is not committed."""
+    key = marker_key(stage, shard)
+    try:
+        return loads(Marker, storage.read(key), storage.uri(key))
+    except FileNotFoundError:
+        return None
+
+
+def attempt_prefix(shard: Shard, attempt: str) -> str:
+    """Where an attempt writes; nobody else does."""
+    return f"_attempts/{shard.name}/{attempt}"
+
+
+def committed(storage: Storage, shard: Shard, keys: dict[str, str]) -> dict[str, Marker]:
+    """The stages of a shard whose parts are there, unaltered and made from what they should be made from.
+
+    A marker whose files have not been moved yet (its writer died in between) is completed here. A marker that does not
+    hold is deleted together with those of the stages that follow, so that they are done again.
+    """
+    found: dict[str, Marker] = {}
+    for i, stage in enumerate(STAGES):
+        marker = read_marker(storage, stage, shard)
+        if marker is not None and marker.part.key == keys[stage] and _settled(storage, marker.part):
+            found[stage] = marker
+            continue
+        for later in STAGES[i:]:
+            if read_marker(storage, later, shard) is not None:
+                storage.delete(marker_key(later, shard))
+        break
+    return found
+
+
+def _settled(storage: Storage, part: PartRef) -> bool:
+    if storage.intact(part.files):
+        return True
+    shard = Shard(int(part.shard), 0, 0)
+    storage.promote(attempt_prefix(shard, part.attempt), part.files)
+    return storage.intact(part.files)
+
+
+def commit(job: ShardJob, stage: str, key: str, roots: Sequence[str], receipt: ShardReceipt | None = None) -> Marker:
+    """Digests what the attempt wrote below `roots`, creates the marker, and moves the files to their final keys.
+
+    When another attempt was first, its marker stands and this attempt's files are left for the clean-up.
+    """
+    storage = Storage(job.root)
+    prefix = attempt_prefix(job.shard, job.attempt)
+    attempt = storage.child(prefix)
+    names = [name for root in roots for name in (attempt.files(root) if not root.endswith(".parquet") else [root])]
+    part = PartRef(stage, job.shard.name, job.attempt, key, tuple(attempt.digest(name) for name in names))
+    marker = Marker(part, receipt)
+    if storage.create(marker_key(stage, job.shard), dumps(marker)):
+        storage.promote(prefix, part.files)
+        return marker
+    first = read_marker(storage, stage, job.shard)
+    if first is None or not _settled(storage, first.part):
+        raise StorageError(
+            f"shard {job.shard.name}: the marker of stage {stage} does not match its files; it is redone"
+        )
+    return first
+
+
+def adopt_stages(job: ShardJob, other: Storage, keys: dict[str, str], done: dict[str, Marker]) -> dict[str, Marker]:
+    """Takes masks and features from another run where they were made from the very same things."""
+    storage, found = Storage(job.root), dict(done)
+    prefix = attempt_prefix(job.shard, job.attempt)
+    for stage in ("masks", "features"):
+        if stage in found:
+            continue
+        theirs = read_marker(other, stage, job.shard)
+        if theirs is None or theirs.part.key != keys[stage] or not other.intact(theirs.part.files):
+            break
+        storage.adopt(other, theirs.part.files, prefix)
+        mine = Marker(replace(theirs.part, attempt=job.attempt))
+        if storage.create(marker_key(stage, job.shard), dumps(mine)):
+            storage.promote(prefix, mine.part.files)
+        found[stage] = mine
+    return found
+
+
+# --- what a worker process keeps -------------------------------------------------------------------------------------
+
+
+@lru_cache(maxsize=2)
+def _models(bundle: str, digest: str, device: str, part: str) -> Any:
+    """A component, loaded once per process."""
+    return getattr(opened_bundle(bundle, digest), part)(device)
+
+
+@lru_cache(maxsize=4)
+def opened_bundle(name: str, digest: str) -> Bundle:
+    """The bundle, checked once per process. Raises ShardError when this machine has another one under the name."""
+    bundle = load_bundle(name)
+    if bundle.digest != digest:
+        raise ShardError(
+            f"bundle {name} on this worker is {bundle.digest[:12]}, the run wants {digest[:12]}; install the same bundle"
+        )
+    return bundle
+
+
+@lru_cache(maxsize=1)
+def _decoder(limits: LimitSettings, settings: str) -> Decoder:
+    """This process's disposable decoding child."""
+    from leukoflow.method import SegmentSettings
+
+    return Decoder(limits, SegmentSettings.model_validate_json(settings))
+
+
+@lru_cache(maxsize=2)
+def open_plan(root: str) -> pq.ParquetFile:
+    """The frozen plan; its footer is read once per process."""
+    return pq.ParquetFile(Storage(root).open("plan.parquet"), pre_buffer=False)
+
+
+def members_of(job: ShardJob) -> list[Member]:
+    """The shard's members, from the frozen plan."""
+    return read_shard(open_plan(job.root), job.shard.ordinal)
+
+
+@contextmanager
+def _guard(job: ShardJob, stage: str) -> Iterator[None]:
+    """Refuses other code, and ends this process when the stage exceeds its time.
+
+    The clock starts with the processing, not with submission. A thread cannot be interrupted, so the process goes; the
+    nanny restarts it and Prefect sees the death. The note left behind tells the flow why.
+    """
+    if job.code != code_digest():
+        raise ClusterError(
+            f"this worker runs other code ({code_digest()}) than the flow ({job.code}); restart the workers"
+        )
+    limit = job.limits.stage_seconds
+
+    def give_up() -> None:
+        note = {
+            "stage": stage,
+            "message": f"stage {stage} ran longer than its limit of {limit:.0f} s (limits.stage_seconds)",
+        }
+        Storage(job.root).write(f"{attempt_prefix(job.shard, job.attempt)}/timeout.json", json.dumps(note).encode())
+        os._exit(75)
+
+    timer = threading.Timer(limit, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+# --- prepare ---------------------------------------------------------------------------------------------------------
+
+
+def prepare(job: ShardJob, first: int) -> Block:
+    """Reads, decodes, judges and normalises members from ordinal `first` on, until the block's bytes are spent."""
+    started = time.perf_counter()
+    with _guard(job, "prepare"):
+        method = opened_bundle(job.bundle, job.bundle_digest).spec.method
+        side, budget = method.segment.field_px, job.limits.block_mb << 20
+        culprits = dict(job.culprits)
+        members = members_of(job)[first - job.shard.first :]
+        wanted = [m for m in members if m.refusal is None and m.ordinal not in culprits and _looked_at(job, m.ordinal)]
+        facts: list[Fact] = []
+        tiles: list[NDArray[np.uint8]] = []
+        places: list[tuple[int, tuple[int, int], tuple[int, int, int, int], NDArray[np.float32]]] = []
+        with _reader(job) as reader:
+            decoder = _decoder(job.limits, method.segment.model_dump_json())
+            images = ingest(reader, wanted, job.limits, decoder)
+            for member in members:
+                if len(tiles) * side * side * 3 >= budget:
+                    break
+                refusal = member.refusal or culprits.get(member.ordinal)
+                if refusal is not None or not _looked_at(job, member.ordinal):
+                    facts.append(_refused(member.ordinal, refusal or "not looked at"))
+                    continue
+                image = next(images)
+                if image.rgb is None:
+                    facts.append(replace(_refused(member.ordinal, image.reason or "unreadable"), sha256=image.sha256))
+                    continue
+                quality = assess(image.rgb, method.quality)
+                geometry = field_geometry(image.source_width, image.source_height, member.um_per_px, method.segment)
+                rejected = bool(quality.reasons)
+                facts.append(
+                    Fact(
+                        ordinal=member.ordinal,
+                        status=Status.REJECTED if rejected else None,
+                        reason="; ".join(quality.reasons) or None,
+                        sha256=image.sha256,
+                        width=image.source_width,
+                        height=image.source_height,
+                        quality=quality,
+                        n_tiles=0 if rejected else len(geometry.origins),
+                        zarr_index=None,
+                    )
+                )
+                if rejected:
+                    continue
+                normal = normalize(image.rgb, method.normalize)
+                tiles.extend(_tile(normal, origin, side) for origin in geometry.origins)
+                places.extend(
+                    (member.ordinal, origin, core, affine)
+                    for origin, core, affine in zip(geometry.origins, geometry.cores, geometry.to_source(), strict=True)
+                )
+        owners = np.array([p[0] for p in places], np.int32)
+        return Block(
+            first=first,
+            next=first + len(facts),
+            facts=tuple(facts),
+            tiles=np.stack(tiles) if tiles else np.zeros((0, side, side, 3), np.uint8),
+            batches=inference_batches(owners, method.features.field_batch),
+            owners=owners,
+            origins=np.array([p[1] for p in places], np.int32).reshape(-1, 2),
+            cores=np.array([p[2] for p in places], np.int32).reshape(-1, 4),
+            to_source=np.array([p[3] for p in places], np.float32).reshape(-1, 2, 3),
+            timings=(StageTiming("prepare", time.perf_counter() - started, len(facts)),),
+        )
+
+
+def next_of(block: Block) -> int:
+    """Ordinal of the first member after a block."""
+    return block.next
+
+
+def inference_batches(owners: NDArray[np.int32], size: int) -> tuple[tuple[int, ...], ...]:
+    """Tiles of each fixed-shape batch, -1 for a blank slot.
+
+    Members of one tile sit at the slot that their ordinal gives them, so a missing neighbour leaves a blank and moves
+    nobody. The tiles of a larger member fill batches of their own.
+    """
+    tiles_of: dict[int, list[int]] = {}
+    for tile, owner in enumerate(owners.tolist()):
+        tiles_of.setdefault(owner, []).append(tile)
+    shared: dict[int, list[int]] = {}
+    batches: list[tuple[int, ...]] = []
+    for owner, tiles in tiles_of.items():
+        if len(tiles) == 1:
+            shared.setdefault(owner // size, [-1] * size)[owner % size] = tiles[0]
+            continue
+        for i in range(0, len(tiles), size):
+            batches.append(tuple(tiles[i : i + size] + [-1] * (size - len(tiles[i : i + size]))))
+    return (*(tuple(batch) for batch in shared.values()), *batches)
+
+
+def _looked_at(job: ShardJob, ordinal: int) -> bool:
+    return job.only is None or ordinal in job.only
+
+
+@contextmanager
+def _reader(job: ShardJob) -> Iterator[Reader]:
+    """The source's members; those of a compressed tar from the shard's spooled bytes."""
+    bound = job.limits.max_member_mb << 20
+    if job.spool is None:
+        with open_reader(job.source, member_bytes=bound) as reader:
+            yield reader
+        return
+    storage = Storage(job.root)
+    with tempfile.NamedTemporaryFile(prefix="leukoflow-spool-") as local:
+        path = storage.uri(job.spool)
+        if not storage.is_local:
+            for piece in storage.pieces(job.spool):
+                local.write(piece)
+            local.flush()
+            path = local.name
+        with open_reader(job.source, spool_file=path, member_bytes=bound) as reader:
+            yield reader
+
+
+def _refused(ordinal: int, reason: str) -> Fact:
+    return Fact(ordinal, Status.QUARANTINED, reason, None, None, None, None, 0, None)
+
+
+def _tile(rgb: NDArray[np.uint8], origin: tuple[int, int], side: int) -> NDArray[np.uint8]:
+    """One tile; beyond the image it is mirrored, and cells found there belong to nobody (see `own_cells`)."""
+    piece = rgb[origin[1] : origin[1] + side, origin[0] : origin[0] + side]
+    h, w = piece.shape[:2]
+    if (h, w) == (side, side):
+        return piece
+    return np.pad(piece, ((0, side - h), (0, side - w), (0, 0)), mode="symmetric")
+
+
+# --- segment ---------------------------------------------------------------------------------------------------------
+
+
+def segment(job: ShardJob, block: Block, before: Trail | None = None) -> Segmented:
+    """U-Net and watershed over a block's tiles; writes `masks.zarr` and, with the last block, `fields/`, and commits."""
+    started = time.perf_counter()
+    with _guard(job, "segment"):
+        bundle = opened_bundle(job.bundle, job.bundle_digest)
+        method = bundle.spec.method.segment
+        model = _models(job.bundle, job.bundle_digest, job.device, "segmenter")
+        n, side = len(block.tiles), method.field_px
+        semantic = np.zeros((n, side, side), np.uint8)
+        cells = np.zeros((n, side, side), np.uint16)
+        for batch in block.batches:
+            fields_ = _gather(block.tiles, batch)
+            if model is not None and method.enabled:
+                found = segment_batch(model, fields_, job.device)
+            else:
+                found = np.stack([pseudo_semantic(field) for field in fields_])
+            for slot, tile in enumerate(batch):
+                if tile >= 0:
+                    semantic[tile] = found[slot]
+        tables: list[CellTable] = []
+        first_id: dict[int, int] = {}
+        for t in range(n):
+            owner = int(block.owners[t])
+            own = own_cells(
+                watershed_cells(semantic[t], method),
+                (int(block.origins[t, 0]), int(block.origins[t, 1])),
+                (int(block.cores[t, 0]), int(block.cores[t, 1]), int(block.cores[t, 2]), int(block.cores[t, 3])),
+            )
+            start = first_id.get(owner, 1)
+            table = cell_table(semantic[t], own, block.to_source[t], start)
+            cells[t] = np.where(own > 0, own + np.uint16(start - 1), 0)
+            first_id[owner] = start + len(table)
+            tables.append(table)
+        offsets = np.cumsum([0, *(len(t) for t in tables)], dtype=np.int64)
+        table = concatenate(tables)
+        before = before or Trail()
+        facts = before.facts + _indexed(block.facts, before.rows)
+        trail = Trail(facts, before.rows + n, before.cells + len(table), before.timings + block.timings)
+        if job.only is None:
+            _write_masks(job, block, semantic, cells, table, offsets, before)
+            if block.next == job.shard.first + job.shard.count:
+                _write_facts(job, facts)
+                roots = (f"masks.zarr/{job.shard.name}", f"fields/part-{job.shard.name}.parquet")
+                commit(job, "masks", _keys(job)["masks"], roots)
+        timing = StageTiming("segment", time.perf_counter() - started, len(block.facts))
+        return Segmented(block, table, offsets, replace(trail, timings=(*trail.timings, timing)))
+
+
+def recall(job: ShardJob, block: Block, before: Trail | None = None) -> Segmented:
+    """A block with the cells that an earlier attempt or run has committed, instead of segmenting again."""
+    with _guard(job, "segment"):
+        before = before or Trail()
+        facts = before.facts + _indexed(block.facts, before.rows)
+        stored = {f.ordinal: f for f in read_facts(job.root, job.shard)}
+        for fact in facts:
+            if fact.sha256 != stored[fact.ordinal].sha256 or fact.zarr_index != stored[fact.ordinal].zarr_index:
+                raise ShardError(
+                    f"shard {job.shard.name}: member {fact.ordinal} is no longer what its masks were made from; "
+                    "the source changed, so start a new run"
+                )
+        table, offsets = read_cells(job.root, job.shard)
+        rows = slice(before.rows, before.rows + len(block.tiles))
+        piece = offsets[rows.start : rows.stop + 1]
+        table = CellTable(*(getattr(table, f.name)[piece[0] : piece[-1]] for f in fields(CellTable)))
+        trail = Trail(facts, rows.stop, before.cells + len(table), before.timings + block.timings)
+        return Segmented(block, table, piece - piece[0], trail)
+
+
+def trail_of(segmented: Segmented) -> Trail:
+    """What the next block's task must know, without the pixels."""
+    return segmented.trail
+
+
+def _gather(tiles: NDArray[np.uint8], batch: Sequence[int]) -> NDArray[np.uint8]:
+    out = np.zeros((len(batch), *tiles.shape[1:]), np.uint8)
+    for slot, tile in enumerate(batch):
+        if tile >= 0:
+            out[slot] = tiles[tile]
+    return out
+
+
+def _indexed(facts: Sequence[Fact], row: int) -> tuple[Fact, ...]:
+    """Facts with the Zarr row of each member's first tile."""
+    out = []
+    for fact in facts:
+        out.append(replace(fact, zarr_index=row) if fact.n_tiles else fact)
+        row += fact.n_tiles
+    return tuple(out)
+
+
+def _write_masks(
+    job: ShardJob,
+    block: Block,
+    semantic: NDArray[np.uint8],
+    cells: NDArray[np.uint16],
+    table: CellTable,
+    offsets: NDArray[np.int64],
+    before: Trail,
+) -> None:
+    group = _attempt_group(job, "masks.zarr")
+    side = semantic.shape[1:]
+    write_rows(group, "semantic", before.rows, semantic, (ZARR_CHUNK, *side), (ZARR_SHARD, *side))
+    write_rows(group, "cells", before.rows, cells, (ZARR_CHUNK, *side), (ZARR_SHARD, *side))
+    write_rows(group, "to_source", before.rows, block.to_source, (4096, 2, 3))
+    rows = np.stack([getattr(table, f.name).astype(np.float32) for f in fields(CellTable)], axis=1)
+    write_rows(group, "cell_table", before.cells, rows, (4096, rows.shape[1]))
+    write_rows(group, "cell_offsets", before.rows, offsets + before.cells, (4096,))
+    if not before.rows:
+        group["semantic"].attrs["classes"] = {"0": "background", "1": "cytoplasm", "2": "nucleus"}
+        group["cell_table"].attrs["columns"] = [f.name for f in fields(CellTable)]
+
+
+def write_rows(
+    group: zarr.Group,
+    name: str,
+    start: int,
+    rows: NDArray[Any],
+    chunks: tuple[int, ...],
+    shards: tuple[int, ...] | None = None,
+) -> None:
+    """Writes rows from `start` on into an array of a group that only this task writes; creates or grows the array.
+
+    The place is explicit, so that a task which Dask runs a second time writes the same bytes and appends nothing.
+    """
+    if name not in group:
+        group.create_array(
+            name,
+            shape=(0, *rows.shape[1:]),
+            chunks=chunks,
+            shards=shards,
+            dtype=rows.dtype,
+            compressors=zarr.codecs.ZstdCodec(level=1),
+            fill_value=0,
+        )
+    array = group[name]
+    array.resize((start + len(rows), *rows.shape[1:]))
+    if len(rows):
+        array[start:] = rows
+
+
+def _attempt_group(job: ShardJob, name: str) -> zarr.Group:
+    storage = Storage(job.root)
+    return zarr.open_group(storage.zarr(f"{attempt_prefix(job.shard, job.attempt)}/{name}/{job.shard.name}"), mode="a")
+
+
+FACTS = pa.schema(
+    [
+        pa.field("ordinal", pa.int64(), nullable=False),
+        pa.field("status", pa.string()),
+        pa.field("reason", pa.string()),
+        pa.field("member_sha256", pa.string()),
+        pa.field("width_px", pa.int32()),
+        pa.field("height_px", pa.int32()),
+        pa.field("focus", pa.float64()),
+        pa.field("exposure", pa.float64()),
+        pa.field("saturated", pa.float64()),
+        pa.field("foreground", pa.float64()),
+        pa.field("stain", pa.float64()),
+        pa.field("flags", pa.list_(pa.string())),
+        pa.field("reasons", pa.list_(pa.string())),
+        pa.field("n_tiles", pa.int32(), nullable=False),
+        pa.field("zarr_index", pa.int32()),
+    ]
+)
+"""`fields/part-<shard>.parquet`: what ingest and quality found out, so that later stages need no pixels."""
+
+
+def _write_facts(job: ShardJob, facts: Sequence[Fact]) -> None:
+    rows = []
+    for f in facts:
+        q = f.quality
+        rows.append(
+            {
+                "ordinal": f.ordinal,
+                "status": f.status,
+                "reason": f.reason,
+                "member_sha256": f.sha256,
+                "width_px": f.width,
+                "height_px": f.height,
+                "focus": q and q.focus,
+                "exposure": q and q.exposure,
+                "saturated": q and q.saturated,
+                "foreground": q and q.foreground,
+                "stain": q and q.stain,
+                "flags": q and list(q.flags),
+                "reasons": q and list(q.reasons),
+                "n_tiles": f.n_tiles,
+                "zarr_index": f.zarr_index,
+            }
+        )
+    write_parquet(job, f"fields/part-{job.shard.name}.parquet", pa.Table.from_pylist(rows, FACTS))
+
+
+def read_facts(root: str, shard: Shard) -> list[Fact]:
+    """The committed facts of a shard's members, in order."""
+    table = pq.read_table(io.BytesIO(Storage(root).read(f"fields/part-{shard.name}.parquet")), schema=FACTS)
+    out = []
+    for r in table.to_pylist():
+        quality = None
+        if r["focus"] is not None:
+            quality = Quality(
+                r["focus"], r["exposure"], r["saturated"], r["foreground"], r["stain"],
+                tuple(r["flags"]), tuple(r["reasons"]),
+            )  # fmt: skip
+        status = Status(r["status"]) if r["status"] else None
+        out.append(
+            Fact(
+                r["ordinal"],
+                status,
+                r["reason"],
+                r["member_sha256"],
+                r["width_px"],
+                r["height_px"],
+                quality,
+                r["n_tiles"],
+                r["zarr_index"],
+            )  # fmt: skip
+        )
+    return out
+
+
+def read_cells(root: str, shard: Shard) -> tuple[CellTable, NDArray[np.int64]]:
+    """The committed cell table of a shard, and the offsets of each tile's rows: int64 [tiles + 1]."""
+    group = zarr.open_group(Storage(root).zarr(f"masks.zarr/{shard.name}", read_only=True), mode="r")
+    rows = np.asarray(group["cell_table"][:])
+    empty = concatenate([])
+    columns = {f.name: rows[:, i].astype(getattr(empty, f.name).dtype) for i, f in enumerate(fields(CellTable))}
+    return CellTable(**columns), np.asarray(group["cell_offsets"][:], np.int64)
+
+
+def write_parquet(job: ShardJob, name: str, table: pa.Table) -> None:
+    """One part, written whole, below the attempt."""
+    sink = io.BytesIO()
+    pq.write_table(table, sink, compression="zstd", use_dictionary=False, store_schema=True)
+    Storage(job.root).write(f"{attempt_prefix(job.shard, job.attempt)}/{name}", sink.getvalue())
+
+
+def _keys(job: ShardJob) -> dict[str, str]:
+    bundle = opened_bundle(job.bundle, job.bundle_digest)
+    return stage_keys(bundle, members_of(job), job.device)
+
+
+# --- extract ---------------------------------------------------------------------------------------------------------
+
+
+def extract(job: ShardJob, segmented: Segmented, before: Trail | None = None) -> Trail:
+    """Hybrid features of a block's tiles and cells; writes `features.zarr`, and commits with the last block."""
+    started = time.perf_counter()
+    with _guard(job, "extract"):
+        bundle = opened_bundle(job.bundle, job.bundle_digest)
+        settings = bundle.spec.method.features
+        hybrid = _models(job.bundle, job.bundle_digest, job.device, "hybrid")
+        block, table, offsets = segmented.block, segmented.table, segmented.offsets
+        columns = hybrid.num_features
+        whole = np.zeros((len(block.tiles), columns), np.float32)
+        single = np.zeros((len(table), columns), np.float32)
+        centers = np.stack([table.field_x, table.field_y], axis=1).astype(np.float32)
+        for batch in block.batches:
+            found = extract_batch(
+                hybrid, field_inputs(_gather(block.tiles, batch), settings.field_input_px), job.device
+            )
+            rows = [(slot, tile) for slot, tile in enumerate(batch) if tile >= 0]
+            for slot, tile in rows:
+                whole[tile] = found[slot]
+            crops = [
+                crop_cells(
+                    block.tiles[t], centers[offsets[t] : offsets[t + 1]], settings.cell_window_px, settings.cell_px
+                )
+                for _, t in rows
+            ]
+            places = (
+                np.concatenate([np.arange(offsets[t], offsets[t + 1]) for _, t in rows]) if rows else np.zeros(0, int)
+            )
+            stacked = np.concatenate(crops) if crops else np.zeros((0, settings.cell_px, settings.cell_px, 3), np.uint8)
+            for i in range(0, len(stacked), settings.cell_batch):
+                piece = stacked[i : i + settings.cell_batch]
+                padded = np.zeros((settings.cell_batch, *stacked.shape[1:]), np.uint8)
+                padded[: len(piece)] = piece
+                single[places[i : i + settings.cell_batch]] = extract_batch(hybrid, padded, job.device)[: len(piece)]
+        before = before or Trail()
+        if job.only is None:
+            group = _attempt_group(job, "features.zarr")
+            write_rows(group, "hybrid", before.rows, whole, (16, columns), (512, columns))
+            write_rows(group, "cells", before.cells, single, (64, columns), (4096, columns))
+            write_rows(group, "cell_offsets", before.rows, offsets + before.cells, (4096,))
+            if not before.rows:
+                for name in ("hybrid", "cells"):
+                    group[name].attrs["columns"] = [
+                        {"backbone": b, "layer": layer, "dimension": d} for b, layer, d in hybrid.columns
+                    ]
+            if block.next == job.shard.first + job.shard.count:
+                commit(job, "features", _keys(job)["features"], (f"features.zarr/{job.shard.name}",))
+        trail = segmented.trail
+        timing = StageTiming("extract", time.perf_counter() - started, len(block.facts))
+        mine = tuple(t for t in before.timings if t.stage == "extract")
+        return replace(trail, timings=(*trail.timings, *mine, timing))
+
+
+# --- classify --------------------------------------------------------------------------------------------------------
+
+
+def classify(job: ShardJob, trail: Trail | None, resumed: tuple[str, ...] = ()) -> ShardReceipt:
+    """Diagnoses a shard from exactly the values its earlier stages have committed; writes and commits its tables."""
+    started = time.perf_counter()
+    with _guard(job, "classify"):
+        bundle = opened_bundle(job.bundle, job.bundle_digest)
+        classifier = _models(job.bundle, job.bundle_digest, job.device, "classifier")
+        members, facts = members_of(job), read_facts(job.root, job.shard)
+        table, _ = read_cells(job.root, job.shard)
+        group = zarr.open_group(Storage(job.root).zarr(f"features.zarr/{job.shard.name}", read_only=True), mode="r")
+        offsets = np.asarray(group["cell_offsets"][:], np.int64)
+        diagnosis = diagnose(
+            bundle,
+            classifier,
+            np.asarray(group["hybrid"][:], np.float32),
+            np.asarray(group["cells"][:], np.float32),
+            offsets,
+            table.cell_area_px.astype(np.float32),
+            job.device,
+        )
+        fields_ = [f for f in facts if f.zarr_index is not None]
+        verdicts = pool_tiles(bundle, diagnosis, offsets, np.array([f.n_tiles for f in fields_], np.int64))
+        rows, cells = _tables(job, bundle, members, facts, fields_, table, offsets, verdicts)
+        write_parquet(job, f"predictions/part-{job.shard.name}.parquet", rows)
+        write_parquet(job, f"cells/part-{job.shard.name}.parquet", cells)
+        receipt = _receipt(job, rows, len(cells), trail, resumed, started)
+        if receipt.rows != job.shard.count:
+            raise ShardError(f"shard {job.shard.name}: {receipt.rows} rows for {job.shard.count} members")
+        roots = (f"predictions/part-{job.shard.name}.parquet", f"cells/part-{job.shard.name}.parquet")
+        marker = commit(job, "predictions", _keys(job)["predictions"], roots, receipt)
+        return marker.receipt or receipt
+
+
+def _tables(
+    job: ShardJob,
+    bundle: Bundle,
+    members: Sequence[Member],
+    facts: Sequence[Fact],
+    diagnosed: Sequence[Fact],
+    table: CellTable,
+    offsets: NDArray[np.int64],
+    verdicts: Sequence[Verdict],
+) -> tuple[pa.Table, pa.Table]:
+    """Rows of `predictions/` (one per member, in plan order) and of `cells/` (one per cell)."""
+    verdict_of = {fact.ordinal: verdict for fact, verdict in zip(diagnosed, verdicts, strict=True)}
+    rows: list[dict[str, Any]] = []
+    keys_of_tiles: list[str] = []
+    for member, fact in zip(members, facts, strict=True):
+        verdict = verdict_of.get(fact.ordinal)
+        status, reason = fact.status, fact.reason
+        if verdict is not None:
+            keys_of_tiles += [member.image_key] * fact.n_tiles
+            status = Status.ABSTAINED if verdict.abstained else Status.PREDICTED
+            reason = verdict.abstained
+        quality = fact.quality
+        row: dict[str, Any] = {
+            "run_id": job.run_id,
+            "image_key": member.image_key,
+            "source_uri": job.source.uri,
+            "member_sha256": fact.sha256,
+            "slide_id": member.slide_id,
+            "patient_id": member.patient_id,
+            "site": member.site,
+            "scanner": member.scanner,
+            "um_per_px": member.um_per_px,
+            "status": str(status),
+            "reason": reason,
+            "n_cells": None if verdict is None else verdict.n_cells,
+            "shard": job.shard.name,
+            "zarr_index": fact.zarr_index,
+            "n_tiles": fact.n_tiles,
+            "width_px": fact.width,
+            "height_px": fact.height,
+            "focus": quality and quality.focus,
+            "exposure": quality and quality.exposure,
+            "quality_flags": list(quality.flags) if quality else None,
+            "bundle_digest": job.bundle_digest,
+        }
+        if verdict is not None:
+            row |= {
+                "label": CLASSES[int(np.argmax(verdict.probabilities))],
+                "confidence": float(np.max(verdict.probabilities)),
+                "prob_benign": verdict.probabilities[0],
+                "prob_early": verdict.probabilities[1],
+                "prob_pre": verdict.probabilities[2],
+                "prob_pro": verdict.probabilities[3],
+                "prediction_set": [c for c, inside in zip(CLASSES, verdict.prediction_set, strict=True) if inside],
+                "ood_score": verdict.ood,
+            }
+        row |= dict(member.meta)
+        rows.append(row)
+    predictions = pa.Table.from_pylist(rows, predictions_schema(job.meta_columns))
+    counts = np.diff(offsets)
+    columns = {f.name: getattr(table, f.name) for f in fields(CellTable) if f.name in CELLS.names}
+    columns["image_key"] = np.repeat(np.array(keys_of_tiles, object), counts)
+    columns["attention"] = np.concatenate([v.attention for v in verdicts]) if verdicts else np.zeros(0, np.float32)
+    columns["zarr_index"] = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
+    arrays = [pa.array(columns[f.name], f.type) for f in CELLS]
+    return predictions, pa.Table.from_arrays(arrays, schema=CELLS)
+
+
+def _receipt(
+    job: ShardJob, rows: pa.Table, cells: int, trail: Trail | None, resumed: tuple[str, ...], started: float
+) -> ShardReceipt:
+    status = Counter(rows["status"].to_pylist())
+    labels = Counter(rows["label"].to_pylist())
+    # "out of focus: 1.8 < 4.0" is counted as "out of focus": a reason is a kind, its numbers are in the row.
+    reasons = Counter(r.split(":")[0] for r in rows["reason"].to_pylist() if r)
+    seconds: dict[str, float] = {}
+    for timing in trail.timings if trail else ():
+        seconds[timing.stage] = seconds.get(timing.stage, 0.0) + timing.seconds
+    seconds["classify"] = time.perf_counter() - started
+    return ShardReceipt(
+        shard=job.shard,
+        predicted=status[Status.PREDICTED],
+        abstained=status[Status.ABSTAINED],
+        rejected=status[Status.REJECTED],
+        quarantined=status[Status.QUARANTINED],
+        cells=cells,
+        labels=(labels["Benign"], labels["Early"], labels["Pre"], labels["Pro"]),
+        reasons=tuple(sorted(reasons.items(), key=lambda item: (-item[1], item[0]))),
+        seconds=sum(seconds.values()),
+        timings=tuple(StageTiming(stage, s, job.shard.count) for stage, s in seconds.items()),
+        resumed=resumed,
+    )
+
+
+# --- the search for a culprit ----------------------------------------------------------------------------------------
+
+
+def probe(job: ShardJob) -> None:
+    """Runs the chain over the members in `job.only` and writes nothing; the caller looks at whether this process lives."""
+    first, end = job.shard.first, job.shard.first + job.shard.count
+    before = Trail()
+    while first < end:
+        block = prepare(job, first)
+        extract(job, segment(job, block, before))
+        first = block.next

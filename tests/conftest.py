@@ -1,0 +1,19 @@
+"""What all tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="session")
+def shared_data() -> Path:
+    """The folder of real data; tests that need it skip where it is missing."""
+    folder = Path(os.environ.get("LEUKOFLOW_DATA", ROOT.parent / "shared" / "data"))
+    if not (folder / "all_fields.zip").is_file():
+        pytest.skip(f"the real data is not here ({folder}); set LEUKOFLOW_DATA to its folder")
+    return folder

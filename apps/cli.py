@@ -288,10 +288,9 @@ def report(out: Out, run_id: RunId, debug: Debug = False) -> None:
     **Example**: `leukoflow report out smears-1f0c63b2`
     """
     with _reported(debug):
-        from tasks.report import build_report
-
         from apps import view
         from leukoflow.progress import ProgressReader
+        from tasks.report import build_report
 
         root = _root(out, run_id)
         reader = ProgressReader(root)

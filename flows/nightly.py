@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import signal
@@ -22,13 +23,13 @@ from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.orchestration import get_client
+from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
 from prefect.settings import PREFECT_UI_URL
-from prefect.states import Cancelled, Completed, Failed, State
+from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
-from tasks.report import build_report
 
 from leukoflow.cluster import code_digest, cores, open_cluster
 from leukoflow.codec import dumps
@@ -44,6 +45,7 @@ from tasks.open_run import Run, open_run, spooled, stem
 from tasks.plan import read_shard, shards
 from tasks.preflight import preflight
 from tasks.publish import publish
+from tasks.report import build_report
 from tasks.shard import (
     ShardJob,
     adopt_stages,
@@ -73,7 +75,7 @@ def _run_name() -> str:
     return f"screening of {stem(source)}"
 
 
-@flow(name="leukoflow nightly", flow_run_name=_run_name, task_runner=ThreadPoolTaskRunner(max_workers=256))
+@flow(name="leukoflow nightly", flow_run_name=_run_name, task_runner=ThreadPoolTaskRunner(max_workers=256))  # type: ignore[arg-type]
 def nightly(config: RunConfig) -> State[Any]:
     """Screens every image of a source and accounts for each of them, exactly once.
 
@@ -137,9 +139,10 @@ def _chain(client: Client, job: ShardJob, done: tuple[str, ...]) -> ShardReceipt
     """The shard's chain of Dask tasks, block after block; only the receipt comes back here."""
     gpu = {"GPU": 1} if job.device == "cuda" else None
     held: list[Any] = []
+    numbers = itertools.count()
 
     def submit(function: Any, *args: Any, on: dict[str, int] | None = None) -> Any:
-        name = f"{function.__name__}-{job.shard.name}-{job.attempt}-{len(held)}"
+        name = f"{function.__name__}-{job.shard.name}-{job.attempt}-{next(numbers)}"
         held.append(client.submit(function, *args, key=name, resources=on, pure=False))
         return held[-1]
 
@@ -150,12 +153,14 @@ def _chain(client: Client, job: ShardJob, done: tuple[str, ...]) -> ShardReceipt
             while first < job.shard.first + job.shard.count:
                 block = submit(prepare, job, first)
                 segmented = submit(recall if "masks" in done else segment, job, block, seen, on=gpu)
-                seen = submit(trail_of, segmented)
-                features = submit(extract, job, segmented, features, on=gpu)
+                seen, earlier = submit(trail_of, segmented), features
+                features = submit(extract, job, segmented, earlier, on=gpu)
                 first = submit(next_of, block).result()
-                # The pixels of this block are let go as soon as its features are computed.
+                # The pixels of this block are let go as soon as its features are computed; at most two are held.
                 del block, segmented
                 held[:] = [f for f in held if f in (seen, features)]
+                if earlier is not None:
+                    earlier.result()
         return cast(ShardReceipt, submit(classify, job, features, done, on=gpu).result())
     except BaseException:
         client.cancel(held, force=True)
@@ -234,7 +239,9 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
     run = work.run
     total, done, failures = run.summary.shards, 0, 0
     options = run.config.limits
-    artifact = create_progress_artifact(0.0, key="nightly-progress", description=f"{run.run_id}: starting")
+    artifact = cast(
+        uuid.UUID, create_progress_artifact(0.0, key="nightly-progress", description=f"{run.run_id}: starting")
+    )
     started, shown = time.monotonic(), 0.0
     on_the_way: dict[PrefectFuture[ShardReceipt], Shard] = {}
     upcoming: Iterator[Shard] = _with_spool(run, _chained(first, pending))
@@ -251,7 +258,7 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
                 retries=options.shard_retries,
                 retry_delay_seconds=options.retry_delay_seconds,
             )
-            on_the_way[named.submit(quote(work), shard)] = shard
+            on_the_way[named.submit(quote(work), shard)] = shard  # type: ignore[call-overload]
         if not on_the_way:
             break
         finished = wait(list(on_the_way), timeout=0.2).done
@@ -280,8 +287,8 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
         )
     if failures:
         raise ShardError(
-            f"run {run.run_id}: {failures} of {total} shards failed after {options.shard_retries + 1} attempts each; the "
-            f"others are committed. What failed and why: leukoflow status {run.config.out} {run.run_id}. "
+            f"run {run.run_id}: {failures} of {total} shards failed after {options.shard_retries + 1} attempts each; "
+            f"the others are committed. What failed and why: leukoflow status {run.config.out} {run.run_id}. "
             f"Once mended: {run.binding.command}"
         )
     update_progress_artifact(artifact, 100.0, f"{run.run_id}: all {total} shards are committed")
@@ -464,7 +471,8 @@ def summary(run: Run, manifest: RunManifest) -> str:
     if m.conflicts:
         lines += [f"**{m.conflicts} images were found under more than one patient: see `duplicates.parquet`.**", ""]
     lines += [
-        f"Report: `{run.root}/report.html` · predictions: `{run.root}/predictions/` · slides: `{run.root}/slides.parquet`",
+        f"Report: `{run.root}/report.html` · predictions: `{run.root}/predictions/` · slides: "
+        f"`{run.root}/slides.parquet`",
         "",
         "Research use only.",
     ]

@@ -154,7 +154,7 @@ def _same_code(client: Any) -> None:
         found = client.run(code_digest)
     except Exception as error:  # the worker cannot even import us
         raise ClusterError(
-            f"a worker cannot import leukoflow ({type(error).__name__}: {error}); install the same wheel on every worker"
+            f"a worker cannot import leukoflow ({type(error).__name__}: {error}); install the same wheel on all workers"
         ) from None
     mine = code_digest()
     other = {address: digest for address, digest in found.items() if digest != mine}

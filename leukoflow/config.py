@@ -28,7 +28,7 @@ class LimitSettings(Settings):
     min_side_px: int = Field(32, ge=1, description="smallest side of an image, pixels")
     decode_seconds: float = Field(60.0, gt=0, description="time to decode one image")
     decode_memory_mb: int = Field(4096, ge=256, description="address space of the decoding process, MB")
-    block_mb: int = Field(256, ge=8, description="decoded pixels a shard holds at once, MB")
+    block_mb: int = Field(64, ge=1, description="decoded pixels a shard holds at once, MB")
     stage_seconds: float = Field(1800.0, gt=0, description="time for one stage of one shard, from its start")
     shard_retries: int = Field(2, ge=0, description="further attempts at a shard that failed")
     retry_delay_seconds: float = Field(2.0, ge=0, description="pause before a shard is tried again")
@@ -60,7 +60,7 @@ class RunConfig(BaseSettings):
     manifest: str | None = None
     bundle: str = "pocket"
     reuse: str | None = None
-    shard_size: int = Field(256, ge=MICRO_BATCH, le=4096)
+    shard_size: int = Field(128, ge=MICRO_BATCH, le=4096)
     um_per_px: float | None = Field(None, gt=0, description="scale of all images whose manifest row gives none")
     meta_columns: tuple[str, ...] = Field((), description="further manifest columns to carry along, as meta_<name>")
     device: str = Field("auto", description="`auto`, `cpu` or `cuda`")
@@ -95,7 +95,7 @@ class RunConfig(BaseSettings):
         return (init_settings, env_settings, _FileSource(settings_cls))
 
     def fingerprint(self, source_identity: str, bundle_digest: str, device: str, manifest_digest: str) -> str:
-        """Hex digest (16 digits) over everything that decides the output: two runs with the same one are the same run."""
+        """Hex digest (16 digits) over everything that decides the output: equal ones mean the same run."""
         binding = {
             "source": self.source.rstrip("/"),
             "identity": source_identity,

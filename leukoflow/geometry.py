@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from leukoflow.method import SegmentSettings
+if TYPE_CHECKING:  # the disposable decoding process uses this module, and starts faster without pydantic
+    from leukoflow.method import SegmentSettings
 
 MAX_ENLARGEMENT = 8.0
 
@@ -71,5 +74,5 @@ def _cuts(length: int, settings: SegmentSettings) -> list[tuple[int, int, int]]:
         return [(0, 0, length)]
     n = 1 + -(-(length - side) // (side - overlap))
     starts = [round(i * (length - side) / (n - 1)) for i in range(n)]
-    seams = [0] + [(a + side + b) // 2 for a, b in zip(starts, starts[1:], strict=False)] + [length]
+    seams = [0] + [(a + side + b) // 2 for a, b in pairwise(starts)] + [length]
     return [(s, seams[i], seams[i + 1]) for i, s in enumerate(starts)]

@@ -1,4 +1,4 @@
-"""The method's settings. They belong to the bundle that was calibrated with them and are stored in its `bundle.json`."""
+"""The method's settings. They belong to the bundle that was calibrated with them, and are stored in its JSON."""
 
 from __future__ import annotations
 

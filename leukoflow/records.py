@@ -1,4 +1,4 @@
-"""The frozen dataclasses that travel between parts. Small by design: pixels never ride in a record that Prefect sees."""
+"""The frozen dataclasses that travel between parts. Small by design: pixels never ride in what Prefect sees."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class SourceKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """What was handed over. `identity` changes when the content may have changed (size and mtime, ETag, listing digest)."""
+    """What was handed over. `identity` changes when the content may have: size and mtime, ETag, listing digest."""
 
     uri: str
     kind: SourceKind

@@ -11,14 +11,18 @@ requests of REQUEST and the image's bytes, answered by ANSWER, a text of words f
 from __future__ import annotations
 
 import io
+import json
 import math
 import os
 import resource
 import struct
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import BinaryIO
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import cv2
 import numpy as np
@@ -26,7 +30,9 @@ from numpy.typing import NDArray
 from PIL import Image, UnidentifiedImageError
 
 from leukoflow.geometry import field_geometry
-from leukoflow.method import SegmentSettings
+
+if TYPE_CHECKING:
+    from leukoflow.method import SegmentSettings
 
 SETUP = struct.Struct("<3QdQ")
 """Limits (pixels, shortest side in pixels, memory in bytes, CPU seconds an image) and the length of the settings."""
@@ -82,7 +88,7 @@ def decode_image(
     """
     _recognise(data)
     try:
-        with Image.open(io.BytesIO(data), formats=FORMATS) as image:
+        with _own_limits(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
             return _decode(image, um_per_px, settings, max_pixels, min_side_px)
     except RefusedError:
         raise
@@ -95,6 +101,19 @@ def decode_image(
         if "truncated" in words or "end of file" in words.lower():
             raise RefusedError(f"truncated: the image's data ends early ({len(data):,} bytes)") from None
         raise RefusedError(f"damaged: {words[:200]}") from None
+
+
+@contextmanager
+def _own_limits() -> Iterator[None]:
+    """Our limit on pixels, checked from the header, instead of the library's; and no warnings about odd metadata."""
+    before = Image.MAX_IMAGE_PIXELS
+    Image.MAX_IMAGE_PIXELS = None
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        Image.MAX_IMAGE_PIXELS = before
 
 
 def _recognise(data: bytes) -> None:
@@ -228,11 +247,10 @@ def main() -> None:
     source = os.fdopen(os.dup(0), "rb")
     sink = os.fdopen(os.dup(1), "wb")
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # nothing that a library prints may mix with the answers
-    warnings.simplefilter("ignore")
-    Image.MAX_IMAGE_PIXELS = None  # our own limit is checked from the header
     cv2.setNumThreads(1)
     max_pixels, min_side, memory_bytes, cpu_seconds, length = SETUP.unpack(source.read(SETUP.size))
-    settings = SegmentSettings.model_validate_json(source.read(length))
+    # The parent has validated them, and importing pydantic here would double the time that a new process takes.
+    settings = cast("SegmentSettings", SimpleNamespace(**json.loads(source.read(length))))
     _limit_memory(memory_bytes)
     sink.write(READY)
     sink.flush()

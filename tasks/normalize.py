@@ -1,8 +1,9 @@
 """Preparation of a field: overlays out, stain and illumination brought to a reference, detail enhanced, z-score.
 
-Everything works on uint8 with OpenCV's 8-bit Lab (L in 0..255, a and b offset by 128). Reinhard's transfer is affine
-per channel, so on 8 bits it is three tables of 256 entries; a field crosses to Lab and back once, and an image of
-8,000 x 8,000 pixels never exists as floats.
+Lab is kept in 16 bits, 256 steps per unit of OpenCV's 8-bit Lab (L in 0..255, a and b offset by 128): rounding to 8
+bits before the contrast is stretched would show. In cube roots of X, Y and Z both Lab and Reinhard's transfer are
+affine, so a field crosses to Lab and back with tables and matrix products, in strips, never as floats. Lightness
+becomes 8 bits only for CLAHE and for the blurs of the detail enhancement.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ OVERLAY_GAP_PX = 8
 OVERLAY_MIN_CONTRAST = 10.0  # density of glyph pixels in the corner against the rest of the image
 MAX_GAIN = 4.0  # of Reinhard's deviation ratio: a blank field has no deviation to stretch
 DETAIL_SIGMAS_PX = (2.0, 4.0)
+STRIP_PX = 2**18  # an image is converted in strips of about so many pixels
+
+LAB_STEPS = 256.0  # per unit of 8-bit Lab
+ROOT_STEPS = 40000.0  # per unit of a cube root; roots stay below 1.6
+LINEAR_STEPS = 65535.0
+BACK_STEPS = 30000.0  # per unit of X, Y, Z on the way back, where they may reach 2.1
 
 _T = TypeVar("_T", bound=np.generic)
 
@@ -97,9 +104,7 @@ def reinhard(rgb: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]
     Returns:
         uint8 [H, W, 3].
     """
-    _check_rgb(rgb)
-    lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)
-    return _rgb(cv2.LUT(lab, _transfer(lab, mean, std)))
+    return _adjust(rgb, reference=(mean, std))
 
 
 def fit_reference(
@@ -110,10 +115,7 @@ def fit_reference(
     Raises:
         LeukoflowError: no field was given.
     """
-    stats = [
-        np.concatenate([part.ravel() for part in cv2.meanStdDev(cv2.cvtColor(field, cv2.COLOR_RGB2LAB))])
-        for field in fields
-    ]
+    stats = [np.concatenate(_statistics(_to_lab(field[rows]) for rows in _strips(field))) for field in fields]
     if not stats:
         raise LeukoflowError("no fields to fit the normalisation reference on: give at least one training field")
     m = np.mean(stats, axis=0)
@@ -131,9 +133,7 @@ def clahe(rgb: NDArray[np.uint8], clip: float, grid: int | tuple[int, int]) -> N
     Returns:
         uint8 [H, W, 3].
     """
-    _check_rgb(rgb)
-    lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)
-    return _rgb(_with_lightness(lab, _clahe(cv2.extractChannel(lab, 0), clip, grid)))
+    return _adjust(rgb, equalisation=(clip, (grid, grid) if isinstance(grid, int) else grid))
 
 
 def multiscale(rgb: NDArray[np.uint8], amount: float) -> NDArray[np.uint8]:
@@ -148,9 +148,7 @@ def multiscale(rgb: NDArray[np.uint8], amount: float) -> NDArray[np.uint8]:
     Returns:
         uint8 [H, W, 3].
     """
-    _check_rgb(rgb)
-    lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)
-    return _rgb(_with_lightness(lab, _detail(cv2.extractChannel(lab, 0), amount)))
+    return _adjust(rgb, amount=amount)
 
 
 def normalize(rgb: NDArray[np.uint8], settings: NormalizeSettings) -> NDArray[np.uint8]:
@@ -168,21 +166,14 @@ def normalize(rgb: NDArray[np.uint8], settings: NormalizeSettings) -> NDArray[np
     _check_rgb(rgb)
     if settings.mask_overlays:
         rgb, _ = mask_overlays(rgb)
-    if not (settings.reinhard or settings.clahe or settings.multiscale):
-        return rgb
-    lab = cv2.cvtColor(rgb, cv2.COLOR_RGB2LAB)
-    if settings.reinhard:
-        lab = cv2.LUT(lab, _transfer(lab, settings.reference_mean, settings.reference_std))
-    if settings.clahe or settings.multiscale:
-        lightness = cv2.extractChannel(lab, 0)
-        if settings.clahe:
-            tile = FIELD_PX / settings.clahe_grid
-            grid = (max(1, round(rgb.shape[1] / tile)), max(1, round(rgb.shape[0] / tile)))
-            lightness = _clahe(lightness, settings.clahe_clip, grid)
-        if settings.multiscale:
-            lightness = _detail(lightness, settings.multiscale_amount)
-        lab = _with_lightness(lab, lightness)
-    return _rgb(lab)
+    tile = FIELD_PX / settings.clahe_grid
+    grid = (max(1, round(rgb.shape[1] / tile)), max(1, round(rgb.shape[0] / tile)))
+    return _adjust(
+        rgb,
+        reference=(settings.reference_mean, settings.reference_std) if settings.reinhard else None,
+        equalisation=(settings.clahe_clip, grid) if settings.clahe else None,
+        amount=settings.multiscale_amount if settings.multiscale else None,
+    )
 
 
 def zscore(rgb: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.float32]:
@@ -209,24 +200,114 @@ def _check_rgb(rgb: NDArray[np.uint8]) -> None:
         raise LeukoflowError(f"expected an RGB image uint8 [H, W, 3], got {rgb.dtype} {rgb.shape}: convert it first")
 
 
-def _rgb(lab: NDArray[np.uint8] | cv2.typing.MatLike) -> NDArray[np.uint8]:
-    return np.asarray(cv2.cvtColor(lab, cv2.COLOR_LAB2RGB), np.uint8)
+def _adjust(
+    rgb: NDArray[np.uint8],
+    reference: tuple[Sequence[float], Sequence[float]] | None = None,
+    equalisation: tuple[float, tuple[int, int]] | None = None,
+    amount: float | None = None,
+) -> NDArray[np.uint8]:
+    """Reinhard, CLAHE and detail enhancement, each if wanted, between one conversion to Lab and one back."""
+    _check_rgb(rgb)
+    if reference is None and equalisation is None and amount is None:
+        return rgb
+    strips = _strips(rgb)
+    transfer = np.eye(3, 4)
+    # A field is one strip and is converted once; the strips of a large image are converted anew in each pass.
+    whole = _to_lab(rgb) if len(strips) == 1 else None
+    if reference is not None:
+        mean, std = _statistics([whole] if whole is not None else (_to_lab(rgb[rows]) for rows in strips))
+        # A constant channel has nothing to stretch; its gain is of no consequence, so 1.
+        gain = np.divide(np.asarray(reference[1], np.float64), std, out=np.ones(3), where=std > 1e-6)
+        gain = np.minimum(gain, MAX_GAIN)
+        transfer = np.column_stack([np.diag(gain), (np.asarray(reference[0]) - gain * mean) * LAB_STEPS])
+    if whole is not None:
+        whole = cv2.transform(whole, transfer)
+
+    def lab_of(rows: slice) -> cv2.typing.MatLike:
+        return cv2.transform(_to_lab(rgb[rows]), transfer) if whole is None else whole
+
+    lightness = None
+    if equalisation is not None or amount is not None:
+        lightness = np.empty(rgb.shape[:2], np.uint8)
+        for rows in strips:
+            cv2.LUT(cv2.extractChannel(lab_of(rows), 0), _TO_8_BITS, dst=lightness[rows])
+        if equalisation is not None:
+            clip, tiles = equalisation
+            lightness = np.asarray(cv2.createCLAHE(clipLimit=clip, tileGridSize=tiles).apply(lightness), np.uint8)
+        if amount is not None:
+            lightness = np.asarray(_detail(lightness, amount), np.uint8)
+    out = np.empty_like(rgb, order="C")
+    for rows in strips:
+        lab = lab_of(rows)
+        if lightness is not None:
+            cv2.insertChannel(cv2.LUT(lightness[rows], _FROM_8_BITS), lab, 0)
+        roots = cv2.transform(lab, _LAB_TO_ROOTS)
+        linear = cv2.transform(cv2.LUT(roots, _CUBE), _XYZ_TO_RGB)
+        cv2.LUT(linear, _COMPRESS, dst=out[rows])
+    return out
 
 
-def _transfer(lab: cv2.typing.MatLike, mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
-    """Reinhard's affine map as one table per channel: uint8 [256, 1, 3]."""
-    own_mean, own_std = (part.ravel() for part in cv2.meanStdDev(lab))
-    target = np.asarray(std, np.float64)
-    # A constant channel has nothing to stretch; its gain is of no consequence, so 1.
-    gain = np.divide(target, own_std, out=np.ones(3), where=own_std > 1e-6).clip(0.0, MAX_GAIN)
-    levels = np.arange(256, dtype=np.float64)[:, None]
-    table = (levels - own_mean) * gain + np.asarray(mean, np.float64)
-    return np.rint(table).clip(0, 255).astype(np.uint8)[:, None, :]
+def _to_lab(rgb: NDArray[np.uint8]) -> cv2.typing.MatLike:
+    """Lab (CIE 1976, D65) of sRGB, uint16 [H, W, 3] in `LAB_STEPS`."""
+    xyz = cv2.transform(cv2.LUT(rgb, _EXPAND), _RGB_TO_XYZ)
+    return cv2.transform(cv2.LUT(xyz, _ROOT), _ROOTS_TO_LAB)
 
 
-def _clahe(lightness: cv2.typing.MatLike, clip: float, grid: int | tuple[int, int]) -> cv2.typing.MatLike:
-    tiles = (grid, grid) if isinstance(grid, int) else grid
-    return cv2.createCLAHE(clipLimit=clip, tileGridSize=tiles).apply(lightness)
+def _strips(rgb: NDArray[np.uint8]) -> list[slice]:
+    rows = max(1, STRIP_PX // rgb.shape[1])
+    return [slice(start, start + rows) for start in range(0, rgb.shape[0], rows)]
+
+
+def _statistics(labs: Iterable[cv2.typing.MatLike]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Mean and deviation of L, a and b over all strips, in units of 8-bit Lab."""
+    counts, sums, squares = 0, np.zeros(3), np.zeros(3)
+    for lab in labs:
+        mean, std = (part.ravel() / LAB_STEPS for part in cv2.meanStdDev(lab))
+        pixels = lab.shape[0] * lab.shape[1]
+        counts += pixels
+        sums += pixels * mean
+        squares += pixels * (std**2 + mean**2)
+    mean = sums / counts
+    return mean, np.sqrt(np.maximum(squares / counts - mean**2, 0.0))
+
+
+def _tables() -> tuple[NDArray[np.uint16], NDArray[np.uint16], NDArray[np.uint16], NDArray[np.uint8]]:
+    """sRGB to linear [256]; X, Y, Z to cube root, the root back, linear to sRGB [65536], with CIE's linear toes."""
+    v = np.arange(256) / 255
+    expand = np.where(v > 0.04045, ((v + 0.055) / 1.055) ** 2.4, v / 12.92)
+    u = np.arange(65536.0)
+    t = u / LINEAR_STEPS
+    root = np.where(t > (6 / 29) ** 3, np.cbrt(t), t * (29 / 6) ** 2 / 3 + 4 / 29)
+    f = u / ROOT_STEPS
+    cube = np.where(f > 6 / 29, f**3, (f - 4 / 29) * 3 * (6 / 29) ** 2)
+    compress = np.where(t > 0.0031308, 1.055 * t ** (1 / 2.4) - 0.055, t * 12.92)
+
+    def words(values: NDArray[np.float64], steps: float) -> NDArray[np.uint16]:
+        return np.rint(values * steps).clip(0, 65535).astype(np.uint16)
+
+    return (
+        words(expand, LINEAR_STEPS),
+        words(root, ROOT_STEPS),
+        words(cube, BACK_STEPS),
+        np.rint(compress * 255).astype(np.uint8),
+    )
+
+
+_EXPAND, _ROOT, _CUBE, _COMPRESS = _tables()
+_TO_8_BITS = np.minimum(np.rint(np.arange(65536) / LAB_STEPS), 255).astype(np.uint8)
+_FROM_8_BITS = (np.arange(256) * int(LAB_STEPS)).astype(np.uint16)
+_PRIMARIES = np.array([[0.412453, 0.357580, 0.180423], [0.212671, 0.715160, 0.072169], [0.019334, 0.119193, 0.950227]])
+_RGB_TO_XYZ = _PRIMARIES / _PRIMARIES.sum(axis=1, keepdims=True)  # relative to the white point
+_XYZ_TO_RGB = np.linalg.inv(_RGB_TO_XYZ) * (LINEAR_STEPS / BACK_STEPS)
+_LAB_OF_ROOTS = np.array([[0.0, 116 * 2.55, 0.0], [500.0, -500.0, 0.0], [0.0, 200.0, -200.0]])
+_LAB_OFFSET = np.array([-16 * 2.55, 128.0, 128.0])
+_ROOTS_TO_LAB = np.column_stack([_LAB_OF_ROOTS * (LAB_STEPS / ROOT_STEPS), _LAB_OFFSET * LAB_STEPS])
+_LAB_TO_ROOTS = np.column_stack(
+    [
+        np.linalg.inv(_LAB_OF_ROOTS) * (ROOT_STEPS / LAB_STEPS),
+        -np.linalg.inv(_LAB_OF_ROOTS) @ _LAB_OFFSET * ROOT_STEPS,
+    ]
+)
 
 
 def _detail(lightness: cv2.typing.MatLike, amount: float) -> cv2.typing.MatLike:
@@ -234,10 +315,6 @@ def _detail(lightness: cv2.typing.MatLike, amount: float) -> cv2.typing.MatLike:
     fine, coarse = (cv2.GaussianBlur(lightness, (0, 0), sigma) for sigma in DETAIL_SIGMAS_PX)
     cv2.addWeighted(fine, 0.5, coarse, 0.5, 0.0, dst=fine)
     return cv2.addWeighted(lightness, 1.0 + amount, fine, -amount, 0.0)
-
-
-def _with_lightness(lab: cv2.typing.MatLike, lightness: cv2.typing.MatLike) -> cv2.typing.MatLike:
-    return cv2.insertChannel(lightness, lab, 0)
 
 
 def _glyphs(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
@@ -255,7 +332,8 @@ def _glyphs(rgb: NDArray[np.uint8]) -> NDArray[np.bool_]:
 
 def _from_corner(image: NDArray[_T], bottom: bool, right: bool) -> NDArray[_T]:
     """View of [H, W, ...] flipped so that the named corner is its first pixel."""
-    return image[:: -1 if bottom else 1, :: -1 if right else 1]
+    view: NDArray[_T] = image[:: -1 if bottom else 1, :: -1 if right else 1]
+    return view
 
 
 def _background(corner: NDArray[np.uint8], zone: int, reach: int) -> NDArray[np.uint8]:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any, cast
 
 import zarr
 
@@ -64,7 +65,7 @@ def open_run(config: RunConfig) -> Run:
     if bound is not None and bound.fingerprint != fingerprint:
         raise RunConflictError(
             f"run {run_id} exists and was made from another source, other settings or another bundle "
-            f"({bound.fingerprint}, now {fingerprint}); choose a new --run-id, and --reuse {run_id} to keep what still holds"
+            f"({bound.fingerprint}, now {fingerprint}); choose a new --run-id, and --reuse {run_id} to keep what holds"
         )
     if config.reuse and _binding(out.child(config.reuse)) is None:
         raise ConfigError(f"--reuse {config.reuse}: there is no such run in {config.out}")
@@ -134,8 +135,8 @@ def patient_key() -> bytes | None:
     from prefect.blocks.system import Secret
 
     try:
-        block = Secret.load("leukoflow-patient-key", _sync=True)
-    except ValueError:
+        block = cast(Any, Secret.load)("leukoflow-patient-key", _sync=True)
+    except ValueError:  # there is no such block
         return None
     return str(block.get()).encode()
 

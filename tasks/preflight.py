@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import uuid
@@ -46,15 +47,13 @@ def conditional_writes(storage: Storage) -> None:
         kept = storage.read(key)
     except OSError as error:
         raise PreflightError(
-            f"{storage.root} cannot be written ({os.strerror(error.errno) if error.errno else error}); check permissions"
+            f"{storage.root} cannot be written: {os.strerror(error.errno) if error.errno else error}; check permissions"
         ) from None
     finally:
-        try:
+        with contextlib.suppress(OSError):
             storage.delete(key)
-        except OSError:
-            pass
     if not first or second or kept != b"first":
         raise PreflightError(
-            f"{storage.root} does not honour conditional writes (create only if absent), so two attempts could overwrite "
-            "each other; use a local disk, or an object store that supports If-None-Match"
+            f"{storage.root} does not honour conditional writes (create only if absent), so two attempts could "
+            "overwrite each other; use a local disk, or an object store that supports If-None-Match"
         )

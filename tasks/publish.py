@@ -26,7 +26,8 @@ from tasks.plan import shards
 from tasks.shard import STAGES, open_plan, read_marker
 
 SOFTWARE = (
-    "leukoflow", "prefect", "dask", "distributed", "torch", "timm", "opencv-python-headless", "numpy", "zarr", "pyarrow",
+    "leukoflow", "prefect", "dask", "distributed", "torch", "timm", "opencv-python-headless", "numpy", "zarr",
+    "pyarrow",
 )  # fmt: skip
 MALIGNANT = slice(1, 4)
 SLOWEST = 10
@@ -48,7 +49,7 @@ class _Slide:
 
 
 def publish(run: Run, startup_seconds: float, processing_seconds: float) -> RunManifest:
-    """Writes slides, duplicates and the manifest. Raises ReconciliationError unless every member has exactly one row."""
+    """Writes slides, duplicates and manifest. Raises ReconciliationError unless every member has exactly one row."""
     storage = Storage(run.root)
     markers = list(_markers(run, storage))
     receipts = [m.receipt for m in markers if m.receipt is not None]
@@ -274,7 +275,7 @@ def _slides_table(slides: dict[str, _Slide]) -> pa.Table:
                 "top_confidence": slide.top and slide.top[0],
             }
         )
-    rows.sort(key=lambda r: (-r["urgency"], r["slide_id"]))  # type: ignore[operator, return-value]
+    rows.sort(key=lambda r: (-r["urgency"], r["slide_id"]))  # type: ignore[operator]
     for rank, row in enumerate(rows, 1):
         row["rank"] = rank
     return pa.Table.from_pylist(rows, SLIDES)

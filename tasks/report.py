@@ -547,8 +547,8 @@ def _page(
         f'<header><p class="brand">leukoflow <span>run report</span></p><h1>{_text(t.run_id)} '
         f'<span class="state {state}">{state}</span></h1><p class="quiet">{_text(t.source_uri)}</p></header>'
         f"<main>{_verdict(t, finished, progress)}{_tiles(t)}<nav>{contents}</nav>{body}</main>"
-        "<footer><b>Research use only.</b> Not a medical device: no diagnosis, and no decision about a patient, may rest "
-        "on this page. Every finding needs the eye of a haematologist on the slide itself.</footer></body></html>\n"
+        "<footer><b>Research use only.</b> Not a medical device: no diagnosis, and no decision about a patient, may "
+        "rest on this page. Every finding needs the eye of a haematologist on the slide itself.</footer></body></html>"
     )
 
 
@@ -557,8 +557,8 @@ def _verdict(t: _Totals, finished: bool, progress: RunProgress) -> str:
     if not finished:
         left = t.members - t.done
         text = (
-            f"<b>Not a final result: the run is {progress.state}.</b> {_number(t.done)} of {_number(t.members)} members "
-            f"are accounted for so far ({sums}), {_number(left)} are not. Slides are ranked when all are."
+            f"<b>Not a final result: the run is {progress.state}.</b> {_number(t.done)} of {_number(t.members)} "
+            f"members are accounted for so far ({sums}), {_number(left)} are not. Slides are ranked when all are."
         )
         if progress.state != "running":
             text += f" To continue: <code>{_text(progress.command, 400)}</code>"
@@ -763,7 +763,7 @@ def _timings(t: _Totals) -> str:
                 _text(s.stage),
                 _seconds(s.seconds),
                 _number(s.images),
-                f"{1000 * s.seconds / max(1, s.images):.1f} ms",
+                f"{_number(1000 * s.seconds / max(1, s.images), 1)} ms",
                 _share(s.seconds, total),
                 _bar(s.seconds / total, "var(--accent)"),
             )
@@ -776,7 +776,7 @@ def _timings(t: _Totals) -> str:
         pace = (
             f"<p>{_number(t.members)} members in {_seconds(t.processing_seconds)}, "
             f"<b>{t.members / t.processing_seconds:.1f} per second</b>, after {_seconds(t.startup_seconds)} of "
-            'start-up. <span class="quiet">Stages taken over from an earlier session cost nothing in this one.</span></p>'
+            'start-up. <span class="quiet">Stages taken over from an earlier session cost nothing here.</span></p>'
         )
     slowest = _table(
         (("slowest shards", "key"), ("worker time", "n")),

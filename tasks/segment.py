@@ -73,12 +73,11 @@ def pseudo_semantic(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     Args:
         rgb: uint8 [H, W, 3] at the model's scale, before stain normalisation.
     """
-    density = _optical_density(cv2.GaussianBlur(rgb, (0, 0), 1.0))
-    red, green, blue = density
+    red, green, blue = _optical_density(cv2.GaussianBlur(rgb, (0, 0), 1.0))
     signal = green - RED_WEIGHT * red - np.maximum(blue, -0.05)
-    cell = np.asarray(signal > CELL_DENSITY, np.uint8)
-    cell = cv2.morphologyEx(cell, cv2.MORPH_OPEN, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5)))
-    cell = np.asarray(ndimage.binary_fill_holes(cell), np.uint8)
+    kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
+    opened = cv2.morphologyEx(np.asarray(signal > CELL_DENSITY, np.uint8), cv2.MORPH_OPEN, kernel)
+    cell = np.asarray(ndimage.binary_fill_holes(opened), np.uint8)
     cells = _split(cell, SegmentSettings().peak_distance_px)
     out = np.zeros(cell.shape, np.uint8)
     for i, at in enumerate(ndimage.find_objects(cells), start=1):
@@ -257,7 +256,7 @@ def _split(cell: NDArray[np.uint8], peak_distance_px: int) -> NDArray[np.int32]:
     highest = cv2.dilate(depth, cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (side, side)))
     peaks = np.asarray((depth >= highest) & (cell > 0), np.uint8)
     markers = cv2.connectedComponents(peaks, connectivity=8)[1]
-    flooded = np.asarray(watershed(-depth, markers, mask=cell > 0), np.int32)
+    flooded = np.asarray(watershed(-depth, markers, mask=cell > 0), np.int32)  # type: ignore[no-untyped-call]
     return _merge_shallow(flooded, np.asarray(depth, np.float32))[flooded]
 
 

@@ -26,12 +26,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
 from numpy.typing import NDArray
+from zarr.codecs import ZstdCodec
 
 from leukoflow.cluster import code_digest
 from leukoflow.codec import dumps, loads
 from leukoflow.config import LimitSettings
 from leukoflow.errors import ClusterError, ShardError, StorageError
 from leukoflow.geometry import field_geometry
+from leukoflow.method import FeatureSettings, SegmentSettings
 from leukoflow.records import (
     CLASSES,
     Marker,
@@ -50,7 +52,7 @@ from leukoflow.storage import Storage
 from models.attention_unet import segment_batch
 from models.bundle import Bundle, load_bundle
 from tasks.classify import Verdict, diagnose, pool_tiles
-from tasks.extract import extract_batch, field_inputs
+from tasks.extract import extract_batch, extract_padded, field_inputs
 from tasks.ingest import Decoder, ingest
 from tasks.normalize import normalize
 from tasks.plan import read_shard
@@ -261,7 +263,7 @@ def opened_bundle(name: str, digest: str) -> Bundle:
     bundle = load_bundle(name)
     if bundle.digest != digest:
         raise ShardError(
-            f"bundle {name} on this worker is {bundle.digest[:12]}, the run wants {digest[:12]}; install the same bundle"
+            f"bundle {name} is {bundle.digest[:12]} on this worker, the run wants {digest[:12]}; install the same one"
         )
     return bundle
 
@@ -269,8 +271,6 @@ def opened_bundle(name: str, digest: str) -> Bundle:
 @lru_cache(maxsize=1)
 def _decoder(limits: LimitSettings, settings: str) -> Decoder:
     """This process's disposable decoding child."""
-    from leukoflow.method import SegmentSettings
-
     return Decoder(limits, SegmentSettings.model_validate_json(settings))
 
 
@@ -449,40 +449,13 @@ def _tile(rgb: NDArray[np.uint8], origin: tuple[int, int], side: int) -> NDArray
 
 
 def segment(job: ShardJob, block: Block, before: Trail | None = None) -> Segmented:
-    """U-Net and watershed over a block's tiles; writes `masks.zarr` and, with the last block, `fields/`, and commits."""
+    """U-Net and watershed over a block's tiles; writes `masks.zarr`; the last block writes `fields/` and commits."""
     started = time.perf_counter()
     with _guard(job, "segment"):
         bundle = opened_bundle(job.bundle, job.bundle_digest)
-        method = bundle.spec.method.segment
         model = _models(job.bundle, job.bundle_digest, job.device, "segmenter")
-        n, side = len(block.tiles), method.field_px
-        semantic = np.zeros((n, side, side), np.uint8)
-        cells = np.zeros((n, side, side), np.uint16)
-        for batch in block.batches:
-            fields_ = _gather(block.tiles, batch)
-            if model is not None and method.enabled:
-                found = segment_batch(model, fields_, job.device)
-            else:
-                found = np.stack([pseudo_semantic(field) for field in fields_])
-            for slot, tile in enumerate(batch):
-                if tile >= 0:
-                    semantic[tile] = found[slot]
-        tables: list[CellTable] = []
-        first_id: dict[int, int] = {}
-        for t in range(n):
-            owner = int(block.owners[t])
-            own = own_cells(
-                watershed_cells(semantic[t], method),
-                (int(block.origins[t, 0]), int(block.origins[t, 1])),
-                (int(block.cores[t, 0]), int(block.cores[t, 1]), int(block.cores[t, 2]), int(block.cores[t, 3])),
-            )
-            start = first_id.get(owner, 1)
-            table = cell_table(semantic[t], own, block.to_source[t], start)
-            cells[t] = np.where(own > 0, own + np.uint16(start - 1), 0)
-            first_id[owner] = start + len(table)
-            tables.append(table)
-        offsets = np.cumsum([0, *(len(t) for t in tables)], dtype=np.int64)
-        table = concatenate(tables)
+        semantic, cells, table, offsets = segment_tiles(model, block, bundle.spec.method.segment, job.device)
+        n = len(semantic)
         before = before or Trail()
         facts = before.facts + _indexed(block.facts, before.rows)
         trail = Trail(facts, before.rows + n, before.cells + len(table), before.timings + block.timings)
@@ -494,6 +467,42 @@ def segment(job: ShardJob, block: Block, before: Trail | None = None) -> Segment
                 commit(job, "masks", _keys(job)["masks"], roots)
         timing = StageTiming("segment", time.perf_counter() - started, len(block.facts))
         return Segmented(block, table, offsets, replace(trail, timings=(*trail.timings, timing)))
+
+
+def segment_tiles(
+    model: Any, block: Block, settings: SegmentSettings, device: str
+) -> tuple[NDArray[np.uint8], NDArray[np.uint16], CellTable, NDArray[np.int64]]:
+    """Masks and cells of a block: `semantic` uint8 [t, S, S], `cells` uint16 [t, S, S], the table, offsets [t + 1].
+
+    `cells` holds the `cell_id`, which goes on over the tiles of one image.
+    """
+    n, side = len(block.tiles), settings.field_px
+    semantic = np.zeros((n, side, side), np.uint8)
+    cells = np.zeros((n, side, side), np.uint16)
+    for batch in block.batches:
+        images = _gather(block.tiles, batch)
+        if model is not None and settings.enabled:
+            found = segment_batch(model, images, device)
+        else:
+            found = np.stack([pseudo_semantic(image) for image in images])
+        for slot, tile in enumerate(batch):
+            if tile >= 0:
+                semantic[tile] = found[slot]
+    tables: list[CellTable] = []
+    first_id: dict[int, int] = {}
+    for t in range(n):
+        owner = int(block.owners[t])
+        x, y = block.origins[t].tolist()
+        x0, y0, x1, y1 = block.cores[t].tolist()
+        own = own_cells(watershed_cells(semantic[t], settings), (x, y), (x0, y0, x1, y1))
+        start = first_id.get(owner, 1)
+        table = cell_table(semantic[t], own, block.to_source[t], start)
+        if start + len(table) > np.iinfo(np.uint16).max:
+            raise ShardError(f"member {owner} has more than {np.iinfo(np.uint16).max} cells; hand it over in pieces")
+        cells[t] = np.where(own > 0, own + np.uint16(start - 1), 0)
+        first_id[owner] = start + len(table)
+        tables.append(table)
+    return semantic, cells, concatenate(tables), np.cumsum([0, *(len(t) for t in tables)], dtype=np.int64)
 
 
 def recall(job: ShardJob, block: Block, before: Trail | None = None) -> Segmented:
@@ -579,13 +588,21 @@ def write_rows(
             chunks=chunks,
             shards=shards,
             dtype=rows.dtype,
-            compressors=zarr.codecs.ZstdCodec(level=1),
+            compressors=ZstdCodec(level=1),
             fill_value=0,
         )
-    array = group[name]
+    array = array_of(group, name)
     array.resize((start + len(rows), *rows.shape[1:]))
     if len(rows):
         array[start:] = rows
+
+
+def array_of(group: zarr.Group, name: str) -> zarr.Array[Any]:
+    """An array of a group. Raises StorageError when it is absent."""
+    found = group.get(name)
+    if not isinstance(found, zarr.Array):
+        raise StorageError(f"{group.store_path} lacks the array {name}; rerun to have its shard done again")
+    return found
 
 
 def _attempt_group(job: ShardJob, name: str) -> zarr.Group:
@@ -664,7 +681,7 @@ def read_facts(root: str, shard: Shard) -> list[Fact]:
                 quality,
                 r["n_tiles"],
                 r["zarr_index"],
-            )  # fmt: skip
+            )
         )
     return out
 
@@ -672,10 +689,10 @@ def read_facts(root: str, shard: Shard) -> list[Fact]:
 def read_cells(root: str, shard: Shard) -> tuple[CellTable, NDArray[np.int64]]:
     """The committed cell table of a shard, and the offsets of each tile's rows: int64 [tiles + 1]."""
     group = zarr.open_group(Storage(root).zarr(f"masks.zarr/{shard.name}", read_only=True), mode="r")
-    rows = np.asarray(group["cell_table"][:])
+    rows = np.asarray(array_of(group, "cell_table")[:])
     empty = concatenate([])
     columns = {f.name: rows[:, i].astype(getattr(empty, f.name).dtype) for i, f in enumerate(fields(CellTable))}
-    return CellTable(**columns), np.asarray(group["cell_offsets"][:], np.int64)
+    return CellTable(**columns), np.asarray(array_of(group, "cell_offsets")[:], np.int64)
 
 
 def write_parquet(job: ShardJob, name: str, table: pa.Table) -> None:
@@ -698,35 +715,10 @@ def extract(job: ShardJob, segmented: Segmented, before: Trail | None = None) ->
     started = time.perf_counter()
     with _guard(job, "extract"):
         bundle = opened_bundle(job.bundle, job.bundle_digest)
-        settings = bundle.spec.method.features
         hybrid = _models(job.bundle, job.bundle_digest, job.device, "hybrid")
         block, table, offsets = segmented.block, segmented.table, segmented.offsets
+        whole, single = extract_tiles(hybrid, block, table, offsets, bundle.spec.method.features, job.device)
         columns = hybrid.num_features
-        whole = np.zeros((len(block.tiles), columns), np.float32)
-        single = np.zeros((len(table), columns), np.float32)
-        centers = np.stack([table.field_x, table.field_y], axis=1).astype(np.float32)
-        for batch in block.batches:
-            found = extract_batch(
-                hybrid, field_inputs(_gather(block.tiles, batch), settings.field_input_px), job.device
-            )
-            rows = [(slot, tile) for slot, tile in enumerate(batch) if tile >= 0]
-            for slot, tile in rows:
-                whole[tile] = found[slot]
-            crops = [
-                crop_cells(
-                    block.tiles[t], centers[offsets[t] : offsets[t + 1]], settings.cell_window_px, settings.cell_px
-                )
-                for _, t in rows
-            ]
-            places = (
-                np.concatenate([np.arange(offsets[t], offsets[t + 1]) for _, t in rows]) if rows else np.zeros(0, int)
-            )
-            stacked = np.concatenate(crops) if crops else np.zeros((0, settings.cell_px, settings.cell_px, 3), np.uint8)
-            for i in range(0, len(stacked), settings.cell_batch):
-                piece = stacked[i : i + settings.cell_batch]
-                padded = np.zeros((settings.cell_batch, *stacked.shape[1:]), np.uint8)
-                padded[: len(piece)] = piece
-                single[places[i : i + settings.cell_batch]] = extract_batch(hybrid, padded, job.device)[: len(piece)]
         before = before or Trail()
         if job.only is None:
             group = _attempt_group(job, "features.zarr")
@@ -746,6 +738,35 @@ def extract(job: ShardJob, segmented: Segmented, before: Trail | None = None) ->
         return replace(trail, timings=(*trail.timings, *mine, timing))
 
 
+def extract_tiles(
+    hybrid: Any,
+    block: Block,
+    table: CellTable,
+    offsets: NDArray[np.int64],
+    settings: FeatureSettings,
+    device: str,
+) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Hybrid features of a block's tiles, float32 [t, D], and of their cells, float32 [m, D]."""
+    whole = np.zeros((len(block.tiles), hybrid.num_features), np.float32)
+    single = np.zeros((len(table), hybrid.num_features), np.float32)
+    centers = np.stack([table.field_x, table.field_y], axis=1).astype(np.float32)
+    for batch in block.batches:
+        found = extract_batch(hybrid, field_inputs(_gather(block.tiles, batch), settings.field_input_px), device)
+        rows = [tile for tile in batch if tile >= 0]
+        whole[rows] = found[[slot for slot, tile in enumerate(batch) if tile >= 0]]
+        crops = np.concatenate(
+            [
+                crop_cells(
+                    block.tiles[t], centers[offsets[t] : offsets[t + 1]], settings.cell_window_px, settings.cell_px
+                )
+                for t in rows
+            ]
+        )
+        places = np.concatenate([np.arange(offsets[t], offsets[t + 1]) for t in rows])
+        single[places] = extract_padded(hybrid, crops, settings.cell_batch, device)
+    return whole, single
+
+
 # --- classify --------------------------------------------------------------------------------------------------------
 
 
@@ -758,12 +779,12 @@ def classify(job: ShardJob, trail: Trail | None, resumed: tuple[str, ...] = ()) 
         members, facts = members_of(job), read_facts(job.root, job.shard)
         table, _ = read_cells(job.root, job.shard)
         group = zarr.open_group(Storage(job.root).zarr(f"features.zarr/{job.shard.name}", read_only=True), mode="r")
-        offsets = np.asarray(group["cell_offsets"][:], np.int64)
+        offsets = np.asarray(array_of(group, "cell_offsets")[:], np.int64)
         diagnosis = diagnose(
             bundle,
             classifier,
-            np.asarray(group["hybrid"][:], np.float32),
-            np.asarray(group["cells"][:], np.float32),
+            np.asarray(array_of(group, "hybrid")[:], np.float32),
+            np.asarray(array_of(group, "cells")[:], np.float32),
             offsets,
             table.cell_area_px.astype(np.float32),
             job.device,
@@ -879,7 +900,7 @@ def _receipt(
 
 
 def probe(job: ShardJob) -> None:
-    """Runs the chain over the members in `job.only` and writes nothing; the caller looks at whether this process lives."""
+    """Runs the chain over the members in `job.only`, writes nothing; the caller looks whether this process lives."""
     first, end = job.shard.first, job.shard.first + job.shard.count
     before = Trail()
     while first < end:

@@ -1,0 +1,133 @@
+"""What orchestration costs: a whole run on two workers against the same stage functions in two plain processes.
+
+    python benchmarks/bench_orchestration.py SOURCE [--bundle NAME] [--images N]
+
+Both sides decode, normalise, segment, extract and classify the same members with the same models on two processes of
+one compute thread each. The plain side has no Prefect, no Dask and writes nothing. Start-up is excluded on both sides.
+"""
+
+from __future__ import annotations
+
+import argparse
+import multiprocessing
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+SHARD = 128
+
+
+def plain_worker(source: str, bundle_name: str, first: int, count: int, ready: object, go: object, out: object) -> None:
+    """The stage functions over some members, in this process alone."""
+    import cv2
+    import numpy as np
+    import torch
+
+    torch.set_num_threads(1)
+    cv2.setNumThreads(1)
+    from leukoflow.cluster import code_digest
+    from leukoflow.config import LimitSettings
+    from leukoflow.records import Shard
+    from leukoflow.sources import identify
+    from models.bundle import load_bundle
+    from tasks import shard as chain
+    from tasks.classify import diagnose, pool_tiles
+    from tasks.plan import plan
+
+    with tempfile.TemporaryDirectory() as root:
+        found = identify(source)
+        plan(found, Path(root) / "plan.parquet", shard_size=SHARD)
+        bundle = load_bundle(bundle_name)
+        unet, hybrid, classifier = bundle.segmenter("cpu"), bundle.hybrid("cpu"), bundle.classifier("cpu")
+        jobs = []
+        for ordinal in range(first, first + count):
+            piece = Shard(ordinal, ordinal * SHARD, chain.open_plan(root).metadata.row_group(ordinal).num_rows)
+            jobs.append(
+                chain.ShardJob(
+                    root=root, run_id="plain", source=found, shard=piece, attempt="plain", bundle=bundle_name,
+                    bundle_digest=bundle.digest, device="cpu", code=code_digest(), limits=LimitSettings(), meta_columns=(),
+                )
+            )  # fmt: skip
+        method = bundle.spec.method
+        ready.put(os.getpid())  # type: ignore[attr-defined]
+        go.wait()  # type: ignore[attr-defined]
+        started, served = time.perf_counter(), 0
+        for job in jobs:
+            block = chain.prepare(job, job.shard.first)
+            _, _, table, offsets = chain.segment_tiles(unet, block, method.segment, "cpu")
+            whole, cells = chain.extract_tiles(hybrid, block, table, offsets, method.features, "cpu")
+            diagnosis = diagnose(bundle, classifier, whole, cells, offsets, table.cell_area_px.astype(np.float32), "cpu")
+            tiles = np.array([f.n_tiles for f in block.facts if f.n_tiles], np.int64)
+            served += len(pool_tiles(bundle, diagnosis, offsets, tiles))
+        out.put((served, time.perf_counter() - started))  # type: ignore[attr-defined]
+
+
+def plain(source: str, bundle: str, members: int) -> float:
+    """Seconds of two plain processes that share the shards evenly, start-up excluded."""
+    shards = -(-members // SHARD)
+    half = shards // 2
+    context = multiprocessing.get_context("spawn")
+    ready, out, go = context.Queue(), context.Queue(), context.Event()
+    spans = ((0, half), (half, shards - half))
+    workers = [context.Process(target=plain_worker, args=(source, bundle, *span, ready, go, out)) for span in spans]
+    for worker in workers:
+        worker.start()
+    for _ in workers:
+        ready.get()
+    started = time.perf_counter()
+    go.set()
+    served = [out.get() for _ in workers]
+    elapsed = time.perf_counter() - started
+    for worker in workers:
+        worker.join()
+    print(f"plain: {sum(n for n, _ in served)} images, {elapsed:.1f} s, each process {[round(s, 1) for _, s in served]}")
+    return elapsed
+
+
+def whole(source: str, bundle: str) -> float:
+    """Seconds that the run itself reports for its processing."""
+    from leukoflow.progress import list_runs, read_manifest
+    from leukoflow.storage import Storage
+
+    with tempfile.TemporaryDirectory() as out:
+        command = [sys.executable, "-m", "apps.cli", "run", source, "--out", out, "--bundle", bundle, "--workers", "2"]
+        command += ["--shard-size", str(SHARD)]
+        started = time.perf_counter()
+        subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        elapsed = time.perf_counter() - started
+        (run,) = list_runs(out)
+        manifest = read_manifest(Storage(out).child(run))
+        if manifest is None:
+            raise SystemExit("the run did not finish")
+        print(
+            f"whole run: {manifest.members} images, start to exit {elapsed:.1f} s, start-up "
+            f"{manifest.startup_seconds:.1f} s, processing {manifest.processing_seconds:.1f} s"
+        )
+        for timing in manifest.timings:
+            print(f"  {timing.stage}: {timing.seconds:.1f} worker seconds")
+        print(f"  stages on two workers: {sum(t.seconds for t in manifest.timings) / 2:.1f} s")
+        return manifest.processing_seconds
+
+
+def main() -> None:
+    """Prints both times and their ratio, plain first and last, so that a drift of the machine shows."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("source")
+    parser.add_argument("--bundle", default="pocket")
+    options = parser.parse_args()
+    from leukoflow.sources import identify
+    from tasks.plan import plan
+
+    with tempfile.TemporaryDirectory() as scratch:
+        members = plan(identify(options.source), Path(scratch) / "p", shard_size=SHARD).members
+    before = plain(options.source, options.bundle, members)
+    run = whole(options.source, options.bundle)
+    after = plain(options.source, options.bundle, members)
+    print(f"ratio: {run / ((before + after) / 2):.3f} (plain {before:.1f} and {after:.1f} s, whole run {run:.1f} s)")
+
+
+if __name__ == "__main__":
+    main()

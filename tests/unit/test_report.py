@@ -1,0 +1,324 @@
+"""report.html: every number in its place, nothing foreign unescaped, useful for unfinished runs and lost sources."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from html.parser import HTMLParser
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zarr
+
+from leukoflow.codec import dumps
+from leukoflow.errors import StorageError
+from leukoflow.progress import Heartbeat, RunBinding, now
+from leukoflow.records import Marker, PartRef, PlanSummary, RunManifest, Shard, ShardReceipt, StageTiming
+from leukoflow.schema import CELLS, PREDICTIONS, SCHEMA_VERSION, SLIDES
+from leukoflow.sources import identify
+from tasks.plan import plan
+from tasks.report import _outline, _text, build_report
+from tasks.sample import write_sample
+
+SHARD_SIZE = 16
+MEMBERS = 20
+STATUSES = {3: "abstained", 7: "rejected", 18: "quarantined"}
+REASONS = {3: "ambiguous: 2 classes", 7: "out of focus: 1.8 < 4.0", 18: "damaged: checksum does not match"}
+
+
+class _Checker(HTMLParser):
+    """Collects tags, attributes and text; the parser itself forgives, so balance is counted here."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.texts: list[str] = []
+        self.sources: list[str] = []
+        self.tags: list[str] = []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href", "action")]
+        if tag not in ("meta", "br", "link", "img", "input"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.sources += [value or "" for name, value in attrs if name in ("src", "href", "xlink:href")]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.texts.append(data)
+
+
+def _checked(page: str) -> _Checker:
+    checker = _Checker()
+    checker.feed(page)
+    checker.close()
+    assert checker.open == []
+    return checker
+
+
+def _plain(page: str) -> str:
+    return re.sub(r"\s+", " ", " ".join(_checked(page).texts))
+
+
+def _row(i: int, truth: int, index: int | None, run: str, uri: str) -> dict[str, object]:
+    status = STATUSES.get(i, "predicted")
+    labelled = status in ("predicted", "abstained")
+    early = 0.02 + 0.9 * (i / MEMBERS)
+    probabilities = [1 - early, early * 0.6, early * 0.3, early * 0.1] if labelled else [None] * 4
+    label = None if not labelled else ("Benign", "Early", "Pre", "Pro")[int(np.argmax(probabilities))]
+    return {
+        "run_id": run,
+        "image_key": f"field-{i:05d}.jpg",
+        "source_uri": uri,
+        "slide_id": f"slide-{i % 4:04d}",
+        "um_per_px": 0.42,
+        "status": status,
+        "reason": REASONS.get(i),
+        "label": label,
+        "confidence": max(probabilities) if labelled else None,
+        **dict(zip(("prob_benign", "prob_early", "prob_pre", "prob_pro"), probabilities, strict=True)),
+        "prediction_set": [label] if label else None,
+        "n_cells": truth if labelled else None,
+        "shard": f"{i // SHARD_SIZE:05d}",
+        "zarr_index": index,
+        "n_tiles": 1 if labelled else 0,
+        "bundle_digest": "b" * 64,
+    }
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("archive")
+    write_sample(directory, images=MEMBERS, seed=5)
+    return directory
+
+
+def _write_run(root: Path, archive: Path) -> tuple[PlanSummary, tuple[ShardReceipt, ...]]:
+    """A committed run over the sample archive, its masks taken from the truth; no manifest, no heartbeat."""
+    root.mkdir(parents=True)
+    source = identify(str(archive / "smears.zip"))
+    summary = plan(source, root / "plan.parquet", shard_size=SHARD_SIZE, um_per_px=0.42)
+    receipts = []
+    for shard in (Shard(0, 0, 16), Shard(1, 16, 4)):
+        rows, cells, masks = [], [], []
+        for i in range(shard.first, shard.first + shard.count):
+            mask = cv2.imread(str(archive / "truth/cells" / f"field-{i:05d}.png"), cv2.IMREAD_UNCHANGED)
+            assert mask is not None
+            diagnosed = STATUSES.get(i, "predicted") in ("predicted", "abstained")
+            index = len(masks) if diagnosed else None
+            rows.append(_row(i, int(mask.max()), index, root.name, source.uri))
+            if index is None:
+                continue
+            masks.append(mask)
+            for cell_id in range(1, int(mask.max()) + 1):
+                zeros = {f.name: 0.0 for f in CELLS if pa.types.is_float32(f.type)}
+                cells.append(
+                    zeros
+                    | {"image_key": f"field-{i:05d}.jpg", "cell_id": cell_id, "attention": 1.0 / cell_id}
+                    | {"nc_ratio": 0.8, "touches_border": False, "zarr_index": index}
+                )
+        name = shard.name
+        for folder, table in (
+            ("predictions", pa.Table.from_pylist(rows, PREDICTIONS)),
+            ("cells", pa.Table.from_pylist(cells, CELLS)),
+        ):
+            (root / folder).mkdir(exist_ok=True)
+            pq.write_table(table, root / folder / f"part-{name}.parquet", use_dictionary=False)
+        group = zarr.open_group(root / "masks.zarr" / name, mode="w")
+        group.create_array("cells", data=np.stack(masks))
+        group.create_array("to_source", data=np.tile(np.eye(2, 3, dtype=np.float32), (len(masks), 1, 1)))
+        status = [r["status"] for r in rows]
+        labels = [r["label"] for r in rows]
+        receipt = ShardReceipt(
+            shard,
+            *(status.count(s) for s in ("predicted", "abstained", "rejected", "quarantined")),
+            cells=len(cells),
+            labels=tuple(labels.count(c) for c in ("Benign", "Early", "Pre", "Pro")),  # type: ignore[arg-type]
+            reasons=tuple((str(r["reason"]).split(":")[0], 1) for r in rows if r["reason"]),
+            seconds=12.5 + shard.ordinal,
+            timings=(StageTiming("prepare", 1.5, shard.count), StageTiming("extract", 11.0, shard.count)),
+        )
+        (root / "markers/predictions").mkdir(parents=True, exist_ok=True)
+        part = PartRef("predictions", name, "a1", "key", ())
+        (root / "markers/predictions" / f"{name}.json").write_bytes(dumps(Marker(part, receipt)))
+        receipts.append(receipt)
+    binding = RunBinding(
+        run_id=root.name,
+        fingerprint="0123456789abcdef",
+        source_uri=source.uri,
+        members=summary.members,
+        shards=2,
+        shard_size=SHARD_SIZE,
+        bundle="no-such-bundle",
+        bundle_digest="b" * 64,
+        device="cpu",
+        started_at="2026-03-01T22:00:00+00:00",
+        command="leukoflow run smears.zip --out out",
+    )
+    (root / "run.json").write_bytes(dumps(binding))
+    return summary, tuple(receipts)
+
+
+def _manifest(root: Path, summary: PlanSummary, receipts: tuple[ShardReceipt, ...]) -> RunManifest:
+    slides = [
+        dict.fromkeys(SLIDES.names, 0)
+        | {"rank": i + 1, "slide_id": f"slide-{3 - i:04d}", "grouping": "manifest", "patient_id": None}
+        | {"site": "Site-A", "urgency": 0.9 - 0.2 * i, "label": "Early", "top_image_key": "field-00019.jpg"}
+        for i in range(4)
+    ]
+    pq.write_table(pa.Table.from_pylist(slides, SLIDES), root / "slides.parquet")
+    return RunManifest(
+        run_id=root.name,
+        schema_version=SCHEMA_VERSION,
+        fingerprint="0123456789abcdef",
+        source=summary.source,
+        source_truncated=None,
+        bundle="no-such-bundle",
+        bundle_digest="b" * 64,
+        device="cpu",
+        shard_size=SHARD_SIZE,
+        started_at="2026-03-01T22:00:00+00:00",
+        finished_at="2026-03-01T22:10:00+00:00",
+        startup_seconds=12.0,
+        processing_seconds=4.0,
+        members=MEMBERS,
+        predicted=17,
+        abstained=1,
+        rejected=1,
+        quarantined=1,
+        missing=0,
+        ignored=2,
+        cells=sum(r.cells for r in receipts),
+        labels=tuple(sum(r.labels[i] for r in receipts) for i in range(4)),  # type: ignore[arg-type]
+        reasons=(("ambiguous", 1), ("damaged", 1), ("out of focus", 1)),
+        conflicts=0,
+        timings=(StageTiming("prepare", 3.0, MEMBERS), StageTiming("extract", 22.0, MEMBERS)),
+        slowest=(("00001", 13.5), ("00000", 12.5)),
+        parts=(),
+        tables=(),
+        software=(("python", "3.11.7"),),
+    )
+
+
+@pytest.fixture
+def run(tmp_path: Path, archive: Path) -> tuple[Path, RunManifest]:
+    root = tmp_path / "out" / "demo"
+    summary, receipts = _write_run(root, archive)
+    return root, _manifest(root, summary, receipts)
+
+
+def test_a_finished_run_reconciles_and_shows_its_fields(run: tuple[Path, RunManifest]) -> None:
+    root, manifest = run
+    page = build_report(str(root), manifest)
+    text = _plain(page)
+    assert "Reconciled. Each of the 20 members has exactly one row: 17 predicted + 1 abstained" in text
+    assert "5.0 per second" in text
+    assert "1,100.0 ms" in text
+    assert "Research use only." in text
+    assert page.count("data:image/jpeg;base64,") == 24  # twelve suspicious and twelve uncertain fields
+    assert "mask alone" not in text
+    for i in (3, 7, 18):
+        assert f"field-{i:05d}.jpg" in text
+        assert _text(REASONS[i]) in page
+
+
+def test_the_page_needs_nothing_from_outside(run: tuple[Path, RunManifest]) -> None:
+    checker = _checked(build_report(str(run[0]), run[1]))
+    assert "script" not in checker.tags
+    assert checker.sources
+    assert all(s.startswith(("data:image/jpeg;base64,", "#")) for s in checker.sources)
+    assert not any("url(" in text or "@import" in text for text in checker.texts)
+
+
+def test_suspicious_fields_come_slide_by_slide_in_order_of_urgency(run: tuple[Path, RunManifest]) -> None:
+    page = build_report(str(run[0]), run[1])
+    section = page.partition('id="suspicious"')[2].partition("</section>")[0]
+    keys = re.findall(r'<p class="key">(field-\d+)', section)
+    assert keys[:5] == ["field-00019", "field-00014", "field-00017", "field-00016", "field-00015"]
+    uncertain = page.partition('id="uncertain"')[2].partition("</section>")[0]
+    confidences = [float(c) for c in re.findall(r'<span class="n">(\d\.\d+)</span></p>', uncertain)]
+    assert len(confidences) == 12
+    assert confidences == sorted(confidences)
+
+
+def test_a_lost_source_leaves_the_masks(run: tuple[Path, RunManifest], tmp_path: Path) -> None:
+    root, manifest = run
+    gone = replace(manifest, source=replace(manifest.source, uri=str(tmp_path / "gone.zip")))
+    file = pq.ParquetFile(root / "plan.parquet")
+    table, metadata = file.read(), file.schema_arrow.metadata
+    file.close()
+    moved = {k: v.replace(b"smears.zip", b"moved-away.zip") for k, v in metadata.items()}
+    pq.write_table(table.replace_schema_metadata(moved), root / "plan.parquet", row_group_size=SHARD_SIZE)
+    page = build_report(str(root), gone)
+    assert "masks are shown alone" in _plain(page)
+    assert "data:image" not in page
+    assert page.count("nophoto") > 20
+
+
+def test_unfinished_runs_are_labelled_as_such(run: tuple[Path, RunManifest]) -> None:
+    root, _ = run
+    shutil.rmtree(root / "cells")
+    (root / "markers/predictions/00001.json").unlink()
+    beat = Heartbeat(pid=2**22 + 1, host="elsewhere", at="2026-03-01T22:05:00+00:00", state="running")
+    (root / "heartbeat.json").write_bytes(dumps(beat))
+    (root / "failures").mkdir()
+    (root / "failures/00001.json").write_text('{"message": "its worker <died>"}')
+    text = _plain(build_report(str(root), None))
+    assert "Not a final result: the run is killed." in text
+    assert "16 of 20 members are accounted for so far" in text
+    assert "To continue: leukoflow run smears.zip --out out" in text
+    assert "Shard 00001 failed: its worker <died>" in text
+    assert "Reconciled" not in text
+    assert "cannot be read (FileNotFoundError)" in text  # the cells are gone: said, and no reason to fail
+    running = replace(beat, at=now())
+    (root / "heartbeat.json").write_bytes(dumps(running))
+    assert "the run is running." in _plain(build_report(str(root), None))
+
+
+def test_a_run_that_does_not_balance_says_so(run: tuple[Path, RunManifest]) -> None:
+    text = _plain(build_report(str(run[0]), replace(run[1], predicted=16, missing=3, conflicts=2)))
+    assert "The totals do not balance" in text
+    assert "make 19, not 20 members" in text
+    assert "3 images that the manifest lists were not in the source" in text
+    assert "identical images under different patients" in text
+
+
+def test_hostile_names_stay_text(run: tuple[Path, RunManifest]) -> None:
+    root, manifest = run
+    part = root / "predictions/part-00000.parquet"
+    rows = pq.read_table(part).to_pylist()
+    rows[7]["image_key"] = '"><script>alert(1)</script>\u202egpj.exe'
+    rows[7]["reason"] = "<img src=x onerror=alert(1)>"
+    pq.write_table(pa.Table.from_pylist(rows, PREDICTIONS), part)
+    page = build_report(str(root), manifest)
+    checker = _checked(page)
+    assert "script" not in checker.tags
+    assert "&lt;script&gt;" in page
+    assert "\u202e" not in page
+    assert "onerror=alert(1)>" not in page
+
+
+def test_no_run_is_an_error(tmp_path: Path) -> None:
+    with pytest.raises(StorageError, match="holds no run"):
+        build_report(str(tmp_path), None)
+
+
+def test_text_is_escaped_and_bounded() -> None:
+    assert _text("a<b>&\n") == "a&lt;b&gt;&amp;\\u000a"
+    assert len(_text("x" * 1000, 40)) == 41
+
+
+def test_an_outline_encloses_its_cell() -> None:
+    mask = np.zeros((9, 9), bool)
+    mask[2:6, 3:8] = True
+    assert _outline(mask) == "M3.5 2.5L3.5 5.5L7.5 5.5L7.5 2.5Z"

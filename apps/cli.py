@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 from collections.abc import Iterator
@@ -16,7 +17,6 @@ from typer.core import TyperGroup
 from leukoflow.errors import ConfigError, LeukoflowError
 
 if TYPE_CHECKING:
-    from apps.prefect_server import LocalServer
     from leukoflow.config import RunConfig
 
 _USAGE = 1  # a mistyped command; 2 is taken by an unusable source
@@ -190,12 +190,11 @@ def run(
 
 def _run(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
     """Plans, finds or starts a Prefect server, runs the flow under a progress display, and shows the outcome."""
-    from apps import prefect_server, view
+    from apps import view
 
     console = view.console()
-    chosen = prefect_server.configured_api_url()
-    if chosen is not None:  # before anything imports Prefect; a patient key may come from a block of that server
-        _use_prefect(None, chosen, debug)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the flow takes over, stopping is just stopping
+    _use_configured_prefect(debug)  # a patient key may come from a block of that server
     with console.status("planning", spinner="dots"):
         from leukoflow.progress import read_manifest
         from leukoflow.storage import Storage
@@ -207,41 +206,64 @@ def _run(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
         view.show_outcome(console, opened.root, opened.finished)
         return opened.finished.exit_code
     view.show_plan(console, opened.run_id, opened.root, opened.summary)
-    server: LocalServer | None = None
-    if chosen is None:
-        with console.status("starting a Prefect server", spinner="dots"):
-            server = prefect_server.start_server(keep_prefect)
-        _use_prefect(server, server.url, debug)
-    try:
-        address = (chosen or (server.url if server else "")).removesuffix("/").removesuffix("/api")
-        console.print(f"dashboard  {address}", soft_wrap=True)
-        with view.live_progress(console, opened.root):
-            from flows.nightly import nightly
+    with _prefect(keep_prefect, debug), view.live_progress(console, opened.root):
+        from flows.nightly import nightly
 
-            state = nightly(settings, return_state=True)
-    finally:
-        if server is not None:
-            server.stop()
-    outcome = state.result(raise_on_failure=False)
+        state = nightly(settings, return_state=True)
+        outcome = state.result(raise_on_failure=False)
     if isinstance(outcome, BaseException):
         raise outcome
     manifest = read_manifest(Storage(opened.root))
     if manifest is None:
         raise LeukoflowError(f"run {opened.run_id} ended without a manifest: {state.message or state.name}")
     view.show_outcome(console, opened.root, manifest)
-    if server is not None and server.keep:
-        console.print(f"the Prefect server stays at {server.ui_url}; `leukoflow prefect stop` ends it", soft_wrap=True)
     return manifest.exit_code
 
 
-def _use_prefect(server: LocalServer | None, url: str, debug: bool) -> None:
-    """Points this process to a Prefect API; Prefect reads its settings when it is imported, so not later than that."""
+@contextmanager
+def _prefect(keep: bool, debug: bool) -> Iterator[None]:
+    """A Prefect API for the block: the configured one, or a local server that ends with the block unless it is kept.
+
+    To be entered from the main thread, before anything has imported Prefect, which reads its settings at import.
+    """
+    from apps import prefect_server, view
+
+    console = view.console()
+    if url := _use_configured_prefect(debug):
+        console.print(f"dashboard  {url.removesuffix('/').removesuffix('/api')}", soft_wrap=True)
+        yield
+        return
+    with console.status("starting a Prefect server", spinner="dots"):
+        server = prefect_server.start_server(keep)
+    os.environ.update(prefect_server.client_environment(server))
+    console.print(f"dashboard  {server.ui_url}", soft_wrap=True)
+    try:
+        yield
+    finally:
+        if "prefect" in sys.modules:  # what its log still holds back must be sent while there is somebody to take it
+            from prefect.events.worker import EventsWorker
+            from prefect.logging.handlers import APILogWorker
+
+            APILogWorker.drain_all(timeout=5)
+            EventsWorker.drain_all(timeout=5)
+        server.stop()
+        if server.keep:
+            console.print(
+                f"the Prefect server stays at {server.ui_url}; `leukoflow prefect stop` ends it", soft_wrap=True
+            )
+
+
+def _use_configured_prefect(debug: bool) -> str | None:
+    """Points this process to the user's own Prefect API, and returns its address; None when there is none."""
     from apps import prefect_server
 
     if debug:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
-    os.environ.update(prefect_server.client_environment(server))
-    os.environ["PREFECT_API_URL"] = url
+    url = prefect_server.configured_api_url()
+    if url is not None:
+        os.environ.update(prefect_server.client_environment(None))
+        os.environ["PREFECT_API_URL"] = url
+    return url
 
 
 # --- status, report --------------------------------------------------------------------------------------------------
@@ -370,6 +392,81 @@ def sample(
             highlight=False,
         )
         console.print(f"next: leukoflow run {made.archive} --out out --manifest {made.manifest}", soft_wrap=True)
+
+
+# --- train -----------------------------------------------------------------------------------------------------------
+
+
+@app.command()
+def train(
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder with the labelled fields and the masked cells.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of the bundle that is written.")],
+    work: Annotated[
+        Path | None, typer.Option("--work", help="Folder of the checkpoints. Default: beside the bundle, OUT.work.")
+    ] = None,
+    preset: Annotated[str, typer.Option("--preset", help="pocket (a laptop's CPU) or full (a GPU).")] = "pocket",
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Of every random draw.")] = 0,
+    hold_out: Annotated[
+        int, typer.Option("--hold-out", min=0, max=4, help="Fold of clusters on which nothing is fitted.")
+    ] = 0,
+    everything: Annotated[
+        bool, typer.Option("--everything", help="Hold nothing out. Such a bundle cannot be evaluated on this data.")
+    ] = False,
+    minutes: Annotated[
+        float | None, typer.Option("--minutes", help="About how long the networks may train on two cores.")
+    ] = None,
+    without: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--without",
+            metavar="PART",
+            help="For ablation, any of: mask_overlays reinhard clahe multiscale unet convnext nasnet select attention.",
+        ),
+    ] = None,
+    weights: Annotated[
+        str | None, typer.Option("--weights", help="Pretrained backbones: hub, a file or a folder. Default: none.")
+    ] = None,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Processor threads in all.")] = 2,
+    device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
+    name: Annotated[str | None, typer.Option("--name", help="Name of the bundle. Default: that of its folder.")] = None,
+    keep_prefect: Annotated[
+        bool, typer.Option("--keep-prefect", help="Leave the Prefect server that this starts running.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Train a model bundle: segmenter, both backbones, feature selection, classifier and calibration.
+
+    One command for all phases. Each keeps a checkpoint, so the same command continues an interrupted training, also
+    in the middle of a phase. One fold of clusters is held out, on which `leukoflow evaluate` then measures.
+
+    **Example**: `leukoflow train data --out bundles/mine --hold-out 0`
+    """
+    with _reported(debug):
+        work_dir = work or out.with_name(out.name + ".work")
+        with _prefect(keep_prefect, debug):
+            from flows.train import FULL_MINUTES
+            from flows.train import train as flow
+
+            digest = flow(
+                data_dir=data,
+                out_dir=out,
+                work_dir=work_dir,
+                preset_name=preset,
+                seed=seed,
+                hold_out=None if everything else hold_out,
+                minutes=FULL_MINUTES if minutes is None else minutes,
+                without=tuple(without or ()),
+                weights=weights,
+                threads=threads,
+                device=device,
+                name=name,
+            )
+        from apps import view
+
+        console = view.console()
+        console.print(f"bundle {out}, digest {digest[:12]}", soft_wrap=True)
+        if not everything:
+            console.print(f"next: leukoflow evaluate {out} {data}", soft_wrap=True)
 
 
 # --- prefect ---------------------------------------------------------------------------------------------------------

@@ -27,8 +27,8 @@ from leukoflow.errors import LeukoflowError
 STARTUP_SECONDS = 60.0
 """How long a server may take until it answers: a first start creates the database and unpacks the dashboard."""
 
-FASTAPI_BELOW = "0.155"
-"""Prefect 3.8 allows newer ones but does not start with them: they dropped `Body(min_items=...)`."""
+FASTAPI_BELOW = "0.151"
+"""Prefect 3.8 allows newer ones, but its server does not start with 0.155, which dropped `Body(min_items=...)`."""
 
 _PREFERRED_PORT = 4200
 _LOCK, _STATE, _LOG = "server.lock", "server.json", "server.log"

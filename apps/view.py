@@ -87,15 +87,15 @@ class _Pace:
         self._began = time.monotonic()
         self._before: int | None = None
 
-    def describe(self, done: int, members: int) -> tuple[str, str]:
-        """Rate and time left, each as words."""
+    def describe(self, done: int, members: int) -> str:
+        """Rate and time left in words, as soon as there is something to go by."""
         if self._before is None:
             self._before = done
         fresh = done - self._before
         if fresh <= 0:
-            return "–", "–"
+            return "no shard done yet"
         rate = fresh / (time.monotonic() - self._began)
-        return f"{rate:.1f} images/s", duration((members - done) / rate)
+        return f"{rate:.1f} images/s, {duration((members - done) / rate)} left"
 
 
 @contextmanager
@@ -119,10 +119,9 @@ def _follow(target: Console, root: str, ended: threading.Event) -> None:
         while not ended.wait(_PLAIN_SECONDS):
             progress = _try_read(reader)
             if progress is not None:
-                rate, left = pace.describe(progress.done, progress.members)
                 target.print(
                     f"{progress.done:,} of {progress.members:,} images, {progress.shards_done} of {progress.shards} "
-                    f"shards; {rate}, {left} left; {_counts(progress)}",
+                    f"shards; {pace.describe(progress.done, progress.members)}; {_counts(progress)}",
                     soft_wrap=True,
                 )
         return
@@ -138,8 +137,8 @@ def _follow(target: Console, root: str, ended: threading.Event) -> None:
         while True:
             progress = _try_read(reader)
             if progress is not None and progress.done:
-                rate, left = pace.describe(progress.done, progress.members)
-                line = f"{progress.done:,}/{progress.members:,}  {rate}  {left} left  [dim]{_counts(progress)}[/]"
+                speed = pace.describe(progress.done, progress.members)
+                line = f"{progress.done:,}/{progress.members:,}  {speed}  [dim]{_counts(progress)}[/]"
                 bar.update(task, completed=progress.done, total=progress.members, line=line)
             elif progress is not None:
                 pace.describe(0, progress.members)

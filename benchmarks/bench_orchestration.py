@@ -59,7 +59,9 @@ def plain_worker(source: str, bundle_name: str, first: int, count: int, ready: o
             block = chain.prepare(job, job.shard.first)
             _, _, table, offsets = chain.segment_tiles(unet, block, method.segment, "cpu")
             whole, cells = chain.extract_tiles(hybrid, block, table, offsets, method.features, "cpu")
-            diagnosis = diagnose(bundle, classifier, whole, cells, offsets, table.cell_area_px.astype(np.float32), "cpu")
+            diagnosis = diagnose(
+                bundle, classifier, whole, cells, offsets, table.cell_area_px.astype(np.float32), "cpu"
+            )
             tiles = np.array([f.n_tiles for f in block.facts if f.n_tiles], np.int64)
             served += len(pool_tiles(bundle, diagnosis, offsets, tiles))
         out.put((served, time.perf_counter() - started))  # type: ignore[attr-defined]
@@ -83,7 +85,9 @@ def plain(source: str, bundle: str, members: int) -> float:
     elapsed = time.perf_counter() - started
     for worker in workers:
         worker.join()
-    print(f"plain: {sum(n for n, _ in served)} images, {elapsed:.1f} s, each process {[round(s, 1) for _, s in served]}")
+    print(
+        f"plain: {sum(n for n, _ in served)} images, {elapsed:.1f} s, each process {[round(s, 1) for _, s in served]}"
+    )
     return elapsed
 
 

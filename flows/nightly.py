@@ -31,7 +31,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 
-from leukoflow.cluster import code_digest, cores, open_cluster
+from leukoflow.cluster import code_digest, cores, open_cluster, visible_gpus
 from leukoflow.codec import dumps
 from leukoflow.config import RunConfig
 from leukoflow.errors import LeukoflowError, RunCancelledError, ShardError
@@ -91,7 +91,7 @@ def nightly(config: RunConfig) -> State[Any]:
             startup, processing = _process(run, stop)
             manifest = publish(run, startup, processing)
             Storage(run.root).delete("_attempts")
-            Storage(run.root).write("report.html", build_report(run.root, manifest).encode())
+            _report(run, manifest)
             create_markdown_artifact(
                 summary(run, manifest), key="nightly-summary", description=f"What became of {stem(config.source)}"
             )
@@ -147,7 +147,7 @@ def _chain(client: Client, job: ShardJob, done: tuple[str, ...]) -> ShardReceipt
         return held[-1]
 
     try:
-        features = None
+        features: Any = None
         if "features" not in done:
             first, seen = job.shard.first, None
             while first < job.shard.first + job.shard.count:
@@ -224,7 +224,7 @@ def _process(run: Run, stop: threading.Event) -> tuple[float, float]:
     workers = run.config.cluster.workers or cores()
     local = run.config.cluster.address == "local"
     preflight(run, workers if local else 0)
-    with open_cluster(run.config.cluster, needs_gpu=run.device == "cuda") as client:
+    with open_cluster(run.config.cluster, gpus=visible_gpus() if run.device == "cuda" else 0) as client:
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
         started = time.time()
         try:
@@ -264,7 +264,9 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
         finished = wait(list(on_the_way), timeout=0.2).done
         for future in finished:
             shard = on_the_way.pop(future)
-            Storage(run.root).delete(spool_key(shard))
+            if spooled(run.source):
+                Storage(run.root).delete(spool_key(shard))
+            future.wait()  # takes over the final state; without it the server is asked, which may lag behind
             if not future.state.is_completed():
                 failures += 1
                 _remember_failure(run, shard, future.state.message or "it failed")
@@ -420,6 +422,17 @@ def _draining(heart: _Heart) -> Iterator[threading.Event]:
             signal.signal(number, handler)
 
 
+def _report(run: Run, manifest: RunManifest) -> None:
+    """Writes report.html. A report that fails must not turn a finished night into a failed one."""
+    try:
+        Storage(run.root).write("report.html", build_report(run.root, manifest).encode())
+    except Exception as error:
+        get_run_logger().warning(
+            "the report could not be built (%s: %s); build it again with: leukoflow report %s %s",
+            type(error).__name__, error, run.config.out, run.run_id,
+        )  # fmt: skip
+
+
 # --- what people read ------------------------------------------------------------------------------------------------
 
 
@@ -467,7 +480,9 @@ def summary(run: Run, manifest: RunManifest) -> str:
     if m.reasons:
         lines += ["| why there is no prediction | images |", "|---|---:|"]
         lines += [f"| {reason} | {count} |" for reason, count in m.reasons]
-        lines += [""]
+        # Names of images stay out of the dashboard: they may name patients.
+        lines += ["", "Which ones:", "```sql", "SELECT image_key, status, reason"]
+        lines += [f"FROM '{run.root}/predictions/*.parquet' WHERE status <> 'predicted'", "```", ""]
     if m.conflicts:
         lines += [f"**{m.conflicts} images were found under more than one patient: see `duplicates.parquet`.**", ""]
     lines += [

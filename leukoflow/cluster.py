@@ -37,6 +37,13 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
+def visible_gpus() -> int:
+    """GPUs of this machine that torch sees."""
+    import torch
+
+    return int(torch.cuda.device_count())
+
+
 class BoundThreads(WorkerPlugin):
     """Runs in every worker process, also one that the nanny restarted: bounds its compute threads.
 
@@ -59,61 +66,42 @@ class BoundThreads(WorkerPlugin):
 
 
 @contextmanager
-def open_cluster(settings: ClusterSettings, needs_gpu: bool = False) -> Iterator[Any]:
+def open_cluster(settings: ClusterSettings, gpus: int = 0) -> Iterator[Any]:
     """A connected Dask client whose workers run our code, are ready, and offer what the run needs.
+
+    Args:
+        settings: local processes, or the address of a scheduler. An own scheduler should run with
+            `distributed.scheduler.allowed-failures: 0`, since each attempt at a shard multiplies it.
+        gpus: how many GPUs of this machine to use, one process each; with an address, any number above 0 asks for
+            at least one worker that offers the resource GPU.
 
     Local workers are processes of one thread each: a stage that kills its process takes no other stage along, and
     compute threads are shared out so that cores are not oversubscribed. Raises ClusterError with the remedy.
     """
     import dask
-    from distributed import Client, LocalCluster
+    from distributed import Client
 
     local = settings.address == "local"
+    count = (settings.workers or cores()) + gpus if local else 1
     cluster: Any = None
-    options = {
-        # The worker that dies is blamed at once; Prefect decides about another attempt.
-        "distributed.scheduler.allowed-failures": 0,
-        "distributed.worker.memory.spill": False,
-        "distributed.worker.memory.target": False,
-        "distributed.worker.memory.pause": 0.9,
-        "distributed.worker.memory.terminate": 0.97,
-        "distributed.comm.timeouts.connect": "30s",
-    }
-    with dask.config.set(options):
+    with dask.config.set(OPTIONS):
         try:
             if local:
-                count = settings.workers or cores()
-                threads = max(1, cores() // count)
-                env = {name: str(threads) for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
-                env["MALLOC_TRIM_THRESHOLD_"] = "65536"
-                limit: str | int = settings.memory_limit
-                if limit == "auto":
-                    limit = int(psutil.virtual_memory().total * 0.8 / max(count, 1))
-                with dask.config.set({"distributed.nanny.environ": env, "distributed.nanny.pre-spawn-environ": env}):
-                    cluster = LocalCluster(
-                        n_workers=count,
-                        threads_per_worker=1,
-                        processes=True,
-                        memory_limit=limit,
-                        dashboard_address=_free_dashboard(),
-                        resources={"GPU": 1} if needs_gpu else None,
-                        silence_logs=40,
-                    )
-                client = Client(cluster, timeout=settings.wait_seconds)
-            else:
-                threads = 0
-                client = Client(settings.address, timeout=settings.wait_seconds)
+                cluster = _local_cluster(settings, count, gpus)
+            client = Client(cluster if local else settings.address, timeout=settings.wait_seconds)
         except (OSError, TimeoutError) as error:
+            if cluster is not None:
+                cluster.close()
             raise ClusterError(
                 f"no Dask scheduler answers at {settings.address} within {settings.wait_seconds:.0f} s ({error}); "
                 "start one with `dask scheduler`, or leave out --cluster for local workers"
             ) from None
         try:
-            _wait_for_workers(client, settings, 1 if not local else count)
-            if needs_gpu:
+            _wait_for_workers(client, settings, count)
+            if gpus:
                 _require_gpu(client, settings)
             _same_code(client)
-            client.register_plugin(BoundThreads(threads))
+            client.register_plugin(BoundThreads(max(1, cores() // count) if local else 0))
             yield client
         finally:
             client.close(timeout=10)
@@ -121,9 +109,40 @@ def open_cluster(settings: ClusterSettings, needs_gpu: bool = False) -> Iterator
                 cluster.close(timeout=20)
 
 
-def _free_dashboard() -> str:
-    """Dask's own dashboard on a free loopback port; two runs on one machine must not fight over 8787."""
-    return "127.0.0.1:0"
+OPTIONS = {
+    # The worker that dies is blamed at once; Prefect decides about another attempt.
+    "distributed.scheduler.allowed-failures": 0,
+    "distributed.worker.memory.spill": False,
+    "distributed.worker.memory.target": False,
+    "distributed.worker.memory.pause": 0.9,
+    "distributed.worker.memory.terminate": 0.97,
+    "distributed.comm.timeouts.connect": "30s",
+}
+
+
+def _local_cluster(settings: ClusterSettings, count: int, gpus: int) -> Any:
+    """`count` worker processes here; the first `gpus` of them see one GPU each and offer it as a resource."""
+    from distributed import Nanny, Scheduler, SpecCluster
+
+    threads = str(max(1, cores() // count))
+    bounds = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
+    bounds["MALLOC_TRIM_THRESHOLD_"] = "65536"  # memory of large blocks goes back to the system
+    limit: str | int = settings.memory_limit
+    if limit == "auto":
+        limit = int(psutil.virtual_memory().total * 0.8 / count)
+    common = {"nthreads": 1, "memory_limit": limit, "host": "127.0.0.1", "dashboard_address": None, "silence_logs": 40}
+    workers = {
+        i: {
+            "cls": Nanny,
+            "options": common
+            | ({"resources": {"GPU": 1}} if i < gpus else {})
+            | {"env": bounds | {"CUDA_VISIBLE_DEVICES": str(i) if i < gpus else ""}},
+        }
+        for i in range(count)
+    }
+    # A dashboard of its own on a free loopback port: two runs on one machine must not fight over 8787.
+    scheduler = {"cls": Scheduler, "options": {"host": "127.0.0.1", "dashboard_address": "127.0.0.1:0"}}
+    return SpecCluster(workers=workers, scheduler=scheduler, silence_logs=40, name="leukoflow")
 
 
 def _wait_for_workers(client: Any, settings: ClusterSettings, count: int) -> None:

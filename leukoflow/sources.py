@@ -139,7 +139,7 @@ def _s3() -> Any:
 
 
 @contextmanager
-def _s3_errors(uri: str) -> Iterator[None]:
+def _storage_errors(uri: str) -> Iterator[None]:
     try:
         yield
     except FileNotFoundError:
@@ -151,13 +151,13 @@ def _s3_errors(uri: str) -> Iterator[None]:
             error, OSError
         ):
             raise
-        raise StorageError(f"{uri}: the object store does not answer as it should ({error})") from error
+        raise StorageError(f"{uri} cannot be read at the moment ({error}); a retry may help") from error
 
 
 def _identify_s3(uri: str) -> Source:
     filesystem = _s3()
     try:
-        with _s3_errors(uri):
+        with _storage_errors(uri):
             bucket, _, key = uri.removeprefix("s3://").partition("/")
             info = filesystem.info(f"{bucket}/{key}") if key else {"type": "directory"}
             if info["type"] != "directory":
@@ -211,7 +211,7 @@ def _open(source: Source) -> Iterator[BinaryIO]:
     if source.uri.startswith("s3://"):
         filesystem = _s3()
         try:
-            with _s3_errors(source.uri):
+            with _storage_errors(source.uri):
                 info = filesystem.info(source.uri)
                 identity = _s3_identity(info)
                 file = filesystem.open(source.uri, "rb", block_size=_S3_BLOCK, cache_type="readahead")
@@ -351,7 +351,7 @@ class Listing:
             )
 
     def _prefix(self) -> Iterator[Member]:
-        with _s3_errors(self._source.uri):
+        with _storage_errors(self._source.uri):
             for key, size, tag in _s3_listing(_s3(), self._source.uri):
                 if not key or key.endswith("/") or is_litter(key):
                     self.ignored += 1
@@ -469,13 +469,21 @@ class _ArchiveReader:
 
     def read(self, member: Member) -> bytes:
         _check(member, self._limit)
-        with _s3_errors(self._source.uri):
-            if self._source.kind is SourceKind.ZIP:
-                return read_entry(
-                    self._file, member.offset, member.method, member.stored_bytes, member.size_bytes, _crc_of(member)
-                )
-            self._file.seek(member.offset)
-            data = self._file.read(member.size_bytes)
+        try:
+            with _storage_errors(self._source.uri):
+                if self._source.kind is SourceKind.ZIP:
+                    return read_entry(
+                        self._file,
+                        member.offset,
+                        member.method,
+                        member.stored_bytes,
+                        member.size_bytes,
+                        _crc_of(member),
+                    )
+                self._file.seek(member.offset)
+                data = self._file.read(member.size_bytes)
+        except FileNotFoundError as error:
+            raise SourceError(f"{self._source.uri} has gone since it was planned: put it back") from error
         if len(data) < member.size_bytes:
             raise MemberError(f"truncated: {len(data):,} of {member.size_bytes:,} bytes")
         if self._source.kind is SourceKind.COMPRESSED_TAR and zlib.crc32(data) != _crc_of(member):
@@ -538,7 +546,7 @@ class _PrefixReader:
         key = self._prefix + unquote_to_bytes(member.locator).decode()
         tag = member.identity.partition("-")[2]
         try:
-            with _s3_errors(f"s3://{self._bucket}/{key}"):
+            with _storage_errors(f"s3://{self._bucket}/{key}"):
                 data = _s3_object(self._filesystem, self._bucket, key, tag)
         except FileNotFoundError as error:
             raise MemberError("gone: it was deleted since it was planned") from error

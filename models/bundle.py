@@ -21,7 +21,14 @@ from safetensors.torch import save_file as save_tensors
 from torch import nn
 
 from leukoflow.errors import BundleError
-from leukoflow.method import ClassifySettings, FeatureSettings, MethodSettings, SegmentSettings, SelectSettings, Settings
+from leukoflow.method import (
+    ClassifySettings,
+    FeatureSettings,
+    MethodSettings,
+    SegmentSettings,
+    SelectSettings,
+    Settings,
+)
 from leukoflow.records import CLASSES
 from models.attention_classifier import AttentionClassifier, ClassifierSpec
 from models.attention_unet import AttentionUNet, UNetSpec

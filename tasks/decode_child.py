@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import cv2
 import numpy as np
@@ -41,6 +41,8 @@ REQUEST = struct.Struct("<Qd")
 ANSWER = struct.Struct("<B5L")
 """Decoded (1) or refused (0), height and width of the pixels, width and height of the source, length of the text."""
 READY = b"leukoflow decoder\n"
+OUT_OF_MEMORY = 12
+"""Exit code where not even the image's bytes fit."""
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 _MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
@@ -56,9 +58,12 @@ _OTHERS = (
     (b"\x7fELF", "a program"),
     (b"MZ", "a program"),
 )
+_TOO_MUCH_MEMORY = "too large: decoding it needs more memory than the limit allows"
 _STRIP_PIXELS = 4_000_000
 _DRAFT_PIXELS = 16_000_000  # a larger JPEG is decoded at a fraction of its size where that is enough
 _ORIENTATION = 0x0112
+_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES = 258, 262, 284  # TIFF 6.0
+_GREY_MODES = ("I", "I;16", "I;16B", "I;16L")
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -93,11 +98,13 @@ def decode_image(
     except RefusedError:
         raise
     except MemoryError:
-        raise RefusedError("too large: decoding it needs more memory than the limit allows") from None
+        raise RefusedError(_TOO_MUCH_MEMORY) from None
     except UnidentifiedImageError:
         raise RefusedError("damaged: the image's header cannot be read") from None
     except Exception as error:  # whatever a decoder raises on hostile bytes is about the bytes
         words = str(error) or type(error).__name__
+        if "insufficient memory" in words.lower():
+            raise RefusedError(_TOO_MUCH_MEMORY) from None
         if "truncated" in words or "end of file" in words.lower():
             raise RefusedError(f"truncated: the image's data ends early ({len(data):,} bytes)") from None
         raise RefusedError(f"damaged: {words[:200]}") from None
@@ -138,9 +145,6 @@ def _decode(
     image: Image.Image, um_per_px: float | None, settings: SegmentSettings, max_pixels: int, min_side_px: int
 ) -> Field:
     remarks = []
-    orientation = 1
-    if image.format != "TIFF":  # of a TIFF the decoder itself applies it
-        orientation = _orientation(image)
     width, height = image.size
     if width * height > max_pixels:
         raise RefusedError(f"too large: {width:,} x {height:,} px, at most {max_pixels:,} pixels")
@@ -149,6 +153,8 @@ def _decode(
     pages = getattr(image, "n_frames", 1)
     if image.format == "TIFF" and pages > 1:
         remarks.append(f"first of {pages} pages")
+    # Only now, since of a PNG this decodes the pixels; of a TIFF the library itself applies the orientation.
+    orientation = 1 if image.format == "TIFF" else _orientation(image)
     turned = orientation in _TURNED
     upright = (height, width) if turned else (width, height)
     target = field_geometry(*upright, um_per_px, settings)
@@ -160,8 +166,22 @@ def _decode(
     size = (target.height, target.width) if turned else (target.width, target.height)
     if image.format == "JPEG" and width * height > _DRAFT_PIXELS:
         image.draft(None, size)
-    pixels = _resize(_pixels(image), size)
+    inverted = image.format == "TIFF" and _check_tiff(image)
+    pixels = _pixels(image)
+    pixels = _resize(255 - pixels if inverted else pixels, size)
     return Field(_upright(_rgb(pixels), orientation), *upright, tuple(remarks))
+
+
+def _check_tiff(image: Image.Image) -> bool:
+    """Whether 16-bit grey runs from white to black, which the library passes on as it is.
+
+    Raises RefusedError for 16-bit colours in separate planes, of which the library makes garbage without a word.
+    """
+    tags: dict[int, Any] = getattr(image, "tag_v2", {})
+    wide = max(tags.get(_BITS_PER_SAMPLE, (8,))) > 8
+    if wide and tags.get(_PLANES) == 2 and image.mode not in _GREY_MODES:
+        raise RefusedError("16-bit colours in separate planes are not supported: save it with interleaved colours")
+    return wide and tags.get(_PHOTOMETRIC) == 0 and image.mode in _GREY_MODES
 
 
 def _orientation(image: Image.Image) -> int:
@@ -252,6 +272,7 @@ def main() -> None:
     # The parent has validated them, and importing pydantic here would double the time that a new process takes.
     settings = cast("SegmentSettings", SimpleNamespace(**json.loads(source.read(length))))
     _limit_memory(memory_bytes)
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # a crash must leave no copy of an image on disk
     sink.write(READY)
     sink.flush()
     os.dup2(1, 2)  # from here on, complaints of image libraries are not ours
@@ -264,7 +285,7 @@ def main() -> None:
         except RefusedError as refusal:
             _answer(sink, None, str(refusal))
         except MemoryError:
-            return  # too little for the bytes themselves: the rest of them is still in the pipe
+            os._exit(OUT_OF_MEMORY)  # for the bytes themselves: the rest of them is still in the pipe
         else:
             del data
             _answer(sink, field, "\n".join(field.remarks))

@@ -32,7 +32,7 @@ from leukoflow.errors import LeukoflowError, MemberError
 from leukoflow.method import SegmentSettings
 from leukoflow.records import Member
 from leukoflow.sources import Reader
-from tasks.decode_child import ANSWER, READY, REQUEST, SETUP
+from tasks.decode_child import ANSWER, OUT_OF_MEMORY, READY, REQUEST, SETUP
 
 _PIPE_BYTES = 1 << 20
 _START_SECONDS = 120.0  # importing the libraries takes under a second, but disks of shared nodes can be slow at night
@@ -240,6 +240,8 @@ def _death_of(child: subprocess.Popen[bytes]) -> _DeathError:
         return _DeathError("decoding it hangs")
     if code == -signal.SIGXCPU:
         return _DeathError("decoding it takes too long: its CPU time is used up", worth_a_retry=False)
+    if code == OUT_OF_MEMORY:
+        return _DeathError("too large: its bytes need more memory than the limit allows", worth_a_retry=False)
     if code < 0:
         return _DeathError(f"decoding it kills the decoder ({signal.Signals(-code).name})")
     return _DeathError(f"decoding it ends the decoder (exit code {code})")

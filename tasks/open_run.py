@@ -54,6 +54,7 @@ def open_run(config: RunConfig) -> Run:
     bundle = load_bundle(config.bundle)
     device = resolve_device(config.device)
     source = identify(config.source)
+    _apart(source, config.out)
     manifest_digest = _file_digest(config.manifest) if config.manifest else ""
     fingerprint = config.fingerprint(source.identity, bundle.digest, device, manifest_digest)
     run_id = config.run_id or f"{stem(config.source)}-{fingerprint[:8]}"
@@ -189,6 +190,16 @@ def intact(storage: Storage, groups: Sequence[Sequence[tuple[str, int, str]]]) -
     """Whether all files of all groups are there and unaltered; hashing runs in threads."""
     with ThreadPoolExecutor(max_workers=4) as pool:
         return all(pool.map(storage.intact, groups))
+
+
+def _apart(source: Source, out: str) -> None:
+    """An output inside the source would change what the source is while it is read."""
+    storage = Storage(out)
+    if source.kind is not SourceKind.DIRECTORY or storage.is_local != ("://" not in source.uri):
+        return
+    inside = Path(source.uri).absolute() if storage.is_local else PurePosixPath(source.uri)
+    if PurePosixPath(storage.root).is_relative_to(inside):
+        raise ConfigError(f"--out {out} lies inside the source {source.uri}; choose a place outside of it")
 
 
 def _file_digest(path: str) -> str:

@@ -19,7 +19,7 @@ BACKGROUND, CYTOPLASM, NUCLEUS = 0, 1, 2
 RED_WEIGHT = 0.6  # see pseudo_semantic
 CELL_DENSITY = 0.08  # of the signal, in natural units of optical density
 CORE_DENSITY = 0.17  # of the upper quartile; pale smudges and rims of red cells stay below
-NUCLEUS_STEP = 0.4  # share of the nucleus' green density by which cytoplasm must be lighter
+NUCLEUS_STEP = 0.35  # share of the nucleus' green density by which cytoplasm must be lighter
 NUCLEUS_SHARE = 0.12  # darker specks than that share of the cell are no nucleus
 MIN_COMPONENT_PX = 80
 WAIST = 0.87  # two basins are two cells where their waist is below this share of the shallower one's depth
@@ -79,6 +79,7 @@ def pseudo_semantic(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     opened = cv2.morphologyEx(np.asarray(signal > CELL_DENSITY, np.uint8), cv2.MORPH_OPEN, kernel)
     cell = np.asarray(ndimage.binary_fill_holes(opened), np.uint8)
     cells = _split(cell, SegmentSettings().peak_distance_px)
+    core = cv2.erode(cell, kernel) > 0
     out = np.zeros(cell.shape, np.uint8)
     for i, at in enumerate(ndimage.find_objects(cells), start=1):
         if at is None:
@@ -88,7 +89,7 @@ def pseudo_semantic(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
         if inside.sum() < MIN_COMPONENT_PX or np.percentile(signal[at][inside], 75) < CORE_DENSITY:
             continue
         out[at][inside] = CYTOPLASM
-        out[at][_nucleus(green[at], inside)] = NUCLEUS
+        out[at][_nucleus(green[at], inside, core[at])] = NUCLEUS
     return out
 
 
@@ -234,15 +235,18 @@ def _optical_density(rgb: NDArray[np.uint8] | cv2.typing.MatLike) -> tuple[NDArr
     return tuple(planes)
 
 
-def _nucleus(green: NDArray[np.float32], inside: NDArray[np.bool_]) -> NDArray[np.bool_]:
-    """Nuclear pixels of one component by Otsu (1979) on its green density; all of it where there is no clear step."""
+def _nucleus(green: NDArray[np.float32], inside: NDArray[np.bool_], core: NDArray[np.bool_]) -> NDArray[np.bool_]:
+    """Nuclear pixels of one cell by Otsu (1979) on its green density; all of it where there is no clear step.
+
+    The step is looked for in the core, off the cell's outline, whose blur passes through all densities.
+    """
     values = np.asarray(np.clip(green * 150, 0, 255), np.uint8)
-    own = values[inside]
+    own = values[inside & core]
+    if own.size == 0:
+        return inside
     cut, _ = cv2.threshold(own.reshape(-1, 1), 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
     dark = own > cut
-    if not NUCLEUS_SHARE < dark.mean() < 1.0:
-        return inside
-    if own[dark].mean() - own[~dark].mean() < NUCLEUS_STEP * own[dark].mean():
+    if not NUCLEUS_SHARE < dark.mean() < 1.0 or own[~dark].mean() > (1 - NUCLEUS_STEP) * own[dark].mean():
         return inside
     return np.asarray(inside & (values > cut), np.bool_)
 

@@ -345,6 +345,7 @@ def prepare(job: ShardJob, first: int) -> Block:
                     facts.append(replace(_refused(member.ordinal, image.reason or "unreadable"), sha256=image.sha256))
                     continue
                 quality = assess(image.rgb, method.quality)
+                quality = replace(quality, flags=(*quality.flags, *image.remarks))
                 geometry = field_geometry(image.source_width, image.source_height, member.um_per_px, method.segment)
                 rejected = bool(quality.reasons)
                 facts.append(

@@ -1,0 +1,162 @@
+"""Training of a bundle: prepare, segmenter, two backbones, features, then selection, classifier and calibration."""
+
+from __future__ import annotations
+
+import json
+import multiprocessing
+from collections.abc import Sequence
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import torch
+from prefect import flow, get_run_logger, task
+from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import ThreadPoolTaskRunner
+
+from leukoflow.errors import ConfigError
+from leukoflow.method import MethodSettings
+from models.bundle import load_bundle, preset
+from tasks.train_classifier import make_bundle
+from tasks.train_data import Budget, TrainConfig, load_prepared, open_work
+from tasks.train_phases import Phase, run_phase
+
+SWITCHES = {
+    "mask_overlays": ("normalize", "mask_overlays"),
+    "reinhard": ("normalize", "reinhard"),
+    "clahe": ("normalize", "clahe"),
+    "multiscale": ("normalize", "multiscale"),
+    "unet": ("segment", "enabled"),
+    "convnext": ("features", "convnext"),
+    "nasnet": ("features", "nasnet"),
+    "select": ("select", "enabled"),
+    "attention": ("classify", "attention"),
+}
+"""Parts that an ablation can leave out, and the setting that switches each."""
+
+FULL_MINUTES = 60.0  # wall clock of network training on two cores for which the default steps are meant
+
+
+def ablated(method: MethodSettings, without: Sequence[str]) -> MethodSettings:
+    """The settings with the named parts switched off. Raises ConfigError for an unknown name."""
+    for name in without:
+        if name not in SWITCHES:
+            raise ConfigError(f"cannot leave out {name!r}; parts that can be: {', '.join(SWITCHES)}")
+        section, switch = SWITCHES[name]
+        part = getattr(method, section).model_copy(update={switch: False})
+        method = method.model_copy(update={section: part})
+    return method
+
+
+def train_config(
+    preset_name: str = "pocket",
+    seed: int = 0,
+    hold_out: int | None = 0,
+    minutes: float = FULL_MINUTES,
+    without: Sequence[str] = (),
+    weights: str | None = None,
+    limit: int | None = None,
+) -> TrainConfig:
+    """Configuration of a training whose networks may take about `minutes` on two cores; fewer steps for less time."""
+    if minutes <= 0:
+        raise ConfigError(f"training needs a positive number of minutes, got {minutes}")
+    share = minutes / FULL_MINUTES
+    default = TrainConfig(method=preset(preset_name).method)
+
+    def budget(whole: Budget) -> Budget:
+        return Budget(steps=max(1, round(whole.steps * share)), minutes=whole.minutes * share)
+
+    return TrainConfig(
+        preset=preset_name,
+        seed=seed,
+        hold_out=hold_out,
+        method=ablated(default.method, without),
+        segmenter=budget(default.segmenter),
+        convnext=budget(default.convnext),
+        nasnet=budget(default.nasnet),
+        classifier_steps=max(1, round(default.classifier_steps * min(1.0, share))),
+        feature_copies=default.feature_copies if share >= 0.25 else 0,
+        weights=weights,
+        limit=limit,
+    )
+
+
+@task(task_run_name="train {phase}", cache_policy=NO_CACHE, persist_result=False)
+def train_phase(phase: Phase, config: TrainConfig, data_dir: Path, work_dir: Path, device: str, threads: int) -> None:
+    """One phase in a process of its own, from its checkpoint where there is one.
+
+    Two processes of one thread each get more from two cores than one process of two: these networks are small.
+    """
+    get_run_logger().info("%s: progress in %s", phase, work_dir / f"{phase}.log")
+    if device != "cpu":
+        run_phase(phase, config, data_dir, work_dir, device, threads)
+        return
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as child:
+        child.submit(run_phase, phase, config, data_dir, work_dir, device, threads).result()
+
+
+@task(task_run_name="train classifier and write bundle", cache_policy=NO_CACHE, persist_result=False)
+def train_bundle(config: TrainConfig, data_dir: Path, work_dir: Path, out_dir: Path, name: str, command: str) -> str:
+    """Selection, classifier, calibration and the bundle; returns its digest."""
+    bundle = make_bundle(config, load_prepared(config, data_dir, work_dir), work_dir, out_dir, name, command)
+    return bundle.digest
+
+
+@flow(name="train", flow_run_name="train {preset_name} without fold {hold_out}", validate_parameters=False)
+def train(
+    data_dir: Path,
+    out_dir: Path,
+    work_dir: Path,
+    preset_name: str = "pocket",
+    seed: int = 0,
+    hold_out: int | None = 0,
+    minutes: float = FULL_MINUTES,
+    without: Sequence[str] = (),
+    weights: str | None = None,
+    limit: int | None = None,
+    threads: int = 2,
+    device: str = "auto",
+    name: str | None = None,
+) -> str:
+    """Trains a bundle into `out_dir` and returns its digest; the same call continues an interrupted training.
+
+    Args:
+        data_dir: folder with the labelled fields and masked cells.
+        out_dir: where the bundle is written.
+        work_dir: checkpoints and prepared arrays, bound to this configuration.
+        preset_name: `pocket` or `full`.
+        seed: of every random draw.
+        hold_out: fold 0..4 of clusters that nothing is fitted on; None fits on all of them.
+        minutes: about how long the networks may train on two cores.
+        without: parts left out (see SWITCHES), for ablation.
+        weights: pretrained backbones: `hub`, a file or a directory.
+        limit: use only so many fields, for a smoke run.
+        threads: processor threads in all.
+        device: `auto`, `cpu` or `cuda`.
+        name: of the bundle; by default that of the directory.
+    """
+    config = train_config(preset_name, seed, hold_out, minutes, without, weights, limit)
+    open_work(config, work_dir)
+    device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+    lanes = 2 if device == "cpu" and threads > 1 else 1
+    each = max(1, threads // lanes)
+    runner = train_phase.with_options(retries=1)
+
+    def start(phase: Phase, *after: object) -> object:
+        return runner.submit(phase, config, data_dir, work_dir, device, each, wait_for=list(after))
+
+    # The order of submission is that of execution, two at a time: ConvNeXt beside the segmenter and then NASNet.
+    with ThreadPoolTaskRunner(max_workers=lanes):
+        prepared = start("prepare")
+        convnext = start("convnext", prepared)
+        segmenter = start("segmenter", prepared)
+        nasnet = start("nasnet", prepared)
+        cells = start("cells", segmenter)
+        features = [start("features_convnext", convnext, cells), start("features_nasnet", nasnet, cells)]
+    command = json.dumps({"preset": preset_name, "seed": seed, "hold_out": hold_out, "minutes": minutes})
+    done = train_bundle.submit(config, data_dir, work_dir, out_dir, name or out_dir.name, command, wait_for=features)
+    return str(done.result())
+
+
+def trained(out_dir: Path) -> bool:
+    """Whether a complete bundle is there."""
+    return (out_dir / "bundle.json").is_file() and bool(load_bundle(out_dir).digest)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import signal
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -206,6 +208,9 @@ def _run(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
         view.show_outcome(console, opened.root, opened.finished)
         return opened.finished.exit_code
     view.show_plan(console, opened.run_id, opened.root, opened.summary)
+    # What the flow will import takes its seconds on one core while the server starts on the other; Prefect itself must
+    # not be among it yet.
+    threading.Thread(target=importlib.import_module, args=("tasks.shard",), daemon=True).start()
     with _prefect(keep_prefect, debug), view.live_progress(console, opened.root):
         from flows.nightly import nightly
 
@@ -247,7 +252,7 @@ def _prefect(keep: bool, debug: bool) -> Iterator[None]:
             APILogWorker.drain_all(timeout=5)
             EventsWorker.drain_all(timeout=5)
         server.stop()
-        if server.keep:
+        if server.keep and server.process is not None:
             console.print(
                 f"the Prefect server stays at {server.ui_url}; `leukoflow prefect stop` ends it", soft_wrap=True
             )
@@ -294,7 +299,13 @@ def status(
             runs = list_runs(out)
             if not runs:
                 raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {out}` makes one")
-            view.show_runs(console, out, [read_progress(_root(out, name)) for name in runs])
+            found, damaged = [], []
+            for name in runs:
+                try:
+                    found.append(read_progress(_root(out, name)))
+                except LeukoflowError as error:  # one damaged run must not hide the others
+                    damaged.append((name, str(error)))
+            view.show_runs(console, out, found, damaged)
         else:
             view.show_status(console, _root(out, run_id), read_progress(_root(out, run_id)))
 
@@ -467,6 +478,38 @@ def train(
         console.print(f"bundle {out}, digest {digest[:12]}", soft_wrap=True)
         if not everything:
             console.print(f"next: leukoflow evaluate {out} {data}", soft_wrap=True)
+
+
+@app.command()
+def evaluate(
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Name or folder of a bundle.")],
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="The folder of labelled fields it was trained on.")],
+    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for all figures.")] = None,
+    record: Annotated[
+        bool, typer.Option("--record/--no-record", help="Put the figures into the bundle, whose digest stays the same.")
+    ] = True,
+    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
+    keep_prefect: Annotated[
+        bool, typer.Option("--keep-prefect", help="Leave the Prefect server that this starts running.")
+    ] = False,
+    debug: Debug = False,
+) -> None:
+    """Measure a bundle on the clusters of fields that its training held out.
+
+    Whole clusters, since neighbouring fields of one slide look alike and a random split flatters. Refuses clusters on
+    which anything of the bundle was fitted. A logistic regression on a colour histogram, fitted on the same split, is
+    printed beside the model: it says how much of a score is photography.
+
+    **Example**: `leukoflow evaluate bundles/mine data --out evaluation.json`
+    """
+    with _reported(debug):
+        with _prefect(keep_prefect, debug):
+            from flows.evaluate import evaluate as flow
+
+            found = flow(bundle=bundle, data_dir=data, out=out, device=device, record=record)
+        from apps import view
+
+        view.show_evaluation(view.console(), found)
 
 
 # --- prefect ---------------------------------------------------------------------------------------------------------

@@ -120,11 +120,24 @@ def client_environment(server: LocalServer | None) -> dict[str, str]:
 
 def is_healthy(api_url: str, timeout: float = 2.0) -> bool:
     """Whether a Prefect server answers at `api_url` (asked directly when it is a loopback address)."""
-    handlers = [urllib.request.ProxyHandler({})] if "//127.0.0.1" in api_url or "//localhost" in api_url else []
+    return _ask(f"{api_url.rstrip('/')}/health", timeout) is not None
+
+
+def _ask(url: str, timeout: float = 2.0) -> bytes | None:
+    """Body of a successful answer, else None."""
+    handlers = [urllib.request.ProxyHandler({})] if "//127.0.0.1" in url or "//localhost" in url else []
     try:
-        with urllib.request.build_opener(*handlers).open(api_url.rstrip("/") + "/health", timeout=timeout) as answer:
-            return bool(answer.status == 200)
+        with urllib.request.build_opener(*handlers).open(url, timeout=timeout) as answer:
+            return bytes(answer.read()) if answer.status == 200 else None
     except (urllib.error.URLError, OSError, ValueError):
+        return None
+
+
+def _is_of(home: Path, api_url: str) -> bool:
+    """Whether the server at `api_url` is the one of this home, and not another that was quicker to take the port."""
+    try:
+        return bool(json.loads(_ask(f"{api_url}/admin/settings") or b"{}").get("home") == str(home))
+    except (ValueError, AttributeError):
         return False
 
 
@@ -132,7 +145,7 @@ def running_server(home: Path | None = None) -> LocalServer | None:
     """The kept server of this home, if it lives and answers."""
     home = home or default_home()
     server = _recorded(home)
-    return server if server is not None and server.keep and is_healthy(server.url) else None
+    return server if server is not None and server.keep and _is_of(home, server.url) else None
 
 
 def start_server(keep: bool, home: Path | None = None) -> LocalServer:
@@ -211,7 +224,7 @@ def _start_in(home: Path, lock: int, keep: bool) -> LocalServer:
         process = _spawn(home, lock, port, keep)
         try:
             while process.poll() is None and time.monotonic() < deadline:
-                if is_healthy(url) and process.poll() is None:
+                if _is_of(home, url):
                     server = LocalServer(url, process.pid, home, keep, process)
                     _record(server)
                     return server

@@ -5,10 +5,10 @@ from __future__ import annotations
 import shlex
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rich.console import Console, Group
 from rich.markup import escape
@@ -81,20 +81,27 @@ def show_plan(target: Console, run_id: str, root: str, summary: PlanSummary) -> 
 
 
 class _Pace:
-    """Images per second since the display began, which a resumed run's earlier shards must not flatter."""
+    """Images per second, from the first shard that was seen to be finished in this session.
+
+    What an earlier session has done must not flatter the rate, and the start-up must not belittle it.
+    """
 
     def __init__(self) -> None:
-        self._began = time.monotonic()
         self._before: int | None = None
+        self._first: tuple[float, int] | None = None
 
     def describe(self, done: int, members: int) -> str:
         """Rate and time left in words, as soon as there is something to go by."""
         if self._before is None:
             self._before = done
-        fresh = done - self._before
-        if fresh <= 0:
+        if self._first is None and done > self._before:
+            self._first = time.monotonic(), done
+        if self._first is None:
             return "no shard done yet"
-        rate = fresh / (time.monotonic() - self._began)
+        since, already = self._first
+        if done == already:
+            return "measuring the rate"
+        rate = (done - already) / (time.monotonic() - since)
         return f"{rate:.1f} images/s, {duration((members - done) / rate)} left"
 
 
@@ -211,17 +218,20 @@ def show_outcome(target: Console, root: str, manifest: RunManifest) -> None:
         pace.add_row("reason", Text(f"{count:,} × {reason}"))
     if m.source_truncated:
         pace.add_row("source", Text(f"incomplete: {m.source_truncated}", style="yellow"))
-    query = f"select status, label, count(*) from '{root}/predictions/*.parquet' group by all"
-    pace.add_row("report", Text(f"{root}/report.html"))
-    pace.add_row("tables", Text(f"duckdb -c {shlex.quote(query)}"))
-    target.print(Group(Padding(both, (1, 0)), pace), soft_wrap=False)
+    target.print(Group(Padding(both, (1, 0)), pace))
+    table = root.replace("'", "''") + "/predictions/*.parquet"
+    for name, line in (  # printed unwrapped, to be copied
+        ("report", f"{root}/report.html"),
+        ("tables", f"duckdb -c \"select status, label, count(*) from '{table}' group by all\""),
+    ):
+        target.print(Text.assemble((f"{name:<9}  ", "dim"), line), soft_wrap=True)
 
 
 # --- status ----------------------------------------------------------------------------------------------------------
 
 
-def show_runs(target: Console, out: str, runs: Sequence[RunProgress]) -> None:
-    """One line for every run."""
+def show_runs(target: Console, out: str, runs: Sequence[RunProgress], damaged: Sequence[tuple[str, str]]) -> None:
+    """One line for every run, the newest first; then those whose records cannot be read, with the reason."""
     table = Table(box=None, padding=(0, 2), header_style="dim")
     for name, justify in (
         ("run", "left"),
@@ -240,6 +250,8 @@ def show_runs(target: Console, out: str, runs: Sequence[RunProgress]) -> None:
             _ago(p.last_activity),
         )
     target.print(table)
+    for name, reason in damaged:
+        target.print(Text.assemble(f"  {name}  ", ("damaged", "red"), f"  {reason}"), soft_wrap=True)
     target.print(f"[dim]one of them in detail: leukoflow status {escape(shlex.quote(out))} RUN_ID[/]", soft_wrap=True)
 
 
@@ -270,14 +282,70 @@ def show_status(target: Console, root: str, p: RunProgress) -> None:
         table.add_row("report", Text(f"{root}/report.html"))
     elif p.state == "running":
         table.add_row("next", "wait, or look at the dashboard; Ctrl-C or SIGTERM to its process stops it resumably")
-    else:
-        table.add_row("next", Text(f"continue with: {p.command}"))
-        if p.failed_shards:
-            table.add_row("", "a shard that fails again needs its cause mended first; `leukoflow doctor` looks for it")
     target.print(table)
+    if p.state not in ("running", "finished"):
+        if p.failed_shards:
+            target.print("a shard that fails again needs its cause mended first; `leukoflow doctor` looks for it")
+        target.print(Text.assemble(("continue with  ", "dim"), p.command), soft_wrap=True)
     manifest = reader.manifest()
     if manifest is not None:
         show_outcome(target, root, manifest)
+
+
+# --- evaluate --------------------------------------------------------------------------------------------------------
+
+
+def show_evaluation(target: Console, found: Mapping[str, Any]) -> None:
+    """The figures of `leukoflow evaluate`: the model beside the histogram, then what an average hides."""
+    model, histogram = found["model"], found["colour_histogram"]
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    table.add_column("held-out clusters")
+    for name in ("model", "95 % interval", "histogram", "histogram, normalised"):
+        table.add_column(name, justify="right")
+    for key, name in (
+        ("accuracy", "accuracy"),
+        ("macro_f1", "macro F1"),
+        ("mcc", "MCC"),
+        ("auc_ovr", "AUC, one against rest"),
+        ("ece", "calibration error"),
+    ):
+        low, high = model["intervals_95"][key]
+        table.add_row(
+            name,
+            f"{model[key]:.3f}",
+            f"{low:.3f} to {high:.3f}",
+            f"{histogram['raw'][key]:.3f}",
+            f"{histogram['normalised'][key]:.3f}",
+        )
+    table.add_row(
+        "accuracy, random split",
+        "",
+        "",
+        *(f"{histogram[k]['accuracy_random_split']:.3f}" for k in ("raw", "normalised")),
+    )
+    target.print(table)
+    facts = _facts()
+    facts.add_row("fields", f"{model['fields']:,} in {model['clusters']} clusters")
+    facts.add_row(
+        "worst cluster", f"{model['worst_cluster']['cluster']}: accuracy {model['worst_cluster']['accuracy']:.3f}"
+    )
+    facts.add_row(
+        "prediction sets", f"coverage {model['coverage']:.3f}, {model['mean_set_size']:.2f} classes on average"
+    )
+    answered = model["accuracy_answered"]
+    facts.add_row(
+        "abstained",
+        f"{100 * model['abstention_rate']:.1f} %"
+        + (f"; accuracy of the rest {answered:.3f}" if answered is not None else ""),
+    )
+    for key, value in found.get("segmentation", {}).items():
+        facts.add_row(key.replace("_", " "), f"{value:.3f}")
+    if found.get("foreign"):
+        outcomes = ", ".join(f"{count} {kind}" for kind, count in found["foreign"]["outcomes"].items())
+        facts.add_row("foreign images", f"{found['foreign']['images']}: {outcomes}")
+    for mistake, count in list(found.get("errors", {}).items())[:5]:
+        facts.add_row("mistaken", f"{count:,} × {mistake}")
+    target.print(Padding(facts, (1, 0)))
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------

@@ -14,7 +14,7 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, cast
 
 import psutil
@@ -34,7 +34,7 @@ from prefect.utilities.annotations import quote
 from leukoflow.cluster import code_digest, cores, open_cluster, visible_gpus
 from leukoflow.codec import dumps
 from leukoflow.config import RunConfig
-from leukoflow.errors import LeukoflowError, RunCancelledError, ShardError
+from leukoflow.errors import AttemptError, LeukoflowError, RunCancelledError, ShardError
 from leukoflow.progress import HEARTBEAT_SECONDS, Heartbeat, now
 from leukoflow.records import CLASSES, RunManifest, Shard, ShardReceipt
 from leukoflow.runlog import run_log
@@ -42,7 +42,7 @@ from leukoflow.sources import spool
 from leukoflow.storage import Storage
 from tasks.bisect import find_culprits
 from tasks.open_run import Run, open_run, spooled, stem
-from tasks.plan import read_shard, shards
+from tasks.plan import shards
 from tasks.preflight import preflight
 from tasks.publish import publish
 from tasks.report import build_report
@@ -53,12 +53,15 @@ from tasks.shard import (
     classify,
     committed,
     extract,
+    forget,
+    known_culprits,
     next_of,
-    open_plan,
+    planned,
     prepare,
     recall,
     segment,
     stage_keys,
+    started_key,
     trail_of,
 )
 
@@ -113,18 +116,9 @@ def nightly(config: RunConfig) -> State[Any]:
 def process_shard(work: _Work, shard: Shard) -> ShardReceipt:
     """One shard through its stages; an attempt that fails is repeated with what is committed left alone."""
     log = get_run_logger()
-    job = work.job(shard)
-    storage = Storage(job.root)
-    keys = stage_keys(work.run.bundle, read_shard(open_plan(job.root), shard.ordinal), job.device)
-    done = committed(storage, shard, keys)
-    if work.run.config.reuse:
-        done = adopt_stages(job, Storage(work.run.config.out).child(work.run.config.reuse), keys, done)
-    try:
-        receipt = _chain(work.client, job, tuple(done))
-    except KilledWorker:
-        work.deaths[shard.ordinal] += 1
-        raise ShardError(f"shard {shard.name}: {_obituary(storage, job)}") from None
-    storage.delete(attempt_prefix(shard, job.attempt))
+    while (receipt := _attempt(work, shard)) is None:
+        log.info("shard %s: a worker died of something else; the shard is done anew", shard.name)
+    storage = Storage(work.run.root)
     storage.delete(f"failures/{shard.name}.json")
     stages = ", ".join(f"{t.stage} {t.seconds:.1f} s" for t in receipt.timings)
     log.info(
@@ -132,6 +126,33 @@ def process_shard(work: _Work, shard: Shard) -> ShardReceipt:
         shard.name, receipt.predicted, receipt.abstained, receipt.rejected, receipt.quarantined, stages,
         f"; kept: {', '.join(receipt.resumed)}" if receipt.resumed else "",
     )  # fmt: skip
+    return receipt
+
+
+def _attempt(work: _Work, shard: Shard) -> ShardReceipt | None:
+    """One attempt at what is missing of a shard; None when it was lost through no fault of the shard."""
+    job, storage = work.job(shard), Storage(work.run.root)
+    keys = stage_keys(work.run.bundle, planned(job.root, shard), job.device)
+    done = committed(storage, shard, keys)
+    if work.run.config.reuse:
+        done = adopt_stages(job, Storage(work.run.config.out).child(work.run.config.reuse), keys, done)
+    if "masks" in done and "features" not in done:
+        known = known_culprits(job)
+        if set(job.culprits) - set(known):  # the masks were made before it was known what kills the next stage
+            forget(storage, shard)
+            done = {}
+        else:
+            job = replace(job, culprits=known)
+    try:
+        receipt = _chain(work.client, job, tuple(done))
+    except AttemptError:
+        return None
+    except KilledWorker as death:
+        if not storage.exists(started_key(job, str(death.task))):
+            return None  # it only waited at the worker that died
+        work.deaths[shard.ordinal] += 1
+        raise ShardError(f"shard {shard.name}: {_obituary(storage, job)}") from None
+    storage.delete(attempt_prefix(shard, job.attempt))
     return receipt
 
 
@@ -184,6 +205,12 @@ class _Work:
     client: Client
     deaths: Counter[int] = field(default_factory=Counter)
     culprits: dict[int, tuple[tuple[int, str], ...]] = field(default_factory=dict)
+    spool: str = field(default_factory=lambda: f"_attempts/spool-{uuid.uuid4().hex[:8]}")
+    """Where members of a compressed tar lie while their shard is processed; no other session writes there."""
+
+    def spool_key(self, shard: Shard) -> str:
+        """Key of a shard's spooled members."""
+        return f"{self.spool}/{shard.name}.bin"
 
     def job(self, shard: Shard) -> ShardJob:
         """A new attempt at a shard; members that are known to kill their worker are left out."""
@@ -200,14 +227,17 @@ class _Work:
             code=code_digest(),
             limits=run.config.limits,
             meta_columns=run.config.meta_columns,
-            spool=spool_key(shard) if spooled(run.source) else None,
+            spool=self.spool_key(shard) if spooled(run.source) else None,
             culprits=self.culprits.get(shard.ordinal, ()),
         )
         if self.deaths[shard.ordinal] < DEATHS_BEFORE_SEARCH or shard.ordinal in self.culprits:
             return job
         get_run_logger().warning("shard %s: searching for the image that kills its worker", shard.name)
         search = self.client.submit(find_culprits, job, key=f"find-culprits-{shard.name}-{job.attempt}", pure=False)
-        self.culprits[shard.ordinal] = search.result()
+        try:
+            self.culprits[shard.ordinal] = search.result()
+        except KilledWorker:
+            raise ShardError(f"shard {shard.name}: the worker that searched it died; it is tried again") from None
         return self.job(shard)
 
 
@@ -227,10 +257,11 @@ def _process(run: Run, stop: threading.Event) -> tuple[float, float]:
     with open_cluster(run.config.cluster, gpus=visible_gpus() if run.device == "cuda" else 0) as client:
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
         started = time.time()
+        work = _Work(run, client)
         try:
-            _dispatch(_Work(run, client), first, pending, workers * IN_FLIGHT_PER_WORKER, stop)
+            _dispatch(work, first, pending, workers * IN_FLIGHT_PER_WORKER, stop)
         finally:
-            Storage(run.root).delete("_spool")
+            Storage(run.root).delete(work.spool)
     return started - born, time.time() - started
 
 
@@ -244,7 +275,7 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
     )
     started, shown = time.monotonic(), 0.0
     on_the_way: dict[PrefectFuture[ShardReceipt], Shard] = {}
-    upcoming: Iterator[Shard] = _with_spool(run, _chained(first, pending))
+    upcoming: Iterator[Shard] = _with_spool(work, _chained(first, pending))
     exhausted = False
     images = 0
     while True:
@@ -265,7 +296,7 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
         for future in finished:
             shard = on_the_way.pop(future)
             if spooled(run.source):
-                Storage(run.root).delete(spool_key(shard))
+                Storage(run.root).delete(work.spool_key(shard))
             future.wait()  # takes over the final state; without it the server is asked, which may lag behind
             if not future.state.is_completed():
                 failures += 1
@@ -303,12 +334,10 @@ def _chained(first: Shard, rest: Iterator[Shard]) -> Iterator[Shard]:
 
 def _pending(run: Run) -> Iterator[Shard]:
     """Shards that are not wholly committed, in order. What is there is checked in threads, ahead of the consumer."""
-    storage, frozen, lock = Storage(run.root), open_plan(run.root), threading.Lock()
+    storage = Storage(run.root)
 
     def is_done(shard: Shard) -> bool:
-        with lock:  # one Parquet reader must not be used by two threads at once
-            members = read_shard(frozen, shard.ordinal)
-        found = committed(storage, shard, stage_keys(run.bundle, members, run.device))
+        found = committed(storage, shard, stage_keys(run.bundle, planned(run.root, shard), run.device))
         return "predictions" in found
 
     listed = list(shards(run.summary))
@@ -318,23 +347,18 @@ def _pending(run: Run) -> Iterator[Shard]:
                 yield shard
 
 
-def spool_key(shard: Shard) -> str:
-    """Where a compressed tar's members lie while their shard is processed."""
-    return f"_spool/{shard.name}.bin"
-
-
-def _with_spool(run: Run, pending: Iterator[Shard]) -> Iterator[Shard]:
+def _with_spool(work: _Work, pending: Iterator[Shard]) -> Iterator[Shard]:
     """Unpacks a compressed tar in one linear pass, as far ahead as shards are asked for; other sources need nothing."""
+    run = work.run
     if not spooled(run.source):
         yield from pending
         return
     storage = Storage(run.root)
-    members = open_plan(run.root)
 
     def sink(shard: Shard) -> BinaryIO:
-        return storage.writer(spool_key(shard))
+        return storage.writer(work.spool_key(shard))
 
-    yield from spool(run.source, ((shard, read_shard(members, shard.ordinal)) for shard in pending), sink)
+    yield from spool(run.source, ((shard, planned(run.root, shard)) for shard in pending), sink)
 
 
 def _remember_failure(run: Run, shard: Shard, message: str) -> None:

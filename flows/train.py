@@ -11,11 +11,12 @@ from pathlib import Path
 import torch
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
 from leukoflow.errors import ConfigError
 from leukoflow.method import MethodSettings
-from models.bundle import load_bundle, preset
+from models.bundle import preset
 from tasks.train_classifier import make_bundle
 from tasks.train_data import Budget, TrainConfig, load_prepared, open_work
 from tasks.train_phases import Phase, run_phase
@@ -101,7 +102,12 @@ def train_bundle(config: TrainConfig, data_dir: Path, work_dir: Path, out_dir: P
     return bundle.digest
 
 
-@flow(name="train", flow_run_name="train {preset_name} without fold {hold_out}", validate_parameters=False)
+@flow(
+    name="train",
+    flow_run_name="train {preset_name} without fold {hold_out}",
+    task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
+    validate_parameters=False,
+)
 def train(
     data_dir: Path,
     out_dir: Path,
@@ -137,26 +143,27 @@ def train(
     config = train_config(preset_name, seed, hold_out, minutes, without, weights, limit)
     open_work(config, work_dir)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-    lanes = 2 if device == "cpu" and threads > 1 else 1
-    each = max(1, threads // lanes)
-    runner = train_phase.with_options(retries=1)
+    parallel = device == "cpu" and threads > 1
+    each = max(1, threads // 2) if parallel else threads
+    phase_task = train_phase.with_options(retries=1)
+    futures: list[PrefectFuture[None]] = []
 
-    def start(phase: Phase, *after: object) -> object:
-        return runner.submit(phase, config, data_dir, work_dir, device, each, wait_for=list(after))
+    def start(phase: Phase, *after: PrefectFuture[None]) -> PrefectFuture[None]:
+        future = phase_task.submit(
+            phase, config, data_dir, work_dir, device, each, wait_for=list(after), return_state=False
+        )
+        futures.append(future)
+        if not parallel:
+            future.wait()
+        return future
 
     # The order of submission is that of execution, two at a time: ConvNeXt beside the segmenter and then NASNet.
-    with ThreadPoolTaskRunner(max_workers=lanes):
-        prepared = start("prepare")
-        convnext = start("convnext", prepared)
-        segmenter = start("segmenter", prepared)
-        nasnet = start("nasnet", prepared)
-        cells = start("cells", segmenter)
-        features = [start("features_convnext", convnext, cells), start("features_nasnet", nasnet, cells)]
+    prepared = start("prepare")
+    convnext, segmenter, nasnet = (start(phase, prepared) for phase in ("convnext", "segmenter", "nasnet"))
+    cells = start("cells", segmenter)
+    start("features_convnext", convnext, cells)
+    start("features_nasnet", nasnet, cells)
+    for future in futures:
+        future.result()
     command = json.dumps({"preset": preset_name, "seed": seed, "hold_out": hold_out, "minutes": minutes})
-    done = train_bundle.submit(config, data_dir, work_dir, out_dir, name or out_dir.name, command, wait_for=features)
-    return str(done.result())
-
-
-def trained(out_dir: Path) -> bool:
-    """Whether a complete bundle is there."""
-    return (out_dir / "bundle.json").is_file() and bool(load_bundle(out_dir).digest)
+    return train_bundle(config, data_dir, work_dir, out_dir, name or out_dir.name, command)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import signal
+import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,6 +63,9 @@ class BoundThreads(WorkerPlugin):
         import torch
 
         if self.threads:
+            # Local workers share the terminal with the flow, which drains on Ctrl-C: they must live to finish.
+            if threading.current_thread() is threading.main_thread():
+                signal.signal(signal.SIGINT, signal.SIG_IGN)
             torch.set_num_threads(self.threads)
             cv2.setNumThreads(self.threads)
 

@@ -41,6 +41,10 @@ class ShardError(LeukoflowError):
     """One shard failed for good; the message names the shard, the stage and the reason."""
 
 
+class AttemptError(ShardError):
+    """An attempt at a shard lost what it had computed, through no fault of the shard; another attempt is due."""
+
+
 class ReconciliationError(LeukoflowError):
     """The totals do not balance: some member has no row, or more than one."""
 

@@ -34,6 +34,7 @@ class RunBinding:
     device: str
     started_at: str
     command: str  # resumes the run
+    plan_sha256: str = ""  # of plan.parquet as it was frozen
 
 
 @dataclass(frozen=True, slots=True)

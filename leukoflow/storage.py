@@ -193,15 +193,37 @@ class Storage:
             return
         for unit in dict.fromkeys("/".join(key.split("/")[:2]) for key, _, _ in listed):
             source, target = Path(self.uri(f"{attempt}/{unit}")), Path(self.uri(unit))
-            if not source.exists():
-                continue  # an earlier, interrupted call moved it; `intact` decides whether it is right
+            self._place(source, target)
+
+    def _place(self, source: Path, target: Path) -> None:
+        """Moves a file or folder to `target`, in place of what is there; of several callers one does it."""
+        bench = Path(self.uri(f"_attempts/moving-{uuid.uuid4().hex[:8]}"))
+        mine, grave = bench / "new", bench / "old"
+        bench.mkdir(parents=True)
+        try:
+            try:
+                source.rename(mine)
+            except FileNotFoundError:
+                return  # another call has moved it; `intact` decides whether it is right
             target.parent.mkdir(parents=True, exist_ok=True)
             if target.is_dir():  # what is in the way was altered or never committed
-                grave = Path(self.uri(f"_attempts/replaced-{uuid.uuid4().hex[:8]}"))
-                grave.parent.mkdir(parents=True, exist_ok=True)
                 target.rename(grave)
-                shutil.rmtree(grave, ignore_errors=True)
-            source.replace(target)
+            mine.replace(target)
+        except OSError as error:
+            raise StorageError(f"cannot write {target}: {error.strerror}; run the same command again") from error
+        finally:
+            shutil.rmtree(bench, ignore_errors=True)
+
+    def exists(self, key: str) -> bool:
+        """Whether a key is there. Never decides what is done."""
+        return Path(self.uri(key)).exists() if self.is_local else bool(self.fs.exists(self.uri(key)))
+
+    def stamp(self, key: str) -> str:
+        """Differs when the key was written anew. Raises FileNotFoundError."""
+        if self.is_local:
+            found = os.stat(self.uri(key))
+            return f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
+        return str(self.fs.info(self.uri(key), refresh=True)["ETag"])
 
     def adopt(self, other: Storage, files: Iterable[tuple[str, int, str]], attempt: str) -> None:
         """Brings files of another run below `attempt` here: hard links on one file system, else copies."""

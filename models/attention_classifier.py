@@ -23,7 +23,7 @@ class ClassifierSpec(Settings):
     classes: int = 4
     width: int = 96
     heads: int = 4
-    layers: int = Field(1, ge=1)
+    layers: int = Field(default=1, ge=1)
     dropout: float = 0.2
     attention: bool = True
 
@@ -40,6 +40,7 @@ class SelfAttention(nn.Module):
     """Pre-norm transformer block that also returns the attention weights, averaged over heads."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
+        """`width` must be a multiple of `heads`."""
         super().__init__()
         self.heads = heads
         self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
@@ -62,6 +63,7 @@ class AttentionClassifier(nn.Module):
     """[CLS, field, cells] -> classes."""
 
     def __init__(self, spec: ClassifierSpec) -> None:
+        """Random weights."""
         super().__init__()
         self.spec = spec
         self.embed = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(spec.inputs, spec.width))

@@ -7,6 +7,8 @@ bilinearly: at the training fields' scale a white cell is 30 to 40 px wide, and 
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -20,7 +22,7 @@ from leukoflow.method import Settings
 class UNetSpec(Settings):
     """Architecture of the segmenter; `mean` and `std` z-score RGB in 0..1."""
 
-    widths: tuple[int, ...] = Field((24, 48, 96, 160), min_length=2)
+    widths: tuple[int, ...] = Field(default=(24, 48, 96, 160), min_length=2)
     classes: int = 3
     mean: tuple[float, float, float] = (0.73, 0.76, 0.85)
     std: tuple[float, float, float] = (0.24, 0.24, 0.14)
@@ -42,6 +44,7 @@ class AttentionGate(nn.Module):
     """Additive attention gate: weighs a skip connection by the signal of the coarser level (Oktay 2018, eq. 1-2)."""
 
     def __init__(self, skip: int, signal: int) -> None:
+        """Channels of the skip connection and of the coarser level."""
         super().__init__()
         hidden = max(skip // 2, 4)
         self.skip = nn.Conv2d(skip, hidden, 1, bias=False)
@@ -61,6 +64,7 @@ class AttentionUNet(nn.Module):
     std: Tensor
 
     def __init__(self, spec: UNetSpec) -> None:
+        """Random weights."""
         super().__init__()
         self.spec = spec
         widths = spec.widths
@@ -71,10 +75,8 @@ class AttentionUNet(nn.Module):
             nn.BatchNorm2d(widths[0]),
             nn.ReLU(inplace=True),
         )
-        self.down = nn.ModuleList(
-            _block(a, b) for a, b in zip((widths[0], *widths[:-1]), widths, strict=True)
-        )
-        pairs = list(zip(widths[:-1], widths[1:], strict=True))
+        self.down = nn.ModuleList(_block(a, b) for a, b in zip((widths[0], *widths[:-1]), widths, strict=True))
+        pairs = list(pairwise(widths))
         self.gates = nn.ModuleList(AttentionGate(fine, coarse) for fine, coarse in pairs)
         self.up = nn.ModuleList(nn.Conv2d(coarse, fine, 1) for fine, coarse in pairs)
         self.merge = nn.ModuleList(_block(2 * fine, fine) for fine, _ in pairs)
@@ -102,7 +104,7 @@ class AttentionUNet(nn.Module):
 
 
 def segment_batch(model: nn.Module, fields: NDArray[np.uint8], device: str | torch.device) -> NDArray[np.uint8]:
-    """Semantic classes uint8 [B, H, W] (0 background, 1 cytoplasm, 2 nucleus) of normalised RGB `fields` [B, H, W, 3]."""
+    """Classes uint8 [B, H, W] (0 background, 1 cytoplasm, 2 nucleus) of normalised RGB `fields` uint8 [B, H, W, 3]."""
     where = torch.device(device)
     with torch.inference_mode(), torch.autocast(where.type, enabled=where.type == "cuda"):
         batch = torch.from_numpy(np.ascontiguousarray(fields)).to(where).permute(0, 3, 1, 2)

@@ -37,19 +37,19 @@ from models.hybrid_cn_nas import BackboneSpec, HybridCNNas, build_backbone
 SCHEMA_VERSION = 1
 EMBEDDED = Path(__file__).parent / "default"
 Component = Literal["segmenter", "features", "classifier"]
-PresetName = Literal["pocket", "full"]
+PresetName = Literal["pocket", "full", "tiny"]
 M = TypeVar("M", bound=nn.Module)
 
 
 class Calibration(Settings):
     """What was fitted on calibration clusters, which no network was trained on."""
 
-    temperature: float = Field(1.0, gt=0)
+    temperature: float = Field(default=1.0, gt=0)
     alpha: float = 0.05  # wanted miss rate of the prediction sets, per class
-    conformal: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)  # class c is in the set if 1 - p[c] <= conformal[c]
+    conformal: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)  # c is in the set if 1 - p[c] <= conformal[c]
     min_cells: int = 1
     min_confidence: float = 0.0
-    max_ood: float = float("inf")
+    max_ood: float = 1e9  # JSON knows no infinity
 
 
 class Training(Settings):
@@ -62,6 +62,7 @@ class Training(Settings):
     calibration_clusters: tuple[str, ...] = ()
     training_clusters: tuple[str, ...] = ()
     command: str = ""
+    notes: str = ""  # anything that the command does not say
     minutes: dict[str, float] = Field(default_factory=dict)  # wall clock of each phase
 
 
@@ -114,7 +115,7 @@ class Statistics:
 
 
 def preset(name: PresetName | str) -> Preset:
-    """The two presets: `pocket` for a laptop's processor, `full` for a GPU with pretrained weights."""
+    """`pocket` for a laptop's processor, `full` for a GPU with pretrained weights, `tiny` of no use but for tests."""
     if name == "pocket":
         return Preset(
             method=MethodSettings(),
@@ -135,7 +136,6 @@ def preset(name: PresetName | str) -> Preset:
             ),
         )
     if name == "full":
-        imagenet = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
         return Preset(
             method=MethodSettings(
                 features=FeatureSettings(field_input_px=331, cell_px=128),
@@ -148,7 +148,8 @@ def preset(name: PresetName | str) -> Preset:
                     architecture="convnext_base",
                     num_features=1024,
                     hub="convnext_base.fb_in22k_ft_in1k",
-                    **imagenet,
+                    mean=(0.485, 0.456, 0.406),
+                    std=(0.229, 0.224, 0.225),
                 ),
                 BackboneSpec(
                     name="nasnet",
@@ -162,7 +163,9 @@ def preset(name: PresetName | str) -> Preset:
             classifier_width=256,
             classifier_layers=2,
         )
-    raise BundleError(f"no preset named {name!r}; there are: pocket, full")
+    if name == "tiny":
+        return _tiny()
+    raise BundleError(f"no preset named {name!r}; there are: pocket, full, tiny")
 
 
 def enabled_backbones(backbones: tuple[BackboneSpec, ...], settings: FeatureSettings) -> tuple[BackboneSpec, ...]:
@@ -244,9 +247,13 @@ class Bundle:
 
 
 def _evaluation(model: M, device: str | torch.device) -> M:
-    """Evaluation mode, frozen, on the device; four-dimensional weights in the layout that CPUs and tensor cores like."""
+    """Evaluation mode, frozen, on the device, in the memory layout that is fastest for convolutions."""
     model.eval().requires_grad_(False)
-    return model.to(device=device, memory_format=torch.channels_last)
+    model.to(device)
+    for module in model.modules():
+        if isinstance(module, nn.Conv2d):
+            module.to(memory_format=torch.channels_last)
+    return model
 
 
 def load_bundle(name_or_dir: str | Path) -> Bundle:
@@ -261,7 +268,7 @@ def load_bundle(name_or_dir: str | Path) -> Bundle:
     if not document.is_file():
         known = sorted(p.parent.name for p in EMBEDDED.glob("*/bundle.json"))
         raise BundleError(
-            f"no bundle {str(name_or_dir)!r}: neither a directory with a bundle.json nor one of the embedded ones {known}"
+            f"no bundle {str(name_or_dir)!r}: neither a directory with a bundle.json, nor an embedded one of {known}"
         )
     try:
         raw = json.loads(document.read_text("utf-8"))
@@ -341,7 +348,8 @@ def _stored(value: torch.Tensor, half: bool) -> torch.Tensor:
 
 def random_bundle(path: Path, seed: int = 0, preset_name: PresetName = "pocket", *, tiny: bool = False) -> Bundle:
     """A structurally complete bundle with random weights: for tests and timing, useless for diagnosis."""
-    chosen = _tiny() if tiny else preset(preset_name)
+    preset_name = "tiny" if tiny else preset_name
+    chosen = preset(preset_name)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         hybrid = HybridCNNas(chosen.backbones)
@@ -364,14 +372,13 @@ def random_bundle(path: Path, seed: int = 0, preset_name: PresetName = "pocket",
         ood_scale=np.ones(q + 1, np.float32),
     )
     spec = BundleSpec(
-        name=f"random-{'tiny' if tiny else preset_name}-{seed}",
+        name=f"random-{preset_name}-{seed}",
         preset=preset_name,
         method=chosen.method,
         unet=chosen.unet,
         backbones=chosen.backbones,
         classifier=classifier.spec,
         selected=tuple(int(i) for i in rng.permutation(total)[:k]),
-        calibration=Calibration(max_ood=1e9),
         training=Training(seed=seed, command="random weights"),
     )
     return save_bundle(path, spec, modules, statistics)

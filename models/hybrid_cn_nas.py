@@ -7,7 +7,7 @@ concatenation of the enabled backbones' pooled features, in the order of the spe
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import timm
 import torch
@@ -24,7 +24,7 @@ class BackboneSpec(Settings):
 
     name: Literal["convnext", "nasnet"]
     architecture: str
-    kwargs: dict[str, int | float | str | tuple[int, ...]] = Field(default_factory=dict)
+    kwargs: dict[str, Any] = Field(default_factory=dict)
     num_features: int
     layer: str = "global average pool of the last feature map"
     mean: tuple[float, float, float] = (0.73, 0.76, 0.85)
@@ -49,7 +49,7 @@ def build_backbone(spec: BackboneSpec, weights: str | Path | None = None) -> nn.
                 "the file or its directory instead"
             ) from error
     model = timm.create_model(spec.architecture, pretrained=False, num_classes=0, **spec.kwargs)
-    found = int(model.num_features)
+    found = getattr(model, "num_features", None)
     if found != spec.num_features:
         raise ConfigError(f"backbone {spec.name}: {spec.architecture} gives {found} features, not {spec.num_features}")
     if weights is not None:
@@ -85,6 +85,7 @@ class HybridCNNas(nn.Module):
     """Concatenated pooled features of the backbones. Input float32 [N, 3, h, w], RGB in 0..1; output [N, D]."""
 
     def __init__(self, specs: tuple[BackboneSpec, ...], backbones: list[nn.Module] | None = None) -> None:
+        """Given networks, one for each specification, or random ones."""
         super().__init__()
         if not specs:
             raise ConfigError("no backbone is enabled: switch on features.convnext or features.nasnet")

@@ -6,15 +6,16 @@ it likes. Here each suspect set is processed alone in a child that does nothing 
 
 from __future__ import annotations
 
+import os
 import pickle
 import subprocess
 import sys
+import threading
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from tasks.shard import ShardJob, members_of, probe
-
-DIED = "its processing kills the worker process"
+from tasks.shard import DIED, ShardJob, members_of, probe
 
 
 def find_culprits(job: ShardJob) -> tuple[tuple[int, str], ...]:
@@ -45,7 +46,7 @@ def _kills(job: ShardJob, ordinals: Sequence[int]) -> str | None:
     limit = job.limits.stage_seconds * 3
     try:
         done = subprocess.run(
-            [sys.executable, "-m", "tasks.bisect"],
+            [sys.executable, "-m", "tasks.bisect", str(os.getpid())],
             input=pickle.dumps(alone),
             stdout=subprocess.DEVNULL,
             stderr=subprocess.DEVNULL,
@@ -61,5 +62,13 @@ def _kills(job: ShardJob, ordinals: Sequence[int]) -> str | None:
     return None if done.returncode == 0 else f"{DIED}: exit code {done.returncode}"
 
 
+def _die_with(parent: int) -> None:
+    """Ends this process when its worker is gone; nobody else would."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os._exit(1)
+
+
 if __name__ == "__main__":
+    threading.Thread(target=_die_with, args=(int(sys.argv[1]),), daemon=True).start()
     probe(pickle.loads(sys.stdin.buffer.read()))

@@ -17,7 +17,7 @@ import zarr
 
 from leukoflow.codec import dumps, loads
 from leukoflow.config import RunConfig
-from leukoflow.errors import ConfigError, RunConflictError
+from leukoflow.errors import ConfigError, RunConflictError, StorageError
 from leukoflow.progress import RunBinding, now, read_manifest
 from leukoflow.records import PlanSummary, RunManifest, Source, SourceKind
 from leukoflow.sources import identify
@@ -70,6 +70,8 @@ def open_run(config: RunConfig) -> Run:
         )
     if config.reuse and _binding(out.child(config.reuse)) is None:
         raise ConfigError(f"--reuse {config.reuse}: there is no such run in {config.out}")
+    if bound is not None:
+        _check_plan(storage, bound)
     summary = _frozen_plan(storage, config, source)
     if bound is None:
         bound = RunBinding(
@@ -84,6 +86,7 @@ def open_run(config: RunConfig) -> Run:
             device=device,
             started_at=now(),
             command=resume_command(config, run_id),
+            plan_sha256=storage.digest("plan.parquet")[2],
         )
         storage.create("run.json", dumps(bound))
     for group in ("masks.zarr", "features.zarr"):
@@ -147,6 +150,19 @@ def _binding(storage: Storage) -> RunBinding | None:
         return loads(RunBinding, storage.read("run.json"), storage.uri("run.json"))
     except (FileNotFoundError, NotADirectoryError):
         return None
+
+
+def _check_plan(storage: Storage, bound: RunBinding) -> None:
+    """A plan that is gone is made anew from the same source; one that was altered would mix up members."""
+    try:
+        _, _, found = storage.digest("plan.parquet")
+    except FileNotFoundError:
+        return
+    if bound.plan_sha256 not in ("", found):
+        raise StorageError(
+            f"{storage.uri('plan.parquet')} was altered or is damaged; delete it and run the same command again: "
+            "it is planned anew, and what is committed stays"
+        )
 
 
 def _frozen_plan(storage: Storage, config: RunConfig, source: Source) -> PlanSummary:

@@ -38,7 +38,7 @@ from tasks.plan import read_shard, read_summary
 FIELDS_SHOWN = 12
 """Fields with outlines in each of the two galleries."""
 KEYS_SHOWN = 50
-SLIDES_SHOWN = 50
+SLIDES_SHOWN, SLIDES_OPEN = 50, 15
 
 _POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # even a hostile key could load nothing
 _BINS = 15  # of the confidence histogram, from 0.25 (a guess among four) to 1
@@ -641,7 +641,9 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
         '<p class="quiet">Urgency is the expected share of malignant fields; with few predicted fields it stays near '
         "one half, so that silence is not taken for health.</p>"
     )
-    return explained + note + _table(head, rows, "No slide.") + more
+    first, rest = rows[:SLIDES_OPEN], rows[SLIDES_OPEN:]
+    folded = f"<details><summary>{len(rest)} more</summary>{_table(head, rest)}</details>" if rest else ""
+    return explained + note + _table(head, first, "No slide.") + folded + more
 
 
 def _label(label: str | None) -> str:
@@ -657,10 +659,12 @@ def _dot(colour: str) -> str:
 def _gallery(cards: Sequence[_Card], notes: Sequence[str], empty: str) -> str:
     if not cards:
         return f'<p class="quiet">{empty}</p>'
+    scale = "".join(
+        f"{_dot(_colour(weight))}{name} " for weight, name in ((0.0, "low"), (0.5, "middle"), (1.0, "high"))
+    )
     lead = (
-        '<p class="quiet">Outlines: cells as segmented, from <b style="color:#475a73">low</b> over '
-        '<b style="color:#e89a1c">middle</b> to <b style="color:#d41f2d">high</b> attention within the field; the '
-        "three cells that weighed most are boxed and numbered. Rest the pointer on an outline for its numbers.</p>"
+        f'<p class="quiet">Outlines: cells as segmented, coloured by attention within the field: {scale}. The three '
+        "cells that weighed most are boxed and numbered. Rest the pointer on an outline for its numbers.</p>"
     )
     lead += "".join(f'<p class="verdict warn">{_text(note, 400)}</p>' for note in notes)
     return lead + '<div class="gallery">' + "".join(map(_figure, cards)) + "</div>"

@@ -25,13 +25,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import zarr
+from distributed import get_worker
 from numpy.typing import NDArray
 from zarr.codecs import ZstdCodec
 
 from leukoflow.cluster import code_digest
 from leukoflow.codec import dumps, loads
 from leukoflow.config import LimitSettings
-from leukoflow.errors import ClusterError, ShardError, StorageError
+from leukoflow.errors import AttemptError, ClusterError, ShardError, StorageError
 from leukoflow.geometry import field_geometry
 from leukoflow.method import FeatureSettings, SegmentSettings
 from leukoflow.records import (
@@ -58,6 +59,8 @@ from tasks.normalize import normalize
 from tasks.plan import read_shard
 from tasks.quality import assess
 from tasks.segment import CellTable, cell_table, concatenate, crop_cells, own_cells, pseudo_semantic, watershed_cells
+
+DIED = "its processing kills the worker process"
 
 STAGES = ("masks", "features", "predictions")
 REVISIONS = {"masks": 1, "features": 1, "predictions": 1}
@@ -208,6 +211,18 @@ def _settled(storage: Storage, part: PartRef) -> bool:
     return storage.intact(part.files)
 
 
+def forget(storage: Storage, shard: Shard) -> None:
+    """Takes back all commits of a shard; its stages are done again."""
+    for stage in reversed(STAGES):
+        storage.delete(marker_key(stage, shard))
+
+
+def known_culprits(job: ShardJob) -> tuple[tuple[int, str], ...]:
+    """The members that the committed masks leave out because they kill their worker."""
+    facts = read_facts(job.root, job.shard)
+    return tuple((f.ordinal, f.reason) for f in facts if f.reason is not None and f.reason.startswith(DIED))
+
+
 def commit(job: ShardJob, stage: str, key: str, roots: Sequence[str], receipt: ShardReceipt | None = None) -> Marker:
     """Digests what the attempt wrote below `roots`, creates the marker, and moves the files to their final keys.
 
@@ -274,15 +289,47 @@ def _decoder(limits: LimitSettings, settings: str) -> Decoder:
     return Decoder(limits, SegmentSettings.model_validate_json(settings))
 
 
-@lru_cache(maxsize=2)
 def open_plan(root: str) -> pq.ParquetFile:
-    """The frozen plan; its footer is read once per process."""
-    return pq.ParquetFile(Storage(root).open("plan.parquet"), pre_buffer=False)
+    """The frozen plan; its footer is read once per process. For one thread: others use `planned`."""
+    return _open_plan(root, Storage(root).stamp("plan.parquet"))
+
+
+@lru_cache(maxsize=2)
+def _open_plan(root: str, stamp: str) -> pq.ParquetFile:
+    """`stamp` tells a plan from that of a run which was deleted and begun anew while this process lived on."""
+    storage = Storage(root)
+    return pq.ParquetFile(storage.uri("plan.parquet") if storage.is_local else storage.open("plan.parquet"))
+
+
+_plan_lock = threading.Lock()
+
+
+def planned(root: str, shard: Shard) -> list[Member]:
+    """A shard's members, from the frozen plan. One reader serves one thread at a time."""
+    with _plan_lock:
+        return read_shard(open_plan(root), shard.ordinal)
 
 
 def members_of(job: ShardJob) -> list[Member]:
     """The shard's members, from the frozen plan."""
-    return read_shard(open_plan(job.root), job.shard.ordinal)
+    return planned(job.root, job.shard)
+
+
+def started_key(job: ShardJob, task: str) -> str:
+    """Left behind by a Dask task when it begins: tells who ran on a worker that died from who waited there.
+
+    It also keeps an attempt from running a stage twice, as Dask does to replace results that a dead worker held: the
+    second one would write into what the stages after it have written since.
+    """
+    return f"{attempt_prefix(job.shard, job.attempt)}/started/{task}"
+
+
+def _current_task() -> str | None:
+    """Key of the Dask task that runs here, None outside of Dask."""
+    try:
+        return str(get_worker().get_current_task())
+    except ValueError:
+        return None
 
 
 @contextmanager
@@ -296,6 +343,8 @@ def _guard(job: ShardJob, stage: str) -> Iterator[None]:
         raise ClusterError(
             f"this worker runs other code ({code_digest()}) than the flow ({job.code}); restart the workers"
         )
+    if (task := _current_task()) is not None and not Storage(job.root).create(started_key(job, task), b""):
+        raise AttemptError(f"shard {job.shard.name}: results of its {stage} were lost with a worker")
     limit = job.limits.stage_seconds
 
     def give_up() -> None:

@@ -100,9 +100,8 @@ def train_backbone(
         valid = torch.ones(BAGS, CELLS, dtype=torch.bool, device=device)
         result = head(field, features, valid, use_field)
         alone = head(field[:WHOLE], features[:WHOLE], torch.zeros_like(valid[:WHOLE]))
-        return (
-            bag_loss(result.logits, result.cell_logits, valid, y)
-            + 0.25 * F.cross_entropy(alone.logits, y[:WHOLE], label_smoothing=0.05)
+        return bag_loss(result.logits, result.cell_logits, valid, y) + 0.25 * F.cross_entropy(
+            alone.logits, y[:WHOLE], label_smoothing=0.05
         )
 
     budget = config.convnext if name == "convnext" else config.nasnet

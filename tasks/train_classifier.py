@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -52,7 +53,7 @@ def moments(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.flo
 def field_means(cells: NDArray[np.float32], offsets: NDArray[np.int64]) -> NDArray[np.float32]:
     """Mean over each field's cells; zeros for a field without any: float32 [n, D]."""
     out = np.zeros((len(offsets) - 1, cells.shape[1]), np.float32)
-    for i, (first, last) in enumerate(zip(offsets[:-1], offsets[1:], strict=True)):
+    for i, (first, last) in enumerate(pairwise(offsets)):
         if last > first:
             out[i] = cells[first:last].mean(0)
     return out
@@ -130,8 +131,9 @@ def fit_classifier(
         selected = np.arange(total)
     columns = tuple(int(i) for i in selected)
 
-    def pack(field: NDArray[np.float32], cells: NDArray[np.float32], offsets: NDArray[np.int64],
-             area: NDArray[np.float32]) -> Tokens:
+    def pack(
+        field: NDArray[np.float32], cells: NDArray[np.float32], offsets: NDArray[np.int64], area: NDArray[np.float32]
+    ) -> Tokens:
         return tokens(
             standardize(field, field_mean, field_std, columns),
             standardize(cells, cell_mean, cell_std, columns),
@@ -208,16 +210,20 @@ def _calibrate(fitted: Fitted, packed: Tokens, data: Prepared, log: Callable[[st
 
 
 def make_bundle(
-    config: TrainConfig, data: Prepared, work: Path, out: Path, name: str, command: str, log: Callable[[str], None] = print
+    config: TrainConfig,
+    data: Prepared,
+    work: Path,
+    out: Path,
+    name: str,
+    command: str,
+    log: Callable[[str], None] = print,
 ) -> Bundle:
     """Fits the classifier on the stored features of a work directory and writes the bundle."""
     chosen = config.architecture()
     backbones = enabled_backbones(chosen.backbones, data.method.features)
     features = load_features(work, tuple(b.name for b in backbones))
     fitted = fit_classifier(config, data, features, work, log)
-    modules: dict[str, nn.Module] = {
-        b.name: build_backbone(b, work / f"{b.name}.safetensors") for b in backbones
-    }
+    modules: dict[str, nn.Module] = {b.name: build_backbone(b, work / f"{b.name}.safetensors") for b in backbones}
     unet = chosen.unet if data.method.segment.enabled else None
     if unet is not None:
         modules["segmenter"] = load_segmenter(unet, work, "cpu")

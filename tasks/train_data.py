@@ -10,6 +10,7 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import cv2
 import numpy as np
@@ -18,7 +19,7 @@ from pydantic import Field
 from sklearn.model_selection import StratifiedGroupKFold
 
 from leukoflow.errors import ConfigError, SourceError
-from leukoflow.method import MethodSettings, NormalizeSettings, Settings
+from leukoflow.method import MethodSettings, Settings
 from leukoflow.records import CLASSES
 from models.bundle import Preset, preset
 from models.hybrid_cn_nas import BackboneSpec
@@ -151,16 +152,16 @@ def split_labels(labels: Labels, hold_out: int | None) -> Split:
     return Split(np.flatnonzero(~held & ~calibration), np.flatnonzero(calibration), np.flatnonzero(held))
 
 
-def read_members(archive: Path, names: Sequence[str]) -> Iterator[NDArray[np.uint8]]:
-    """Decoded RGB images of a zip, in the order of `names`."""
+def read_members(archive: Path, names: Sequence[str] | None) -> Iterator[NDArray[np.uint8]]:
+    """Decoded RGB images of a zip, in the order of `names`, or all of them by name."""
     if not archive.is_file():
-        raise SourceError(f"no {archive.name} in {archive.parent}: point the data directory at the shared training data")
+        raise SourceError(f"no {archive.name} in {archive.parent}: the data directory lacks training data")
     with zipfile.ZipFile(archive) as stored:
-        for name in names:
+        for name in names if names is not None else sorted(n for n in stored.namelist() if not n.endswith("/")):
             try:
                 data = stored.read(name)
             except KeyError as error:
-                raise SourceError(f"{archive} has no member {name!r}, which {FIELDS_CSV} lists") from error
+                raise SourceError(f"{archive} has no member {name!r}") from error
             image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
             if image is None:
                 raise SourceError(f"{archive}: {name!r} is not an image that can be decoded")
@@ -170,13 +171,14 @@ def read_members(archive: Path, names: Sequence[str]) -> Iterator[NDArray[np.uin
 def read_masked_cells(archive: Path) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
     """White cells with hand-drawn masks: (RGB, semantic), sorted by name. Masks: white nucleus, grey cytoplasm."""
     if not archive.is_file():
-        raise SourceError(f"no {archive.name} in {archive.parent}: point the data directory at the shared training data")
+        raise SourceError(f"no {archive.name} in {archive.parent}: the data directory lacks training data")
     with zipfile.ZipFile(archive) as stored:
         masks = sorted(n for n in stored.namelist() if n.endswith(".png"))
     images = read_members(archive, [n.removesuffix(".png") + ".bmp" for n in masks])
     drawn = read_members(archive, masks)
     return [
-        (image, np.digitize(mask[..., 0], (64, 192)).astype(np.uint8)) for image, mask in zip(images, drawn, strict=True)
+        (image, np.digitize(mask[..., 0], (64, 192)).astype(np.uint8))
+        for image, mask in zip(images, drawn, strict=True)
     ]
 
 
@@ -230,8 +232,8 @@ def prepare(config: TrainConfig, data_dir: Path, work: Path) -> None:
     side = config.method.segment.field_px
     raw = np.empty((len(labels), side, side, 3), np.uint8)
     for i, image in enumerate(read_members(data_dir / FIELDS_ZIP, labels.keys)):
-        scaled = image if image.shape[:2] == (side, side) else cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA)
-        raw[i] = mask_overlays(np.asarray(scaled, np.uint8))[0] if config.method.normalize.mask_overlays else scaled
+        scaled = np.asarray(cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA), np.uint8)
+        raw[i] = mask_overlays(scaled)[0] if config.method.normalize.mask_overlays else scaled
     mean, std = fit_reference(raw[i] for i in split.train)
     reference = config.method.normalize.model_copy(update={"reference_mean": mean, "reference_std": std})
     without_masking = reference.model_copy(update={"mask_overlays": False})
@@ -248,24 +250,31 @@ def prepare(config: TrainConfig, data_dir: Path, work: Path) -> None:
         offsets[i + 1] = offsets[i] + len(table)
     np.save(work / "windows.npy", np.concatenate(windows))
     np.save(work / "offsets.npy", offsets)
-    _prepare_mosaics(config, data_dir, work, reference)
     method = config.method.model_copy(update={"normalize": reference})
+    cells = read_masked_cells(data_dir / MASKS_ZIP)
+    np.save(work / "mosaics.npy", mosaics(cells, "train", config.seed, method))
+    np.save(work / "mosaics_held_out.npy", mosaics(cells, "held_out", config.seed, method))
     document = {"keys": labels.keys, "data_digest": labels.digest, "method": method.model_dump(mode="json")}
     write_json(done, document)
 
 
-def _prepare_mosaics(config: TrainConfig, data_dir: Path, work: Path, settings: NormalizeSettings) -> None:
-    """Mosaics of four fifths of the masked cells for training, of the rest for measuring Dice."""
-    cells = read_masked_cells(data_dir / MASKS_ZIP)
-    side = config.method.segment.field_px
-    roles = (("mosaics", [c for i, c in enumerate(cells) if i % 5], 96), ("mosaics_held_out", cells[::5], 16))
-    for offset, (name, chosen, count) in enumerate(roles):
-        rng = np.random.default_rng((config.seed, offset))
-        out = np.empty((count, side, side, 4), np.uint8)
-        for i in range(count):
-            rgb, out[i, ..., 3] = mosaic(chosen, side, rng)
-            out[i, ..., :3] = normalize(rgb, settings.model_copy(update={"mask_overlays": False}))
-        np.save(work / f"{name}.npy", out)
+def mosaics(
+    cells: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]],
+    role: Literal["train", "held_out"],
+    seed: int,
+    method: MethodSettings,
+) -> NDArray[np.uint8]:
+    """Normalised mosaics and their classes, uint8 [c, S, S, 4], of four fifths of the cells or of the last fifth."""
+    training = role == "train"
+    chosen = [cell for i, cell in enumerate(cells) if bool(i % 5) == training]
+    rng = np.random.default_rng((seed, 0 if training else 1))
+    settings = method.normalize.model_copy(update={"mask_overlays": False})
+    side = method.segment.field_px
+    out = np.empty((96 if training else 16, side, side, 4), np.uint8)
+    for image in out:
+        rgb, image[..., 3] = mosaic(chosen, side, rng)
+        image[..., :3] = normalize(rgb, settings)
+    return out
 
 
 def load_prepared(config: TrainConfig, data_dir: Path, work: Path) -> Prepared:
@@ -314,4 +323,3 @@ def balanced_weights(labels: Labels, rows: NDArray[np.int64]) -> NDArray[np.floa
     weight /= np.bincount(labels.y[rows], weight)[labels.y[rows]]
     out: NDArray[np.float64] = weight / weight.sum()
     return out
-

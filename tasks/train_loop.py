@@ -32,6 +32,7 @@ class MovingAverage:
     """Exponential moving average of weights and normalisation statistics; the average is what is kept."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
+        """Starts as a copy of the model."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.updates = 0
@@ -89,7 +90,7 @@ def run_steps(
         optimiser.load_state_dict(state["optimiser"])
         average.updates, progress = state["step"], Progress(state["step"], state["seconds"])
         log(f"{checkpoint.stem}: continues at step {progress.step}")
-    saved, running = time.monotonic(), 0.0
+    saved, running = time.monotonic(), math.nan
     while (share := progress.share(budget)) < 1:
         start = time.monotonic()
         for group in optimiser.param_groups:
@@ -101,7 +102,8 @@ def run_steps(
         nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optimiser.step()
         average.update(model)
-        running = float(loss.detach()) if progress.step == 0 else 0.98 * running + 0.02 * float(loss.detach())
+        value = float(loss.detach())
+        running = value if math.isnan(running) else 0.98 * running + 0.02 * value
         progress.step += 1
         progress.seconds += time.monotonic() - start
         if progress.step % 50 == 0:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 import cv2
 import torch
@@ -15,6 +15,8 @@ from tasks.train_features import backbone_features, find_cells
 from tasks.train_segmenter import train_segmenter
 
 Phase = Literal["prepare", "segmenter", "convnext", "nasnet", "cells", "features_convnext", "features_nasnet"]
+PHASES: tuple[Phase, ...] = get_args(Phase)
+"""In an order that respects what each needs."""
 logger = logging.getLogger(__name__)
 
 
@@ -25,6 +27,7 @@ def run_phase(phase: Phase, config: TrainConfig, data_dir: Path, work: Path, dev
     """
     torch.set_num_threads(threads)
     cv2.setNumThreads(threads)
+    work.mkdir(parents=True, exist_ok=True)
     if phase == "prepare":
         prepare(config, data_dir, work)
         return

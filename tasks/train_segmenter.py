@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.attention_unet import AttentionUNet, UNetSpec, segment_batch
+from models.attention_unet import AttentionUNet, UNetSpec
 from tasks.train_data import Prepared, TrainConfig
 from tasks.train_loop import run_steps, stain_jitter, to_tensor
 
@@ -79,20 +79,3 @@ def load_segmenter(spec: UNetSpec, work: Path, device: str) -> AttentionUNet:
     model.load_state_dict(load_file(work / "segmenter.safetensors"))
     model.eval().requires_grad_(False)
     return model.to(device=device, memory_format=torch.channels_last)
-
-
-def segmentation_metrics(model: AttentionUNet, data: Prepared, device: str) -> dict[str, float]:
-    """Dice on mosaics of held-out hand-drawn cells, and agreement with classical labels on held-out fields."""
-    rows = data.split.held_out[:: max(1, len(data.split.held_out) // 96)]
-    out: dict[str, float] = {}
-    for name, images, truth in (
-        ("drawn", data.mosaics_held_out[..., :3], data.mosaics_held_out[..., 3]),
-        ("classical", data.fields[rows], data.pseudo[rows]),
-    ):
-        if not len(images):
-            continue
-        parts = [segment_batch(model, images[i : i + 8], device) for i in range(0, len(images), 8)]
-        predicted = np.concatenate(parts)
-        out[f"dice_nucleus_{name}"] = dice(predicted == 2, truth == 2)
-        out[f"dice_cell_{name}"] = dice(predicted > 0, truth > 0)
-    return out

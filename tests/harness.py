@@ -10,8 +10,8 @@ import sys
 import tarfile
 import time
 import zipfile
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ import zarr
 from PIL import Image
 from torch import nn
 
-from models.bundle import Bundle, load_bundle, random_bundle, save_bundle
+from models.bundle import Bundle, random_bundle, save_bundle
 from tasks.sample import write_sample
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -152,7 +152,8 @@ class Command:
 
     process: subprocess.Popen[bytes]
     log: Path
-    seen: dict[int, psutil.Process]
+    seen: dict[int, psutil.Process] = field(default_factory=dict)
+    worker_pids: set[int] = field(default_factory=set)
 
     @property
     def pid(self) -> int:
@@ -180,14 +181,16 @@ class Command:
 
     def workers(self) -> list[psutil.Process]:
         """Dask's worker processes: spawned by multiprocessing, below the flow."""
-        return [p for p in self.find("multiprocessing.spawn") if p.ppid() == self.pid]
+        found = [p for p in self.find("multiprocessing.spawn") if p.ppid() == self.pid]
+        self.worker_pids |= {p.pid for p in found}
+        return found
 
     def wait(self, seconds: float = 240) -> int:
         """The exit code; descendants are noted while it runs."""
         end = time.monotonic() + seconds
         while self.process.poll() is None:
             assert time.monotonic() < end, f"it does not end: {self.text()[-3000:]}"
-            self.family()
+            self.workers()
             time.sleep(0.1)
         return self.process.returncode
 
@@ -233,7 +236,7 @@ def start(arguments: list[str], log: Path, **environment: str) -> Command:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    return Command(process, log, {})
+    return Command(process, log)
 
 
 def until(what: Callable[[], Any], seconds: float, words: str, alive: Command | None = None) -> Any:
@@ -250,12 +253,3 @@ def committed_shards(root: Path) -> list[str]:
     """Shards whose last marker is there."""
     folder = root / "markers" / "predictions"
     return sorted(p.stem for p in folder.glob("*.json")) if folder.is_dir() else []
-
-
-def iterate_text_files(folder: Path) -> Iterator[tuple[Path, bytes]]:
-    for path in folder.rglob("*"):
-        if path.is_file():
-            yield path, path.read_bytes()
-
-
-__all__ = [name for name in dir() if not name.startswith("_")] + ["load_bundle"]

@@ -1,4 +1,4 @@
-"""Whole runs with a real Prefect server and real worker processes: what they leave, whatever the source is packed in."""
+"""Whole runs with a real Prefect server and real workers: what they leave, whatever the source is packed in."""
 
 from __future__ import annotations
 

@@ -66,16 +66,20 @@ def test_clients_keep_to_themselves_and_reach_loopback_past_a_proxy(
 
 class _Health(http.server.BaseHTTPRequestHandler):
     def do_GET(self) -> None:
-        self.send_response(200 if self.path == "/api/health" else 404)
+        self.send_response(200 if self.path in ("/api/health", "/api/admin/settings") else 404)
         self.end_headers()
+        if self.path == "/api/admin/settings":
+            self.wfile.write(json.dumps({"home": str(self.server.home)}).encode())  # type: ignore[attr-defined]
 
     def log_message(self, format: str, *args: object) -> None:
         return
 
 
 @pytest.fixture
-def healthy_url() -> Iterator[str]:
+def healthy_url(tmp_path: Path) -> Iterator[str]:
+    """A server that answers like Prefect's, with `tmp_path` as its home."""
     with http.server.HTTPServer(("127.0.0.1", 0), _Health) as server:
+        server.home = tmp_path  # type: ignore[attr-defined]
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}/api"
@@ -99,6 +103,8 @@ def test_a_state_file_without_a_living_server_is_not_believed(tmp_path: Path, he
     found = prefect_server.running_server(tmp_path)
     assert found is not None
     assert (found.url, found.pid) == (healthy_url, os.getpid())
+    (tmp_path / "server.json").write_text(json.dumps(state | {"keep": False}))
+    assert prefect_server.running_server(tmp_path) is None  # it ends with its run
     beside, other = prefect_server._free_place(tmp_path, only_first=False)
     assert beside == tmp_path / "parallel-1"
     with pytest.raises(PrefectServerError, match="LEUKOFLOW_PREFECT_HOME"):
@@ -146,6 +152,23 @@ def test_a_server_that_never_answers_is_given_up_and_ended(tmp_path: Path, monke
     pid = int((tmp_path / "home/server.log").read_text() or 0)
     assert not pid or not prefect_server._alive(pid)
     assert not prefect_server._is_locked(tmp_path / "home")
+
+
+def test_a_stranger_that_took_the_port_is_not_taken_for_the_own_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, healthy_url: str
+) -> None:
+    """Two runs that start at once choose the same port; the slower one must not use the quicker one's server."""
+    package = tmp_path / "bin" / "prefect"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "__main__.py").write_text("import time; time.sleep(1); raise SystemExit('Port 1 is already in use.')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "bin"))
+    taken = int(healthy_url.split(":")[2].split("/")[0])
+    asked: list[int] = []
+    monkeypatch.setattr(prefect_server, "_free_port", lambda preferred: asked.append(preferred) or taken)
+    with pytest.raises(PrefectServerError, match="already in use"):
+        start_server(keep=False, home=tmp_path / "another-home")
+    assert asked == [4200, 0, 0]  # it tries other ports before it gives up
 
 
 def test_only_the_main_thread_may_start_a_server_that_ends_with_it(tmp_path: Path) -> None:

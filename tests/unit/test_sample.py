@@ -69,7 +69,9 @@ def test_archive_directory_truth_and_manifest_agree(tmp_path: Path) -> None:
         image = cv2.imread(str(tmp_path / "fields" / row["image_key"]))
         cells = cv2.imread(str(tmp_path / "truth" / "cells" / f"{stem}.png"), cv2.IMREAD_UNCHANGED)
         semantic = cv2.imread(str(tmp_path / "truth" / "semantic" / f"{stem}.png"), cv2.IMREAD_UNCHANGED)
-        assert image is not None and cells is not None and semantic is not None
+        assert image is not None
+        assert cells is not None
+        assert semantic is not None
         assert image.shape == (160, 160, 3)
         assert (cells.dtype, semantic.dtype) == (np.uint16, np.uint8)
         assert set(np.unique(cells)) - {0} == set(range(1, int(row["n_cells"]) + 1))

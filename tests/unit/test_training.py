@@ -1,0 +1,397 @@
+"""Training and evaluation: splits, restarts, calibration, metrics, and the whole of it on synthetic fields."""
+
+from __future__ import annotations
+
+import csv
+import zipfile
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+import torch
+
+from flows.evaluate import held_out_rows
+from flows.train import SWITCHES, ablated, train_config
+from leukoflow.errors import BundleError, ConfigError, SourceError
+from leukoflow.records import CLASSES
+from models.bundle import Training, preset, random_bundle
+from tasks import train_backbone as backbone_module
+from tasks import train_data
+from tasks.classify import Verdict, softmax
+from tasks.evaluate import (
+    cluster_bootstrap,
+    diagnose_images,
+    evaluation,
+    expected_calibration_error,
+    histogram_baseline,
+    histogram_features,
+    point_metrics,
+)
+from tasks.train_backbone import bag_loss
+from tasks.train_classifier import (
+    confidence_threshold,
+    conformal_thresholds,
+    field_means,
+    fit_ood,
+    fit_temperature,
+    make_bundle,
+    moments,
+)
+from tasks.train_data import Budget, Labels, TrainConfig, balanced_weights, cluster_folds, mosaic, split_labels
+from tasks.train_loop import Progress, learning_rate, random_windows, run_steps, stain_jitter
+from tasks.train_phases import PHASES, run_phase
+
+
+def _labels(clusters_per_class: int = 6, fields: int = 25) -> Labels:
+    y, cluster = [], []
+    for k in range(4):
+        for c in range(clusters_per_class):
+            y += [k] * fields
+            cluster += [f"C{k}{c}"] * fields
+    keys = tuple(f"f{i}.jpg" for i in range(len(y)))
+    return Labels(keys, np.array(y, np.int64), tuple(cluster), tuple(cluster), "digest")
+
+
+def test_clusters_never_straddle_roles() -> None:
+    labels = _labels()
+    for hold_out in (0, 4, None):
+        split = split_labels(labels, hold_out)
+        roles = [{labels.cluster[i] for i in rows} for rows in (split.train, split.calibration, split.held_out)]
+        assert not roles[0] & roles[1]
+        assert not roles[0] & roles[2]
+        assert not roles[1] & roles[2]
+        assert sum(len(rows) for rows in (split.train, split.calibration, split.held_out)) == len(labels)
+        assert set(labels.y[split.calibration]) == {0, 1, 2, 3}
+        assert bool(len(split.held_out)) == (hold_out is not None)
+    folds = [split_labels(labels, fold).held_out for fold in range(5)]
+    assert sorted(np.concatenate(folds).tolist()) == list(range(len(labels)))
+    assert cluster_folds(labels) == cluster_folds(labels)
+
+
+def test_too_few_clusters_to_calibrate_on() -> None:
+    with pytest.raises(ConfigError, match="two are needed"):
+        split_labels(_labels(clusters_per_class=6, fields=10), 0)
+
+
+def test_balance_of_classes_and_clusters() -> None:
+    labels = Labels(
+        tuple("abcdefg"), np.array([0, 0, 0, 0, 0, 1, 1], np.int64), tuple("xxxxyzz"), tuple("xxxxyzz"), "d"
+    )
+    weight = balanced_weights(labels, np.arange(7))
+    np.testing.assert_allclose(weight, [1 / 12] * 4 + [1 / 6] + [1 / 4] * 2)
+
+
+def test_labels_are_checked(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match=r"no all_fields\.csv"):
+        train_data.read_labels(tmp_path)
+    path = tmp_path / "all_fields.csv"
+    path.write_text("image_key,label\na,Pro\n", "utf-8")
+    with pytest.raises(SourceError, match="cluster_id"):
+        train_data.read_labels(tmp_path)
+    path.write_text("image_key,label,slide_id,cluster_id\na,Pro,s,c\nb,Blast,s,c\n", "utf-8")
+    with pytest.raises(SourceError, match="Blast"):
+        train_data.read_labels(tmp_path)
+
+
+def test_mosaic_scales_cells_and_keeps_their_classes() -> None:
+    y, x = np.mgrid[:100, :100]
+    radius = np.hypot(y - 50, x - 50)
+    mask = np.where(radius < 20, 2, np.where(radius < 40, 1, 0)).astype(np.uint8)
+    image = np.array([[250] * 3, [150] * 3, [50] * 3], np.uint8)[mask]
+    rgb, semantic = mosaic([(image, mask)], 128, np.random.default_rng(0))
+    assert rgb.shape == (128, 128, 3)
+    assert set(np.unique(semantic)) == {0, 1, 2}
+    assert rgb[semantic == 2].mean() < rgb[semantic == 1].mean() < rgb[semantic == 0].mean()
+    tile_shares = (semantic > 0).mean(), (mask > 0).mean()
+    assert abs(tile_shares[0] - tile_shares[1]) < 0.1
+
+
+def test_schedule_warms_up_and_ends_near_zero() -> None:
+    assert learning_rate(0.0) < 0.05
+    assert learning_rate(0.05) == pytest.approx(1, abs=0.01)
+    assert learning_rate(1.0) < 0.01
+    budget = Budget(steps=100, minutes=2)
+    assert Progress(50, 0).share(budget) == 0.5
+    assert Progress(50, 90).share(budget) == 0.75
+
+
+def test_an_interrupted_training_ends_where_an_undisturbed_one_does(tmp_path: Path) -> None:
+    def model_of() -> torch.nn.Module:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(3, 4), torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+
+    def train(model: torch.nn.Module, path: Path, stop: int | None = None) -> torch.nn.Module:
+        def loss_of(step: int, progress: float) -> torch.Tensor:
+            if step == stop:
+                raise KeyboardInterrupt
+            x = torch.randn(16, 3, generator=torch.Generator().manual_seed(step))
+            return (model(x) - x.sum(1, keepdim=True)).square().mean()
+
+        budget = Budget(steps=12, minutes=60)
+        return run_steps(model, loss_of, budget, path, rate=1e-2, save_every_s=0, log=lambda _: None)
+
+    whole = train(model_of(), tmp_path / "a.pt")
+    with pytest.raises(KeyboardInterrupt):
+        train(model_of(), tmp_path / "b.pt", stop=7)
+    resumed = train(model_of(), tmp_path / "b.pt")
+    for a, b in zip(whole.state_dict().values(), resumed.state_dict().values(), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_augmentation_is_seeded_bounded_and_changes_pictures() -> None:
+    images = torch.rand(4, 3, 56, 56, generator=torch.Generator().manual_seed(0))
+
+    def draw(seed: int) -> torch.Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        return stain_jitter(random_windows(images, 32, 40.0, generator), generator)
+
+    assert draw(1).shape == (4, 3, 32, 32)
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    assert 0 <= float(draw(1).min()) <= float(draw(1).max()) <= 1
+
+
+def test_no_jitter_at_strength_zero() -> None:
+    image = torch.rand(2, 3, 8, 8) * 0.98 + 0.01
+    torch.testing.assert_close(stain_jitter(image, torch.Generator(), 0.0), image, atol=1e-5, rtol=0)
+
+
+def test_bag_loss_ignores_padding() -> None:
+    logits, cells = torch.zeros(1, 4), torch.zeros(1, 3, 4)
+    valid = torch.tensor([[True, True, False]])
+    base = bag_loss(logits, cells, valid, torch.tensor([2]))
+    assert float(base) == pytest.approx(1.5 * np.log(4))
+    cells[0, 2, 0] = 100
+    assert float(bag_loss(logits, cells, valid, torch.tensor([2]))) == pytest.approx(float(base))
+
+
+def test_temperature_undoes_overconfidence() -> None:
+    rng = np.random.default_rng(0)
+    logits = rng.normal(0, 2, (4000, 4))
+    y = np.array([rng.choice(4, p=p) for p in softmax(logits, 1.0)])
+    assert fit_temperature(logits * 3, y) == pytest.approx(3, rel=0.1)
+
+
+def test_conformal_quantile_literal() -> None:
+    p = np.zeros((24, 4))
+    y = np.repeat([0, 1], [19, 5])
+    p[:19, 0] = 1 - np.arange(1, 20) / 100
+    p[19:, 1] = 0.9
+    assert conformal_thresholds(p, y, 0.05) == (pytest.approx(0.19), 1.0, 1.0, 1.0)
+
+
+def test_confidence_threshold_refuses_the_unsure_but_not_too_many() -> None:
+    p = np.full((40, 4), 0.0)
+    p[:, 0] = np.linspace(0.4, 0.99, 40)
+    right = np.zeros(40, np.int64)
+    assert confidence_threshold(p, right) == 0.0
+    wrong_low = right.copy()
+    wrong_low[:3] = 1
+    assert confidence_threshold(p, wrong_low) == pytest.approx(p[2, 0])
+    assert confidence_threshold(p, np.ones(40, np.int64)) == pytest.approx(p[4, 0])
+
+
+def test_moments_and_means() -> None:
+    mean, std = moments(np.array([[1, 5], [3, 5]], np.float32))
+    assert mean.tolist() == [2, 5]
+    assert std.tolist() == [1, 1]
+    cells = np.array([[1.0], [3.0], [7.0]], np.float32)
+    assert field_means(cells, np.array([0, 2, 2, 3])).tolist() == [[2.0], [0.0], [7.0]]
+
+
+def test_directions_are_orthonormal_and_whiten() -> None:
+    x = np.random.default_rng(0).normal(0, [5, 2, 1, 0.5], (500, 4)).astype(np.float32)
+    mean, directions, scale = fit_ood(x)
+    np.testing.assert_allclose(directions.T @ directions, np.eye(4), atol=1e-5)
+    np.testing.assert_allclose(((x - mean) @ directions).std(0), scale[:4], rtol=1e-3)
+
+
+def test_calibration_error_literal() -> None:
+    p = np.array([[0.8, 0.2, 0, 0]] * 10)
+    assert expected_calibration_error(p, np.array([0] * 8 + [1] * 2)) == pytest.approx(0.0)
+    assert expected_calibration_error(p, np.zeros(10, np.int64)) == pytest.approx(0.2)
+
+
+def test_point_metrics_literal() -> None:
+    p = np.eye(4)[[0, 0, 1, 1]] * 0.7 + 0.075
+    found = point_metrics(p, np.array([0, 0, 1, 0]))
+    assert found["accuracy"] == 0.75
+    assert found["macro_f1"] == pytest.approx((0.8 + 2 / 3) / 2)
+    assert found["mcc"] == pytest.approx(np.sqrt(1 / 3))
+    assert found["auc_ovr"] == pytest.approx(5 / 6)
+
+
+def test_bootstrap_draws_clusters() -> None:
+    value = np.array([0.0] * 10 + [1.0] * 30)
+    clusters = ["a"] * 10 + ["b"] * 30
+    low, high = cluster_bootstrap(lambda rows: {"mean": float(value[rows].mean())}, clusters)["mean"]
+    assert (low, high) == (0.0, 1.0)
+
+
+def test_evaluation_names_the_worst_cluster_and_counts_abstentions() -> None:
+    def verdict(k: int, abstained: str | None = None) -> Verdict:
+        p = np.full(4, 0.1)
+        p[k] = 0.7
+        return Verdict(p, p >= 0.1 + 0.3 * (k != 3), np.zeros(2, np.float32), 1.0, 2, abstained)
+
+    y = np.array([0, 0, 1, 1, 2, 3])
+    verdicts = [verdict(0), verdict(0), verdict(1), verdict(0, "ambiguous: 1 < 2"), verdict(2), verdict(3)]
+    found = evaluation(verdicts, y, ["a", "a", "b", "b", "c", "d"])
+    assert found["accuracy"] == pytest.approx(5 / 6)
+    assert found["worst_cluster"] == {"cluster": "b", "accuracy": 0.5}
+    assert found["abstained"] == {"ambiguous": 1}
+    assert found["accuracy_answered"] == 1.0
+    assert found["coverage"] == pytest.approx(5 / 6)
+    assert found["mean_set_size"] == pytest.approx((5 + 4) / 6)
+    assert found["confusion"][1] == [1, 1, 0, 0]
+    assert found["per_class"]["Early"]["sensitivity"] == 0.5
+
+
+def test_baseline_tells_colours_apart() -> None:
+    rng = np.random.default_rng(0)
+
+    def field(red: int) -> np.ndarray:
+        image = rng.integers(0, 60, (16, 16, 3), np.uint8)
+        image[..., 0] += np.uint8(red)
+        return histogram_features(image)
+
+    x = np.stack([field(red) for red in [20] * 10 + [180] * 10])
+    y = np.repeat([0, 2], 10)
+    p = histogram_baseline(x[::2], y[::2], x[1::2])
+    assert x.shape == (20, 222)
+    assert (p.argmax(1) == y[1::2]).all()
+    assert (p[:, [1, 3]] == 0).all()
+
+
+def test_every_part_can_be_left_out() -> None:
+    method = preset("pocket").method
+    for name, (section, switch) in SWITCHES.items():
+        assert getattr(getattr(ablated(method, [name]), section), switch) is False
+    with pytest.raises(ConfigError, match="cannot leave out 'magic'"):
+        ablated(method, ["magic"])
+
+
+def test_less_time_means_fewer_steps() -> None:
+    short, whole = train_config(minutes=6), train_config()
+    assert short.convnext.steps == round(whole.convnext.steps / 10)
+    assert short.convnext.minutes == pytest.approx(whole.convnext.minutes / 10)
+    with pytest.raises(ConfigError, match="positive"):
+        train_config(minutes=0)
+
+
+def test_clusters_that_were_seen_are_refused(tmp_path: Path) -> None:
+    bundle = random_bundle(tmp_path / "b", tiny=True)
+    labels = _labels()
+    with pytest.raises(BundleError, match="held out no cluster"):
+        held_out_rows(bundle, labels, None)
+    training = Training(held_out_clusters=("C00",), training_clusters=("C01",), calibration_clusters=("C02",))
+    bundle = type(bundle)(bundle.path, bundle.spec.model_copy(update={"training": training}), bundle.statistics)
+    assert {labels.cluster[i] for i in held_out_rows(bundle, labels, None)} == {"C00"}
+    assert {labels.cluster[i] for i in held_out_rows(bundle, labels, ["C03"])} == {"C03"}
+    for seen in ("C01", "C02"):
+        with pytest.raises(BundleError, match=f"fitted on clusters .*{seen}"):
+            held_out_rows(bundle, labels, ["C00", seen])
+
+
+def test_a_work_directory_serves_one_configuration(tmp_path: Path) -> None:
+    train_data.open_work(train_config(seed=1), tmp_path)
+    train_data.open_work(train_config(seed=1), tmp_path)
+    with pytest.raises(ConfigError, match="another seed"):
+        train_data.open_work(train_config(seed=2), tmp_path)
+
+
+# --- the whole of it, on synthetic fields -----------------------------------------------------------------------------
+
+SHADES = {"Benign": (70, 30, 140), "Early": (120, 40, 160), "Pre": (60, 70, 170), "Pro": (140, 20, 100)}
+
+
+def _field(label: str, rng: np.random.Generator) -> np.ndarray:
+    image = np.full((224, 224, 3), 235, np.uint8)
+    for _ in range(40):
+        cv2.circle(image, tuple(int(v) for v in rng.integers(0, 224, 2)), 8, (215, 150, 155), -1)
+    for x, y in ((50, 60), (150, 70), (100, 160)):
+        cv2.circle(image, (x, y), 17, (150, 130, 215), -1)
+        cv2.circle(image, (x, y), 12, SHADES[label], -1)
+    noisy = image.astype(np.int16) + rng.integers(-6, 7, image.shape)
+    return np.asarray(noisy.clip(0, 255), np.uint8)
+
+
+def _synthetic(folder: Path) -> None:
+    rng = np.random.default_rng(0)
+    folder.mkdir()
+    rows = []
+    with zipfile.ZipFile(folder / "all_fields.zip", "w") as archive:
+        for k, label in enumerate(CLASSES):
+            for cluster in range(5):
+                for i in range(3):
+                    key = f"fields/{label}{cluster}{i}.png"
+                    archive.writestr(key, cv2.imencode(".png", _field(label, rng)[..., ::-1])[1].tobytes())
+                    rows.append((key, label, f"S{k}{cluster}", f"C{k}{cluster}"))
+    with (folder / "all_fields.csv").open("w", newline="", encoding="utf-8") as stream:
+        csv.writer(stream).writerows([("image_key", "label", "slide_id", "cluster_id"), *rows])
+    with zipfile.ZipFile(folder / "wbc_masks.zip", "w") as archive:
+        for i in range(6):
+            image, mask = np.full((80, 80, 3), 230, np.uint8), np.zeros((80, 80), np.uint8)
+            cv2.circle(image, (40, 40), 24, (150, 130, 215), -1)
+            cv2.circle(image, (40, 40), 16, (70, 30, 140), -1)
+            cv2.circle(mask, (40, 40), 24, 128, -1)
+            cv2.circle(mask, (40, 40), 16, 255, -1)
+            archive.writestr(f"d1/{i:03d}.bmp", cv2.imencode(".bmp", image[..., ::-1])[1].tobytes())
+            archive.writestr(f"d1/{i:03d}.png", cv2.imencode(".png", mask)[1].tobytes())
+
+
+def test_training_makes_a_bundle_that_diagnoses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_data, "MIN_CALIBRATION", 3)
+    monkeypatch.setattr(backbone_module, "BAGS", 8)
+    data_dir, work, out = tmp_path / "data", tmp_path / "work", tmp_path / "bundle"
+    _synthetic(data_dir)
+    brief = Budget(steps=2, minutes=5)
+    config = TrainConfig(
+        preset="tiny",
+        method=ablated(preset("tiny").method, ["unet"]),  # two steps teach no segmenter
+        segmenter=brief,
+        convnext=Budget(steps=30, minutes=5),
+        nasnet=brief,
+        classifier_steps=120,
+        feature_copies=1,
+    )
+    train_data.open_work(config, work)
+    for phase in PHASES:
+        run_phase(phase, config, data_dir, work, "cpu", torch.get_num_threads())
+    data = train_data.load_prepared(config, data_dir, work)
+    bundle = make_bundle(config, data, work, out, "synthetic", "test", lambda _: None)
+    assert (
+        make_bundle(config, data, work, tmp_path / "again", "synthetic", "test", lambda _: None).digest == bundle.digest
+    )
+    training = bundle.spec.training
+    assert bundle.segmenter() is None
+    assert bundle.spec.method.normalize.reference_mean != config.method.normalize.reference_mean
+    assert len({*training.training_clusters, *training.calibration_clusters, *training.held_out_clusters}) == 20
+    images = list(
+        train_data.read_members(data_dir / "all_fields.zip", [data.labels.keys[i] for i in data.split.held_out])
+    )
+    verdicts = diagnose_images(bundle, images)
+    y = data.labels.y[data.split.held_out]
+    assert np.mean([v.probabilities.argmax() for v in verdicts] == y) > 0.5
+    assert all(v.n_cells >= 3 for v in verdicts)
+    assert all(0 < v.attention.sum() <= 1 for v in verdicts)
+
+
+def test_segmenter_phase_restarts_from_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(train_data, "MIN_CALIBRATION", 3)
+    data_dir, work = tmp_path / "data", tmp_path / "work"
+    _synthetic(data_dir)
+    brief = Budget(steps=2, minutes=5)
+    config = TrainConfig(preset="tiny", method=preset("tiny").method, segmenter=brief, convnext=brief, nasnet=brief)
+    for phase in ("prepare", "segmenter"):
+        run_phase(phase, config, data_dir, work, "cpu", 1)
+    made = {p.name: p.stat().st_mtime_ns for p in work.iterdir() if p.suffix != ".log"}
+    for phase in ("prepare", "segmenter"):
+        run_phase(phase, config, data_dir, work, "cpu", 1)
+    assert made == {p.name: p.stat().st_mtime_ns for p in work.iterdir() if p.suffix != ".log"}
+    (data_dir / "all_fields.csv").write_text(
+        (data_dir / "all_fields.csv").read_text("utf-8").replace("S00", "S99"), "utf-8"
+    )
+    with pytest.raises(ConfigError, match="changed since"):
+        run_phase("segmenter", config, data_dir, work, "cpu", 1)

@@ -215,10 +215,11 @@ def _run(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
         from flows.nightly import nightly
 
         state = nightly(settings, return_state=True)
+        manifest = read_manifest(Storage(opened.root))
+    if manifest is None or not (state.is_completed() or state.is_cancelled() or state.is_cancelling()):
         outcome = state.result(raise_on_failure=False)
-    if isinstance(outcome, BaseException):
-        raise outcome
-    manifest = read_manifest(Storage(opened.root))
+        if isinstance(outcome, BaseException):
+            raise outcome
     if manifest is None:
         raise LeukoflowError(f"run {opened.run_id} ended without a manifest: {state.message or state.name}")
     view.show_outcome(console, opened.root, manifest)

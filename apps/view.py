@@ -205,10 +205,10 @@ def show_outcome(target: Console, root: str, manifest: RunManifest) -> None:
     both = Table.grid(padding=(0, 4))
     both.add_row(totals, labels)
     pace = _facts()
-    rate = m.members / m.processing_seconds if m.processing_seconds else 0.0
+    rate = m.processed / m.processing_seconds if m.processing_seconds else 0.0
     pace.add_row(
         "time",
-        f"{duration(m.processing_seconds)} for {m.members:,} images ({rate:.1f}/s), "
+        f"{duration(m.processing_seconds)} for {m.processed:,} images ({rate:.1f}/s), "
         f"after {m.startup_seconds:.1f} s of start-up",
     )
     stages = ", ".join(f"{t.stage} {1000 * t.seconds / max(1, t.images):.0f} ms" for t in m.timings)

@@ -22,7 +22,7 @@ from distributed import Client, KilledWorker
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
@@ -91,8 +91,7 @@ def nightly(config: RunConfig) -> State[Any]:
             return Completed(message=f"run {run.run_id} was finished already: {headline(run.finished)}")
         with run_log(run.root), _Heart(run) as heart, _draining(heart) as stop:
             log.info("run %s: %s images in %s shards", run.run_id, run.summary.members, run.summary.shards)
-            startup, processing = _process(run, stop)
-            manifest = publish(run, startup, processing)
+            manifest = publish(run, *_process(run, stop))
             Storage(run.root).delete("_attempts")
             _report(run, manifest)
             create_markdown_artifact(
@@ -100,6 +99,8 @@ def nightly(config: RunConfig) -> State[Any]:
             )
             log.info("run %s: %s", run.run_id, headline(manifest))
             heart.say("finished", headline(manifest))
+            if heart.asked_to_cancel():  # too late, but Prefect lets a run that is being cancelled end as nothing else
+                return Cancelled(message=f"it was finished when Cancel was pressed: {headline(manifest)}")
         return Completed(message=headline(manifest))
     except RunCancelledError as cancelled:
         log.warning("%s", cancelled)
@@ -244,13 +245,13 @@ class _Work:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def _process(run: Run, stop: threading.Event) -> tuple[float, float]:
-    """Does what is missing; returns seconds of start-up and of processing. Raises RunCancelledError, ShardError."""
+def _process(run: Run, stop: threading.Event) -> tuple[float, float, int]:
+    """Does what is missing; returns seconds of start-up, seconds of processing and how many members it did. Raises RunCancelledError, ShardError."""
     pending = _pending(run)
     first = next(pending, None)
     born = psutil.Process().create_time()
     if first is None:
-        return time.time() - born, 0.0
+        return time.time() - born, 0.0, 0
     workers = run.config.cluster.workers or cores()
     local = run.config.cluster.address == "local"
     preflight(run, workers if local else 0)
@@ -259,14 +260,14 @@ def _process(run: Run, stop: threading.Event) -> tuple[float, float]:
         started = time.time()
         work = _Work(run, client)
         try:
-            _dispatch(work, first, pending, workers * IN_FLIGHT_PER_WORKER, stop)
+            images = _dispatch(work, first, pending, workers * IN_FLIGHT_PER_WORKER, stop)
         finally:
             Storage(run.root).delete(work.spool)
-    return started - born, time.time() - started
+    return started - born, time.time() - started, images
 
 
-def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: int, stop: threading.Event) -> None:
-    """Keeps a bounded number of shards on their way, tells the progress, and drains when asked to stop."""
+def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: int, stop: threading.Event) -> int:
+    """Keeps a bounded number of shards on their way, and drains when asked to stop; returns the members done."""
     run = work.run
     total, done, failures = run.summary.shards, 0, 0
     options = run.config.limits
@@ -285,7 +286,7 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
                 exhausted = True
                 break
             named = process_shard.with_options(
-                task_run_name=f"shard {shard.name} · images {shard.first + 1}–{shard.first + shard.count}",
+                task_run_name=f"shard {shard.name}, images {shard.first + 1} to {shard.first + shard.count}",
                 retries=options.shard_retries,
                 retry_delay_seconds=options.retry_delay_seconds,
             )
@@ -325,6 +326,7 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
             f"Once mended: {run.binding.command}"
         )
     update_progress_artifact(artifact, 100.0, f"{run.run_id}: all {total} shards are committed")
+    return images
 
 
 def _chained(first: Shard, rest: Iterator[Shard]) -> Iterator[Shard]:
@@ -402,13 +404,20 @@ class _Heart:
         beat = Heartbeat(os.getpid(), socket.gethostname(), now(), state, message, PREFECT_UI_URL.value() or "")
         self.storage.write("heartbeat.json", dumps(beat))
 
+    def asked_to_cancel(self, client: SyncPrefectClient | None = None) -> bool:
+        """Whether somebody pressed Cancel in Prefect."""
+        if client is None:
+            with get_client(sync_client=True) as own:
+                return self.asked_to_cancel(own)
+        state = client.read_flow_run(uuid.UUID(str(self._flow_run_id))).state
+        return state is not None and (state.is_cancelling() or state.is_cancelled())
+
     def _beat(self) -> None:
         with get_client(sync_client=True) as client:
             while not self._over.wait(HEARTBEAT_SECONDS / 2):
                 try:
                     self._write("running", "")
-                    state = client.read_flow_run(uuid.UUID(str(self._flow_run_id))).state
-                    if state is not None and (state.is_cancelling() or state.is_cancelled()):
+                    if self.asked_to_cancel(client):
                         self.cancelled.set()
                 except Exception as error:  # a missed beat must not end a night's work
                     get_logger().warning("heartbeat: %s", error)
@@ -474,7 +483,7 @@ def headline(manifest: RunManifest) -> str:
 def summary(run: Run, manifest: RunManifest) -> str:
     """The summary artifact, Markdown."""
     m = manifest
-    rate = m.members / m.processing_seconds if m.processing_seconds else 0.0
+    rate = m.processed / m.processing_seconds if m.processing_seconds else 0.0
     lines = [
         f"## Run {m.run_id}",
         "",

@@ -175,7 +175,8 @@ class RunManifest:
     started_at: str  # ISO 8601, UTC
     finished_at: str
     startup_seconds: float  # before the first shard: planning, Prefect, Dask, models
-    processing_seconds: float
+    processing_seconds: float  # of the session that finished the run
+    processed: int  # members that this session did; fewer than all where the run was resumed
     members: int
     predicted: int
     abstained: int

@@ -9,7 +9,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any, Literal
 
-import timm
 import torch
 from pydantic import Field
 from safetensors.torch import load_file
@@ -38,6 +37,8 @@ def build_backbone(spec: BackboneSpec, weights: str | Path | None = None) -> nn.
     `weights` is None (random), "hub" (timm downloads and caches), a *.safetensors file, or a directory holding
     `<name>.safetensors` or timm's `model.safetensors`. Raises BundleError when they are absent or of another shape.
     """
+    import timm  # seconds, and only who builds a network needs it
+
     if weights == "hub":
         if spec.hub is None:
             raise BundleError(f"backbone {spec.name} ({spec.architecture}) has no weights on timm's hub; give a path")

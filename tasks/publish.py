@@ -48,7 +48,7 @@ class _Slide:
     top: tuple[float, str] | None = None
 
 
-def publish(run: Run, startup_seconds: float, processing_seconds: float) -> RunManifest:
+def publish(run: Run, startup_seconds: float, processing_seconds: float, processed: int) -> RunManifest:
     """Writes slides, duplicates and manifest. Raises ReconciliationError unless every member has exactly one row."""
     storage = Storage(run.root)
     markers = list(_markers(run, storage))
@@ -102,6 +102,7 @@ def publish(run: Run, startup_seconds: float, processing_seconds: float) -> RunM
         finished_at=now(),
         startup_seconds=startup_seconds,
         processing_seconds=processing_seconds,
+        processed=processed,
         members=expected,
         predicted=totals["predicted"],
         abstained=totals["abstained"],

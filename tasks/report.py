@@ -93,6 +93,7 @@ class _Totals:
     slowest: tuple[tuple[str, float], ...]
     startup_seconds: float | None
     processing_seconds: float | None
+    processed: int
     shards: int
     shard_size: int
     fingerprint: str
@@ -169,6 +170,7 @@ def _from_manifest(storage: Storage, m: RunManifest) -> _Totals:
         slowest=m.slowest,
         startup_seconds=m.startup_seconds,
         processing_seconds=m.processing_seconds,
+        processed=m.processed,
         shards=-(-m.members // m.shard_size),
         shard_size=m.shard_size,
         fingerprint=m.fingerprint,
@@ -218,6 +220,7 @@ def _from_receipts(storage: Storage, progress: RunProgress, receipts: Sequence[S
         slowest=tuple(slowest),
         startup_seconds=None,
         processing_seconds=None,
+        processed=0,
         shards=binding.shards,
         shard_size=binding.shard_size,
         fingerprint=binding.fingerprint,
@@ -778,8 +781,8 @@ def _timings(t: _Totals) -> str:
     pace = ""
     if t.processing_seconds and t.startup_seconds is not None:
         pace = (
-            f"<p>{_number(t.members)} members in {_seconds(t.processing_seconds)}, "
-            f"<b>{t.members / t.processing_seconds:.1f} per second</b>, after {_seconds(t.startup_seconds)} of "
+            f"<p>{_number(t.processed)} members in {_seconds(t.processing_seconds)}, "
+            f"<b>{t.processed / t.processing_seconds:.1f} per second</b>, after {_seconds(t.startup_seconds)} of "
             'start-up. <span class="quiet">Stages taken over from an earlier session cost nothing here.</span></p>'
         )
     slowest = _table(

@@ -10,6 +10,7 @@ import torch
 
 from leukoflow.errors import BundleError
 from models.bundle import Bundle, Calibration, load_bundle, preset, random_bundle, save_bundle, write_spec
+from tasks.model_card import render
 
 COMPONENTS = ("segmenter", "features", "classifier")
 
@@ -105,6 +106,17 @@ def test_absent_bundle_and_preset() -> None:
         load_bundle("nowhere")
     with pytest.raises(BundleError, match="no preset named 'huge'"):
         preset("huge")
+
+
+def test_card_of_a_bundle_that_nobody_measured(bundle: Bundle) -> None:
+    card = render(bundle)
+    assert "It has not been evaluated." in card
+    assert bundle.digest[:16] in card
+
+
+def test_the_card_in_the_documentation_is_that_of_the_embedded_bundle() -> None:
+    stored = Path(__file__).parents[2] / "docs" / "model-card.md"
+    assert stored.read_text("utf-8") == render(load_bundle("pocket")), "write it with python -m tasks.model_card pocket"
 
 
 def test_embedded_bundle_is_small_and_measured() -> None:

@@ -191,6 +191,7 @@ def _manifest(root: Path, summary: PlanSummary, receipts: tuple[ShardReceipt, ..
         finished_at="2026-03-01T22:10:00+00:00",
         startup_seconds=12.0,
         processing_seconds=4.0,
+        processed=MEMBERS,
         members=MEMBERS,
         predicted=17,
         abstained=1,

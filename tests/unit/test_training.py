@@ -10,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
+from sklearn.metrics import f1_score, matthews_corrcoef, roc_auc_score
 
 from flows.evaluate import held_out_rows
 from flows.train import SWITCHES, ablated, train_config
@@ -20,6 +21,7 @@ from tasks import train_backbone as backbone_module
 from tasks import train_data
 from tasks.classify import Verdict, softmax
 from tasks.evaluate import (
+    auc,
     cluster_bootstrap,
     diagnose_images,
     evaluation,
@@ -220,6 +222,16 @@ def test_point_metrics_literal() -> None:
     assert found["macro_f1"] == pytest.approx((0.8 + 2 / 3) / 2)
     assert found["mcc"] == pytest.approx(np.sqrt(1 / 3))
     assert found["auc_ovr"] == pytest.approx(5 / 6)
+
+
+def test_point_metrics_agree_with_an_independent_implementation() -> None:
+    rng = np.random.default_rng(0)
+    p, y = np.round(rng.dirichlet(np.ones(4), 200), 2), rng.integers(0, 4, 200)
+    found = point_metrics(p, y)
+    assert found["macro_f1"] == pytest.approx(f1_score(y, p.argmax(1), average="macro"))
+    assert found["mcc"] == pytest.approx(matthews_corrcoef(y, p.argmax(1)))
+    assert found["auc_ovr"] == pytest.approx(np.mean([roc_auc_score(y == k, p[:, k]) for k in range(4)]))
+    assert np.isnan(auc(p[:, 0], np.zeros(200, np.bool_)))
 
 
 def test_bootstrap_draws_clusters() -> None:

@@ -1,0 +1,160 @@
+"""Kills what makes up a run at random moments until it is through: nothing may be lost, doubled or moved by a bit.
+
+Three kills in `make test`; LEUKOFLOW_CHAOS_KILLS=20 for a long evening, LEUKOFLOW_CHAOS_SEED for other moments.
+"""
+
+from __future__ import annotations
+
+import os
+import random
+import time
+from collections import Counter
+from pathlib import Path
+
+import psutil
+import pytest
+from harness import (
+    ROOT,
+    Command,
+    assert_same,
+    committed_shards,
+    small_bundle,
+    smears,
+    start,
+    table,
+    until,
+    write_tar,
+    write_zip,
+)
+
+from leukoflow.progress import read_manifest
+from leukoflow.storage import Storage
+
+KILLS = int(os.environ.get("LEUKOFLOW_CHAOS_KILLS", "3"))
+SEED = int(os.environ.get("LEUKOFLOW_CHAOS_SEED", "1"))
+IMAGES = 96 if KILLS <= 3 else 320
+VICTIMS = ("flow", "one worker", "all workers", "server")
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600 + 180 * KILLS)]
+
+
+def launch(folder: Path, source: Path, run_id: str, delay: float = 0.05) -> Command:
+    """The command as a user types it, with its own Prefect server; images are a little slow, so that it can be hit."""
+    words = ["run", str(source), "--out", str(folder), "--run-id", run_id, "--bundle", str(folder / "bundle")]
+    return start(
+        [*words, "--shard-size", "16", "--workers", "2"],
+        folder / f"{run_id}.log",
+        EXTRA_PATH=str(ROOT / "tests" / "hooks"),
+        TEST_DELAY_SECONDS=str(delay),
+        LEUKOFLOW_PREFECT_HOME=str(folder / "prefect"),
+        LEUKOFLOW_LIMITS__RETRY_DELAY_SECONDS="0.1",
+    )
+
+
+def strike(command: Command, victim: str) -> int:
+    """Kills, if the victim is there; how many processes died."""
+    targets: list[psutil.Process] = {
+        "flow": lambda: [psutil.Process(command.pid)],
+        "one worker": lambda: command.workers()[:1],
+        "all workers": command.workers,
+        "server": lambda: command.find("prefect server start"),
+    }[victim]()
+    command.family()
+    for target in targets:
+        target.kill()
+    return len(targets)
+
+
+@pytest.mark.parametrize("kind", ["zip", "tgz"] if KILLS > 3 else ["zip"])
+def test_kills_at_random_moments(kind: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    small_bundle(tmp_path / "bundle")
+    images = smears(tmp_path / "sample", IMAGES, seed=21)
+    if kind == "zip":
+        source = write_zip(tmp_path / "night.zip", images)
+    else:
+        source = write_tar(tmp_path / "night.tgz", images, "gz")
+    root = tmp_path / "chaos"
+    whole = launch(tmp_path, source, "whole", delay=0)
+    try:
+        assert whole.wait(600) == 0, whole.text()[-3000:]
+    finally:
+        whole.end()
+    dice = random.Random(SEED)
+    struck, starts, codes = Counter[str](), 0, Counter[int]()
+    kills = KILLS if kind == "zip" else 3
+    began = time.monotonic()
+    while True:
+        command = launch(tmp_path, source, "chaos", delay=0.1 if KILLS <= 3 else 0.05)
+        starts += 1
+        try:
+            while command.process.poll() is None and struck.total() < kills:
+                # the next in turn, so that few kills meet everybody; the moment is what chance decides
+                victim = VICTIMS[(struck.total() + SEED) % len(VICTIMS)]
+                before = len(committed_shards(root))
+                until(lambda c=command: c.workers() or c.process.poll() is not None, 240, "workers are up")
+                moment = time.monotonic() + dice.uniform(0.0, 12.0)
+                while time.monotonic() < moment and command.process.poll() is None:
+                    if len(committed_shards(root)) >= min(before + 2, IMAGES // 16 - 1):
+                        break  # enough is done: strike now, or nothing will be left to strike at
+                    time.sleep(0.02)
+                if command.process.poll() is None and strike(command, victim):
+                    struck[victim] += 1
+                    if victim in ("flow", "server"):
+                        break
+            codes[command.wait(400)] += 1
+            survivors = command.survivors(30)
+            assert survivors == [], survivors
+        finally:
+            command.end()
+        if command.process.returncode == 0:
+            break
+        assert starts < 3 * kills + 5, command.text()[-3000:]
+    assert_same(tmp_path / "whole", root)
+    rows = table(root, "predictions")["image_key"].to_pylist()
+    assert rows == list(images)
+    manifest = read_manifest(Storage(str(root)))
+    assert manifest is not None
+    assert manifest.members == IMAGES
+    with capsys.disabled():
+        print(
+            f"\nchaos, {kind}: {struck.total()} kills ({dict(struck)}) in {starts} starts, exit codes {dict(codes)}, "
+            f"{time.monotonic() - began:.0f} s; {len(rows)} of {IMAGES} rows, all bytes as undisturbed"
+        )
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root may mount a file system of limited size")
+def test_a_full_disk_is_told_and_mended(tmp_path: Path) -> None:
+    """The disk fills up in the middle of a run; with room again, the same command finishes it."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if os.system(f"mount -t tmpfs -o size=320m tmpfs '{disk}' 2>/dev/null") != 0:
+        pytest.skip("no file system can be mounted here")
+    try:
+        small_bundle(disk / "bundle")
+        source = write_zip(tmp_path / "night.zip", smears(tmp_path / "sample", 96, seed=22))
+        command = launch(disk, source, "night", delay=0.1)
+        try:
+            until(lambda: committed_shards(disk / "night"), 240, "the first shard is committed", command)
+            ballast = disk / "ballast"
+            with ballast.open("wb") as file:
+                try:
+                    while True:
+                        file.write(bytes(1 << 20))
+                except OSError:
+                    pass
+            code = command.wait(400)
+            assert code == 1, command.text()[-3000:]
+            words = " ".join(command.text().split())
+            assert "No space left on device" in words, words[-2000:]
+            assert command.survivors() == []
+        finally:
+            command.end()
+        assert len(committed_shards(disk / "night")) < 6
+        ballast.unlink()
+        again = launch(disk, source, "night", delay=0)
+        try:
+            assert again.wait(400) == 0, again.text()[-3000:]
+        finally:
+            again.end()
+        assert table(disk / "night", "predictions").num_rows == 96
+    finally:
+        os.system(f"umount -l '{disk}'")

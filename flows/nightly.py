@@ -55,6 +55,7 @@ from tasks.shard import (
     extract,
     forget,
     known_culprits,
+    load_models,
     next_of,
     planned,
     prepare,
@@ -246,7 +247,10 @@ class _Work:
 
 
 def _process(run: Run, stop: threading.Event) -> tuple[float, float, int]:
-    """Does what is missing; returns seconds of start-up, seconds of processing and how many members it did. Raises RunCancelledError, ShardError."""
+    """Does what is missing; returns seconds of start-up, seconds of processing and how many members it did.
+
+    Raises RunCancelledError, ShardError, PreflightError, ClusterError.
+    """
     pending = _pending(run)
     first = next(pending, None)
     born = psutil.Process().create_time()
@@ -257,6 +261,7 @@ def _process(run: Run, stop: threading.Event) -> tuple[float, float, int]:
     preflight(run, workers if local else 0)
     with open_cluster(run.config.cluster, gpus=visible_gpus() if run.device == "cuda" else 0) as client:
         workers = len(client.scheduler_info(n_workers=-1)["workers"])
+        _load_models(run, client)
         started = time.time()
         work = _Work(run, client)
         try:
@@ -264,6 +269,13 @@ def _process(run: Run, stop: threading.Event) -> tuple[float, float, int]:
         finally:
             Storage(run.root).delete(work.spool)
     return started - born, time.time() - started, images
+
+
+def _load_models(run: Run, client: Client) -> None:
+    """Has every worker that will compute load its models, all at the same time; one started later loads them then."""
+    infos = client.scheduler_info(n_workers=-1)["workers"]
+    wanted = [a for a, info in infos.items() if run.device != "cuda" or info["resources"].get("GPU")]
+    client.run(load_models, run.config.bundle, run.bundle.digest, run.device, workers=wanted)
 
 
 def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: int, stop: threading.Event) -> int:

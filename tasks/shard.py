@@ -266,7 +266,7 @@ def adopt_stages(job: ShardJob, other: Storage, keys: dict[str, str], done: dict
 # --- what a worker process keeps -------------------------------------------------------------------------------------
 
 
-@lru_cache(maxsize=2)
+@lru_cache(maxsize=6)
 def _models(bundle: str, digest: str, device: str, part: str) -> Any:
     """A component, loaded once per process."""
     return getattr(opened_bundle(bundle, digest), part)(device)
@@ -281,6 +281,12 @@ def opened_bundle(name: str, digest: str) -> Bundle:
             f"bundle {name} is {bundle.digest[:12]} on this worker, the run wants {digest[:12]}; install the same one"
         )
     return bundle
+
+
+def load_models(bundle: str, digest: str, device: str) -> None:
+    """Loads all of a bundle's models into this process, so that the first shard finds them there."""
+    for part in ("segmenter", "hybrid", "classifier"):
+        _models(bundle, digest, device, part)
 
 
 @lru_cache(maxsize=1)

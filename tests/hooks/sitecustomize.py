@@ -81,7 +81,7 @@ if _in_decoder():  # it runs as __main__, so its own functions cannot be replace
 
     def _trapped(self: Any) -> Any:
         loaded = _load(self)
-        if self.mode == "RGB" and loaded[0, 0] == DECODER:
+        if loaded is not None and self.mode == "RGB" and loaded[0, 0] == DECODER:
             os.kill(os.getpid(), signal.SIGSEGV)
         return loaded
 

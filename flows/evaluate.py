@@ -23,6 +23,7 @@ from tasks.evaluate import (
     evaluation,
     histogram_baseline,
     histogram_features,
+    per_cluster,
     point_metrics,
     random_split_accuracy,
 )
@@ -57,8 +58,10 @@ def held_out_rows(bundle: Bundle, labels: Labels, clusters: Sequence[str] | None
 def evaluate_fields(
     bundle: Bundle, data_dir: Path, labels: Labels, rows: NDArray[np.int64], device: str
 ) -> dict[str, Any]:
-    """Metrics of the model and of the histogram baseline fitted on all other fields."""
+    """Metrics of the model, its accuracy on calibration clusters, and the histogram fitted on all other fields."""
     images = list(read_members(data_dir / FIELDS_ZIP, labels.keys))
+    tuned = np.flatnonzero(np.isin(labels.cluster, bundle.spec.training.calibration_clusters))
+    seen = diagnose_images(bundle, [images[i] for i in tuned], device)
     started = time.perf_counter()
     verdicts = diagnose_images(bundle, [images[i] for i in rows], device)
     seconds = time.perf_counter() - started
@@ -74,6 +77,7 @@ def evaluate_fields(
         baseline[name] = {**scores, "accuracy_random_split": random_split_accuracy(table, labels.y)}
     return {
         "model": evaluation(verdicts, y, clusters, bundle.spec.training.seed),
+        "calibration_clusters": per_cluster(seen, labels.y[tuned], [labels.cluster[int(i)] for i in tuned]),
         "colour_histogram": baseline,
         "seconds_per_field": seconds / len(rows),
         "errors": _errors(verdicts, labels, rows),

@@ -27,17 +27,30 @@ def find_culprits(job: ShardJob) -> tuple[tuple[int, str], ...]:
     return tuple(found)
 
 
-def search(suspects: Sequence[int], kills: Callable[[Sequence[int]], str | None], found: list[tuple[int, str]]) -> None:
-    """Halves a guilty set until single members remain; appends (ordinal, reason). Innocent sets cost one look each."""
-    reason = kills(suspects) if suspects else None
-    if reason is None:
-        return
-    if len(suspects) == 1:
-        found.append((suspects[0], reason))
-        return
+def search(
+    suspects: Sequence[int],
+    kills: Callable[[Sequence[int]], str | None],
+    found: list[tuple[int, str]],
+    presumed: bool = False,
+) -> bool:
+    """Halves a guilty set until single members remain; appends (ordinal, reason). Returns whether the set is guilty.
+
+    Innocent sets cost one look each. Where the first half of a guilty set is innocent, the second is `presumed` guilty
+    and not looked at as a whole; a single member always is, so that nobody is blamed for what only several do together.
+    """
+    if not suspects:
+        return False
+    if len(suspects) == 1 or not presumed:
+        reason = kills(suspects)
+        if reason is None:
+            return False
+        if len(suspects) == 1:
+            found.append((suspects[0], reason))
+            return True
     middle = len(suspects) // 2
-    search(suspects[:middle], kills, found)
-    search(suspects[middle:], kills, found)
+    first = search(suspects[:middle], kills, found)
+    search(suspects[middle:], kills, found, presumed=not first)
+    return True
 
 
 def _kills(job: ShardJob, ordinals: Sequence[int]) -> str | None:

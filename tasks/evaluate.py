@@ -185,6 +185,23 @@ def random_split_accuracy(features: NDArray[np.float32], y: NDArray[np.int64]) -
     return float((cross_val_predict(model, features, y, cv=folds) == y).mean())
 
 
+def per_cluster(
+    verdicts: Sequence[Verdict], y: NDArray[np.int64], clusters: Sequence[str]
+) -> dict[str, dict[str, Any]]:
+    """Class, number of fields, accuracy and share answered of each cluster."""
+    right = np.array([v.probabilities.argmax() for v in verdicts]) == y
+    answered, groups = np.array([v.abstained is None for v in verdicts]), np.array(clusters)
+    return {
+        c: {
+            "label": CLASSES[int(y[groups == c][0])],
+            "fields": int((groups == c).sum()),
+            "accuracy": float(right[groups == c].mean()),
+            "answered": float(answered[groups == c].mean()),
+        }
+        for c in sorted(set(clusters))
+    }
+
+
 def evaluation(
     verdicts: Sequence[Verdict], y: NDArray[np.int64], clusters: Sequence[str], seed: int = 0
 ) -> dict[str, Any]:
@@ -207,15 +224,7 @@ def evaluation(
         **point_metrics(probabilities, y),
         "intervals_95": cluster_bootstrap(values, clusters, seed),
         "per_class": class_metrics(probabilities, y),
-        "per_cluster": {
-            c: {
-                "label": CLASSES[int(y[groups == c][0])],
-                "fields": int((groups == c).sum()),
-                "accuracy": float(right[groups == c].mean()),
-                "answered": float(answered[groups == c].mean()),
-            }
-            for c in sorted(set(clusters))
-        },
+        "per_cluster": per_cluster(verdicts, y, clusters),
         "worst_cluster": {"cluster": worst, "accuracy": float(right[groups == worst].mean())},
         "confusion": confusion(probabilities.argmax(1), y).tolist(),
         "coverage": float(inside.mean()),

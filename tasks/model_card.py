@@ -89,13 +89,17 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
         numbers = " | ".join(_number(row[key]) for key in ("sensitivity", "specificity", "auc"))
         lines.append(f"| {name} | {row['fields']} | {numbers} | {_number(model['coverage_per_class'].get(name))} |")
     lines += ["", "| cluster | class | fields | accuracy | answered |", "|---|---|---|---|---|"]
-    for name, row in model["per_cluster"].items():
-        lines.append(f"| {name} | {row['label']} | {row['fields']} | {row['accuracy']:.3f} | {row['answered']:.3f} |")
+    for role, table in (("", model["per_cluster"]), (" (calibration)", metrics["calibration_clusters"])):
+        for name, row in table.items():
+            shares = f"{row['accuracy']:.3f} | {row['answered']:.3f}"
+            lines.append(f"| {name}{role} | {row['label']} | {row['fields']} | {shares} |")
     abstained = ", ".join(f"{k} {n}" for k, n in model["abstained"].items()) or "none"
     errors = ", ".join(f"{k} {n}" for k, n in metrics["errors"].items()) or "none"
     lines += [
         "",
-        f"- Worst cluster: {model['worst_cluster']['cluster']}, accuracy {model['worst_cluster']['accuracy']:.3f}",
+        "Calibration clusters were seen by no network, but the thresholds were set on them; they are not in the score.",
+        "",
+        "- Worst held-out cluster: {cluster}, accuracy {accuracy:.3f}".format(**model["worst_cluster"]),
         f"- Errors: {errors}",
         f"- Prediction sets (wanted coverage 0.95 per class): coverage {model['coverage']:.3f}, mean size "
         f"{model['mean_set_size']:.2f}",

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -11,8 +12,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
+from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor, nn
 
+from leukoflow.records import CLASSES
 from models.attention_classifier import AttentionClassifier, ClassifierSpec
 from models.bundle import Bundle, BundleSpec, Calibration, Statistics, Training, enabled_backbones, save_bundle
 from models.hybrid_cn_nas import build_backbone
@@ -30,6 +33,7 @@ CELL_DROPOUT = 0.3
 NOISE = 0.15  # standard deviation added to z-scores
 DIRECTIONS = 48  # principal directions of the out-of-distribution score
 OOD_QUANTILE = 0.99
+OUT_OF_FOLD = 3  # classifiers trained for the temperature alone
 SELECTIVE_ACCURACY = 0.95  # wanted among answered calibration fields
 MOST_AMBIGUOUS = 0.10  # but no larger a share of calibration fields than this is refused for it
 
@@ -59,9 +63,14 @@ def field_means(cells: NDArray[np.float32], offsets: NDArray[np.int64]) -> NDArr
     return out
 
 
-def fit_temperature(logits: NDArray[np.float64], y: NDArray[np.int64]) -> float:
-    """Temperature that minimises the class-balanced negative log-likelihood (Guo et al. 2017)."""
-    weight = 1 / np.maximum(np.bincount(y, minlength=logits.shape[1]), 1)[y]
+def fit_temperature(
+    logits: NDArray[np.float64], y: NDArray[np.int64], clusters: NDArray[np.str_] | None = None
+) -> float:
+    """Temperature of least negative log-likelihood (Guo et al. 2017); classes, and clusters within one, weigh alike."""
+    groups = clusters if clusters is not None else y.astype(np.str_)
+    _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
+    weight = 1 / sizes[group]
+    weight /= np.bincount(y, weight)[y]
 
     def loss(log_temperature: float) -> float:
         p = softmax(logits, float(np.exp(log_temperature)))[np.arange(len(y)), y]
@@ -143,7 +152,6 @@ def fit_classifier(
         )
 
     packed = [pack(f, c, own_offsets, features.area[members]) for f, c in versions]
-    torch.manual_seed(config.seed + 11)
     chosen = config.architecture()
     spec = ClassifierSpec(
         inputs=len(columns),
@@ -151,13 +159,52 @@ def fit_classifier(
         layers=chosen.classifier_layers,
         attention=method.classify.attention,
     )
+    steps, folds = config.classifier_steps, _folds(data)
+    fit = partial(_fit, spec, packed, y[train], config.seed, log=log)
+    best = fit(balanced_weights(data.labels, train), steps, work / "classifier.pt")
+    unseen = np.zeros((len(train), len(CLASSES)))
+    for fold in range(OUT_OF_FOLD):
+        others = np.flatnonzero(folds != fold)
+        weights = np.zeros(len(train))
+        weights[others] = balanced_weights(data.labels, train[others])
+        part = fit(weights, max(1, steps // 2), work / f"classifier_fold{fold}.pt")
+        unseen[folds == fold] = forward(part, take(packed[0], np.flatnonzero(folds == fold)))[0]
+    tokens_seen = np.concatenate([_ood_input(p) for p in packed])
+    statistics = Statistics(field_mean, field_std, cell_mean, cell_std, *fit_ood(tokens_seen))
+    fitted = Fitted(best, statistics, selected, Calibration())
+    everything_packed = pack(features.field, features.cells, features.offsets, features.area)
+    return replace(fitted, calibration=_calibrate(fitted, everything_packed, unseen, data, log))
+
+
+def _folds(data: Prepared) -> NDArray[np.int64]:
+    """Fold of each training field for out-of-fold logits: whole clusters, stratified by class."""
+    train = data.split.train
+    groups = np.array([data.labels.cluster[int(i)] for i in train])
+    folds = np.zeros(len(train), np.int64)
+    splitter = StratifiedGroupKFold(OUT_OF_FOLD, shuffle=True, random_state=0)
+    for fold, (_, rows) in enumerate(splitter.split(groups, data.labels.y[train], groups)):
+        folds[rows] = fold
+    return folds
+
+
+def _fit(
+    spec: ClassifierSpec,
+    packed: Sequence[Tokens],
+    y: NDArray[np.int64],
+    seed: int,
+    weights: NDArray[np.float64],
+    steps: int,
+    checkpoint: Path,
+    log: Callable[[str], None],
+) -> AttentionClassifier:
+    """One classifier on versions of the same fields, drawn with the given weights."""
+    torch.manual_seed(seed + 11)
     model = AttentionClassifier(spec)
-    weights = balanced_weights(data.labels, train)
 
     def loss_of(step: int, progress: float) -> Tensor:
-        rng = np.random.default_rng((config.seed, 3, step))
+        rng = np.random.default_rng((seed, 3, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        rows = rng.choice(len(train), BATCH, p=weights)
+        rows = rng.choice(len(y), BATCH, p=weights)
         version = packed[int(rng.integers(len(packed)))]
         field, cells = torch.from_numpy(version.field[rows]), torch.from_numpy(version.cells[rows])
         valid = torch.from_numpy(version.valid[rows])
@@ -167,17 +214,12 @@ def fit_classifier(
         field = field + NOISE * torch.randn(field.shape, generator=generator)
         cells = cells + NOISE * torch.randn(cells.shape, generator=generator)
         result = model(field, cells, kept, use_field)
-        return bag_loss(result.logits, result.cell_logits, kept, torch.from_numpy(y[train][rows]))
+        return bag_loss(result.logits, result.cell_logits, kept, torch.from_numpy(y[rows]))
 
-    budget = Budget(steps=config.classifier_steps, minutes=30)
-    checkpoint = work / "classifier.pt"
+    budget = Budget(steps=steps, minutes=30)
     best = run_steps(model, loss_of, budget, checkpoint, rate=1e-3, weight_decay=0.1, log=log)
     assert isinstance(best, AttentionClassifier)
-    tokens_seen = np.concatenate([_ood_input(p) for p in packed])
-    statistics = Statistics(field_mean, field_std, cell_mean, cell_std, *fit_ood(tokens_seen))
-    fitted = Fitted(best, statistics, selected, Calibration())
-    everything_packed = pack(features.field, features.cells, features.offsets, features.area)
-    return replace(fitted, calibration=_calibrate(fitted, everything_packed, data, log))
+    return best
 
 
 def _ood_input(packed: Tokens) -> NDArray[np.float32]:
@@ -190,23 +232,39 @@ def take(packed: Tokens, rows: NDArray[np.int64]) -> Tokens:
     return Tokens(packed.field[rows], packed.cells[rows], packed.valid[rows], packed.source[rows])
 
 
-def _calibrate(fitted: Fitted, packed: Tokens, data: Prepared, log: Callable[[str], None]) -> Calibration:
-    """Temperature and thresholds from the calibration clusters."""
-    rows = data.split.calibration
-    y = data.labels.y[rows]
+def _calibrate(
+    fitted: Fitted, packed: Tokens, unseen: NDArray[np.float64], data: Prepared, log: Callable[[str], None]
+) -> Calibration:
+    """Temperature from all clusters alike, training clusters out of fold; thresholds from calibration clusters.
+
+    One temperature needs many clusters: a single odd one among the few calibration clusters would decide it alone.
+    The thresholds need clusters that no network has seen.
+    """
+    rows, train, labels = data.split.calibration, data.split.train, data.labels
+    y, clusters = labels.y[rows], np.array(labels.cluster)
     own = take(packed, rows)
     logits, _ = forward(fitted.classifier, own)
-    temperature = fit_temperature(logits, y)
+    pooled = np.concatenate([rows, train])
+    temperature = fit_temperature(np.concatenate([logits, unseen]), labels.y[pooled], clusters[pooled])
     probabilities = softmax(logits, temperature)
     distance = ood_scores(own, fitted.statistics)
-    log(f"classifier: temperature {temperature:.2f}, calibration accuracy {(logits.argmax(1) == y).mean():.3f}")
+    accuracies = (logits.argmax(1) == y).mean(), (unseen.argmax(1) == labels.y[train]).mean()
+    log(
+        f"classifier: temperature {temperature:.2f}, accuracy {accuracies[0]:.3f} on calibration clusters, "
+        f"{accuracies[1]:.3f} out of fold"
+    )
     return Calibration(
         temperature=temperature,
         conformal=conformal_thresholds(probabilities, y, Calibration().alpha),
         min_cells=1,
         min_confidence=confidence_threshold(probabilities, y),
-        max_ood=float(np.quantile(distance, OOD_QUANTILE)),
+        max_ood=distance_threshold(distance, clusters[rows]),
     )
+
+
+def distance_threshold(distance: NDArray[np.float64], clusters: NDArray[np.str_]) -> float:
+    """Median over clusters of each one's quantile: a cluster that is foreign as a whole must not raise the bar."""
+    return float(np.median([np.quantile(distance[clusters == c], OOD_QUANTILE) for c in np.unique(clusters)]))
 
 
 def make_bundle(

@@ -49,7 +49,7 @@ def dask_address() -> Iterator[str]:
     with (
         dask.config.set(settings),
         LocalCluster(
-            n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None, silence_logs=40
+            n_workers=2, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0", silence_logs=40
         ) as cluster,
     ):
         yield cluster.scheduler_address

@@ -17,7 +17,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 HOOKS = ROOT / "tests" / "hooks"
 DECODER, NORMALIZE, EXTRACT, FOREVER = (13, 37, 111), (13, 37, 112), (13, 37, 113), (13, 37, 114)
 STAGE_SECONDS = 20.0
-POISON = {3: DECODER, 7: NORMALIZE, 37: EXTRACT, 48: FOREVER}
+POISON = {3: DECODER, 15: NORMALIZE, 47: EXTRACT, 48: FOREVER}
 """One of each in its own shard, and a shard without any between them."""
 
 

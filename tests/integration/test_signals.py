@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -118,6 +119,20 @@ def test_cancel_in_prefect_drains(launch: Launch, server: str, tmp_path: Path) -
         state = client.read_flow_run(newest.id).state
     assert state is not None
     assert state.is_cancelled()
+
+
+def test_a_second_signal_ends_at_once(launch: Launch, server: str, tmp_path: Path) -> None:
+    command = launch(PREFECT_API_URL=server, TEST_DELAY_SECONDS="20")
+    until(lambda: command.find("tasks.decode_child"), 240, "a worker decodes", command)
+    command.process.terminate()
+    log = tmp_path / "long" / "logs"
+    until(lambda: "finishing what is on its way" in next(log.iterdir()).read_text(), 60, "the first is heard", command)
+    began = time.monotonic()
+    command.process.terminate()
+    assert command.wait(100) == 130, command.text()[-3000:]
+    assert time.monotonic() - began < 100  # a shard would take 320 s
+    assert command.survivors() == []
+    assert committed_shards(tmp_path / "long") == []
 
 
 def test_kill_leaves_nobody_behind(

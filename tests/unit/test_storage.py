@@ -66,7 +66,7 @@ def test_of_many_creators_one_wins(storage: Storage) -> None:
 
 def test_what_cannot_be_written_is_named(storage: Storage) -> None:
     storage.write("a/b/c", b"x")
-    with pytest.raises(StorageError, match="cannot write .*/a/b: Is a directory"):
+    with pytest.raises(StorageError, match=r"cannot write .*/a/b: Is a directory"):
         storage.write("a/b", b"x")
     assert os.listdir(storage.uri("a")) == ["b"]
 

@@ -34,6 +34,7 @@ from tasks.train_backbone import bag_loss
 from tasks.train_classifier import (
     confidence_threshold,
     conformal_thresholds,
+    distance_threshold,
     field_means,
     fit_ood,
     fit_temperature,
@@ -173,6 +174,18 @@ def test_temperature_undoes_overconfidence() -> None:
     logits = rng.normal(0, 2, (4000, 4))
     y = np.array([rng.choice(4, p=p) for p in softmax(logits, 1.0)])
     assert fit_temperature(logits * 3, y) == pytest.approx(3, rel=0.1)
+
+
+def test_an_odd_cluster_weighs_no_more_than_another() -> None:
+    logits = np.tile([3.0, 0.0, 0.0, 0.0], (130, 1))
+    y, clusters = np.zeros(130, np.int64), np.array(["a"] * 10 + ["b"] * 10 + ["c"] * 10 + ["odd"] * 100)
+    wrong = logits.copy()
+    wrong[30:] = wrong[30:, [1, 0, 2, 3]]
+    few = fit_temperature(wrong, y, clusters)
+    assert few < fit_temperature(wrong, y)
+    assert few == pytest.approx(fit_temperature(wrong[[0, 10, 20, 30]], y[:4]))
+    distance = np.where(clusters == "odd", 9.0, 1.0)
+    assert distance_threshold(distance, clusters) == 1.0
 
 
 def test_conformal_quantile_literal() -> None:

@@ -214,7 +214,15 @@ def _run(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
     with _prefect(keep_prefect, debug), view.live_progress(console, opened.root):
         from flows.nightly import nightly
 
-        state = nightly(settings, return_state=True)
+        try:
+            state = nightly(settings, return_state=True)
+        except Exception as error:
+            if type(error).__module__.partition(".")[0] != "httpx":
+                raise
+            raise LeukoflowError(
+                f"the Prefect server does not answer any more ({error}); what is committed stays, and the same command "
+                "continues where the run was"
+            ) from error
         manifest = read_manifest(Storage(opened.root))
     if manifest is None or not (state.is_completed() or state.is_cancelled() or state.is_cancelling()):
         outcome = state.result(raise_on_failure=False)

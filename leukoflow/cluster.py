@@ -89,11 +89,16 @@ def open_cluster(settings: ClusterSettings, gpus: int = 0) -> Iterator[Any]:
     local = settings.address == "local"
     count = (settings.workers or cores()) + gpus if local else 1
     cluster: Any = None
-    with dask.config.set(OPTIONS):
+    with dask.config.set(OPTIONS | {"distributed.nanny.pre-spawn-environ": _environment(max(1, cores() // count))}):
         try:
             if local:
                 cluster = _local_cluster(settings, count, gpus)
             client = Client(cluster if local else settings.address, timeout=settings.wait_seconds)
+        except RuntimeError as error:  # Dask's word for a worker that died while it was started
+            raise ClusterError(
+                f"the local workers did not start ({error}); run the same command again, with fewer --workers if the "
+                "memory is short"
+            ) from None
         except (OSError, TimeoutError) as error:
             if cluster is not None:
                 cluster.close()
@@ -102,11 +107,16 @@ def open_cluster(settings: ClusterSettings, gpus: int = 0) -> Iterator[Any]:
                 "start one with `dask scheduler`, or leave out --cluster for local workers"
             ) from None
         try:
-            _wait_for_workers(client, settings, count)
-            if gpus:
-                _require_gpu(client, settings)
-            _same_code(client)
-            client.register_plugin(BoundThreads(max(1, cores() // count) if local else 0))
+            try:
+                _wait_for_workers(client, settings, count)
+                if gpus:
+                    _require_gpu(client, settings)
+                _same_code(client)
+                client.register_plugin(BoundThreads(max(1, cores() // count) if local else 0))
+            except OSError as error:
+                raise ClusterError(
+                    f"a worker went away before the first shard ({error}); run the same command again"
+                ) from None
             yield client
         finally:
             client.close(timeout=10)
@@ -125,13 +135,21 @@ OPTIONS = {
 }
 
 
+def _environment(threads: int) -> dict[str, str]:
+    """What must be in a local worker's environment before its process starts, in place of Dask's own choice.
+
+    Dask has freed memory go back to the system at once. Networks allocate and free their activations all the time, so
+    that costs more page faults than arithmetic (measured: benchmarks/LOG.md). Blocks above 32 MB still go back.
+    """
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    memory = {"MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+    return dict.fromkeys(names, str(threads)) | memory
+
+
 def _local_cluster(settings: ClusterSettings, count: int, gpus: int) -> Any:
     """`count` worker processes here; the first `gpus` of them see one GPU each and offer it as a resource."""
     from distributed import Nanny, Scheduler, SpecCluster
 
-    threads = str(max(1, cores() // count))
-    bounds = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), threads)
-    bounds["MALLOC_TRIM_THRESHOLD_"] = "65536"  # memory of large blocks goes back to the system
     limit: str | int = settings.memory_limit
     if limit == "auto":
         limit = int(psutil.virtual_memory().total * 0.8 / count)
@@ -141,7 +159,7 @@ def _local_cluster(settings: ClusterSettings, count: int, gpus: int) -> Any:
             "cls": Nanny,
             "options": common
             | ({"resources": {"GPU": 1}} if i < gpus else {})
-            | {"env": bounds | {"CUDA_VISIBLE_DEVICES": str(i) if i < gpus else ""}},
+            | {"env": {"CUDA_VISIBLE_DEVICES": str(i) if i < gpus else ""}},
         }
         for i in range(count)
     }

@@ -325,9 +325,11 @@ def save_bundle(
         half = name != "classifier"
         state = {k: _stored(v, half) for k, v in module.state_dict().items()}
         save_tensors(state, file)
+        file.chmod(0o644)  # safetensors makes files that only their owner can read; bundles are shared
         files[file.name] = _sha256(file)
     file = path / "statistics.safetensors"
     save_arrays(statistics.arrays(), file)
+    file.chmod(0o644)
     files[file.name] = _sha256(file)
     write_spec(path, spec.model_copy(update={"files": files}))
     return load_bundle(path)

@@ -47,6 +47,7 @@ def launch(folder: Path, source: Path, run_id: str, delay: float = 0.05) -> Comm
         TEST_DELAY_SECONDS=str(delay),
         LEUKOFLOW_PREFECT_HOME=str(folder / "prefect"),
         LEUKOFLOW_LIMITS__RETRY_DELAY_SECONDS="0.1",
+        PREFECT_CLIENT_MAX_RETRIES="2",  # the server that is killed here never comes back
     )
 
 
@@ -62,6 +63,11 @@ def strike(command: Command, victim: str) -> int:
     for target in targets:
         target.kill()
     return len(targets)
+
+
+def attempts(root: Path) -> set[str]:
+    """Attempts that have begun to process images."""
+    return {str(p) for p in (root / "_attempts").glob("*/*/started")}
 
 
 @pytest.mark.parametrize("kind", ["zip", "tgz"] if KILLS > 3 else ["zip"])
@@ -83,23 +89,32 @@ def test_kills_at_random_moments(kind: str, tmp_path: Path, capsys: pytest.Captu
     kills = KILLS if kind == "zip" else 3
     began = time.monotonic()
     while True:
-        command = launch(tmp_path, source, "chaos", delay=0.1 if KILLS <= 3 else 0.05)
+        command = launch(tmp_path, source, "chaos", delay=0.1)
         starts += 1
         try:
             while command.process.poll() is None and struck.total() < kills:
                 # the next in turn, so that few kills meet everybody; the moment is what chance decides
                 victim = VICTIMS[(struck.total() + SEED) % len(VICTIMS)]
                 before = len(committed_shards(root))
-                until(lambda c=command: c.workers() or c.process.poll() is not None, 240, "workers are up")
-                moment = time.monotonic() + dice.uniform(0.0, 12.0)
+                early = dice.random() < 0.2  # while the workers still start; else while shards are done
+                seen = attempts(root)
+                until(
+                    lambda c=command, early=early, seen=seen: (
+                        c.process.poll() is not None or (c.workers() if early else attempts(root) - seen)
+                    ),
+                    240,
+                    "there is somebody to strike at",
+                )
+                moment = time.monotonic() + dice.uniform(0.0, 4.0)
                 while time.monotonic() < moment and command.process.poll() is None:
                     if len(committed_shards(root)) >= min(before + 2, IMAGES // 16 - 1):
                         break  # enough is done: strike now, or nothing will be left to strike at
-                    time.sleep(0.02)
+                    time.sleep(0.01)
                 if command.process.poll() is None and strike(command, victim):
                     struck[victim] += 1
                     if victim in ("flow", "server"):
                         break
+                    time.sleep(1.0)
             codes[command.wait(400)] += 1
             survivors = command.survivors(30)
             assert survivors == [], survivors

@@ -55,7 +55,9 @@ def measure(source: Path, bundle: str, out: str) -> tuple[dict[str, float], floa
     from leukoflow.storage import Storage
 
     command = [sys.executable, "-m", "apps.cli", "run", str(source), "--out", out, "--bundle", bundle, "--workers", "2"]
-    process = psutil.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    log = Path(f"{out}.log")
+    with log.open("wb") as sink:
+        process = psutil.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
     peaks: dict[str, float] = {}
     while process.poll() is None:
         try:
@@ -72,7 +74,7 @@ def measure(source: Path, bundle: str, out: str) -> tuple[dict[str, float], floa
     (run,) = [r for r in list_runs(out) if r.startswith(source.stem)]
     manifest = read_manifest(Storage(out).child(run))
     if manifest is None:
-        raise SystemExit(f"the run over {source} did not finish")
+        raise SystemExit(f"the run over {source} did not finish: {log.read_text()[-2000:]}")
     return peaks, manifest.processing_seconds, manifest.startup_seconds
 
 

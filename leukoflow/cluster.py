@@ -131,6 +131,8 @@ OPTIONS = {
     "distributed.worker.memory.target": False,
     "distributed.worker.memory.pause": 0.9,
     "distributed.worker.memory.terminate": 0.97,
+    "distributed.worker.memory.monitor-interval": "500ms",
+    "distributed.worker.profile.enabled": False,  # it would interrupt the computing thread every 10 ms
     "distributed.comm.timeouts.connect": "30s",
 }
 

@@ -37,7 +37,7 @@ VICTIMS = ("flow", "one worker", "all workers", "server")
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(600 + 180 * KILLS)]
 
 
-def launch(folder: Path, source: Path, run_id: str, delay: float = 0.05) -> Command:
+def launch(folder: Path, source: Path, run_id: str, delay: float = 0.05, home: Path | None = None) -> Command:
     """The command as a user types it, with its own Prefect server; images are a little slow, so that it can be hit."""
     words = ["run", str(source), "--out", str(folder), "--run-id", run_id, "--bundle", str(folder / "bundle")]
     return start(
@@ -45,7 +45,7 @@ def launch(folder: Path, source: Path, run_id: str, delay: float = 0.05) -> Comm
         folder / f"{run_id}.log",
         EXTRA_PATH=str(ROOT / "tests" / "hooks"),
         TEST_DELAY_SECONDS=str(delay),
-        LEUKOFLOW_PREFECT_HOME=str(folder / "prefect"),
+        LEUKOFLOW_PREFECT_HOME=str((home or folder) / "prefect"),
         LEUKOFLOW_LIMITS__RETRY_DELAY_SECONDS="0.1",
         PREFECT_CLIENT_MAX_RETRIES="2",  # the server that is killed here never comes back
     )
@@ -146,7 +146,7 @@ def test_a_full_disk_is_told_and_mended(tmp_path: Path) -> None:
     try:
         small_bundle(disk / "bundle")
         source = write_zip(tmp_path / "night.zip", smears(tmp_path / "sample", 96, seed=22))
-        command = launch(disk, source, "night", delay=0.1)
+        command = launch(disk, source, "night", delay=0.1, home=tmp_path)
         try:
             until(lambda: committed_shards(disk / "night"), 240, "the first shard is committed", command)
             ballast = disk / "ballast"
@@ -165,7 +165,7 @@ def test_a_full_disk_is_told_and_mended(tmp_path: Path) -> None:
             command.end()
         assert len(committed_shards(disk / "night")) < 6
         ballast.unlink()
-        again = launch(disk, source, "night", delay=0)
+        again = launch(disk, source, "night", delay=0, home=tmp_path)
         try:
             assert again.wait(400) == 0, again.text()[-3000:]
         finally:

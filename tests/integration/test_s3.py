@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zarr
-from harness import arrays, start, table, until, write_zip
+from harness import ROOT, arrays, start, table, until, write_zip
 from moto.server import ThreadedMotoServer
 
 import leukoflow.storage
@@ -111,7 +111,7 @@ def test_a_run_on_the_store(
     words = ["run", "s3://lab/in/night.zip", "--out", "s3://lab/out", "--run-id", "night"]
     words += ["--bundle", str(bundle.path), "--shard-size", "16", "--workers", "2"]
     settings = account | {
-        "PREFECT_API_URL": server, "EXTRA_PATH": str(Path(__file__).parent.parent / "hooks"), "TEST_DELAY_SECONDS": "0.1",
+        "PREFECT_API_URL": server, "EXTRA_PATH": str(ROOT / "tests" / "hooks"), "TEST_DELAY_SECONDS": "0.1",
     }  # fmt: skip
     root = Storage("s3://lab/out/night")
     first = start(words, tmp_path / "first.log", **settings)

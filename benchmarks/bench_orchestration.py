@@ -48,7 +48,8 @@ def plain_worker(source: str, bundle_name: str, first: int, count: int, ready: o
             jobs.append(
                 chain.ShardJob(
                     root=root, run_id="plain", source=found, shard=piece, attempt="plain", bundle=bundle_name,
-                    bundle_digest=bundle.digest, device="cpu", code=code_digest(), limits=LimitSettings(), meta_columns=(),
+                    bundle_digest=bundle.digest, device="cpu", code=code_digest(), limits=LimitSettings(),
+                    meta_columns=(),
                 )
             )  # fmt: skip
         method = bundle.spec.method

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 from pydantic import BaseModel, ConfigDict, Field
 
 
@@ -67,7 +69,7 @@ class SelectSettings(Settings):
 
     enabled: bool = True
     k: int = 384
-    scheme: str = "fcq"
+    scheme: Literal["fcq", "fcd"] = "fcq"
 
 
 class ClassifySettings(Settings):

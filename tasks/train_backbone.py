@@ -69,7 +69,7 @@ def train_backbone(
     settings = config.method.features
     hybrid = HybridCNNas((spec,), [build_backbone(spec, config.weights)])
     head = AttentionClassifier(ClassifierSpec(inputs=spec.num_features, width=96, dropout=0.1))
-    model = _Trained(hybrid, head).to(device=device, memory_format=torch.channels_last)
+    model = _Trained(hybrid, head).to(device).to(memory_format=torch.channels_last)
     counts = np.diff(data.offsets)
     rows = data.split.train[counts[data.split.train] > 0]
     weights = balanced_weights(data.labels, rows)

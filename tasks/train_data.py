@@ -251,9 +251,9 @@ def prepare(config: TrainConfig, data_dir: Path, work: Path) -> None:
     np.save(work / "windows.npy", np.concatenate(windows))
     np.save(work / "offsets.npy", offsets)
     method = config.method.model_copy(update={"normalize": reference})
-    cells = read_masked_cells(data_dir / MASKS_ZIP)
-    np.save(work / "mosaics.npy", mosaics(cells, "train", config.seed, method))
-    np.save(work / "mosaics_held_out.npy", mosaics(cells, "held_out", config.seed, method))
+    drawn = read_masked_cells(data_dir / MASKS_ZIP)
+    np.save(work / "mosaics.npy", mosaics(drawn, "train", config.seed, method))
+    np.save(work / "mosaics_held_out.npy", mosaics(drawn, "held_out", config.seed, method))
     document = {"keys": labels.keys, "data_digest": labels.digest, "method": method.model_dump(mode="json")}
     write_json(done, document)
 

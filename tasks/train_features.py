@@ -101,7 +101,7 @@ def backbone_features(
         return
     spec, settings = config.backbone(name), data.method.features
     model = HybridCNNas((spec,), [build_backbone(spec, work / f"{name}.safetensors")])
-    model = model.to(device=device, memory_format=torch.channels_last)
+    model = model.to(device).to(memory_format=torch.channels_last)
     model.eval().requires_grad_(False)
     cells = load_cells(work)
     whole = field_inputs(data.fields, settings.field_input_px)

@@ -98,7 +98,7 @@ def run_steps(
         model.train()
         loss = loss_of(progress.step, share)
         optimiser.zero_grad(set_to_none=True)
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
         nn.utils.clip_grad_norm_(model.parameters(), 2.0)
         optimiser.step()
         average.update(model)

@@ -43,7 +43,7 @@ def train_segmenter(
     if done.is_file():
         return
     torch.manual_seed(config.seed)
-    model = AttentionUNet(config.architecture().unet).to(device=device, memory_format=torch.channels_last)
+    model = AttentionUNet(config.architecture().unet).to(device).to(memory_format=torch.channels_last)
     side = data.fields.shape[1]
 
     def loss_of(step: int, progress: float) -> Tensor:
@@ -78,4 +78,4 @@ def load_segmenter(spec: UNetSpec, work: Path, device: str) -> AttentionUNet:
     model = AttentionUNet(spec)
     model.load_state_dict(load_file(work / "segmenter.safetensors"))
     model.eval().requires_grad_(False)
-    return model.to(device=device, memory_format=torch.channels_last)
+    return model.to(device).to(memory_format=torch.channels_last)

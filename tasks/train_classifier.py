@@ -134,8 +134,8 @@ def fit_classifier(
         table = np.concatenate(
             [field_means(standardize(c, cell_mean, cell_std, everything), own_offsets) for _, c in versions]
         )
-        scheme = "fcd" if method.select.scheme == "fcd" else "fcq"
-        selected = mrmr(table, np.tile(y[train], len(versions)), min(method.select.k, total), scheme)
+        k = min(method.select.k, total)
+        selected = mrmr(table, np.tile(y[train], len(versions)), k, method.select.scheme)
     else:
         selected = np.arange(total)
     columns = tuple(int(i) for i in selected)

@@ -46,7 +46,8 @@ def _manifest(**changes: Any) -> RunManifest:
             bundle="pocket", bundle_digest="b", device="cpu", shard_size=32, started_at=now(), finished_at=now(),
             startup_seconds=12.3, processing_seconds=10.0, processed=100, members=100, predicted=90, abstained=6,
             rejected=4, quarantined=0, missing=0, ignored=3, cells=500, labels=(40, 30, 20, 6),
-            reasons=(("out of focus", 4),), conflicts=0, timings=(StageTiming("prepare", 2.0, 100),), slowest=(), parts=(), tables=(), software=(),
+            reasons=(("out of focus", 4),), conflicts=0,
+            timings=(StageTiming("prepare", 2.0, 100),), slowest=(), parts=(), tables=(), software=(),
         ),
         **changes,
     )  # fmt: skip

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test check bench lock clean
+.PHONY: install demo test chaos check bench lock clean
 
 install: $(STAMP)
 
@@ -20,7 +20,11 @@ demo: install
 	$(BIN)/leukoflow run demo-out/archive/smears.zip --out demo-out --run-id demo --manifest demo-out/archive/manifest.csv --shard-size 32
 
 test: install
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not chaos"
+
+# Kills, poisonous images and full disks: long, so not part of every change. LEUKOFLOW_CHAOS_KILLS=20 for an evening.
+chaos: install
+	$(BIN)/python -m pytest -m chaos
 
 check: install
 	$(BIN)/ruff check .

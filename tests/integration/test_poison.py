@@ -13,7 +13,7 @@ from leukoflow.progress import read_manifest
 from leukoflow.storage import Storage
 from models.bundle import Bundle
 
-pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(900)]
 HOOKS = ROOT / "tests" / "hooks"
 DECODER, NORMALIZE, EXTRACT, FOREVER = (13, 37, 111), (13, 37, 112), (13, 37, 113), (13, 37, 114)
 STAGE_SECONDS = 20.0

@@ -109,7 +109,7 @@ def test_cancel_in_prefect_drains(launch: Launch, server: str, tmp_path: Path) -
     from prefect.client.schemas.sorting import FlowRunSort
     from prefect.states import Cancelling
 
-    command = launch(PREFECT_API_URL=server, TEST_DELAY_SECONDS="0.4")  # it is asked for every few seconds
+    command = launch(PREFECT_API_URL=server, TEST_DELAY_SECONDS="1.0")  # it is asked for every few seconds
     first_commit(command, tmp_path / "long")
     with get_client(sync_client=True) as client:
         newest = client.read_flow_runs(limit=1, sort=FlowRunSort.EXPECTED_START_TIME_DESC)[0]

@@ -130,6 +130,15 @@ class _State:
         assert not raise_on_failure
         return self.outcome
 
+    def is_completed(self) -> bool:
+        return self.outcome is None
+
+    def is_cancelled(self) -> bool:
+        return False
+
+    def is_cancelling(self) -> bool:
+        return False
+
 
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:

@@ -376,9 +376,9 @@ def test_training_makes_a_bundle_that_diagnoses(tmp_path: Path, monkeypatch: pyt
         preset="tiny",
         method=ablated(preset("tiny").method, ["unet"]),  # two steps teach no segmenter
         segmenter=brief,
-        convnext=Budget(steps=30, minutes=5),
+        convnext=Budget(steps=60, minutes=5),
         nasnet=brief,
-        classifier_steps=120,
+        classifier_steps=240,
         feature_copies=1,
     )
     train_data.open_work(config, work)

@@ -110,7 +110,9 @@ def test_cancel_in_prefect_drains(launch: Launch, server: str, tmp_path: Path) -
     from prefect.states import Cancelling
 
     command = launch(PREFECT_API_URL=server, TEST_DELAY_SECONDS="1.0")  # it is asked for every few seconds
-    first_commit(command, tmp_path / "long")
+    # Four of eight shards are on their way, and none is through before somebody looks whether Cancel was pressed.
+    begun = (tmp_path / "long" / "_attempts").glob
+    until(lambda: any(begun("*/*/started/*")), 240, "the first shard has begun", command)
     with get_client(sync_client=True) as client:
         newest = client.read_flow_runs(limit=1, sort=FlowRunSort.EXPECTED_START_TIME_DESC)[0]
         assert newest.name == "screening of long"

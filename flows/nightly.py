@@ -69,6 +69,9 @@ from tasks.shard import (
 IN_FLIGHT_PER_WORKER = 2
 """Shards on their way at once: one that computes, one that waits behind it, so that no worker runs dry."""
 
+LOSSES = 20
+"""How often a shard is done anew because its worker died of something else, before that is taken for a fault."""
+
 DEATHS_BEFORE_SEARCH = 2
 """A worker may die of a reboot; a shard that saw two die is searched for the member that kills them."""
 
@@ -118,8 +121,15 @@ def nightly(config: RunConfig) -> State[Any]:
 def process_shard(work: _Work, shard: Shard) -> ShardReceipt:
     """One shard through its stages; an attempt that fails is repeated with what is committed left alone."""
     log = get_run_logger()
-    while (receipt := _attempt(work, shard)) is None:
+    for _ in range(LOSSES):
+        if (receipt := _attempt(work, shard)) is not None:
+            break
         log.info("shard %s: a worker died of something else; the shard is done anew", shard.name)
+    else:
+        raise ShardError(
+            f"shard {shard.name}: {LOSSES} workers died before they began with it; something on the workers' machines "
+            "kills them: look for the out-of-memory killer in the system's log, and use fewer --workers"
+        )
     storage = Storage(work.run.root)
     storage.delete(f"failures/{shard.name}.json")
     stages = ", ".join(f"{t.stage} {t.seconds:.1f} s" for t in receipt.timings)

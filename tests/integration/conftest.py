@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from harness import small_bundle, smears, white, write_folder, write_tar, write_zip
+from moto.server import ThreadedMotoServer
 
 from leukoflow.progress import read_manifest
 from leukoflow.records import RunManifest
@@ -111,3 +112,13 @@ def manifest_of(root: Path | str) -> RunManifest:
     found = read_manifest(Storage(str(root)))
     assert found is not None
     return found
+
+
+@pytest.fixture(scope="module")
+def endpoint() -> Iterator[str]:
+    """A real S3 API over HTTP, on a free port of this machine."""
+    server = ThreadedMotoServer(port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()

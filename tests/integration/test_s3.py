@@ -12,7 +12,6 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 from harness import ROOT, arrays, start, table, until, write_zip
-from moto.server import ThreadedMotoServer
 
 import leukoflow.storage
 from leukoflow.errors import PreflightError
@@ -22,15 +21,6 @@ from models.bundle import Bundle
 from tasks.preflight import conditional_writes
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
 
 
 @pytest.fixture

@@ -5,14 +5,12 @@ from __future__ import annotations
 import io
 import tarfile
 import zipfile
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import boto3
 import pyarrow.parquet as pq
 import pytest
-from moto.server import ThreadedMotoServer
 
 from leukoflow.errors import MemberError, SourceError
 from leukoflow.records import SourceKind
@@ -21,15 +19,6 @@ from tasks.plan import plan, read_shard, shards
 
 pytestmark = pytest.mark.integration
 FILES = {f"fields/f{i:04}.jpg": bytes([i % 256]) * (100 + i) for i in range(60)}
-
-
-@pytest.fixture(scope="module")
-def endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
 
 
 @pytest.fixture

@@ -25,14 +25,14 @@ class QualitySettings(Settings):
 
 
 class NormalizeSettings(Settings):
-    """Stain and illumination normalisation. Switches exist for ablation; the reference is fitted on training fields."""
+    """Stain and illumination normalisation. Switches exist for ablation; nothing of it is fitted on data."""
 
     mask_overlays: bool = True
     reinhard: bool = True
     clahe: bool = True
     multiscale: bool = True
-    reference_mean: tuple[float, float, float] = (224.0, 130.0, 118.0)  # OpenCV 8-bit Lab units
-    reference_std: tuple[float, float, float] = (29.0, 9.7, 14.0)
+    background: tuple[float, float, float] = (250.0, 128.0, 128.0)  # OpenCV 8-bit Lab: bright, without a hue
+    red_lightness: float = 198.0  # of red cells, same units
     clahe_clip: float = Field(1.5, gt=0)
     clahe_grid: int = Field(4, ge=1)
     multiscale_amount: float = Field(0.3, ge=0)
@@ -58,9 +58,8 @@ class FeatureSettings(Settings):
     convnext: bool = True
     nasnet: bool = True
     cell_px: int = 64  # side of a cell's crop as the backbone sees it
-    cell_window_px: int = 40  # side of the window around the cell's centroid, in field pixels
-    field_input_px: int = 128  # side of the whole field as the backbones see it
-    field_batch: int = 16
+    cell_window_px: int = 44  # side of the window around the cell's centroid, in field pixels
+    field_batch: int = 16  # of the segmenter
     cell_batch: int = 64
 
 

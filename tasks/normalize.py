@@ -8,7 +8,7 @@ becomes 8 bits only for CLAHE and for the blurs of the detail enhancement.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TypeVar
 
 import cv2
@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from leukoflow.errors import LeukoflowError
 from leukoflow.method import NormalizeSettings
+from tasks.segment import white_cell_signal
 
 FIELD_PX = 224
 """Side of the training fields; lengths below are in their pixels."""
@@ -28,7 +29,10 @@ OVERLAY_MIN_COLUMNS = 5  # text and bars are wide; a speck is not
 GLYPH_RED, GLYPH_REDDER = 5, 20  # half the excess of red over green and blue: at all, and over the surroundings
 OVERLAY_GAP_PX = 8
 OVERLAY_MIN_CONTRAST = 10.0  # density of glyph pixels in the corner against the rest of the image
-MAX_GAIN = 4.0  # of Reinhard's deviation ratio: a blank field has no deviation to stretch
+MAX_GAIN = 2.0  # of Reinhard's contrast: a blank field has none to stretch
+ANCHOR_PX = 448  # longer side of the image on which the anchors are measured
+WHITE_SIGNAL = 0.06  # of `white_cell_signal`, above which a pixel is no anchor
+MIN_ANCHOR_SHARE = 0.01
 DETAIL_SIGMAS_PX = (2.0, 4.0)
 STRIP_PX = 2**18  # an image is converted in strips of about so many pixels
 
@@ -93,33 +97,49 @@ def mask_overlays(rgb: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], NDArray[np
     return out, painted
 
 
-def reinhard(rgb: NDArray[np.uint8], mean: Sequence[float], std: Sequence[float]) -> NDArray[np.uint8]:
-    """Colour transfer of Reinhard et al. (IEEE CG&A 2001) to a reference, in 8-bit Lab.
+def reinhard(rgb: NDArray[np.uint8], background: Sequence[float], red_lightness: float) -> NDArray[np.uint8]:
+    """Colour transfer of Reinhard et al. (IEEE CG&A 2001) in Lab, anchored to background and red cells.
+
+    The original matches mean and deviation over all pixels, so the colour of a white cell would depend on how many of
+    them share its field. Every smear has background and red cells: these two are brought to the reference, and white
+    cells follow.
 
     Args:
         rgb: uint8 [H, W, 3].
-        mean: reference mean of L, a and b in OpenCV's 8-bit units.
-        std: reference deviation of the same.
+        background: wanted L, a and b of the background in OpenCV's 8-bit units.
+        red_lightness: wanted lightness of red cells, same units.
 
     Returns:
         uint8 [H, W, 3].
     """
-    return _adjust(rgb, reference=(mean, std))
+    return _adjust(rgb, reference=(background, red_lightness))
 
 
-def fit_reference(
-    fields: Iterable[NDArray[np.uint8]],
-) -> tuple[tuple[float, float, float], tuple[float, float, float]]:
-    """Reference for `reinhard`: the mean over fields of each field's own Lab mean and deviation.
+def anchors(rgb: NDArray[np.uint8]) -> tuple[NDArray[np.float64], float | None]:
+    """Median Lab of the background, float64 [3], and median lightness of red cells, None where there are hardly any.
 
-    Raises:
-        LeukoflowError: no field was given.
+    White cells are left out by their stain. What remains is split by Otsu's threshold (1979) on grey values. Units are
+    those of 8-bit Lab.
     """
-    stats = [np.concatenate(_statistics(_to_lab(field[rows]) for rows in _strips(field))) for field in fields]
-    if not stats:
-        raise LeukoflowError("no fields to fit the normalisation reference on: give at least one training field")
-    m = np.mean(stats, axis=0)
-    return (float(m[0]), float(m[1]), float(m[2])), (float(m[3]), float(m[4]), float(m[5]))
+    _check_rgb(rgb)
+    height, width = rgb.shape[:2]
+    scale = min(0.5, ANCHOR_PX / max(height, width))
+    size = (max(1, round(width * scale)), max(1, round(height * scale)))
+    small = np.asarray(cv2.resize(rgb, size, interpolation=cv2.INTER_AREA), np.uint8)
+    white = cv2.dilate(np.asarray(white_cell_signal(small) > WHITE_SIGNAL, np.uint8), np.ones((3, 3), np.uint8)) > 0
+    grey = np.asarray(cv2.cvtColor(small, cv2.COLOR_RGB2GRAY), np.uint8)
+    lab = np.asarray(_to_lab(small))
+    rest = ~white
+    if rest.mean() < MIN_ANCHOR_SHARE:  # nothing but white cells: their brightest pixels must do
+        rest = np.ones(grey.shape, np.bool_)
+    cut, _ = cv2.threshold(grey[rest].reshape(-1, 1), 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+    bright, dark = rest & (grey > cut), rest & (grey <= cut)
+    if not bright.any():  # a single grey value
+        bright, dark = rest, ~rest & False
+    background = np.median(lab[bright], axis=0) / LAB_STEPS
+    if dark.mean() < MIN_ANCHOR_SHARE:
+        return background, None
+    return background, float(np.median(lab[..., 0][dark])) / LAB_STEPS
 
 
 def clahe(rgb: NDArray[np.uint8], clip: float, grid: int | tuple[int, int]) -> NDArray[np.uint8]:
@@ -170,7 +190,7 @@ def normalize(rgb: NDArray[np.uint8], settings: NormalizeSettings) -> NDArray[np
     grid = (max(1, round(rgb.shape[1] / tile)), max(1, round(rgb.shape[0] / tile)))
     return _adjust(
         rgb,
-        reference=(settings.reference_mean, settings.reference_std) if settings.reinhard else None,
+        reference=(settings.background, settings.red_lightness) if settings.reinhard else None,
         equalisation=(settings.clahe_clip, grid) if settings.clahe else None,
         amount=settings.multiscale_amount if settings.multiscale else None,
     )
@@ -202,7 +222,7 @@ def _check_rgb(rgb: NDArray[np.uint8]) -> None:
 
 def _adjust(
     rgb: NDArray[np.uint8],
-    reference: tuple[Sequence[float], Sequence[float]] | None = None,
+    reference: tuple[Sequence[float], float] | None = None,
     equalisation: tuple[float, tuple[int, int]] | None = None,
     amount: float | None = None,
 ) -> NDArray[np.uint8]:
@@ -215,11 +235,11 @@ def _adjust(
     # A field is one strip and is converted once; the strips of a large image are converted anew in each pass.
     whole = _to_lab(rgb) if len(strips) == 1 else None
     if reference is not None:
-        mean, std = _statistics([whole] if whole is not None else (_to_lab(rgb[rows]) for rows in strips))
-        # A constant channel has nothing to stretch; its gain is of no consequence, so 1.
-        gain = np.divide(np.asarray(reference[1], np.float64), std, out=np.ones(3), where=std > 1e-6)
-        gain = np.minimum(gain, MAX_GAIN)
-        transfer = np.column_stack([np.diag(gain), (np.asarray(reference[0]) - gain * mean) * LAB_STEPS])
+        wanted, red = np.asarray(reference[0], np.float64), reference[1]
+        background, dark = anchors(rgb)
+        gain = 1.0 if dark is None else (wanted[0] - red) / max(background[0] - dark, 1.0)
+        gain = min(max(gain, 1 / MAX_GAIN), MAX_GAIN)
+        transfer = np.column_stack([np.eye(3) * gain, (wanted - gain * background) * LAB_STEPS])
     if whole is not None:
         whole = cv2.transform(whole, transfer)
 
@@ -256,19 +276,6 @@ def _to_lab(rgb: NDArray[np.uint8]) -> cv2.typing.MatLike:
 def _strips(rgb: NDArray[np.uint8]) -> list[slice]:
     rows = max(1, STRIP_PX // rgb.shape[1])
     return [slice(start, start + rows) for start in range(0, rgb.shape[0], rows)]
-
-
-def _statistics(labs: Iterable[cv2.typing.MatLike]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Mean and deviation of L, a and b over all strips, in units of 8-bit Lab."""
-    counts, sums, squares = 0, np.zeros(3), np.zeros(3)
-    for lab in labs:
-        mean, std = (part.ravel() / LAB_STEPS for part in cv2.meanStdDev(lab))
-        pixels = lab.shape[0] * lab.shape[1]
-        counts += pixels
-        sums += pixels * mean
-        squares += pixels * (std**2 + mean**2)
-    mean = sums / counts
-    return mean, np.sqrt(np.maximum(squares / counts - mean**2, 0.0))
 
 
 def _tables() -> tuple[NDArray[np.uint16], NDArray[np.uint16], NDArray[np.uint16], NDArray[np.uint8]]:

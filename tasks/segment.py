@@ -16,6 +16,12 @@ from leukoflow.method import SegmentSettings
 
 BACKGROUND, CYTOPLASM, NUCLEUS = 0, 1, 2
 
+RED_BELOW = 224  # grey value midway between background and red cells of a normalised field
+MIN_RED_RADIUS_PX = 3.0
+MIN_RED_PX, MAX_RED_PX = 10.0, 90.0  # diameters outside of these are no measurement
+SPECK_SHARE = 0.05  # of a red cell's area: smaller spots and gaps of nuclei are noise
+WHITE_SHARE = 0.6  # of a red cell's area: nothing smaller is a white cell
+
 RED_WEIGHT = 0.6  # see pseudo_semantic
 CELL_DENSITY = 0.08  # of the signal, in natural units of optical density
 CORE_DENSITY = 0.17  # of the upper quartile; pale smudges and rims of red cells stay below
@@ -74,7 +80,7 @@ def pseudo_semantic(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
         rgb: uint8 [H, W, 3] at the model's scale, before stain normalisation.
     """
     red, green, blue = _optical_density(cv2.GaussianBlur(rgb, (0, 0), 1.0))
-    signal = green - RED_WEIGHT * red - np.maximum(blue, -0.05)
+    signal = _white_signal(red, green, blue)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
     opened = cv2.morphologyEx(np.asarray(signal > CELL_DENSITY, np.uint8), cv2.MORPH_OPEN, kernel)
     cell = np.asarray(ndimage.binary_fill_holes(opened), np.uint8)
@@ -93,7 +99,62 @@ def pseudo_semantic(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     return out
 
 
-def watershed_cells(semantic: NDArray[np.uint8], settings: SegmentSettings) -> NDArray[np.uint16]:
+def white_cell_signal(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """How much a pixel absorbs as white cells do, float32 [H, W]; near zero for background and red cells."""
+    return _white_signal(*_optical_density(rgb))
+
+
+def red_cell_px(rgb: NDArray[np.uint8], semantic: NDArray[np.uint8]) -> float | None:
+    """Diameter of the field's red cells in pixels, None where there are none: a ruler that every smear carries.
+
+    In a clump the distance transform still peaks at each cell's radius. Peaks are weighted by area, so that debris
+    counts little.
+
+    Args:
+        rgb: uint8 [H, W, 3], normalised, so that background and red cells have known lightness.
+        semantic: uint8 [H, W]; white cells are left out.
+    """
+    grey = np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), np.uint8)
+    white = cv2.dilate(np.asarray(semantic > BACKGROUND, np.uint8), _disc(2)) > 0
+    red = cv2.morphologyEx(np.asarray((grey < RED_BELOW) & ~white, np.uint8), cv2.MORPH_OPEN, _disc(1))
+    depth = cv2.distanceTransform(np.asarray(ndimage.binary_fill_holes(red), np.uint8), cv2.DIST_L2, 5)
+    depth = np.asarray(cv2.GaussianBlur(depth, (0, 0), 1.0))
+    radii = np.sort(depth[(depth >= cv2.dilate(depth, _disc(4))) & (depth > MIN_RED_RADIUS_PX)])
+    if not radii.size:
+        return None
+    weight = np.cumsum(radii.astype(np.float64) ** 2)
+    return 2 * float(radii[np.searchsorted(weight, weight[-1] / 2)])
+
+
+def clean_semantic(rgb: NDArray[np.uint8], semantic: NDArray[np.uint8]) -> tuple[NDArray[np.uint8], float]:
+    """Holes filled and specks taken out, both as the field's own red cells measure them.
+
+    Args:
+        rgb: uint8 [H, W, 3], normalised.
+        semantic: uint8 [H, W], as the network gives it.
+
+    Returns:
+        uint8 [H, W], and the smallest area in pixels that a white cell may have: they are no smaller than red cells.
+        Where no red cell is seen, half the diameter of the largest white one stands in for theirs.
+    """
+    cell = np.asarray(semantic > BACKGROUND, np.uint8)
+    diameter = red_cell_px(rgb, semantic)
+    if diameter is None:
+        areas = cv2.connectedComponentsWithStats(cell)[2][1:, cv2.CC_STAT_AREA]
+        diameter = float(np.sqrt(areas.max() / np.pi)) if areas.size else MIN_RED_PX
+    red_area = np.pi / 4 * min(max(diameter, MIN_RED_PX), MAX_RED_PX) ** 2
+    cell = np.asarray(ndimage.binary_fill_holes(cell), np.uint8)
+    speck = max(1, int(SPECK_SHARE * red_area))
+    nucleus = _drop_small(np.asarray(semantic == NUCLEUS, np.uint8), speck)
+    gaps = (1 - nucleus).astype(np.uint8)
+    nucleus[(gaps > 0) & (_drop_small(gaps, speck) == 0) & (cell > 0)] = 1
+    out = np.where(nucleus > 0, np.uint8(NUCLEUS), cell)
+    return out, WHITE_SHARE * red_area
+
+
+def watershed_cells(
+    semantic: NDArray[np.uint8], settings: SegmentSettings, smallest_px: float = 0.0
+) -> NDArray[np.uint16]:
     """Single cells from classes of pixels: watershed (Beucher and Lantuejoul 1979) on the distance transform.
 
     Two touching cells are told apart by their waist, relative to their size, so lobes and scale matter little.
@@ -101,6 +162,7 @@ def watershed_cells(semantic: NDArray[np.uint8], settings: SegmentSettings) -> N
     Args:
         semantic: uint8 [H, W]; 0 background, 1 cytoplasm, 2 nucleus.
         settings: smallest areas and the distance between two peaks, in model pixels.
+        smallest_px: area below which a component is no white cell, where that is more than the settings'.
 
     Returns:
         uint16 [H, W]: 0 background, cells 1..k in raster order of their first pixel.
@@ -113,7 +175,7 @@ def watershed_cells(semantic: NDArray[np.uint8], settings: SegmentSettings) -> N
     flooded = _split(cell, settings.peak_distance_px)
     areas = np.bincount(flooded.ravel())
     nuclei = np.bincount(flooded[nucleus > 0], minlength=len(areas))
-    keep = (areas >= settings.min_cell_area_px) & (nuclei >= settings.min_nucleus_area_px)
+    keep = (areas >= max(settings.min_cell_area_px, smallest_px)) & (nuclei >= settings.min_nucleus_area_px)
     if not settings.touching_border:
         keep[_edge_labels(flooded)] = False
     return _relabel(flooded, keep)
@@ -209,30 +271,69 @@ def crop_cells(rgb: NDArray[np.uint8], centers: NDArray[np.float32], window_px: 
         uint8 [m, out_px, out_px, 3].
     """
     out = np.empty((len(centers), out_px, out_px, 3), np.uint8)
-    step = window_px / out_px
-    for i, (x, y) in enumerate(np.asarray(centers, np.float64)):
-        # Output pixel centre to image pixel centre; WARP_INVERSE_MAP takes the map in this direction.
-        start = 0.5 * step - 0.5 - (window_px - 1) / 2
-        inverse = np.array([[step, 0, x + start], [0, step, y + start]])
-        cv2.warpAffine(
-            rgb,
-            inverse,
-            (out_px, out_px),
-            dst=out[i],
-            flags=cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP,
-            borderMode=cv2.BORDER_REFLECT_101,
-        )
+    for i, centre in enumerate(np.asarray(centers, np.float64)):
+        _window(rgb, centre, window_px, out[i], cv2.BORDER_REFLECT_101)
     return out
 
 
-def _optical_density(rgb: NDArray[np.uint8] | cv2.typing.MatLike) -> tuple[NDArray[np.float32], ...]:
+def crop_masks(
+    cells: NDArray[np.uint16],
+    labels: NDArray[np.int32],
+    centers: NDArray[np.float32],
+    window_px: int,
+    out_px: int,
+) -> NDArray[np.uint8]:
+    """Where in its window each cell lies, beside `crop_cells`: uint8 [m, out_px, out_px], 255 inside, 0 outside.
+
+    Args:
+        cells: uint16 [H, W].
+        labels: int32 [m], the cells' values in `cells`.
+        centers: float32 [m, 2], as for `crop_cells`.
+        window_px: side of the window in the image's pixels.
+        out_px: side of a crop.
+    """
+    out = np.empty((len(centers), out_px, out_px), np.uint8)
+    for i, (label, centre) in enumerate(zip(labels, np.asarray(centers, np.float64), strict=True)):
+        own = np.asarray(cells == label, np.uint8) * 255
+        _window(own, centre, window_px, out[i], cv2.BORDER_CONSTANT)
+    return out
+
+
+def _window(
+    image: NDArray[np.uint8], centre: NDArray[np.float64], window_px: int, out: NDArray[np.uint8], border: int
+) -> None:
+    """One square window around `centre` (x, y), resampled into `out`."""
+    side = out.shape[0]
+    step = window_px / side
+    # Output pixel centre to image pixel centre; WARP_INVERSE_MAP takes the map in this direction.
+    start = 0.5 * step - 0.5 - (window_px - 1) / 2
+    inverse = np.array([[step, 0, centre[0] + start], [0, step, centre[1] + start]])
+    flags = cv2.INTER_LINEAR | cv2.WARP_INVERSE_MAP
+    cv2.warpAffine(image, inverse, (side, side), dst=out, flags=flags, borderMode=border)
+
+
+def _disc(radius: int) -> cv2.typing.MatLike:
+    return cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (2 * radius + 1, 2 * radius + 1))
+
+
+def _white_signal(
+    red: NDArray[np.float32], green: NDArray[np.float32], blue: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Green density less what red cells would add to it, see `pseudo_semantic`."""
+    out: NDArray[np.float32] = green - RED_WEIGHT * red - np.maximum(blue, -0.05)
+    return out
+
+
+def _optical_density(
+    rgb: NDArray[np.uint8] | cv2.typing.MatLike,
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
     """Three planes float32 [H, W]: natural log of background over pixel, the background being the 90th percentile."""
     levels = np.arange(256, dtype=np.float64) + 1
     planes = []
     for plane in cv2.split(rgb):
         white = np.percentile(plane[::2, ::2], 90) + 1
         planes.append(np.log(white / levels).astype(np.float32)[plane])
-    return tuple(planes)
+    return planes[0], planes[1], planes[2]
 
 
 def _nucleus(green: NDArray[np.float32], inside: NDArray[np.bool_], core: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -262,6 +363,21 @@ def _split(cell: NDArray[np.uint8], peak_distance_px: int) -> NDArray[np.int32]:
     markers = cv2.connectedComponents(peaks, connectivity=8)[1]
     flooded = np.asarray(watershed(-depth, markers, mask=cell > 0), np.int32)  # type: ignore[no-untyped-call]
     return _merge_shallow(flooded, np.asarray(depth, np.float32))[flooded]
+
+
+def single_cells(
+    rgb: NDArray[np.uint8], semantic: NDArray[np.uint8], settings: SegmentSettings
+) -> tuple[NDArray[np.uint8], NDArray[np.uint16]]:
+    """Cleaned classes and the single cells in them; what is no cell is background in both.
+
+    Args:
+        rgb: uint8 [H, W, 3], normalised.
+        semantic: uint8 [H, W], as the network gives it.
+        settings: see `watershed_cells`.
+    """
+    cleaned, smallest = clean_semantic(rgb, semantic)
+    cells = watershed_cells(cleaned, settings, smallest)
+    return np.where(cells > 0, cleaned, np.uint8(BACKGROUND)), cells
 
 
 def _merge_shallow(labels: NDArray[np.int32], depth: NDArray[np.float32]) -> NDArray[np.int32]:

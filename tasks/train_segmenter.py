@@ -1,10 +1,11 @@
-"""Training of the Attention U-Net on classical labels of the fields and hand-drawn masks of another source."""
+"""Training of the Attention U-Net on classical labels of the fields, hand-drawn masks and boxes of other sources."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
 
+import cv2
 import numpy as np
 import torch
 from numpy.typing import NDArray
@@ -13,26 +14,54 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models.attention_unet import AttentionUNet, UNetSpec
-from tasks.train_data import Prepared, TrainConfig
+from tasks.train_data import UNKNOWN, Prepared, TrainConfig
 from tasks.train_loop import run_steps, stain_jitter, to_tensor
 
-CROP_PX = 128
-BATCH, DRAWN = 12, 4  # crops of a step, and how many of them come from hand-drawn masks
-
-
-def dice(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
-    """Dice coefficient of two masks; 1 when both are empty."""
-    total = int(predicted.sum()) + int(truth.sum())
-    return 2 * int((predicted & truth).sum()) / total if total else 1.0
+CROP_PX = 160
+PARTS = {"fields": 2, "mosaics": 1, "drawn_small": 3, "drawn_large": 3, "boxed": 2}  # crops of a step by source
+ZOOM = {
+    "fields": (0.8, 1.25),
+    "mosaics": (0.8, 1.6),
+    "drawn_small": (0.6, 1.2),
+    "drawn_large": (0.6, 1.3),
+    "boxed": (0.7, 1.4),
+}
 
 
 def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy plus soft Dice over the foreground classes; logits [N, 3, h, w], target int64 [N, h, w]."""
-    probability = logits.softmax(1)
-    truth = F.one_hot(target, logits.shape[1]).permute(0, 3, 1, 2).to(probability.dtype)
+    """Cross-entropy plus soft Dice over the foreground classes; logits [N, 3, h, w], target int64 [N, h, w].
+
+    Pixels of class UNKNOWN count nowhere.
+    """
+    known = (target != UNKNOWN)[:, None]
+    probability = logits.softmax(1) * known
+    truth = F.one_hot(target.clamp(max=logits.shape[1] - 1), logits.shape[1]).permute(0, 3, 1, 2) * known
     overlap, total = (probability * truth).sum((0, 2, 3)), (probability + truth).sum((0, 2, 3))
     soft = 1 - (2 * overlap + 1) / (total + 1)
-    return F.cross_entropy(logits, target) + soft[1:].mean()
+    return F.cross_entropy(logits, target, ignore_index=UNKNOWN) + soft[1:].mean()
+
+
+def turned_window(
+    rgb: NDArray[np.uint8], classes: NDArray[np.uint8], zoom: float, rng: np.random.Generator
+) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """A square of CROP_PX from a field at another scale, turned and mirrored at random; mirrored beyond the edge."""
+    height, width = classes.shape
+    angle, mirror = rng.uniform(0, 2 * np.pi), 1 if rng.integers(2) else -1
+    half = CROP_PX / 2
+    # Output pixel to source pixel around a centre that keeps the square inside where it fits.
+    reach = half / zoom
+    x, y = (
+        rng.uniform(min(reach, side / 2), max(side - reach, side / 2)) if side > 2 * reach else side / 2
+        for side in (width, height)
+    )
+    cos, sin = np.cos(angle) / zoom, np.sin(angle) / zoom
+    linear = np.array([[cos * mirror, -sin], [sin * mirror, cos]])
+    shift = np.array([x, y]) - 0.5 - linear @ np.array([half - 0.5, half - 0.5])
+    matrix = np.column_stack([linear, shift])
+    size, inverse = (CROP_PX, CROP_PX), cv2.WARP_INVERSE_MAP
+    image = cv2.warpAffine(rgb, matrix, size, flags=cv2.INTER_LINEAR | inverse, borderMode=cv2.BORDER_REFLECT_101)
+    labels = cv2.warpAffine(classes, matrix, size, flags=cv2.INTER_NEAREST | inverse, borderMode=cv2.BORDER_REFLECT_101)
+    return np.asarray(image, np.uint8), np.asarray(labels, np.uint8)
 
 
 def train_segmenter(
@@ -44,25 +73,24 @@ def train_segmenter(
         return
     torch.manual_seed(config.seed)
     model = AttentionUNet(config.architecture().unet).to(device).to(memory_format=torch.channels_last)
-    side = data.fields.shape[1]
+    batch_size = sum(PARTS.values())
 
     def loss_of(step: int, progress: float) -> Tensor:
         rng = np.random.default_rng((config.seed, 1, step))
         generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        images = np.empty((BATCH, CROP_PX, CROP_PX, 3), np.uint8)
-        target = np.empty((BATCH, CROP_PX, CROP_PX), np.uint8)
-        for i in range(BATCH):
-            y, x = (int(v) for v in rng.integers(0, side - CROP_PX + 1, 2))
-            window = (slice(y, y + CROP_PX), slice(x, x + CROP_PX))
-            if i < DRAWN:
-                source = data.mosaics[int(rng.integers(len(data.mosaics)))][window]
-                rgb, classes = source[..., :3], source[..., 3]
+        images = np.empty((batch_size, CROP_PX, CROP_PX, 3), np.uint8)
+        target = np.empty((batch_size, CROP_PX, CROP_PX), np.uint8)
+        kinds = [kind for kind, count in PARTS.items() for _ in range(count)]
+        for i, kind in enumerate(kinds):
+            zoom = float(np.exp(rng.uniform(*np.log(ZOOM[kind]))))
+            if kind == "fields":
+                row = int(rng.integers(len(data.fields)))
+                rgb, classes = data.fields[row], data.pseudo[row]
             else:
-                row = int(rng.choice(data.split.train))
-                rgb, classes = data.fields[row][window], data.pseudo[row][window]
-            turns, mirror = int(rng.integers(4)), bool(rng.integers(2))
-            rgb, classes = np.rot90(rgb, turns), np.rot90(classes, turns)
-            images[i], target[i] = (rgb[:, ::-1], classes[:, ::-1]) if mirror else (rgb, classes)
+                source = getattr(data, kind)
+                both = source[int(rng.integers(len(source)))]
+                rgb, classes = np.ascontiguousarray(both[..., :3]), np.ascontiguousarray(both[..., 3])
+            images[i], target[i] = turned_window(rgb, classes, zoom, rng)
         batch = stain_jitter(to_tensor(images, device), generator, 0.7)
         batch = batch.contiguous(memory_format=torch.channels_last)
         return segmentation_loss(model(batch), torch.from_numpy(target).to(device).long())

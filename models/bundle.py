@@ -25,6 +25,7 @@ from leukoflow.method import (
     ClassifySettings,
     FeatureSettings,
     MethodSettings,
+    NormalizeSettings,
     SegmentSettings,
     SelectSettings,
     Settings,
@@ -42,7 +43,7 @@ M = TypeVar("M", bound=nn.Module)
 
 
 class Calibration(Settings):
-    """What was fitted on calibration clusters, which no network was trained on."""
+    """What was fitted on answers out of fold: of each field by a classifier that had not seen its cluster."""
 
     temperature: float = Field(default=1.0, gt=0)
     alpha: float = 0.05  # wanted miss rate of the prediction sets, per class
@@ -57,10 +58,8 @@ class Training(Settings):
 
     data_digest: str = "none"
     seed: int = 0
-    held_out_fold: int | None = None
-    held_out_clusters: tuple[str, ...] = ()
-    calibration_clusters: tuple[str, ...] = ()
-    training_clusters: tuple[str, ...] = ()
+    fields: int = 0
+    clusters: tuple[str, ...] = ()
     command: str = ""
     notes: str = ""  # anything that the command does not say
     minutes: dict[str, float] = Field(default_factory=dict)  # wall clock of each phase
@@ -118,27 +117,30 @@ def preset(name: PresetName | str) -> Preset:
     """`pocket` for a laptop's processor, `full` for a GPU with pretrained weights, `tiny` of no use but for tests."""
     if name == "pocket":
         return Preset(
-            method=MethodSettings(),
+            # Contrast enhancement made features of unseen photographs less comparable: see benchmarks/LOG.md.
+            method=MethodSettings(normalize=NormalizeSettings(clahe=False, multiscale=False)),
             unet=UNetSpec(),
             backbones=(
                 BackboneSpec(
                     name="convnext",
                     architecture="convnext_atto",
                     kwargs={"ls_init_value": 0.1},  # 1e-6 is for long schedules
-                    num_features=320,
+                    stages=(1, 2),
+                    num_features=240,
                 ),
                 BackboneSpec(
                     name="nasnet",
                     architecture="nasnetalarge",
                     kwargs={"num_features": 384, "channel_multiplier": 2, "stem_size": 32},
-                    num_features=384,
+                    stages=(2, 3),
+                    num_features=288,
                 ),
             ),
         )
     if name == "full":
         return Preset(
             method=MethodSettings(
-                features=FeatureSettings(field_input_px=331, cell_px=128),
+                features=FeatureSettings(cell_px=128),
                 select=SelectSettings(k=2000),
             ),
             unet=UNetSpec(widths=(32, 64, 128, 256)),
@@ -146,7 +148,8 @@ def preset(name: PresetName | str) -> Preset:
                 BackboneSpec(
                     name="convnext",
                     architecture="convnext_base",
-                    num_features=1024,
+                    stages=(1, 2),
+                    num_features=768,
                     hub="convnext_base.fb_in22k_ft_in1k",
                     mean=(0.485, 0.456, 0.406),
                     std=(0.229, 0.224, 0.225),
@@ -154,7 +157,8 @@ def preset(name: PresetName | str) -> Preset:
                 BackboneSpec(
                     name="nasnet",
                     architecture="nasnetalarge",
-                    num_features=4032,
+                    stages=(2, 3),
+                    num_features=3024,
                     hub="nasnetalarge.tf_in1k",
                     mean=(0.5, 0.5, 0.5),
                     std=(0.5, 0.5, 0.5),
@@ -391,7 +395,7 @@ def _tiny() -> Preset:
     return Preset(
         method=MethodSettings(
             segment=SegmentSettings(),
-            features=FeatureSettings(cell_px=32, field_input_px=64, field_batch=4, cell_batch=16),
+            features=FeatureSettings(cell_px=32, field_batch=4, cell_batch=16),
             select=SelectSettings(k=16),
             classify=ClassifySettings(max_cells=16),
         ),
@@ -401,13 +405,15 @@ def _tiny() -> Preset:
                 name="convnext",
                 architecture="convnext_atto",
                 kwargs={"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
-                num_features=16,
+                stages=(1, 2),
+                num_features=24,
             ),
             BackboneSpec(
                 name="nasnet",
                 architecture="nasnetalarge",
                 kwargs={"num_features": 96, "channel_multiplier": 2, "stem_size": 8},
-                num_features=96,
+                stages=(2, 3),
+                num_features=72,
             ),
         ),
         classifier_width=16,

@@ -1,7 +1,9 @@
-"""Hybrid features: pooled penultimate activations of a ConvNeXt (Liu et al. 2022) and a NASNet-A (Zoph et al. 2018).
+"""Hybrid features of single cells: feature maps of a ConvNeXt (Liu et al. 2022) and a NASNet-A (Zoph et al. 2018).
 
-Both networks come from timm. The same module sees crops of single cells and whole fields; its output is the
-concatenation of the enabled backbones' pooled features, in the order of the specs.
+Both networks come from timm. A network sees the cell in its surroundings; its maps are then averaged over the cell
+alone, so that what lies around it enters only through the receptive field. Maps of 1/8 and 1/16 of the crop are used:
+they hold texture, where the last ones hold what the network was once trained to name. The output is the concatenation
+of the enabled backbones' averages, in the order of the specs.
 """
 
 from __future__ import annotations
@@ -13,9 +15,12 @@ import torch
 from pydantic import Field
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from leukoflow.errors import BundleError, ConfigError
 from leukoflow.method import Settings
+
+BLANK_SHARE = 1e-3  # weight of a pixel outside the cell: an empty mask averages over the whole crop
 
 
 class BackboneSpec(Settings):
@@ -24,15 +29,16 @@ class BackboneSpec(Settings):
     name: Literal["convnext", "nasnet"]
     architecture: str
     kwargs: dict[str, Any] = Field(default_factory=dict)
-    num_features: int
-    layer: str = "global average pool of the last feature map"
+    stages: tuple[int, ...]  # timm's numbers of the feature maps in use
+    num_features: int  # their channels together
+    layer: str = "maps at 1/8 and 1/16, averaged over the cell"
     mean: tuple[float, float, float] = (0.73, 0.76, 0.85)
     std: tuple[float, float, float] = (0.24, 0.24, 0.14)
     hub: str | None = None  # timm's name of pretrained weights, where there are any
 
 
 def build_backbone(spec: BackboneSpec, weights: str | Path | None = None) -> nn.Module:
-    """timm network without a classifier head: [N, 3, h, w] -> [N, num_features].
+    """timm network without what lies above its last stage in use; `feature_maps` runs it.
 
     `weights` is None (random), "hub" (timm downloads and caches), a *.safetensors file, or a directory holding
     `<name>.safetensors` or timm's `model.safetensors`. Raises BundleError when they are absent or of another shape.
@@ -43,19 +49,36 @@ def build_backbone(spec: BackboneSpec, weights: str | Path | None = None) -> nn.
         if spec.hub is None:
             raise BundleError(f"backbone {spec.name} ({spec.architecture}) has no weights on timm's hub; give a path")
         try:
-            return timm.create_model(spec.hub, pretrained=True, num_classes=0, **spec.kwargs)
+            return _pruned(timm.create_model(spec.hub, pretrained=True, num_classes=0, **spec.kwargs), spec)
         except Exception as error:
             raise BundleError(
                 f"weights of {spec.hub} could not be had from timm's hub ({error}); download them elsewhere and pass "
                 "the file or its directory instead"
             ) from error
-    model = timm.create_model(spec.architecture, pretrained=False, num_classes=0, **spec.kwargs)
-    found = getattr(model, "num_features", None)
-    if found != spec.num_features:
-        raise ConfigError(f"backbone {spec.name}: {spec.architecture} gives {found} features, not {spec.num_features}")
+    model = _pruned(timm.create_model(spec.architecture, pretrained=False, num_classes=0, **spec.kwargs), spec)
     if weights is not None:
         _load_weights(model, spec, Path(weights))
     return model
+
+
+def feature_maps(network: nn.Module, stages: tuple[int, ...], rgb: Tensor) -> list[Tensor]:
+    """Maps [N, C, h, w] of the given stages for standardised RGB [N, 3, H, W]."""
+    found: list[Tensor] = network.forward_intermediates(  # type: ignore[operator]
+        rgb, indices=list(stages), intermediates_only=True, stop_early=True
+    )
+    return found
+
+
+def _pruned(model: nn.Module, spec: BackboneSpec) -> nn.Module:
+    """Drops the layers above the last stage in use, and checks the number of channels."""
+    model.prune_intermediate_layers(list(spec.stages), prune_norm=True, prune_head=True)  # type: ignore[operator]
+    was_training = model.training
+    with torch.no_grad():
+        maps = feature_maps(model.eval(), spec.stages, torch.zeros(1, 3, 64, 64))
+    found = sum(m.shape[1] for m in maps)
+    if found != spec.num_features:
+        raise ConfigError(f"backbone {spec.name}: {spec.architecture} gives {found} features, not {spec.num_features}")
+    return model.train(was_training)
 
 
 def _load_weights(model: nn.Module, spec: BackboneSpec, path: Path) -> None:
@@ -83,7 +106,11 @@ def _load_weights(model: nn.Module, spec: BackboneSpec, path: Path) -> None:
 
 
 class HybridCNNas(nn.Module):
-    """Concatenated pooled features of the backbones. Input float32 [N, 3, h, w], RGB in 0..1; output [N, D]."""
+    """Features of the backbones side by side.
+
+    Input: float32 [N, 3, h, w], RGB in 0..1, and float32 [N, 1, h, w], how much of each pixel belongs to the cell.
+    Output: float32 [N, D].
+    """
 
     def __init__(self, specs: tuple[BackboneSpec, ...], backbones: list[nn.Module] | None = None) -> None:
         """Given networks, one for each specification, or random ones."""
@@ -107,10 +134,12 @@ class HybridCNNas(nn.Module):
         """(backbone, layer, dimension) of each block of columns, in order."""
         return tuple((spec.name, spec.layer, spec.num_features) for spec in self.specs)
 
-    def forward(self, rgb: Tensor) -> Tensor:
+    def forward(self, rgb: Tensor, cell: Tensor) -> Tensor:
         """Features float32 [N, D]."""
         parts = []
         for spec in self.specs:
             mean, std = getattr(self, f"{spec.name}_mean"), getattr(self, f"{spec.name}_std")
-            parts.append(self.backbones[spec.name]((rgb - mean) / std).float())
+            for found in feature_maps(self.backbones[spec.name], spec.stages, (rgb - mean) / std):
+                share = F.adaptive_avg_pool2d(cell, (found.shape[-2], found.shape[-1])) + BLANK_SHARE
+                parts.append((found.float() * share).sum((2, 3)) / share.sum((2, 3)))
         return torch.cat(parts, 1)

@@ -124,8 +124,10 @@ def forward(
         field, cells = np.zeros((ROWS, k), np.float32), np.zeros((ROWS, most, k), np.float32)
         valid = np.zeros((ROWS, most), np.bool_)
         field[:count], cells[:count], valid[:count] = packed.field[rows], packed.cells[rows], packed.valid[rows]
+        # A field without cells has no token either: nothing is known of it.
+        inputs = (torch.from_numpy(a).to(where) for a in (field, cells, valid, valid.any(1)))
         with torch.inference_mode():
-            result = classifier(*(torch.from_numpy(a).to(where) for a in (field, cells, valid)))
+            result = classifier(*inputs)
         logits[rows] = result.logits[:count].double().cpu().numpy()
         attention[rows] = result.attention[:count].float().cpu().numpy()
     return logits, attention

@@ -1,51 +1,74 @@
-"""Hybrid features of whole fields and of single cells."""
+"""Hybrid features of single cells, and of a field as the average of its cells."""
 
 from __future__ import annotations
 
-import cv2
+from itertools import pairwise
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import nn
 
 
-def field_inputs(fields: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """Whole fields uint8 [B, H, W, 3] at the size in which the backbones see them: uint8 [B, side, side, 3]."""
-    if fields.shape[1:3] == (side, side):
-        return fields
-    way = cv2.INTER_AREA if side < fields.shape[1] else cv2.INTER_LINEAR
-    out = np.empty((len(fields), side, side, 3), np.uint8)
-    for source, target in zip(fields, out, strict=True):
-        cv2.resize(source, (side, side), dst=target, interpolation=way)
-    return out
-
-
 def extract_batch(
-    hybrid: nn.Module, images: NDArray[np.uint8], device: str | torch.device = "cpu"
+    hybrid: nn.Module,
+    crops: NDArray[np.uint8],
+    masks: NDArray[np.uint8],
+    device: str | torch.device = "cpu",
 ) -> NDArray[np.float32]:
-    """Hybrid features float32 [B, D] of normalised RGB images uint8 [B, h, w, 3]: crops of cells, or whole fields.
+    """Hybrid features float32 [B, D] of one batch of cells. Mixed precision on a GPU.
 
     Callers pad their last batch, so that the shape, and with it every float, never depends on how many there are.
-    Mixed precision on a GPU.
+
+    Args:
+        hybrid: the backbones, in evaluation mode.
+        crops: uint8 [B, h, w, 3], windows of a normalised field.
+        masks: uint8 [B, h, w], 255 where the cell lies.
+        device: of the backbones.
     """
     where = torch.device(device)
     with torch.inference_mode(), torch.autocast(where.type, enabled=where.type == "cuda"):
-        batch = torch.from_numpy(np.array(images, order="C")).to(where).permute(0, 3, 1, 2)
-        features = hybrid((batch.float() / 255).contiguous(memory_format=torch.channels_last))
+        batch = torch.from_numpy(np.array(crops, order="C")).to(where).permute(0, 3, 1, 2)
+        cell = torch.from_numpy(np.array(masks, order="C")).to(where)[:, None].float() / 255
+        features = hybrid((batch.float() / 255).contiguous(memory_format=torch.channels_last), cell)
     out: NDArray[np.float32] = features.float().cpu().numpy()
     return out
 
 
 def extract_padded(
-    hybrid: nn.Module, images: NDArray[np.uint8], batch: int, device: str | torch.device = "cpu"
+    hybrid: nn.Module,
+    crops: NDArray[np.uint8],
+    masks: NDArray[np.uint8],
+    batch: int,
+    device: str | torch.device = "cpu",
 ) -> NDArray[np.float32]:
-    """`extract_batch` over any number of images in batches of a fixed shape: float32 [n, D]."""
+    """`extract_batch` over any number of cells in batches of a fixed shape: float32 [m, D]."""
     parts = []
-    for i in range(0, len(images), batch):
-        piece = images[i : i + batch]
-        padded = np.zeros((batch, *images.shape[1:]), np.uint8)
-        padded[: len(piece)] = piece
-        parts.append(extract_batch(hybrid, padded, device)[: len(piece)])
+    for i in range(0, len(crops), batch):
+        count = min(batch, len(crops) - i)
+        padded, cell = np.zeros((batch, *crops.shape[1:]), np.uint8), np.zeros((batch, *masks.shape[1:]), np.uint8)
+        padded[:count], cell[:count] = crops[i : i + count], masks[i : i + count]
+        parts.append(extract_batch(hybrid, padded, cell, device)[:count])
     if parts:
         return np.concatenate(parts)
     return np.zeros((0, int(hybrid.num_features)), np.float32)  # type: ignore[arg-type]
+
+
+def field_means(
+    cells: NDArray[np.float32], offsets: NDArray[np.int64], area: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """A field's features: the average of its cells' by area, float32 [n, D]; zeros for a field without cells.
+
+    Nothing but cells enters, so a diagnosis cannot rest on how the rest of the field was photographed.
+
+    Args:
+        cells: float32 [m, D].
+        offsets: int64 [n + 1]; field i has the cells offsets[i] to offsets[i + 1].
+        area: float32 [m].
+    """
+    out = np.zeros((len(offsets) - 1, cells.shape[1]), np.float32)
+    for i, (first, last) in enumerate(pairwise(offsets)):
+        if last > first:
+            weight = np.maximum(area[first:last], 1.0).astype(np.float64)
+            out[i] = (weight / weight.sum()) @ cells[first:last].astype(np.float64)
+    return out

@@ -53,12 +53,21 @@ from leukoflow.storage import Storage
 from models.attention_unet import segment_batch
 from models.bundle import Bundle, load_bundle
 from tasks.classify import Verdict, diagnose, pool_tiles
-from tasks.extract import extract_batch, extract_padded, field_inputs
+from tasks.extract import extract_padded, field_means
 from tasks.ingest import Decoder, ingest
 from tasks.normalize import normalize
 from tasks.plan import read_shard
 from tasks.quality import assess
-from tasks.segment import CellTable, cell_table, concatenate, crop_cells, own_cells, pseudo_semantic, watershed_cells
+from tasks.segment import (
+    CellTable,
+    cell_table,
+    concatenate,
+    crop_cells,
+    crop_masks,
+    own_cells,
+    pseudo_semantic,
+    single_cells,
+)
 
 DIED = "its processing kills the worker process"
 
@@ -137,9 +146,10 @@ class Trail:
 
 @dataclass(frozen=True, slots=True)
 class Segmented:
-    """A block with its cells: `table` rows grouped by tile, `offsets` int64 [t + 1] into it."""
+    """A block with its cells: `cells` uint16 [t, S, S], `table` rows grouped by tile, `offsets` into it."""
 
     block: Block
+    cells: NDArray[np.uint16]
     table: CellTable
     offsets: NDArray[np.int64]
     trail: Trail
@@ -522,7 +532,7 @@ def segment(job: ShardJob, block: Block, before: Trail | None = None) -> Segment
                 roots = (f"masks.zarr/{job.shard.name}", f"fields/part-{job.shard.name}.parquet")
                 commit(job, "masks", _keys(job)["masks"], roots)
         timing = StageTiming("segment", time.perf_counter() - started, len(block.facts))
-        return Segmented(block, table, offsets, replace(trail, timings=(*trail.timings, timing)))
+        return Segmented(block, cells, table, offsets, replace(trail, timings=(*trail.timings, timing)))
 
 
 def segment_tiles(
@@ -550,7 +560,8 @@ def segment_tiles(
         owner = int(block.owners[t])
         x, y = block.origins[t].tolist()
         x0, y0, x1, y1 = block.cores[t].tolist()
-        own = own_cells(watershed_cells(semantic[t], settings), (x, y), (x0, y0, x1, y1))
+        semantic[t], all_cells = single_cells(block.tiles[t], semantic[t], settings)
+        own = own_cells(all_cells, (x, y), (x0, y0, x1, y1))
         start = first_id.get(owner, 1)
         table = cell_table(semantic[t], own, block.to_source[t], start)
         if start + len(table) > np.iinfo(np.uint16).max:
@@ -578,7 +589,9 @@ def recall(job: ShardJob, block: Block, before: Trail | None = None) -> Segmente
         piece = offsets[rows.start : rows.stop + 1]
         table = CellTable(*(getattr(table, f.name)[piece[0] : piece[-1]] for f in fields(CellTable)))
         trail = Trail(facts, rows.stop, before.cells + len(table), before.timings + block.timings)
-        return Segmented(block, table, piece - piece[0], trail)
+        masks = zarr.open_group(Storage(job.root).zarr(f"masks.zarr/{job.shard.name}", read_only=True), mode="r")
+        cells = np.asarray(array_of(masks, "cells")[rows], np.uint16)
+        return Segmented(block, cells, table, piece - piece[0], trail)
 
 
 def trail_of(segmented: Segmented) -> Trail:
@@ -772,8 +785,9 @@ def extract(job: ShardJob, segmented: Segmented, before: Trail | None = None) ->
     with _guard(job, "extract"):
         bundle = opened_bundle(job.bundle, job.bundle_digest)
         hybrid = _models(job.bundle, job.bundle_digest, job.device, "hybrid")
+        features = bundle.spec.method.features
         block, table, offsets = segmented.block, segmented.table, segmented.offsets
-        whole, single = extract_tiles(hybrid, block, table, offsets, bundle.spec.method.features, job.device)
+        whole, single = extract_tiles(hybrid, block, segmented.cells, table, offsets, features, job.device)
         columns = hybrid.num_features
         before = before or Trail()
         if job.only is None:
@@ -797,30 +811,31 @@ def extract(job: ShardJob, segmented: Segmented, before: Trail | None = None) ->
 def extract_tiles(
     hybrid: Any,
     block: Block,
+    cells: NDArray[np.uint16],
     table: CellTable,
     offsets: NDArray[np.int64],
     settings: FeatureSettings,
     device: str,
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Hybrid features of a block's tiles, float32 [t, D], and of their cells, float32 [m, D]."""
-    whole = np.zeros((len(block.tiles), hybrid.num_features), np.float32)
     single = np.zeros((len(table), hybrid.num_features), np.float32)
     centers = np.stack([table.field_x, table.field_y], axis=1).astype(np.float32)
+    window, side = settings.cell_window_px, settings.cell_px
     for batch in block.batches:
-        found = extract_batch(hybrid, field_inputs(_gather(block.tiles, batch), settings.field_input_px), device)
         rows = [tile for tile in batch if tile >= 0]
-        whole[rows] = found[[slot for slot, tile in enumerate(batch) if tile >= 0]]
+        spans = [slice(offsets[t], offsets[t + 1]) for t in rows]
         crops = np.concatenate(
+            [crop_cells(block.tiles[t], centers[own], window, side) for t, own in zip(rows, spans, strict=True)]
+        )
+        masks = np.concatenate(
             [
-                crop_cells(
-                    block.tiles[t], centers[offsets[t] : offsets[t + 1]], settings.cell_window_px, settings.cell_px
-                )
-                for t in rows
+                crop_masks(cells[t], table.cell_id[own], centers[own], window, side)
+                for t, own in zip(rows, spans, strict=True)
             ]
         )
-        places = np.concatenate([np.arange(offsets[t], offsets[t + 1]) for t in rows])
-        single[places] = extract_padded(hybrid, crops, settings.cell_batch, device)
-    return whole, single
+        places = np.concatenate([np.arange(own.start, own.stop) for own in spans])
+        single[places] = extract_padded(hybrid, crops, masks, settings.cell_batch, device)
+    return field_means(single, offsets, table.cell_area_px.astype(np.float32)), single
 
 
 # --- classify --------------------------------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""Training of a bundle: prepare, segmenter, two backbones, features, then selection, classifier and calibration."""
+"""Training of a bundle: segmenter, two distilled backbones, features, then selection, classifier, calibration."""
 
 from __future__ import annotations
 
@@ -51,10 +51,10 @@ def ablated(method: MethodSettings, without: Sequence[str]) -> MethodSettings:
 def train_config(
     preset_name: str = "pocket",
     seed: int = 0,
-    hold_out: int | None = 0,
     minutes: float = FULL_MINUTES,
     without: Sequence[str] = (),
     weights: str | None = None,
+    teacher: str | None = None,
     limit: int | None = None,
 ) -> TrainConfig:
     """Configuration of a training whose networks may take about `minutes` on two cores; fewer steps for less time."""
@@ -69,7 +69,6 @@ def train_config(
     return TrainConfig(
         preset=preset_name,
         seed=seed,
-        hold_out=hold_out,
         method=ablated(default.method, without),
         segmenter=budget(default.segmenter),
         convnext=budget(default.convnext),
@@ -77,6 +76,7 @@ def train_config(
         classifier_steps=max(1, round(default.classifier_steps * min(1.0, share))),
         feature_copies=default.feature_copies if share >= 0.25 else 0,
         weights=weights,
+        teacher=teacher,
         limit=limit,
     )
 
@@ -104,7 +104,7 @@ def train_bundle(config: TrainConfig, data_dir: Path, work_dir: Path, out_dir: P
 
 @flow(
     name="train",
-    flow_run_name="train {preset_name} without fold {hold_out}",
+    flow_run_name="train {preset_name}",
     task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
     validate_parameters=False,
 )
@@ -114,10 +114,10 @@ def train(
     work_dir: Path,
     preset_name: str = "pocket",
     seed: int = 0,
-    hold_out: int | None = 0,
     minutes: float = FULL_MINUTES,
     without: Sequence[str] = (),
     weights: str | None = None,
+    teacher: str | None = None,
     limit: int | None = None,
     threads: int = 2,
     device: str = "auto",
@@ -131,16 +131,16 @@ def train(
         work_dir: checkpoints and prepared arrays, bound to this configuration.
         preset_name: `pocket` or `full`.
         seed: of every random draw.
-        hold_out: fold 0..4 of clusters that nothing is fitted on; None fits on all of them.
         minutes: about how long the networks may train on two cores.
         without: parts left out (see SWITCHES), for ablation.
-        weights: pretrained backbones: `hub`, a file or a directory.
+        weights: pretrained backbones: `hub`, a file or a directory; without them they are distilled.
+        teacher: weight file of the network to distil from, instead of the installed package's.
         limit: use only so many fields, for a smoke run.
         threads: processor threads in all.
         device: `auto`, `cpu` or `cuda`.
         name: of the bundle; by default that of the directory.
     """
-    config = train_config(preset_name, seed, hold_out, minutes, without, weights, limit)
+    config = train_config(preset_name, seed, minutes, without, weights, teacher, limit)
     open_work(config, work_dir)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
     parallel = device == "cpu" and threads > 1
@@ -157,13 +157,14 @@ def train(
             future.wait()
         return future
 
-    # The order of submission is that of execution, two at a time: ConvNeXt beside the segmenter and then NASNet.
+    # The order of submission is that of execution, two at a time: the segmenter beside the teacher and then ConvNeXt.
     prepared = start("prepare")
-    convnext, segmenter, nasnet = (start(phase, prepared) for phase in ("convnext", "segmenter", "nasnet"))
+    segmenter, teacher_maps = start("segmenter", prepared), start("teacher", prepared)
+    convnext, nasnet = start("convnext", teacher_maps), start("nasnet", teacher_maps)
     cells = start("cells", segmenter)
     start("features_convnext", convnext, cells)
     start("features_nasnet", nasnet, cells)
     for future in futures:
         future.result()
-    command = json.dumps({"preset": preset_name, "seed": seed, "hold_out": hold_out, "minutes": minutes})
+    command = json.dumps({"preset": preset_name, "seed": seed, "minutes": minutes})
     return train_bundle(config, data_dir, work_dir, out_dir, name or out_dir.name, command)

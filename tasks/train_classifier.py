@@ -1,11 +1,13 @@
-"""Selection of columns, training of the attention classifier on stored features, calibration, and the bundle."""
+"""Selection of columns, the attention classifier on stored features, calibration, and the bundle.
+
+Everything that a label touches is fitted here, and only from the rows that are handed in, so that an evaluation can fit
+all of it inside a fold.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
-from itertools import pairwise
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,53 +16,77 @@ from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
 from sklearn.model_selection import StratifiedGroupKFold
 from torch import Tensor, nn
+from torch.nn import functional as F
 
+from leukoflow.method import MethodSettings
 from leukoflow.records import CLASSES
 from models.attention_classifier import AttentionClassifier, ClassifierSpec
 from models.bundle import Bundle, BundleSpec, Calibration, Statistics, Training, enabled_backbones, save_bundle
 from models.hybrid_cn_nas import build_backbone
 from tasks.classify import Tokens, forward, ood_scores, softmax, standardize, tokens
 from tasks.select import mrmr
-from tasks.train_backbone import bag_loss
-from tasks.train_data import Budget, Prepared, TrainConfig, balanced_weights
+from tasks.train_data import Budget, Labels, Prepared, TrainConfig, balanced_weights
 from tasks.train_features import Features, load_features, rows_of
 from tasks.train_loop import run_steps
 from tasks.train_segmenter import load_segmenter
 
 BATCH = 64
-FIELD_DROPOUT = 0.5  # share of fields without their field token: it carries photography more than cells do
-CELL_DROPOUT = 0.3
+BAG = 12  # cells of a field in one step, drawn anew each time
+FIELD_DROPOUT = 0.5  # share of fields without their field token
 NOISE = 0.15  # standard deviation added to z-scores
 DIRECTIONS = 48  # principal directions of the out-of-distribution score
-OOD_QUANTILE = 0.99
-OUT_OF_FOLD = 3  # classifiers trained for the temperature alone
-SELECTIVE_ACCURACY = 0.95  # wanted among answered calibration fields
-MOST_AMBIGUOUS = 0.10  # but no larger a share of calibration fields than this is refused for it
+CROSS_FITS = 5  # parts of whole clusters for out-of-fold calibration
+MOST_FOREIGN = 0.02  # share of unseen fields that may be refused as foreign
+MOST_AMBIGUOUS = 0.02  # and as ambiguous
+SELECTIVE_ACCURACY = 0.98  # wanted among answered fields; no more are refused than that takes
+
+
+@dataclass(frozen=True, slots=True)
+class Recipe:
+    """What decides a fit besides the data."""
+
+    method: MethodSettings
+    classifier_width: int
+    classifier_layers: int
+    steps: int
+    seed: int
 
 
 @dataclass(frozen=True, slots=True)
 class Fitted:
-    """What this phase makes."""
+    """Statistics, selection and classifier, fitted on some fields."""
 
     classifier: AttentionClassifier
     statistics: Statistics
     selected: NDArray[np.int64]
-    calibration: Calibration
+    max_cells: int
+
+    def tokens(self, features: Features, rows: NDArray[np.int64]) -> Tokens:
+        """What the classifier reads of the given fields."""
+        own = rows_of(features.offsets, rows)
+        offsets = np.concatenate([[0], np.cumsum(np.diff(features.offsets)[rows])]).astype(np.int64)
+        columns, statistics = tuple(int(i) for i in self.selected), self.statistics
+        return tokens(
+            standardize(features.field[rows], statistics.field_mean, statistics.field_std, columns),
+            standardize(features.cells[own], statistics.cell_mean, statistics.cell_std, columns),
+            offsets,
+            features.area[own],
+            self.max_cells,
+        )
+
+
+def bag_loss(logits: Tensor, cell_logits: Tensor, valid: Tensor, y: Tensor) -> Tensor:
+    """Cross-entropy of the field plus half the mean cross-entropy of its cells, which share the field's label."""
+    cells = F.cross_entropy(
+        cell_logits.transpose(1, 2), y[:, None].expand(valid.shape), reduction="none", label_smoothing=0.05
+    )
+    return F.cross_entropy(logits, y, label_smoothing=0.05) + 0.5 * (cells * valid).sum() / valid.sum()
 
 
 def moments(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Column means and deviations; a constant column gets deviation 1, so that it becomes 0 everywhere."""
     mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
     return mean.astype(np.float32), np.where(std > 1e-6, std, 1.0).astype(np.float32)
-
-
-def field_means(cells: NDArray[np.float32], offsets: NDArray[np.int64]) -> NDArray[np.float32]:
-    """Mean over each field's cells; zeros for a field without any: float32 [n, D]."""
-    out = np.zeros((len(offsets) - 1, cells.shape[1]), np.float32)
-    for i, (first, last) in enumerate(pairwise(offsets)):
-        if last > first:
-            out[i] = cells[first:last].mean(0)
-    return out
 
 
 def fit_temperature(
@@ -92,7 +118,7 @@ def conformal_thresholds(
 
 
 def confidence_threshold(probabilities: NDArray[np.float64], y: NDArray[np.int64]) -> float:
-    """Smallest confidence above which calibration fields are right often enough, within what may be refused."""
+    """Smallest confidence above which unseen fields are right often enough, within what may be refused."""
     confidence, right = probabilities.max(1), probabilities.argmax(1) == y
     order = np.argsort(confidence, kind="stable")
     most = int(MOST_AMBIGUOUS * len(y))
@@ -115,109 +141,92 @@ def fit_ood(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.flo
     return mean.astype(np.float32), directions.astype(np.float32), scale.astype(np.float32)
 
 
-def fit_classifier(
-    config: TrainConfig, data: Prepared, features: Features, work: Path, log: Callable[[str], None] = print
+def fit(
+    recipe: Recipe,
+    features: Features,
+    labels: Labels,
+    rows: NDArray[np.int64],
+    checkpoint: Path | None = None,
+    log: Callable[[str], None] = print,
 ) -> Fitted:
-    """Fits selection, classifier, temperature and thresholds; runs on the processor in a few minutes."""
-    method, train, y = data.method, data.split.train, data.labels.y
-    copies = len(features.field_copies)
-    members = rows_of(features.offsets, train)
-    counts = np.diff(features.offsets)[train]
-    own_offsets = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-    versions = [(features.field[train], features.cells[members])]
-    versions += [(features.field_copies[i], features.cell_copies[i]) for i in range(copies)]
+    """z-score, mRMR, classifier and out-of-distribution statistics from the given fields alone."""
+    method, y = recipe.method, labels.y[rows]
+    own = rows_of(features.offsets, rows)
+    versions = [(features.field[rows], features.cells[own])]
+    versions += [(f[rows], c[own]) for f, c in zip(features.field_copies, features.cell_copies, strict=True)]
     field_mean, field_std = moments(np.concatenate([f for f, _ in versions]))
     cell_mean, cell_std = moments(np.concatenate([c for _, c in versions]))
     total = features.cells.shape[1]
-    if method.select.enabled:
-        everything = tuple(range(total))
-        table = np.concatenate(
-            [field_means(standardize(c, cell_mean, cell_std, everything), own_offsets) for _, c in versions]
-        )
-        k = min(method.select.k, total)
-        selected = mrmr(table, np.tile(y[train], len(versions)), k, method.select.scheme)
+    if method.select.enabled and method.select.k < total:
+        every = tuple(range(total))
+        table = np.concatenate([standardize(f, field_mean, field_std, every) for f, _ in versions])
+        selected = mrmr(table, np.tile(y, len(versions)), method.select.k, method.select.scheme)
     else:
         selected = np.arange(total)
-    columns = tuple(int(i) for i in selected)
-
-    def pack(
-        field: NDArray[np.float32], cells: NDArray[np.float32], offsets: NDArray[np.int64], area: NDArray[np.float32]
-    ) -> Tokens:
-        return tokens(
-            standardize(field, field_mean, field_std, columns),
-            standardize(cells, cell_mean, cell_std, columns),
-            offsets,
-            area,
-            method.classify.max_cells,
-        )
-
-    packed = [pack(f, c, own_offsets, features.area[members]) for f, c in versions]
-    chosen = config.architecture()
     spec = ClassifierSpec(
-        inputs=len(columns),
-        width=chosen.classifier_width,
-        layers=chosen.classifier_layers,
+        inputs=len(selected),
+        width=recipe.classifier_width,
+        layers=recipe.classifier_layers,
         attention=method.classify.attention,
     )
-    steps, folds = config.classifier_steps, _folds(data)
-    fit = partial(_fit, spec, packed, y[train], config.seed, log=log)
-    best = fit(balanced_weights(data.labels, train), steps, work / "classifier.pt")
-    unseen = np.zeros((len(train), len(CLASSES)))
-    for fold in range(OUT_OF_FOLD):
-        others = np.flatnonzero(folds != fold)
-        weights = np.zeros(len(train))
-        weights[others] = balanced_weights(data.labels, train[others])
-        part = fit(weights, max(1, steps // 2), work / f"classifier_fold{fold}.pt")
-        unseen[folds == fold] = forward(part, take(packed[0], np.flatnonzero(folds == fold)))[0]
-    tokens_seen = np.concatenate([_ood_input(p) for p in packed])
-    statistics = Statistics(field_mean, field_std, cell_mean, cell_std, *fit_ood(tokens_seen))
-    fitted = Fitted(best, statistics, selected, Calibration())
-    everything_packed = pack(features.field, features.cells, features.offsets, features.area)
-    return replace(fitted, calibration=_calibrate(fitted, everything_packed, unseen, data, log))
+    nothing = np.zeros(0, np.float32)
+    statistics = Statistics(field_mean, field_std, cell_mean, cell_std, nothing, nothing, nothing)
+    untrained = Fitted(AttentionClassifier(spec), statistics, selected, method.classify.max_cells)
+    packed = [untrained.tokens(version, rows) for version in _versions(features)]
+    weights = balanced_weights(labels, rows)
+    classifier = _train(spec, packed, y, recipe, weights, checkpoint, log)
+    ood = fit_ood(np.concatenate([_ood_input(p) for p in packed]))
+    return Fitted(
+        classifier,
+        Statistics(field_mean, field_std, cell_mean, cell_std, *ood),
+        selected,
+        method.classify.max_cells,
+    )
 
 
-def _folds(data: Prepared) -> NDArray[np.int64]:
-    """Fold of each training field for out-of-fold logits: whole clusters, stratified by class."""
-    train = data.split.train
-    groups = np.array([data.labels.cluster[int(i)] for i in train])
-    folds = np.zeros(len(train), np.int64)
-    splitter = StratifiedGroupKFold(OUT_OF_FOLD, shuffle=True, random_state=0)
-    for fold, (_, rows) in enumerate(splitter.split(groups, data.labels.y[train], groups)):
-        folds[rows] = fold
-    return folds
+def _versions(features: Features) -> list[Features]:
+    """The features themselves and each augmented copy, as tables of their own."""
+    empty = (features.field_copies[:0], features.cell_copies[:0])
+    pairs = [
+        (features.field, features.cells),
+        *zip(features.field_copies, features.cell_copies, strict=True),
+    ]
+    return [Features(field, cells, *empty, features.offsets, features.area) for field, cells in pairs]
 
 
-def _fit(
+def _train(
     spec: ClassifierSpec,
-    packed: Sequence[Tokens],
+    packed: list[Tokens],
     y: NDArray[np.int64],
-    seed: int,
+    recipe: Recipe,
     weights: NDArray[np.float64],
-    steps: int,
-    checkpoint: Path,
+    checkpoint: Path | None,
     log: Callable[[str], None],
 ) -> AttentionClassifier:
     """One classifier on versions of the same fields, drawn with the given weights."""
-    torch.manual_seed(seed + 11)
-    model = AttentionClassifier(spec)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed + 11)
+        model = AttentionClassifier(spec)
 
-    def loss_of(step: int, progress: float) -> Tensor:
-        rng = np.random.default_rng((seed, 3, step))
-        generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
-        rows = rng.choice(len(y), BATCH, p=weights)
-        version = packed[int(rng.integers(len(packed)))]
-        field, cells = torch.from_numpy(version.field[rows]), torch.from_numpy(version.cells[rows])
-        valid = torch.from_numpy(version.valid[rows])
-        kept = valid & (torch.rand(valid.shape, generator=generator) >= CELL_DROPOUT)
-        kept = torch.where(kept.any(1, keepdim=True), kept, valid)
-        use_field = (torch.rand(BATCH, generator=generator) >= FIELD_DROPOUT) | ~kept.any(1)
-        field = field + NOISE * torch.randn(field.shape, generator=generator)
-        cells = cells + NOISE * torch.randn(cells.shape, generator=generator)
-        result = model(field, cells, kept, use_field)
-        return bag_loss(result.logits, result.cell_logits, kept, torch.from_numpy(y[rows]))
+        def loss_of(step: int, progress: float) -> Tensor:
+            rng = np.random.default_rng((recipe.seed, 3, step))
+            generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+            torch.manual_seed(int(rng.integers(2**62)))  # of dropout
+            rows = rng.choice(len(y), BATCH, p=weights)
+            version = packed[int(rng.integers(len(packed)))]
+            # The largest cells come first where there are many; a bag is a random choice among them.
+            order = np.argsort(rng.random(version.valid[rows].shape) - version.valid[rows], axis=1)[:, :BAG]
+            cells = np.take_along_axis(version.cells[rows], order[..., None], axis=1)
+            valid = torch.from_numpy(np.take_along_axis(version.valid[rows], order, axis=1))
+            use_field = (torch.rand(BATCH, generator=generator) >= FIELD_DROPOUT) & valid.any(1)
+            field, cell = torch.from_numpy(version.field[rows]), torch.from_numpy(cells)
+            field = field + NOISE * torch.randn(field.shape, generator=generator)
+            cell = cell + NOISE * torch.randn(cell.shape, generator=generator)
+            result = model(field, cell, valid, use_field)
+            return bag_loss(result.logits, result.cell_logits, valid, torch.from_numpy(y[rows]))
 
-    budget = Budget(steps=steps, minutes=30)
-    best = run_steps(model, loss_of, budget, checkpoint, rate=1e-3, weight_decay=0.1, log=log)
+        budget = Budget(steps=recipe.steps, minutes=30)
+        best = run_steps(model, loss_of, budget, checkpoint, rate=1e-3, decay=0.98, weight_decay=0.1, log=log)
     assert isinstance(best, AttentionClassifier)
     return best
 
@@ -227,44 +236,51 @@ def _ood_input(packed: Tokens) -> NDArray[np.float32]:
     return np.concatenate([packed.field, packed.cells.sum(1) / np.maximum(packed.valid.sum(1, keepdims=True), 1)], 1)
 
 
-def take(packed: Tokens, rows: NDArray[np.int64]) -> Tokens:
-    """Rows of packed tokens."""
-    return Tokens(packed.field[rows], packed.cells[rows], packed.valid[rows], packed.source[rows])
+@dataclass(frozen=True, slots=True)
+class Unseen:
+    """What models that never saw a field's cluster say of it; rows as handed in."""
+
+    logits: NDArray[np.float64]  # [n, 4]
+    distance: NDArray[np.float64]  # [n]
 
 
-def _calibrate(
-    fitted: Fitted, packed: Tokens, unseen: NDArray[np.float64], data: Prepared, log: Callable[[str], None]
-) -> Calibration:
-    """Temperature from all clusters alike, training clusters out of fold; thresholds from calibration clusters.
+def cross_fit(recipe: Recipe, features: Features, labels: Labels, rows: NDArray[np.int64]) -> Unseen:
+    """Out-of-fold logits and distances of the given fields: whole clusters held out in turn, stratified by class."""
+    logits, distance = np.zeros((len(rows), len(CLASSES))), np.zeros(len(rows))
+    groups = np.array([labels.cluster[int(i)] for i in rows])
+    splitter = StratifiedGroupKFold(CROSS_FITS, shuffle=True, random_state=recipe.seed)
+    for train, test in splitter.split(rows, labels.y[rows], groups):
+        fitted = fit(recipe, features, labels, rows[train], log=_silent)
+        packed = fitted.tokens(features, rows[test])
+        logits[test] = forward(fitted.classifier, packed)[0]
+        distance[test] = ood_scores(packed, fitted.statistics)
+    return Unseen(logits, distance)
 
-    One temperature needs many clusters: a single odd one among the few calibration clusters would decide it alone.
-    The thresholds need clusters that no network has seen.
-    """
-    rows, train, labels = data.split.calibration, data.split.train, data.labels
-    y, clusters = labels.y[rows], np.array(labels.cluster)
-    own = take(packed, rows)
-    logits, _ = forward(fitted.classifier, own)
-    pooled = np.concatenate([rows, train])
-    temperature = fit_temperature(np.concatenate([logits, unseen]), labels.y[pooled], clusters[pooled])
-    probabilities = softmax(logits, temperature)
-    distance = ood_scores(own, fitted.statistics)
-    accuracies = (logits.argmax(1) == y).mean(), (unseen.argmax(1) == labels.y[train]).mean()
-    log(
-        f"classifier: temperature {temperature:.2f}, accuracy {accuracies[0]:.3f} on calibration clusters, "
-        f"{accuracies[1]:.3f} out of fold"
-    )
+
+def _silent(line: str) -> None:
+    """Inner fits are too many to be told of."""
+
+
+def calibrate(unseen: Unseen, labels: Labels, rows: NDArray[np.int64]) -> Calibration:
+    """Temperature and thresholds from out-of-fold answers: photographs that the answering model has not seen."""
+    y, clusters = labels.y[rows], np.array(labels.cluster)[rows]
+    temperature = fit_temperature(unseen.logits, y, clusters)
+    probabilities = softmax(unseen.logits, temperature)
     return Calibration(
         temperature=temperature,
         conformal=conformal_thresholds(probabilities, y, Calibration().alpha),
         min_cells=1,
         min_confidence=confidence_threshold(probabilities, y),
-        max_ood=distance_threshold(distance, clusters[rows]),
+        max_ood=float(np.quantile(unseen.distance, 1 - MOST_FOREIGN)),
     )
 
 
-def distance_threshold(distance: NDArray[np.float64], clusters: NDArray[np.str_]) -> float:
-    """Median over clusters of each one's quantile: a cluster that is foreign as a whole must not raise the bar."""
-    return float(np.median([np.quantile(distance[clusters == c], OOD_QUANTILE) for c in np.unique(clusters)]))
+def recipe_of(config: TrainConfig, method: MethodSettings, steps: int | None = None) -> Recipe:
+    """The recipe that a training configuration asks for."""
+    chosen = config.architecture()
+    return Recipe(
+        method, chosen.classifier_width, chosen.classifier_layers, steps or config.classifier_steps, config.seed
+    )
 
 
 def make_bundle(
@@ -276,20 +292,22 @@ def make_bundle(
     command: str,
     log: Callable[[str], None] = print,
 ) -> Bundle:
-    """Fits the classifier on the stored features of a work directory and writes the bundle."""
-    chosen = config.architecture()
+    """Fits the classifier on all stored features of a work directory, calibrates it out of fold, writes the bundle."""
+    chosen, labels = config.architecture(), data.labels
     backbones = enabled_backbones(chosen.backbones, data.method.features)
     features = load_features(work, tuple(b.name for b in backbones))
-    fitted = fit_classifier(config, data, features, work, log)
+    rows = np.arange(len(labels))
+    recipe = recipe_of(config, data.method)
+    unseen = cross_fit(recipe, features, labels, rows)
+    calibration = calibrate(unseen, labels, rows)
+    accuracy = float((unseen.logits.argmax(1) == labels.y).mean())
+    log(f"classifier: temperature {calibration.temperature:.2f}, accuracy {accuracy:.3f} out of fold")
+    fitted = fit(recipe, features, labels, rows, work / "classifier.pt", log)
     modules: dict[str, nn.Module] = {b.name: build_backbone(b, work / f"{b.name}.safetensors") for b in backbones}
     unet = chosen.unet if data.method.segment.enabled else None
     if unet is not None:
         modules["segmenter"] = load_segmenter(unet, work, "cpu")
     modules["classifier"] = fitted.classifier
-
-    def clusters(rows: NDArray[np.int64]) -> tuple[str, ...]:
-        return tuple(sorted({data.labels.cluster[int(i)] for i in rows}))
-
     spec = BundleSpec(
         name=name,
         preset=config.preset,
@@ -298,14 +316,12 @@ def make_bundle(
         backbones=backbones,
         classifier=fitted.classifier.spec,
         selected=tuple(int(i) for i in fitted.selected),
-        calibration=fitted.calibration,
+        calibration=calibration,
         training=Training(
-            data_digest=data.labels.digest,
+            data_digest=labels.digest,
             seed=config.seed,
-            held_out_fold=config.hold_out,
-            held_out_clusters=clusters(data.split.held_out),
-            calibration_clusters=clusters(data.split.calibration),
-            training_clusters=clusters(data.split.train),
+            fields=len(labels),
+            clusters=tuple(sorted(set(labels.cluster))),
             command=command,
             minutes=_minutes(work),
         ),

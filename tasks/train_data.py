@@ -10,27 +10,28 @@ import zipfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
 from pydantic import Field
-from sklearn.model_selection import StratifiedGroupKFold
 
 from leukoflow.errors import ConfigError, SourceError
+from leukoflow.geometry import field_geometry
 from leukoflow.method import MethodSettings, Settings
 from leukoflow.records import CLASSES
 from models.bundle import Preset, preset
 from models.hybrid_cn_nas import BackboneSpec
-from tasks.normalize import fit_reference, mask_overlays, normalize
+from tasks.normalize import mask_overlays, normalize
 from tasks.segment import cell_table, crop_cells, pseudo_semantic, watershed_cells
 
 FIELDS_ZIP, FIELDS_CSV, MASKS_ZIP = "all_fields.zip", "all_fields.csv", "wbc_masks.zip"
-FOLDS = 5
-FOLD_SEED = 0  # the assignment of clusters to folds is part of the protocol, not of a training run
-MIN_CALIBRATION = 20  # fields of a class; fewer than 19 cannot give a 95 % conformal quantile
-CACHE_PX = 56  # side of a cached window around a cell, larger than the crop so that it can be turned and shifted
+BOXED_ZIP, BOXES_CSV = "bccd_fields.zip", "bccd_fields_boxes.csv"
+HELD_OUT_EVERY = 5  # every fifth masked cell and boxed field is kept for evaluation
+UNKNOWN = 255  # class of a pixel that neither a mask nor a box tells about
+CORE_SHARE = 0.85  # of a box's axes: inside that ellipse a pixel belongs to the boxed cell
+CACHE_PX = 64  # side of a cached window around a cell, larger than the crop so that it can be turned and shifted
 MOSAIC_CELL_PX = 35.0  # width of a white cell in the training fields
 
 
@@ -46,14 +47,14 @@ class TrainConfig(Settings):
 
     preset: str = "pocket"
     seed: int = 0
-    hold_out: int | None = Field(0, ge=0, lt=FOLDS)
     method: MethodSettings
-    segmenter: Budget = Budget(steps=1200, minutes=12)
-    convnext: Budget = Budget(steps=3600, minutes=48)
-    nasnet: Budget = Budget(steps=2700, minutes=42)
-    classifier_steps: int = Field(1500, ge=1)
+    segmenter: Budget = Budget(steps=1800, minutes=24)
+    convnext: Budget = Budget(steps=3600, minutes=40)
+    nasnet: Budget = Budget(steps=3600, minutes=40)
+    classifier_steps: int = Field(800, ge=1)
     feature_copies: int = Field(2, ge=0)  # augmented copies of the training features for the classifier
-    weights: str | None = None  # "hub", a file or a directory of pretrained backbones
+    weights: str | None = None  # "hub", a file or a directory of pretrained backbones, instead of distilling them
+    teacher: str | None = None  # file with the weights of the network to distil from; None for the installed package's
     limit: int | None = Field(None, ge=40)  # only so many fields, for a smoke run
 
     def architecture(self) -> Preset:
@@ -91,15 +92,6 @@ class Labels:
         )
 
 
-@dataclass(frozen=True, slots=True)
-class Split:
-    """Row numbers by role. Clusters never straddle two roles."""
-
-    train: NDArray[np.int64]
-    calibration: NDArray[np.int64]
-    held_out: NDArray[np.int64]
-
-
 def read_labels(data_dir: Path) -> Labels:
     """Reads `all_fields.csv`. Raises SourceError naming what is missing or unknown."""
     path = data_dir / FIELDS_CSV
@@ -120,38 +112,6 @@ def read_labels(data_dir: Path) -> Labels:
     return Labels(tuple(columns[0]), y, tuple(columns[2]), tuple(columns[3]), digest)
 
 
-def cluster_folds(labels: Labels) -> dict[str, int]:
-    """Fold 0..4 of each cluster: grouped by cluster, stratified by class, the same for every run."""
-    splitter = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=FOLD_SEED)
-    folds: dict[str, int] = {}
-    for fold, (_, rows) in enumerate(splitter.split(np.zeros(len(labels)), labels.y, np.array(labels.cluster))):
-        folds |= {labels.cluster[int(i)]: fold for i in rows}
-    return folds
-
-
-def split_labels(labels: Labels, hold_out: int | None) -> Split:
-    """Held-out fold, calibration clusters and training clusters.
-
-    Calibration takes, per class, the smallest of the remaining clusters that has enough fields: temperature and
-    thresholds must come from photographs that no network has seen, and large clusters are needed for training.
-    """
-    folds = cluster_folds(labels)
-    cluster = np.array(labels.cluster)
-    held = np.array([folds[c] == hold_out for c in labels.cluster], np.bool_)
-    calibration = np.zeros(len(labels), np.bool_)
-    for k, name in enumerate(CLASSES):
-        names, counts = np.unique(cluster[~held & (labels.y == k)], return_counts=True)
-        enough = counts >= MIN_CALIBRATION
-        if enough.sum() < 2:
-            raise ConfigError(
-                f"class {name} has {len(names)} clusters outside fold {hold_out}, {enough.sum()} of them with at least "
-                f"{MIN_CALIBRATION} fields; two are needed, one to train on and one to calibrate on: add data"
-            )
-        calibration |= cluster == names[enough][np.argmin(counts[enough])]
-    calibration &= ~held
-    return Split(np.flatnonzero(~held & ~calibration), np.flatnonzero(calibration), np.flatnonzero(held))
-
-
 def read_members(archive: Path, names: Sequence[str] | None) -> Iterator[NDArray[np.uint8]]:
     """Decoded RGB images of a zip, in the order of `names`, or all of them by name."""
     if not archive.is_file():
@@ -168,12 +128,17 @@ def read_members(archive: Path, names: Sequence[str] | None) -> Iterator[NDArray
             yield np.asarray(image, np.uint8)
 
 
-def read_masked_cells(archive: Path) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-    """White cells with hand-drawn masks: (RGB, semantic), sorted by name. Masks: white nucleus, grey cytoplasm."""
+def masked_cell_names(archive: Path) -> list[str]:
+    """Names of the masks, sorted; the folder is the source."""
     if not archive.is_file():
         raise SourceError(f"no {archive.name} in {archive.parent}: the data directory lacks training data")
     with zipfile.ZipFile(archive) as stored:
-        masks = sorted(n for n in stored.namelist() if n.endswith(".png"))
+        return sorted(n for n in stored.namelist() if n.endswith(".png"))
+
+
+def read_masked_cells(archive: Path) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
+    """White cells with hand-drawn masks: (RGB, semantic), sorted by name. Masks: white nucleus, grey cytoplasm."""
+    masks = masked_cell_names(archive)
     images = read_members(archive, [n.removesuffix(".png") + ".bmp" for n in masks])
     drawn = read_members(archive, masks)
     return [
@@ -205,22 +170,123 @@ def mosaic(
 
 
 @dataclass(frozen=True, slots=True)
+class BoxedField:
+    """A field with the boxes of its white cells, float32 [k, 4]: xmin, ymin, xmax, ymax in its pixels."""
+
+    name: str
+    rgb: NDArray[np.uint8]
+    boxes: NDArray[np.float32]
+
+
+def read_boxed_fields(data_dir: Path) -> list[BoxedField]:
+    """Fields of another source with boxes of white cells, sorted by name. Raises SourceError naming what is missing."""
+    path = data_dir / BOXES_CSV
+    if not path.is_file():
+        raise SourceError(f"no {BOXES_CSV} in {data_dir}: the data directory lacks training data")
+    boxes: dict[str, list[list[float]]] = {}
+    with path.open(newline="", encoding="utf-8-sig") as stream:
+        for row in csv.DictReader(stream):
+            own = boxes.setdefault(row["image_key"], [])
+            if row["cell_type"] == "WBC":
+                own.append([float(row[c]) for c in ("xmin_px", "ymin_px", "xmax_px", "ymax_px")])
+    names = sorted(boxes)
+    images = read_members(data_dir / BOXED_ZIP, names)
+    return [
+        BoxedField(name, image, np.array(boxes[name], np.float32).reshape(-1, 4))
+        for name, image in zip(names, images, strict=True)
+    ]
+
+
+def scaled_to_field(rgb: NDArray[np.uint8], method: MethodSettings) -> NDArray[np.uint8]:
+    """An image of unknown scale as a run sees it: resized to fit the field, uint8 [h, w, 3]."""
+    geometry = field_geometry(rgb.shape[1], rgb.shape[0], None, method.segment)
+    if rgb.shape[:2] == (geometry.height, geometry.width):
+        return rgb
+    way = cv2.INTER_AREA if geometry.width < rgb.shape[1] else cv2.INTER_LINEAR
+    return np.asarray(cv2.resize(rgb, (geometry.width, geometry.height), interpolation=way), np.uint8)
+
+
+def padded(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
+    """[h, w, ...] mirrored at its right and lower edge up to `side`, as a run pads its tiles."""
+    beyond = [(0, side - image.shape[0]), (0, side - image.shape[1])] + [(0, 0)] * (image.ndim - 2)
+    return np.pad(image, beyond, mode="symmetric")
+
+
+def boxed_classes(rgb: NDArray[np.uint8], boxes: NDArray[np.float32]) -> NDArray[np.uint8]:
+    """Classes that boxes vouch for: uint8 [H, W] with `UNKNOWN` where they leave it open.
+
+    Outside of every box there is no white cell. In a box, the darker part by Otsu on green is nucleus; what else lies
+    well inside the inscribed ellipse is cytoplasm; the rest of the box is open.
+    """
+    out = np.zeros(rgb.shape[:2], np.uint8)
+    green = cv2.GaussianBlur(np.ascontiguousarray(rgb[..., 1]), (0, 0), 1.0)
+    for box in boxes:
+        x0, y0, x1, y1 = (int(v) for v in (np.floor(box[:2]).tolist() + np.ceil(box[2:]).tolist()))
+        x0, y0, x1, y1 = max(x0, 0), max(y0, 0), min(x1, rgb.shape[1]), min(y1, rgb.shape[0])
+        if x1 - x0 < 8 or y1 - y0 < 8:
+            continue
+        patch = np.ascontiguousarray(green[y0:y1, x0:x1])
+        cut, _ = cv2.threshold(patch, 0, 255, cv2.THRESH_BINARY | cv2.THRESH_OTSU)
+        dark = np.asarray(patch <= cut)
+        ys, xs = np.mgrid[0 : y1 - y0, 0 : x1 - x0]
+        reach = ((xs + 0.5) / (x1 - x0) - 0.5) ** 2 + ((ys + 0.5) / (y1 - y0) - 0.5) ** 2
+        target = out[y0:y1, x0:x1]
+        target[:] = UNKNOWN
+        core = reach < (CORE_SHARE / 2) ** 2
+        target[core] = 1
+        target[dark & (reach < 0.25)] = 2
+    return out
+
+
+def segmentation_sources(data_dir: Path, method: MethodSettings, role: Literal["train", "held_out"]) -> dict[str, Any]:
+    """Normalised fields with classes, uint8 [n, S, S, 4]: of hand-drawn masks and of boxes (`boxed`).
+
+    Masks of images smaller than the field are `drawn_small`, of others `drawn_large`: the sources differ in number and
+    in stain, and each shall have its share of the training.
+    """
+    side, training = method.segment.field_px, role == "train"
+    drawn = [
+        (rgb, mask)
+        for i, (rgb, mask) in enumerate(read_masked_cells(data_dir / MASKS_ZIP))
+        if bool(i % HELD_OUT_EVERY) == training
+    ]
+    boxed = [
+        (field.rgb, boxed_classes(field.rgb, field.boxes))
+        for i, field in enumerate(read_boxed_fields(data_dir))
+        if bool(i % HELD_OUT_EVERY) == training
+    ]
+    out: dict[str, Any] = {}
+    small = [pair for pair in drawn if max(pair[0].shape[:2]) < side]
+    large = [pair for pair in drawn if max(pair[0].shape[:2]) >= side]
+    for name, pairs in (("drawn_small", small), ("drawn_large", large), ("boxed", boxed)):
+        stacked = np.empty((len(pairs), side, side, 4), np.uint8)
+        for target, (rgb, classes) in zip(stacked, pairs, strict=True):
+            field = normalize(scaled_to_field(rgb, method), method.normalize)
+            size = (field.shape[1], field.shape[0])
+            scaled = np.asarray(cv2.resize(classes, size, interpolation=cv2.INTER_NEAREST), np.uint8)
+            target[..., :3], target[..., 3] = padded(field, side), padded(scaled, side)
+        out[name] = stacked
+    return out
+
+
+@dataclass(frozen=True, slots=True)
 class Prepared:
     """Memory-mapped arrays of the work directory; n fields, m cells found classically, c mosaics."""
 
     labels: Labels
-    split: Split
     method: MethodSettings
     fields: NDArray[np.uint8]  # [n, field_px, field_px, 3], normalised
     pseudo: NDArray[np.uint8]  # [n, field_px, field_px]
     windows: NDArray[np.uint8]  # [m, CACHE_PX, CACHE_PX, 3], of the normalised fields
     offsets: NDArray[np.int64]  # [n + 1], cells of each field
     mosaics: NDArray[np.uint8]  # [c, field_px, field_px, 4]: normalised RGB and semantic class
-    mosaics_held_out: NDArray[np.uint8]
+    drawn_small: NDArray[np.uint8]  # likewise, single cells with hand-drawn masks as large as a run sees them
+    drawn_large: NDArray[np.uint8]  # likewise, of images that had to be reduced
+    boxed: NDArray[np.uint8]  # likewise, fields with boxed white cells; UNKNOWN where boxes do not tell
 
 
 def prepare(config: TrainConfig, data_dir: Path, work: Path) -> None:
-    """Normalises all fields with a reference fitted on training fields, labels pixels classically, caches windows."""
+    """Normalises all fields, labels pixels classically, caches windows around cells. Fits nothing."""
     done = work / "prepare.json"
     if done.is_file():
         return
@@ -228,20 +294,17 @@ def prepare(config: TrainConfig, data_dir: Path, work: Path) -> None:
     if config.limit is not None:
         rng = np.random.default_rng(config.seed)
         labels = labels.subset(np.sort(rng.permutation(len(labels))[: config.limit]))
-    split = split_labels(labels, config.hold_out)
     side = config.method.segment.field_px
     raw = np.empty((len(labels), side, side, 3), np.uint8)
     for i, image in enumerate(read_members(data_dir / FIELDS_ZIP, labels.keys)):
         scaled = np.asarray(cv2.resize(image, (side, side), interpolation=cv2.INTER_AREA), np.uint8)
         raw[i] = mask_overlays(scaled)[0] if config.method.normalize.mask_overlays else scaled
-    mean, std = fit_reference(raw[i] for i in split.train)
-    reference = config.method.normalize.model_copy(update={"reference_mean": mean, "reference_std": std})
-    without_masking = reference.model_copy(update={"mask_overlays": False})
+    settings = config.method.normalize.model_copy(update={"mask_overlays": False})
     fields = np.lib.format.open_memmap(work / "fields.npy", "w+", np.uint8, raw.shape)
     pseudo = np.lib.format.open_memmap(work / "pseudo.npy", "w+", np.uint8, raw.shape[:3])
     windows, offsets = [], np.zeros(len(labels) + 1, np.int64)
     for i, image in enumerate(raw):
-        fields[i] = normalize(image, without_masking)
+        fields[i] = normalize(image, settings)
         pseudo[i] = pseudo_semantic(image)
         cells = watershed_cells(pseudo[i], config.method.segment)
         table = cell_table(pseudo[i], cells, np.eye(2, 3, dtype=np.float32))
@@ -250,27 +313,23 @@ def prepare(config: TrainConfig, data_dir: Path, work: Path) -> None:
         offsets[i + 1] = offsets[i] + len(table)
     np.save(work / "windows.npy", np.concatenate(windows))
     np.save(work / "offsets.npy", offsets)
-    method = config.method.model_copy(update={"normalize": reference})
-    drawn = read_masked_cells(data_dir / MASKS_ZIP)
-    np.save(work / "mosaics.npy", mosaics(drawn, "train", config.seed, method))
-    np.save(work / "mosaics_held_out.npy", mosaics(drawn, "held_out", config.seed, method))
+    method = config.method
+    np.save(work / "mosaics.npy", mosaics(read_masked_cells(data_dir / MASKS_ZIP), config.seed, method))
+    for name, stacked in segmentation_sources(data_dir, method, "train").items():
+        np.save(work / f"{name}.npy", stacked)
     document = {"keys": labels.keys, "data_digest": labels.digest, "method": method.model_dump(mode="json")}
     write_json(done, document)
 
 
 def mosaics(
-    cells: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]],
-    role: Literal["train", "held_out"],
-    seed: int,
-    method: MethodSettings,
+    cells: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], seed: int, method: MethodSettings
 ) -> NDArray[np.uint8]:
-    """Normalised mosaics and their classes, uint8 [c, S, S, 4], of four fifths of the cells or of the last fifth."""
-    training = role == "train"
-    chosen = [cell for i, cell in enumerate(cells) if bool(i % 5) == training]
-    rng = np.random.default_rng((seed, 0 if training else 1))
+    """Normalised mosaics and their classes, uint8 [96, S, S, 4], of the masked cells that are not held out."""
+    chosen = [cell for i, cell in enumerate(cells) if i % HELD_OUT_EVERY]
+    rng = np.random.default_rng((seed, 0))
     settings = method.normalize.model_copy(update={"mask_overlays": False})
     side = method.segment.field_px
-    out = np.empty((96 if training else 16, side, side, 4), np.uint8)
+    out = np.empty((96, side, side, 4), np.uint8)
     for image in out:
         rgb, image[..., 3] = mosaic(chosen, side, rng)
         image[..., :3] = normalize(rgb, settings)
@@ -287,10 +346,10 @@ def load_prepared(config: TrainConfig, data_dir: Path, work: Path) -> Prepared:
     labels = labels.subset(np.array([where[key] for key in document["keys"]], np.int64))
     arrays = {
         name: np.load(work / f"{name}.npy", mmap_mode="r")
-        for name in ("fields", "pseudo", "windows", "offsets", "mosaics", "mosaics_held_out")
+        for name in ("fields", "pseudo", "windows", "offsets", "mosaics", "drawn_small", "drawn_large", "boxed")
     }
     method = MethodSettings.model_validate(document["method"])
-    return Prepared(labels, split_labels(labels, config.hold_out), method, **arrays)
+    return Prepared(labels, method, **arrays)
 
 
 def open_work(config: TrainConfig, work: Path) -> None:

@@ -65,7 +65,7 @@ def run_steps(
     model: nn.Module,
     loss_of: Callable[[int, float], Tensor],
     budget: Budget,
-    checkpoint: Path,
+    checkpoint: Path | None,
     *,
     rate: float,
     decay: float = 0.998,
@@ -75,15 +75,16 @@ def run_steps(
 ) -> nn.Module:
     """AdamW on `loss_of(step, progress)` until the budget is spent; returns the moving average.
 
-    State is saved every `save_every_s` seconds and a rerun continues there. A loss must draw its randomness from the
-    step's number alone, so that an interrupted training sees the batches that an undisturbed one would.
+    State is saved to `checkpoint`, if given, every `save_every_s` seconds, and a rerun continues there. A loss must
+    draw its randomness from the step's number alone, so that an interrupted training sees the batches that an
+    undisturbed one would.
     """
     decayed = [p for p in model.parameters() if p.requires_grad and p.dim() > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.dim() <= 1]
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
     optimiser = torch.optim.AdamW(groups, lr=rate)
     average, progress = MovingAverage(model, decay), Progress()
-    if checkpoint.is_file():
+    if checkpoint is not None and checkpoint.is_file():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
         average.model.load_state_dict(state["average"])
@@ -106,12 +107,15 @@ def run_steps(
         running = value if math.isnan(running) else 0.98 * running + 0.02 * value
         progress.step += 1
         progress.seconds += time.monotonic() - start
+        if checkpoint is None:
+            continue
         if progress.step % 50 == 0:
             log(f"{checkpoint.stem}: step {progress.step}, {progress.seconds:.0f} s, loss {running:.4f}")
         if time.monotonic() - saved > save_every_s:
             _save(checkpoint, model, average, optimiser, progress)
             saved = time.monotonic()
-    _save(checkpoint, model, average, optimiser, progress)
+    if checkpoint is not None:
+        _save(checkpoint, model, average, optimiser, progress)
     return average.model
 
 

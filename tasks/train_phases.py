@@ -9,12 +9,14 @@ from typing import Literal, get_args
 import cv2
 import torch
 
-from tasks.train_backbone import train_backbone
+from tasks.train_backbone import make_targets, train_backbone
 from tasks.train_data import TrainConfig, load_prepared, prepare
 from tasks.train_features import backbone_features, find_cells
 from tasks.train_segmenter import train_segmenter
 
-Phase = Literal["prepare", "segmenter", "convnext", "nasnet", "cells", "features_convnext", "features_nasnet"]
+Phase = Literal[
+    "prepare", "teacher", "segmenter", "convnext", "nasnet", "cells", "features_convnext", "features_nasnet"
+]
 PHASES: tuple[Phase, ...] = get_args(Phase)
 """In an order that respects what each needs."""
 logger = logging.getLogger(__name__)
@@ -42,6 +44,8 @@ def run_phase(phase: Phase, config: TrainConfig, data_dir: Path, work: Path, dev
         match phase:
             case "segmenter" if config.method.segment.enabled:
                 train_segmenter(config, data, work, device, write)
+            case "teacher":
+                make_targets(config, data, work, device, write)
             case "cells":
                 find_cells(config, data, work, device, write)
             case "convnext" | "nasnet" if getattr(config.method.features, phase):

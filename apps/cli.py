@@ -426,12 +426,6 @@ def train(
     ] = None,
     preset: Annotated[str, typer.Option("--preset", help="pocket (a laptop's CPU) or full (a GPU).")] = "pocket",
     seed: Annotated[int, typer.Option("--seed", min=0, help="Of every random draw.")] = 0,
-    hold_out: Annotated[
-        int, typer.Option("--hold-out", min=0, max=4, help="Fold of clusters on which nothing is fitted.")
-    ] = 0,
-    everything: Annotated[
-        bool, typer.Option("--everything", help="Hold nothing out. Such a bundle cannot be evaluated on this data.")
-    ] = False,
     minutes: Annotated[
         float | None, typer.Option("--minutes", help="About how long the networks may train on two cores.")
     ] = None,
@@ -444,7 +438,12 @@ def train(
         ),
     ] = None,
     weights: Annotated[
-        str | None, typer.Option("--weights", help="Pretrained backbones: hub, a file or a folder. Default: none.")
+        str | None,
+        typer.Option("--weights", help="Pretrained backbones: hub, a file or a folder. Default: distil them."),
+    ] = None,
+    teacher: Annotated[
+        str | None,
+        typer.Option("--teacher", help="Weights of the network to distil from. Default: those of leukoflow[train]."),
     ] = None,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Processor threads in all.")] = 2,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
@@ -457,9 +456,10 @@ def train(
     """Train a model bundle: segmenter, both backbones, feature selection, classifier and calibration.
 
     One command for all phases. Each keeps a checkpoint, so the same command continues an interrupted training, also
-    in the middle of a phase. One fold of clusters is held out, on which `leukoflow evaluate` then measures.
+    in the middle of a phase. Segmenter and backbones learn without class labels; what a label touches is fitted last,
+    and `leukoflow evaluate` fits it anew inside every fold.
 
-    **Example**: `leukoflow train data --out bundles/mine --hold-out 0`
+    **Example**: `leukoflow train data --out bundles/mine`
     """
     with _reported(debug):
         work_dir = work or out.with_name(out.name + ".work")
@@ -473,10 +473,10 @@ def train(
                 work_dir=work_dir,
                 preset_name=preset,
                 seed=seed,
-                hold_out=None if everything else hold_out,
                 minutes=FULL_MINUTES if minutes is None else minutes,
                 without=tuple(without or ()),
                 weights=weights,
+                teacher=teacher,
                 threads=threads,
                 device=device,
                 name=name,
@@ -485,40 +485,66 @@ def train(
 
         console = view.console()
         console.print(f"bundle {out}, digest {digest[:12]}", soft_wrap=True)
-        if not everything:
-            console.print(f"next: leukoflow evaluate {out} {data}", soft_wrap=True)
+        console.print(f"next: leukoflow evaluate {out} {data} --out evaluation", soft_wrap=True)
 
 
 @app.command()
 def evaluate(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Name or folder of a bundle.")],
-    data: Annotated[Path, typer.Argument(metavar="DATA", help="The folder of labelled fields it was trained on.")],
-    out: Annotated[Path | None, typer.Option("--out", "-o", help="JSON file for all figures.")] = None,
+    data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder with the labelled fields.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="Folder of evaluation.html and evaluation.json.")],
+    work: Annotated[
+        Path | None, typer.Option("--work", help="Folder of intermediate results. Default: OUT.work.")
+    ] = None,
+    protocol: Annotated[
+        list[str] | None, typer.Option("--protocol", help="cluster, slide or random; may be repeated. Default: all.")
+    ] = None,
+    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of the cluster-grouped folds, five each.")] = 4,
+    ablations: Annotated[
+        bool, typer.Option("--ablations/--no-ablations", help="Leave out each part of the method in turn.")
+    ] = True,
+    probes: Annotated[
+        bool, typer.Option("--probes/--no-probes", help="Change fields on purpose: shortcuts and robustness.")
+    ] = True,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Worker processes.")] = 2,
     record: Annotated[
         bool, typer.Option("--record/--no-record", help="Put the figures into the bundle, whose digest stays the same.")
     ] = True,
-    device: Annotated[str, typer.Option("--device", help="cpu or cuda.")] = "cpu",
     keep_prefect: Annotated[
         bool, typer.Option("--keep-prefect", help="Leave the Prefect server that this starts running.")
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Measure a bundle on the clusters of fields that its training held out.
+    """Cross-validate the recipe of a bundle, beside baselines that know no cells, and measure the bundle's masks.
 
-    Whole clusters, since neighbouring fields of one slide look alike and a random split flatters. Refuses clusters on
-    which anything of the bundle was fitted. A logistic regression on a colour histogram, fitted on the same split, is
-    printed beside the model: it says how much of a score is photography.
+    Whole clusters of photographs are held out, then whole slides, then random fields; everything that a label touches
+    is fitted inside each fold. Interrupted, the same command goes on.
 
-    **Example**: `leukoflow evaluate bundles/mine data --out evaluation.json`
+    **Example**: `leukoflow evaluate pocket data --out evaluation`
     """
     with _reported(debug):
+        if unknown := sorted(set(protocol or ()) - {"cluster", "slide", "random"}):
+            raise ConfigError(f"no protocol named {unknown[0]!r}; there are cluster, slide and random")
         with _prefect(keep_prefect, debug):
             from flows.evaluate import evaluate as flow
+            from tasks.protocols import PROTOCOLS
 
-            found = flow(bundle=bundle, data_dir=data, out=out, device=device, record=record)
+            found = flow(
+                bundle=bundle,
+                data_dir=data,
+                out=out,
+                work=work,
+                protocols=tuple(p for p in PROTOCOLS if protocol is None or p in protocol),
+                repeats=repeats,
+                ablations=ablations,
+                probes=probes,
+                threads=threads,
+                record=record,
+            )
         from apps import view
 
         view.show_evaluation(view.console(), found)
+        view.console().print(f"page  {out / 'evaluation.html'}", soft_wrap=True)
 
 
 # --- prefect ---------------------------------------------------------------------------------------------------------

@@ -296,59 +296,35 @@ def show_status(target: Console, root: str, p: RunProgress) -> None:
 
 
 def show_evaluation(target: Console, found: Mapping[str, Any]) -> None:
-    """The figures of `leukoflow evaluate`: the model beside the histogram, then what an average hides."""
-    model, histogram = found["model"], found["colour_histogram"]
-    table = Table(box=None, padding=(0, 2), header_style="dim")
-    table.add_column("held-out clusters")
-    for name in ("model", "95 % interval", "histogram", "histogram, normalised"):
-        table.add_column(name, justify="right")
-    for key, name in (
-        ("accuracy", "accuracy"),
-        ("macro_f1", "macro F1"),
-        ("mcc", "MCC"),
-        ("auc_ovr", "AUC, one against rest"),
-        ("ece", "calibration error"),
-    ):
-        low, high = model["intervals_95"][key]
-        table.add_row(
-            name,
-            f"{model[key]:.3f}",
-            f"{low:.3f} to {high:.3f}",
-            f"{histogram['raw'][key]:.3f}",
-            f"{histogram['normalised'][key]:.3f}",
+    """The figures of `leukoflow evaluate`: each protocol, the model beside its baselines, then masks and the foreign."""
+    for protocol, row in found["protocols"].items():
+        table = Table(box=None, padding=(0, 2), header_style="dim")
+        table.add_column({"cluster": "clusters held out", "slide": "slides held out"}.get(protocol, "random split"))
+        for name in row["models"]:
+            table.add_column(name, justify="right")
+        for key, words in (
+            ("accuracy", "accuracy"),
+            ("macro_f1", "macro F1"),
+            ("mcc", "MCC"),
+            ("auc_ovr", "AUC, one against rest"),
+            ("ece", "calibration error"),
+        ):
+            table.add_row(words, *(f"{model[key]:.4f}" for model in row["models"].values()))
+        worst = (model["worst_group"] for model in row["models"].values())
+        table.add_row("worst group", *(f"{w['group']} {w['accuracy']:.3f}" for w in worst))
+        target.print(table)
+        model = row["models"]["leukoflow"]
+        target.print(
+            f"  sets: coverage {model['coverage']:.3f}, size {model['mean_set_size']:.2f}; "
+            f"abstained {100 * model['abstention_rate']:.1f} %\n",
+            highlight=False,
         )
-    table.add_row(
-        "accuracy, random split",
-        "",
-        "",
-        *(f"{histogram[k]['accuracy_random_split']:.3f}" for k in ("raw", "normalised")),
-    )
-    target.print(table)
     facts = _facts()
-    facts.add_row("fields", f"{model['fields']:,} in {model['clusters']} clusters")
-    facts.add_row(
-        "worst cluster", f"{model['worst_cluster']['cluster']}: accuracy {model['worst_cluster']['accuracy']:.3f}"
-    )
-    facts.add_row(
-        "prediction sets", f"coverage {model['coverage']:.3f}, {model['mean_set_size']:.2f} classes on average"
-    )
-    answered = model["accuracy_answered"]
-    facts.add_row(
-        "abstained",
-        f"{100 * model['abstention_rate']:.1f} %"
-        + (f"; accuracy of the rest {answered:.3f}" if answered is not None else ""),
-    )
     for key, value in found.get("segmentation", {}).items():
-        facts.add_row(key.replace("_", " "), f"{value:.3f}")
-    if found.get("foreign"):
-        outcomes = ", ".join(f"{count} {kind}" for kind, count in found["foreign"]["outcomes"].items())
-        facts.add_row("foreign images", f"{found['foreign']['images']}: {outcomes}")
-    for mistake, count in list(found.get("errors", {}).items())[:5]:
-        facts.add_row("mistaken", f"{count:,} × {mistake}")
-    target.print(Padding(facts, (1, 0)))
-
-
-# --- doctor ----------------------------------------------------------------------------------------------------------
+        facts.add_row(key.replace("_", " "), f"{value:.4g}")
+    if foreign := found.get("foreign"):
+        facts.add_row("foreign, abstained or Benign", f"{foreign['abstained_or_benign']:.3f} of {foreign['images']}")
+    target.print(facts)
 
 
 def show_checks(target: Console, checks: Sequence[Check]) -> None:

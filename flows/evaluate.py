@@ -1,179 +1,475 @@
-"""Evaluation of a bundle on the clusters that it was not fitted on, beside the colour histogram on the same split."""
+"""Evaluation without leakage: protocols beside baselines, ablations, probes, robustness, masks, foreign blood."""
 
 from __future__ import annotations
 
 import json
-import time
-from collections.abc import Sequence
+import multiprocessing
+from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import ThreadPoolTaskRunner
+from tasks.evaluation_report import render
+from tasks.statistics import corrected_resampled_t, effect_size, holm, wilcoxon_p
 
-from leukoflow.errors import BundleError
+from leukoflow.errors import ConfigError
 from leukoflow.records import CLASSES
-from models.attention_unet import segment_batch
 from models.bundle import Bundle, load_bundle, write_spec
-from tasks.classify import Verdict
+from tasks.classify import decide, forward, ood_scores, softmax
 from tasks.evaluate import (
+    corner_features,
     diagnose_images,
-    evaluation,
-    histogram_baseline,
+    full_summary,
     histogram_features,
-    per_cluster,
+    image_features,
+    masks_of,
     point_metrics,
-    random_split_accuracy,
+    segmentation_metrics,
+    summary,
 )
-from tasks.normalize import mask_overlays, normalize
-from tasks.segment import pseudo_semantic
-from tasks.train_data import FIELDS_ZIP, MASKS_ZIP, Labels, mosaics, read_labels, read_masked_cells, read_members
-from tasks.train_segmenter import dice
+from tasks.feature_tables import alternative_table, plain_table
+from tasks.normalize import mask_overlays
+from tasks.probes import DEGRADATIONS, cells_only, colours_of, moved_bar, painted_out, pasted_bar
+from tasks.protocols import (
+    ABLATIONS,
+    BASELINES,
+    FOLDS,
+    PROTOCOLS,
+    REMOVED,
+    SELECTED,
+    WHOLE,
+    Context,
+    FoldJob,
+    FoldResult,
+    Protocol,
+    Variant,
+    load_table,
+    run_baseline,
+    run_fold,
+    save_table,
+    split,
+)
+from tasks.train_classifier import Recipe, fit
+from tasks.train_data import FIELDS_ZIP, Labels, read_labels, read_members
 
 FOREIGN_ZIP = "healthy_other_source.zip"
-AGREEMENT_FIELDS = 96
+SMALLEST_GROUP = 30  # fields of a cluster that may count as the worst
+PROBE_EVERY = 6  # every so many fields are changed on purpose
+FOLD_STEPS = 500  # of the classifier in a fold: the shorter recipe
 
 
-def held_out_rows(bundle: Bundle, labels: Labels, clusters: Sequence[str] | None) -> NDArray[np.int64]:
-    """Rows to evaluate on. Raises BundleError where the bundle has seen any of the clusters, or none is left."""
-    training = bundle.spec.training
-    wanted = tuple(clusters) if clusters is not None else training.held_out_clusters
-    seen = sorted(set(wanted) & {*training.training_clusters, *training.calibration_clusters})
-    if seen:
-        raise BundleError(
-            f"bundle {bundle.spec.name} was fitted on clusters {seen}: a score there would be worth nothing; "
-            f"it held out {list(training.held_out_clusters)}"
-        )
-    rows = np.flatnonzero(np.isin(labels.cluster, wanted))
-    if not len(rows):
-        raise BundleError(
-            f"bundle {bundle.spec.name} held out no cluster of this data; train one with a fold held out to evaluate it"
-        )
-    return rows
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What every task of an evaluation shares; small enough to travel."""
+
+    bundle: str
+    data_dir: Path
+    work: Path
+    steps: int
 
 
-@task(task_run_name="evaluate held-out fields", cache_policy=NO_CACHE, persist_result=False)
-def evaluate_fields(
-    bundle: Bundle, data_dir: Path, labels: Labels, rows: NDArray[np.int64], device: str
-) -> dict[str, Any]:
-    """Metrics of the model, its accuracy on calibration clusters, and the histogram fitted on all other fields."""
-    images = list(read_members(data_dir / FIELDS_ZIP, labels.keys))
-    tuned = np.flatnonzero(np.isin(labels.cluster, bundle.spec.training.calibration_clusters))
-    seen = diagnose_images(bundle, [images[i] for i in tuned], device)
-    started = time.perf_counter()
-    verdicts = diagnose_images(bundle, [images[i] for i in rows], device)
-    seconds = time.perf_counter() - started
-    y, clusters = labels.y[rows], [labels.cluster[int(i)] for i in rows]
-    rest = np.setdiff1d(np.arange(len(labels)), rows)
-    baseline: dict[str, Any] = {}
-    for name, prepared in (
-        ("raw", images),
-        ("normalised", [normalize(i, bundle.spec.method.normalize) for i in images]),
-    ):
-        table = np.stack([histogram_features(image) for image in prepared])
-        scores = point_metrics(histogram_baseline(table[rest], labels.y[rest], table[rows]), y)
-        baseline[name] = {**scores, "accuracy_random_split": random_split_accuracy(table, labels.y)}
-    return {
-        "model": evaluation(verdicts, y, clusters, bundle.spec.training.seed),
-        "calibration_clusters": per_cluster(seen, labels.y[tuned], [labels.cluster[int(i)] for i in tuned]),
-        "colour_histogram": baseline,
-        "seconds_per_field": seconds / len(rows),
-        "errors": _errors(verdicts, labels, rows),
-    }
+@lru_cache(maxsize=1)
+def opened(setting: Setting) -> tuple[Bundle, Context]:
+    """The bundle and the context of its folds, once per process."""
+    torch.set_num_threads(1)
+    bundle = load_bundle(setting.bundle)
+    spec = bundle.spec
+    recipe = Recipe(spec.method, spec.classifier.width, spec.classifier.layers, setting.steps, spec.training.seed)
+    columns = tuple((b.name, b.num_features) for b in spec.backbones)
+    return bundle, Context(setting.work, read_labels(setting.data_dir), recipe, columns)
 
 
-def _errors(verdicts: Sequence[Verdict], labels: Labels, rows: NDArray[np.int64]) -> dict[str, int]:
-    """How often each class was taken for which other."""
-    out: dict[str, int] = {}
-    for verdict, truth in zip(verdicts, labels.y[rows], strict=True):
-        answer = int(verdict.probabilities.argmax())
-        if answer != truth:
-            key = f"{CLASSES[int(truth)]} taken for {CLASSES[answer]}"
-            out[key] = out.get(key, 0) + 1
-    return dict(sorted(out.items(), key=lambda item: -item[1]))
+def _fields(setting: Setting, labels: Labels) -> list[NDArray[np.uint8]]:
+    return list(read_members(setting.data_dir / FIELDS_ZIP, labels.keys))
 
 
-@task(task_run_name="evaluate segmentation", cache_policy=NO_CACHE, persist_result=False)
-def evaluate_segmentation(
-    bundle: Bundle, data_dir: Path, labels: Labels, rows: NDArray[np.int64], device: str
-) -> dict[str, float]:
-    """Dice on mosaics of held-out hand-drawn cells; agreement with classical labels on held-out fields."""
-    model, method = bundle.segmenter(device), bundle.spec.method
-    if model is None:
-        return {}
-    cells = read_masked_cells(data_dir / MASKS_ZIP)
-    drawn = mosaics(cells, "held_out", bundle.spec.training.seed, method)
-    some = rows[:: max(1, len(rows) // AGREEMENT_FIELDS)]
-    fields = [mask_overlays(i)[0] for i in read_members(data_dir / FIELDS_ZIP, [labels.keys[int(r)] for r in some])]
-    normal = np.stack([normalize(field, method.normalize) for field in fields])
-    out: dict[str, float] = {}
-    for name, images, truth in (
-        ("drawn", drawn[..., :3], drawn[..., 3]),
-        ("classical", normal, np.stack([pseudo_semantic(field) for field in fields])),
-    ):
-        predicted = np.concatenate([segment_batch(model, images[i : i + 8], device) for i in range(0, len(images), 8)])
-        out[f"dice_nucleus_{name}"] = dice(predicted == 2, truth == 2)
-        out[f"dice_cell_{name}"] = dice(predicted > 0, truth > 0)
-    return out
+# --- what runs in the worker processes -------------------------------------------------------------------------------
 
 
-@task(task_run_name="evaluate foreign images", cache_policy=NO_CACHE, persist_result=False)
-def evaluate_foreign(bundle: Bundle, data_dir: Path, device: str) -> dict[str, Any]:
-    """What the bundle says of healthy blood from another laboratory, which it should not diagnose."""
-    path = data_dir / FOREIGN_ZIP
+def make_table(setting: Setting, name: str) -> None:
+    """One table of features of all fields, unless it is there."""
+    path = setting.work / f"table_{name}.npz"
+    if path.is_file():
+        return
+    bundle, context = opened(setting)
+    images = _fields(setting, context.labels)
+    save_table(path, plain_table(bundle, images, 2) if name == "full" else alternative_table(bundle, images, name))
+
+
+def make_baselines(setting: Setting) -> None:
+    """Tables of the baselines that know no cells."""
+    _, context = opened(setting)
+    images = _fields(setting, context.labels)
+    for name, function in (("histogram", histogram_features), ("corner", corner_features)):
+        np.save(setting.work / f"baseline_{name}.npy", np.stack([function(image) for image in images]))
+
+
+def fold(setting: Setting, job: FoldJob) -> FoldResult:
+    """One fold."""
+    return run_fold(opened(setting)[1], job)
+
+
+def baseline(setting: Setting, name: str, protocol: Protocol, repeat: int) -> NDArray[np.float64]:
+    """One baseline under one protocol."""
+    return run_baseline(opened(setting)[1], name, protocol, repeat)
+
+
+def probe_rows(labels: Labels) -> NDArray[np.int64]:
+    """Fields that the probes change: a fixed sixth."""
+    return np.arange(0, len(labels), PROBE_EVERY)
+
+
+PROBES = (
+    ("untouched", "the same fields as they are"),
+    ("scale bar removed", "burned-in bar and text painted over before the run"),
+    ("scale bar moved", "moved to the top left corner"),
+    ("scale bar of another class", "replaced by the bar of a field of another class"),
+    ("colours of another class", "mean and deviation of Lab taken from a field of another class"),
+    ("cells only", "everything but white cells in one colour"),
+    ("cells painted out", "white cells replaced by their surroundings; an answer is forced"),
+)
+
+
+def changed(setting: Setting, name: str, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    """The probes' fields after the change that `name` tells."""
+    bundle, context = opened(setting)
+    labels = context.labels
+    rows = probe_rows(labels)
+    for degradation in DEGRADATIONS:
+        if name == f"{degradation.kind} {degradation.severity}":
+            return [degradation.apply(images[i]) for i in rows]
+    rng = np.random.default_rng(0)
+    donors = [int(rng.choice(np.flatnonzero(labels.y != labels.y[i]))) for i in rows]
+    match name:
+        case "untouched":
+            return [images[i] for i in rows]
+        case "scale bar removed":
+            return [mask_overlays(images[i])[0] for i in rows]
+        case "scale bar moved":
+            return [moved_bar(images[i]) for i in rows]
+        case "scale bar of another class":
+            return [pasted_bar(images[i], images[d]) for i, d in zip(rows, donors, strict=True)]
+        case "colours of another class":
+            return [colours_of(images[i], images[d]) for i, d in zip(rows, donors, strict=True)]
+        case "cells only":
+            return [cells_only(images[i], masks_of(bundle, images[i])[0] > 0) for i in rows]
+        case "cells painted out":
+            return [painted_out(images[i], masks_of(bundle, images[i])[0] > 0) for i in rows]
+    raise ConfigError(f"no probe named {name!r}")
+
+
+def probe(setting: Setting, name: str) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
+    """Answers to changed fields by models that saw neither the field nor its cluster.
+
+    Returns:
+        Probabilities [n, 4] of all fields in `probe_rows`, the answer being forced, and whether it would be given.
+    """
+    bundle, context = opened(setting)
+    path = setting.work / "folds" / f"probe_{name.replace(' ', '_')}.npz"
+    if path.is_file():
+        with np.load(path) as stored:
+            return stored["probabilities"], stored["answered"]
+    rows = probe_rows(context.labels)
+    features = image_features(bundle, changed(setting, name, _fields(setting, context.labels)))
+    probabilities, answered = np.zeros((len(rows), len(CLASSES))), np.zeros(len(rows), np.bool_)
+    for number, (train, test) in enumerate(split("cluster", context.labels, 0)):
+        known = run_fold(context, FoldJob("cluster", 0, number, WHOLE, calibrated=True))
+        # The same fit as in the fold: a function of its rows and the seed.
+        fitted = fit(context.recipe, load_table(setting.work, "full"), context.labels, train)
+        mine = np.flatnonzero(np.isin(rows, test))
+        packed = fitted.tokens(features, mine)
+        found = softmax(forward(fitted.classifier, packed)[0], known.calibration.temperature)
+        reasons = decide(
+            known.calibration, found, ood_scores(packed, fitted.statistics), np.diff(features.offsets)[mine]
+        )[1]
+        probabilities[mine], answered[mine] = found, [r is None for r in reasons]
+    np.savez(path, probabilities=probabilities, answered=answered)
+    return probabilities, answered
+
+
+def measure_segmentation(setting: Setting) -> dict[str, float]:
+    """Masks and boxes that were held out."""
+    return segmentation_metrics(opened(setting)[0], setting.data_dir)
+
+
+def measure_foreign(setting: Setting) -> dict[str, Any]:
+    """What the shipped bundle says of healthy blood from another laboratory."""
+    path = setting.data_dir / FOREIGN_ZIP
     if not path.is_file():
         return {}
-    images = list(read_members(path, None))
-    verdicts = diagnose_images(bundle, images, device, chunk=16)
+    verdicts = diagnose_images(opened(setting)[0], list(read_members(path, None)), chunk=16)
     kinds = [(v.abstained or "answered").split(":")[0] for v in verdicts]
     labels = [CLASSES[int(v.probabilities.argmax())] for v in verdicts if v.abstained is None]
+    harmless = sum(v.abstained is not None or int(v.probabilities.argmax()) == 0 for v in verdicts)
     return {
-        "images": len(images),
+        "images": len(verdicts),
+        "abstained_or_benign": harmless / len(verdicts),
         "outcomes": {kind: kinds.count(kind) for kind in sorted(set(kinds))},
         "labels_of_answered": {name: labels.count(name) for name in CLASSES},
         "median_distance": float(np.median([v.ood for v in verdicts])),
     }
 
 
-@flow(name="evaluate", flow_run_name="evaluate {bundle}", validate_parameters=False)
+# --- putting results together ----------------------------------------------------------------------------------------
+
+
+def groups_of(labels: Labels, protocol: Protocol) -> tuple[str, ...]:
+    """What is drawn with replacement for intervals: clusters, slides, or single fields."""
+    return {"cluster": labels.cluster, "slide": labels.slide, "random": labels.keys}[protocol]
+
+
+def protocol_summary(labels: Labels, protocol: Protocol, results: Sequence[FoldResult]) -> dict[str, Any]:
+    """All repeats of a protocol pooled. Every field counts once per repeat."""
+    rows = np.concatenate([r.rows for r in results])
+    names = labels.cluster if protocol == "random" else groups_of(labels, protocol)
+    out = full_summary(
+        np.concatenate([r.probabilities for r in results]),
+        np.concatenate([r.sets for r in results]),
+        np.concatenate([r.reasons for r in results]).tolist(),
+        labels.y[rows],
+        [names[int(i)] for i in rows],
+        SMALLEST_GROUP * len(results) // FOLDS,
+    )
+    scores = [point_metrics(r.probabilities, labels.y[r.rows]) for r in results]
+    return out | {"fold_scores": {key: [s[key] for s in scores] for key in ("accuracy", "macro_f1")}}
+
+
+def baseline_summary(labels: Labels, protocol: Protocol, found: Sequence[NDArray[np.float64]]) -> dict[str, Any]:
+    """A baseline's repeats pooled, and its score in each fold."""
+    names = labels.cluster if protocol == "random" else groups_of(labels, protocol)
+    out = summary(
+        np.concatenate(found), np.tile(labels.y, len(found)), list(names) * len(found), SMALLEST_GROUP * len(found)
+    )
+    scores = [
+        point_metrics(p[test], labels.y[test])
+        for repeat, p in enumerate(found)
+        for _, test in split(protocol, labels, repeat)
+    ]
+    return out | {"fold_scores": {key: [s[key] for s in scores] for key in ("accuracy", "macro_f1")}}
+
+
+def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
+    """Mean difference of paired fold scores, theirs less ours, and how likely chance alone would give it."""
+    difference = np.asarray(theirs, np.float64) - np.asarray(ours, np.float64)
+    return {
+        "difference": float(difference.mean()),
+        "p_t": corrected_resampled_t(difference, 1 / (FOLDS - 1))[1],
+        "p_wilcoxon": wilcoxon_p(difference),
+        "effect_size": effect_size(difference),
+    }
+
+
+def accuracies(labels: Labels, results: Sequence[FoldResult]) -> list[float]:
+    """Accuracy of each fold."""
+    return [float((r.probabilities.argmax(1) == labels.y[r.rows]).mean()) for r in results]
+
+
+def ablation_table(labels: Labels, found: Sequence[tuple[Variant, Sequence[FoldResult]]]) -> list[dict[str, Any]]:
+    """Each variant beside the first, the whole method; p-values of the t-test adjusted after Holm."""
+    whole = accuracies(labels, found[0][1])
+    rows: list[dict[str, Any]] = []
+    for variant, results in found:
+        scores = accuracies(labels, results)
+        compared = (
+            paired(whole, scores)
+            if variant is not found[0][0]
+            else dict.fromkeys(("difference", "p_t", "p_wilcoxon", "effect_size"))
+        )
+        mean = float(np.mean(scores))
+        rows.append({"name": variant.name, "what": variant.what, "scores": scores, "mean": mean, **compared})
+    adjusted = [None, *holm([row["p_t"] for row in rows[1:]])]
+    return [{**row, "p_t_holm": p} for row, p in zip(rows, adjusted, strict=True)]
+
+
+def faithfulness(results: Sequence[FoldResult]) -> dict[str, Any]:
+    """Mean loss of the answered class' probability when attended, or random, cells are taken away."""
+    before = np.concatenate([r.before for r in results])
+    after = np.concatenate([r.removed for r in results])
+    known = np.isfinite(after[:, 0, 0])
+    loss = before[known, None, None] - after[known]
+    return {
+        "fields": int(known.sum()),
+        "removed": list(REMOVED),
+        "top": loss[:, 0].mean(0).tolist() if known.any() else [],
+        "random": loss[:, 1].mean(0).tolist() if known.any() else [],
+    }
+
+
+def headline(result: dict[str, Any]) -> dict[str, Any]:
+    """What goes into `bundle.json`: the protocols without curves and folds, masks, foreign blood and probes."""
+    left_out = {"reliability", "risk_coverage", "fold_scores"}
+    protocols = {
+        name: {
+            "repeats": p["repeats"],
+            "models": {m: {k: v for k, v in row.items() if k not in left_out} for m, row in p["models"].items()},
+        }
+        for name, p in result["protocols"].items()
+    }
+    keep = ("recipe", "comparison", "probes", "explanations", "segmentation", "foreign")
+    return {"protocols": protocols, **{key: result[key] for key in keep if key in result}}
+
+
+# --- the flow --------------------------------------------------------------------------------------------------------
+
+
+@task(task_run_name="{what}", cache_policy=NO_CACHE, persist_result=False)
+def together(what: str, pool: ProcessPoolExecutor, calls: Sequence[Callable[[], Any]]) -> list[Any]:
+    """Runs calls in the pool's processes; results in their order."""
+    found = [future.result() for future in [pool.submit(call) for call in calls]]
+    get_run_logger().info("%s: done", what)
+    return found
+
+
+@flow(
+    name="evaluate",
+    flow_run_name="evaluate {bundle}",
+    task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]
+    validate_parameters=False,
+)
 def evaluate(
     bundle: str | Path,
     data_dir: Path,
-    out: Path | None = None,
-    clusters: Sequence[str] | None = None,
-    device: str = "cpu",
+    out: Path,
+    work: Path | None = None,
+    protocols: Sequence[Protocol] = PROTOCOLS,
+    repeats: int = 4,
+    ablations: bool = True,
+    probes: bool = True,
+    steps: int = FOLD_STEPS,
+    threads: int = 2,
     record: bool = True,
 ) -> dict[str, Any]:
-    """Measures a bundle, writes `out` (JSON) and, with `record`, the metrics into the bundle; returns them.
+    """Cross-validates the recipe of a bundle, measures the bundle, writes `evaluation.json` and `evaluation.html`.
 
     Args:
         bundle: directory or name.
         data_dir: folder with the labelled fields.
-        out: where the evaluation is written; nowhere if None.
-        clusters: to evaluate on, instead of those that the bundle held out; refused where it has seen them.
-        device: `cpu` or `cuda`.
-        record: put the metrics into `bundle.json`; its digest does not change.
+        out: folder of the two files.
+        work: folder of intermediate results, with which an interrupted evaluation goes on; default OUT.work.
+        protocols: which to run.
+        repeats: of the cluster-grouped folds; five fold scores each. The other protocols run once.
+        ablations: leave out each part in turn, over the same cluster-grouped folds.
+        probes: change fields on purpose.
+        steps: of the classifier in each fold.
+        threads: worker processes.
+        record: put the figures into `bundle.json`; its digest does not change.
     """
-    opened = load_bundle(bundle)
+    measured = load_bundle(bundle)
     labels = read_labels(data_dir)
-    rows = held_out_rows(opened, labels, clusters)
+    work = work or out.with_name(out.name + ".work")
+    work.mkdir(parents=True, exist_ok=True)
+    _bind(work, measured, labels, steps)
+    setting = Setting(str(bundle), data_dir, work, steps)
+    tables = ["full", "untrained", *sorted({v.table for v in ABLATIONS if v.table != "plain"} if ablations else ())]
     result: dict[str, Any] = {
-        "protocol": "whole clusters held out; calibration on other clusters than training",
-        "bundle_digest": opened.digest,
-        "held_out_fold": opened.spec.training.held_out_fold,
-        "held_out_clusters": sorted({labels.cluster[int(i)] for i in rows}),
-        **evaluate_fields(opened, data_dir, labels, rows, device),
-        "segmentation": evaluate_segmentation(opened, data_dir, labels, rows, device),
-        "foreign": evaluate_foreign(opened, data_dir, device),
+        "schema_version": 2,
+        "bundle": {"name": measured.spec.name, "digest": measured.digest},
+        "data": {
+            "digest": labels.digest,
+            "fields": len(labels),
+            "classes": {name: int((labels.y == k).sum()) for k, name in enumerate(CLASSES)},
+            "slides": len(set(labels.slide)),
+            "clusters": len(set(labels.cluster)),
+        },
+        "recipe": {
+            "text": "Segmenter and backbones are the bundle's: they were trained without class labels, on these fields "
+            "among others. z-score, selection, classifier, temperature, conformal thresholds and out-of-distribution "
+            "statistics are fitted inside every fold.",
+            "classifier_steps": steps,
+            "seed": measured.spec.training.seed,
+        },
+        "protocols": {},
+        "comparison": {},
     }
-    model = result["model"]
-    get_run_logger().info(
-        "accuracy %.3f, macro-F1 %.3f, worst cluster %s", model["accuracy"], model["macro_f1"], model["worst_cluster"]
-    )
-    if out is not None:
-        out.write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    with ProcessPoolExecutor(threads, multiprocessing.get_context("spawn")) as pool:
+        calls = [partial(make_table, setting, name) for name in tables]
+        together("features of all fields", pool, [*calls, partial(make_baselines, setting)])
+        for protocol in protocols:
+            times = repeats if protocol == "cluster" else 1
+            jobs = [FoldJob(protocol, r, f, WHOLE, calibrated=True) for r in range(times) for f in range(FOLDS)]
+            folds = together(f"{protocol}: {len(jobs)} folds", pool, [partial(fold, setting, job) for job in jobs])
+            models = {"leukoflow": protocol_summary(labels, protocol, folds)}
+            for name in BASELINES:
+                answers = [partial(baseline, setting, name, protocol, r) for r in range(times)]
+                models[name] = baseline_summary(labels, protocol, together(f"{protocol}: {name}", pool, answers))
+            result["protocols"][protocol] = {"repeats": times, "folds": FOLDS, "models": models}
+            ours, theirs = (models[m]["fold_scores"]["accuracy"] for m in ("leukoflow", "colour histogram"))
+            against = {"against": "colour histogram", "scores": len(ours), **paired(ours, theirs)}
+            result["comparison"][protocol] = against
+            if protocol == "cluster":
+                result["explanations"] = faithfulness(folds)
+        if ablations:
+            result |= _ablations(setting, labels, pool, repeats)
+        if probes and "cluster" in protocols:
+            result |= _probes(setting, labels, pool)
+        found = together(
+            "masks, boxes and foreign blood",
+            pool,
+            [partial(measure_segmentation, setting), partial(measure_foreign, setting)],
+        )
+        result["segmentation"], result["foreign"] = found
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "evaluation.json").write_text(json.dumps(result, indent=1) + "\n", "utf-8")
+    (out / "evaluation.html").write_text(render(result), "utf-8")
     if record:
-        write_spec(opened.path, opened.spec.model_copy(update={"metrics": result}))
+        write_spec(measured.path, measured.spec.model_copy(update={"metrics": headline(result)}))
     return result
+
+
+def _bind(work: Path, bundle: Bundle, labels: Labels, steps: int) -> None:
+    """Refuses a work folder with results of another bundle, data or recipe."""
+    path, mine = work / "evaluation.json", {"bundle": bundle.digest, "data": labels.digest, "steps": steps}
+    if path.is_file() and json.loads(path.read_text("utf-8")) != mine:
+        raise ConfigError(f"{work} holds results of another bundle, data or recipe: give a new folder, or remove it")
+    path.write_text(json.dumps(mine), "utf-8")
+
+
+def _ablations(setting: Setting, labels: Labels, pool: ProcessPoolExecutor, repeats: int) -> dict[str, Any]:
+    """Ablations and the curve over the number of selected columns, on the cluster-grouped folds."""
+    curve = [Variant(f"{k or 'all'} columns", "", k=k) for k in SELECTED]
+    found = []
+    for variant in (WHOLE, *ABLATIONS, *curve):
+        jobs = [FoldJob("cluster", r, f, variant, calibrated=False) for r in range(repeats) for f in range(FOLDS)]
+        calls = [partial(fold, setting, job) for job in jobs]
+        found.append((variant, together(f"ablation: {variant.name}", pool, calls)))
+    total = sum(width for _, width in opened(setting)[1].columns)
+    scores = [accuracies(labels, results) for _, results in found[-len(curve) :]]
+    return {
+        "ablations": ablation_table(labels, found[: -len(curve)]),
+        "select_k": [
+            {"k": v.k or total, "scores": s, "mean": float(np.mean(s))} for v, s in zip(curve, scores, strict=True)
+        ],
+    }
+
+
+def _probes(setting: Setting, labels: Labels, pool: ProcessPoolExecutor) -> dict[str, Any]:
+    """Shortcut probes and robustness."""
+    y = labels.y[probe_rows(labels)]
+    names = [name for name, _ in PROBES]
+    found = together("shortcut probes", pool, [partial(probe, setting, name) for name in names])
+    right = [float((p.argmax(1) == y).mean()) for p, _ in found]
+    damaged = together("robustness", pool, [partial(probe, setting, f"{d.kind} {d.severity}") for d in DEGRADATIONS])
+    return {
+        "probes": [
+            {"name": name, "what": what, "accuracy": accuracy, "baseline": right[0] if i else None, "fields": len(y)}
+            for i, ((name, what), accuracy) in enumerate(zip(PROBES, right, strict=True))
+        ],
+        "robustness": [
+            {
+                "kind": d.kind,
+                "severity": d.severity,
+                "value": d.value,
+                "accuracy": float((p.argmax(1) == y).mean()),
+                "answered": float(answered.mean()),
+            }
+            for d, (p, answered) in zip(DEGRADATIONS, damaged, strict=True)
+        ],
+    }

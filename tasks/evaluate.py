@@ -1,16 +1,18 @@
-"""Measuring a bundle: the inference path without orchestration, metrics with intervals, and the baseline."""
+"""Measuring: the inference path without orchestration, metrics with intervals, baselines, masks and boxes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
+from scipy.optimize import linear_sum_assignment
 from scipy.stats import rankdata
 from sklearn.linear_model import LogisticRegression
-from sklearn.model_selection import StratifiedKFold, cross_val_predict
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 
@@ -19,7 +21,24 @@ from leukoflow.records import CLASSES
 from models.bundle import Bundle
 from tasks.classify import Verdict, diagnose, pool_tiles
 from tasks.normalize import normalize
+from tasks.segment import CellTable
 from tasks.shard import Block, extract_tiles, inference_batches, segment_tiles
+from tasks.statistics import (
+    reliability,
+    risk_coverage,
+    sensitivity_at_specificity,
+    specificity_at_sensitivity,
+)
+from tasks.train_data import (
+    HELD_OUT_EVERY,
+    MASKS_ZIP,
+    masked_cell_names,
+    padded,
+    read_boxed_fields,
+    read_masked_cells,
+    scaled_to_field,
+)
+from tasks.train_features import Features
 
 RESAMPLES = 1000
 BINS = 15
@@ -37,12 +56,30 @@ def diagnose_images(
     verdicts: list[Verdict] = []
     for start in range(0, len(images), chunk):
         block, n_tiles = _block(images[start : start + chunk], bundle)
-        _, _, table, offsets = segment_tiles(segmenter, block, method.segment, device)
-        whole, single = extract_tiles(hybrid, block, table, offsets, method.features, device)
+        _, cells, table, offsets = segment_tiles(segmenter, block, method.segment, device)
+        whole, single = extract_tiles(hybrid, block, cells, table, offsets, method.features, device)
         area = table.cell_area_px.astype(np.float32)
         found = diagnose(bundle, classifier, whole, single, offsets, area, device)
         verdicts += pool_tiles(bundle, found, offsets, n_tiles)
     return verdicts
+
+
+def image_features(
+    bundle: Bundle, images: Sequence[NDArray[np.uint8]], device: str = "cpu", chunk: int = 64
+) -> Features:
+    """Features of RGB images that are one field each, by the same functions that a nightly run calls."""
+    segmenter, hybrid, method = bundle.segmenter(device), bundle.hybrid(device), bundle.spec.method
+    whole, single, areas, counts = [], [], [], [0]
+    for start in range(0, len(images), chunk):
+        block, _ = _block(images[start : start + chunk], bundle)
+        _, cells, table, offsets = segment_tiles(segmenter, block, method.segment, device)
+        field, cell = extract_tiles(hybrid, block, cells, table, offsets, method.features, device)
+        whole.append(field)
+        single.append(cell)
+        areas.append(table.cell_area_px.astype(np.float32))
+        counts += np.diff(offsets).tolist()
+    field, cell = np.concatenate(whole), np.concatenate(single)
+    return Features(field, cell, field[None, :0][:0], cell[None, :0][:0], np.cumsum(counts), np.concatenate(areas))
 
 
 def _block(images: Sequence[NDArray[np.uint8]], bundle: Bundle) -> tuple[Block, NDArray[np.int64]]:
@@ -52,15 +89,10 @@ def _block(images: Sequence[NDArray[np.uint8]], bundle: Bundle) -> tuple[Block, 
     tiles, owners, origins, cores, affines, counts = [], [], [], [], [], []
     for i, image in enumerate(images):
         geometry = field_geometry(image.shape[1], image.shape[0], None, method.segment)
-        if image.shape[:2] != (geometry.height, geometry.width):
-            way = cv2.INTER_AREA if geometry.width < image.shape[1] else cv2.INTER_LINEAR
-            size = (geometry.width, geometry.height)
-            image = np.asarray(cv2.resize(image, size, interpolation=way), np.uint8)
+        image = scaled_to_field(image, method)
         normal = normalize(image, method.normalize)
         for (x, y), core, affine in zip(geometry.origins, geometry.cores, geometry.to_source(), strict=True):
-            piece = normal[y : y + side, x : x + side]
-            beyond = ((0, side - piece.shape[0]), (0, side - piece.shape[1]), (0, 0))
-            tiles.append(np.pad(piece, beyond, mode="symmetric"))
+            tiles.append(padded(normal[y : y + side, x : x + side], side))
             owners.append(i)
             origins.append((x, y))
             cores.append(core)
@@ -165,73 +197,153 @@ def histogram_features(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
     """6x6x6 colour histogram with channel means and deviations: float32 [222]. The baseline that knows no cells."""
     histogram = cv2.calcHist([rgb], [0, 1, 2], None, [6, 6, 6], [0, 256] * 3).ravel() / (rgb.shape[0] * rgb.shape[1])
     mean, std = (part.ravel() / 255 for part in cv2.meanStdDev(rgb))
-    return np.concatenate([histogram, mean, std]).astype(np.float32)
+    out: NDArray[np.float32] = np.concatenate([histogram, mean, std]).astype(np.float32)
+    return out
 
 
-def histogram_baseline(
+CORNER_PX = (24, 40)
+
+
+def corner_features(rgb: NDArray[np.uint8]) -> NDArray[np.float32]:
+    """The bottom right corner, where a scale bar may be burned in, at half size: float32 [720]."""
+    height, width = CORNER_PX
+    corner = cv2.resize(rgb[-height:, -width:], (width // 2, height // 2), interpolation=cv2.INTER_AREA)
+    out: NDArray[np.float32] = np.asarray(corner, np.float32).ravel() / np.float32(255)
+    return out
+
+
+def linear_baseline(
     train: NDArray[np.float32], y_train: NDArray[np.int64], test: NDArray[np.float32]
 ) -> NDArray[np.float64]:
-    """Class probabilities [n, 4] of logistic regression on standardised histograms; 0 for a class not trained on."""
+    """Class probabilities [n, 4] of logistic regression on standardised columns; 0 for a class not trained on."""
     model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000)).fit(train, y_train)
     out = np.zeros((len(test), len(CLASSES)))
     out[:, model.classes_] = model.predict_proba(test)
     return out
 
 
-def random_split_accuracy(features: NDArray[np.float32], y: NDArray[np.int64]) -> float:
-    """The baseline's accuracy under a random 5-fold split, which measures photography as much as haematology."""
-    model = make_pipeline(StandardScaler(), LogisticRegression(max_iter=2000))
-    folds = StratifiedKFold(5, shuffle=True, random_state=0)
-    return float((cross_val_predict(model, features, y, cv=folds) == y).mean())
-
-
-def per_cluster(
-    verdicts: Sequence[Verdict], y: NDArray[np.int64], clusters: Sequence[str]
+def per_group(
+    probabilities: NDArray[np.float64], answered: NDArray[np.bool_], y: NDArray[np.int64], groups: Sequence[str]
 ) -> dict[str, dict[str, Any]]:
-    """Class, number of fields, accuracy and share answered of each cluster."""
-    right = np.array([v.probabilities.argmax() for v in verdicts]) == y
-    answered, groups = np.array([v.abstained is None for v in verdicts]), np.array(clusters)
+    """Class, number of fields, accuracy and share answered of each group; rows may repeat fields."""
+    right, names = probabilities.argmax(1) == y, np.array(groups)
     return {
-        c: {
-            "label": CLASSES[int(y[groups == c][0])],
-            "fields": int((groups == c).sum()),
-            "accuracy": float(right[groups == c].mean()),
-            "answered": float(answered[groups == c].mean()),
+        g: {
+            "label": CLASSES[int(np.bincount(y[names == g]).argmax())],
+            "fields": int((names == g).sum()),
+            "accuracy": float(right[names == g].mean()),
+            "answered": float(answered[names == g].mean()),
         }
-        for c in sorted(set(clusters))
+        for g in sorted(set(groups))
     }
 
 
-def evaluation(
-    verdicts: Sequence[Verdict], y: NDArray[np.int64], clusters: Sequence[str], seed: int = 0
+def summary(
+    probabilities: NDArray[np.float64], y: NDArray[np.int64], groups: Sequence[str], smallest: int, seed: int = 0
 ) -> dict[str, Any]:
-    """All metrics of held-out fields: JSON-ready. Metrics answer for every field, also those abstained from."""
-    probabilities = np.stack([v.probabilities for v in verdicts])
-    sets = np.stack([v.prediction_set for v in verdicts])
-    answered = np.array([v.abstained is None for v in verdicts])
-    inside = sets[np.arange(len(y)), y]
-    right = probabilities.argmax(1) == y
-    kinds = [(v.abstained or "answered").split(":")[0] for v in verdicts]
-    groups = np.array(clusters)
-    worst = min(sorted(set(clusters)), key=lambda c: float(right[groups == c].mean()))
+    """Metrics that a baseline has too: JSON-ready. `smallest` is the least size of a group that may be the worst."""
 
     def values(rows: NDArray[np.int64]) -> dict[str, float]:
         return point_metrics(probabilities[rows], y[rows])
 
+    table = per_group(probabilities, np.ones(len(y), np.bool_), y, groups)
+    large = {name: row for name, row in table.items() if row["fields"] >= smallest} or table
+    worst = min(sorted(large), key=lambda name: float(large[name]["accuracy"]))
     return {
         "fields": len(y),
-        "clusters": len(set(clusters)),
         **point_metrics(probabilities, y),
-        "intervals_95": cluster_bootstrap(values, clusters, seed),
+        "intervals_95": cluster_bootstrap(values, groups, seed),
+        "per_group": table,
+        "worst_group": {"group": worst, "accuracy": large[worst]["accuracy"], "fields": large[worst]["fields"]},
+    }
+
+
+def full_summary(
+    probabilities: NDArray[np.float64],
+    sets: NDArray[np.bool_],
+    reasons: Sequence[str],
+    y: NDArray[np.int64],
+    groups: Sequence[str],
+    smallest: int,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """All metrics of answers out of fold: JSON-ready. Metrics answer for every field, also those abstained from."""
+    answered = np.array([not r for r in reasons], np.bool_)
+    confidence, right = probabilities.max(1), probabilities.argmax(1) == y
+    inside = sets[np.arange(len(y)), y]
+    kinds = [r.split(":")[0] for r in reasons if r]
+    malignant, score = y != CLASSES.index("Benign"), 1 - probabilities[:, CLASSES.index("Benign")]
+    return {
+        **summary(probabilities, y, groups, smallest, seed),
+        "per_group": per_group(probabilities, answered, y, groups),
         "per_class": class_metrics(probabilities, y),
-        "per_cluster": per_cluster(verdicts, y, clusters),
-        "worst_cluster": {"cluster": worst, "accuracy": float(right[groups == worst].mean())},
+        "malignant": {
+            "sensitivity_at_specificity_0.95": sensitivity_at_specificity(score, malignant, 0.95),
+            "sensitivity_at_specificity_0.99": sensitivity_at_specificity(score, malignant, 0.99),
+            "specificity_at_sensitivity_0.99": specificity_at_sensitivity(score, malignant, 0.99),
+        },
+        "reliability": [asdict(b) for b in reliability(confidence, right)],
+        "risk_coverage": risk_coverage(confidence, right),
         "confusion": confusion(probabilities.argmax(1), y).tolist(),
         "coverage": float(inside.mean()),
         "coverage_per_class": {name: float(inside[y == k].mean()) for k, name in enumerate(CLASSES) if (y == k).any()},
         "mean_set_size": float(sets.sum(1).mean()),
         "abstention_rate": float(1 - answered.mean()),
-        "abstained": {k: kinds.count(k) for k in sorted(set(kinds)) if k != "answered"},
+        "abstained": {k: kinds.count(k) for k in sorted(set(kinds))},
         "accuracy_answered": float(right[answered].mean()) if answered.any() else None,
-        "cells_per_field": float(np.mean([v.n_cells for v in verdicts])),
+        "accuracy_abstention_is_error": float((right & answered).mean()),
     }
+
+
+def dice(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
+    """Dice coefficient of two masks; 1 when both are empty."""
+    total = int(predicted.sum()) + int(truth.sum())
+    return 2 * int((predicted & truth).sum()) / total if total else 1.0
+
+
+def masks_of(bundle: Bundle, image: NDArray[np.uint8], device: str = "cpu") -> tuple[NDArray[np.uint8], CellTable]:
+    """Semantic classes at the image's own size, uint8 [H, W], and its cells; for an image that is one field."""
+    block, _ = _block([image], bundle)
+    semantic, _, table, _ = segment_tiles(bundle.segmenter(device), block, bundle.spec.method.segment, device)
+    geometry = field_geometry(image.shape[1], image.shape[0], None, bundle.spec.method.segment)
+    own = semantic[0][: geometry.height, : geometry.width]
+    back = cv2.resize(own, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_NEAREST)
+    return np.asarray(back, np.uint8), table
+
+
+def matched_boxes(found: NDArray[np.float32], truth: NDArray[np.float32], iou: float = 0.5) -> int:
+    """Largest number of pairs of boxes [k, 4] (xmin, ymin, xmax, ymax) that overlap by at least `iou`."""
+    if not len(found) or not len(truth):
+        return 0
+    low = np.maximum(found[:, None, :2], truth[None, :, :2])
+    high = np.minimum(found[:, None, 2:], truth[None, :, 2:])
+    common = np.clip(high - low, 0, None).prod(2)
+    areas = [np.clip(b[:, 2:] - b[:, :2], 0, None).prod(1) for b in (found, truth)]
+    overlap = common / np.maximum(areas[0][:, None] + areas[1][None] - common, 1e-9)
+    first, second = linear_sum_assignment(-(overlap >= iou).astype(np.float64))
+    return int((overlap[first, second] >= iou).sum())
+
+
+def segmentation_metrics(bundle: Bundle, data_dir: Path, device: str = "cpu") -> dict[str, float]:
+    """Dice on held-out hand-drawn masks by source, at source resolution, and F1 of white cells on held-out boxes."""
+    names = masked_cell_names(data_dir / MASKS_ZIP)
+    pairs: dict[str, list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]] = {}
+    for i, (name, (image, truth)) in enumerate(zip(names, read_masked_cells(data_dir / MASKS_ZIP), strict=True)):
+        if i % HELD_OUT_EVERY == 0:
+            pairs.setdefault(name.split("/")[0], []).append((masks_of(bundle, image, device)[0], truth))
+    out: dict[str, float] = {}
+    for source, both in sorted(pairs.items()):
+        for kind, least in (("nucleus", 2), ("cell", 1)):
+            scores = [dice(found >= least, truth >= least) for found, truth in both]
+            out[f"dice_{kind}_{source}"] = float(np.mean(scores))
+        out[f"images_{source}"] = len(both)
+    hits = found_total = truth_total = 0
+    for i, field in enumerate(read_boxed_fields(data_dir)):
+        if i % HELD_OUT_EVERY == 0:
+            table = masks_of(bundle, field.rgb, device)[1]
+            boxes = np.stack([table.bbox_xmin_px, table.bbox_ymin_px, table.bbox_xmax_px, table.bbox_ymax_px], axis=1)
+            hits += matched_boxes(boxes, field.boxes)
+            found_total, truth_total = found_total + len(boxes), truth_total + len(field.boxes)
+    out["boxes_f1"] = 2 * hits / max(found_total + truth_total, 1)
+    out["boxes_precision"], out["boxes_recall"] = hits / max(found_total, 1), hits / max(truth_total, 1)
+    return out

@@ -1,0 +1,98 @@
+"""Features of all labelled fields by a bundle's label-free parts, as shipped and with one of them changed."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from leukoflow.errors import ConfigError
+from models.attention_unet import segment_batch
+from models.bundle import Bundle
+from models.hybrid_cn_nas import HybridCNNas
+from tasks.extract import extract_padded, field_means
+from tasks.normalize import mask_overlays, normalize
+from tasks.segment import crop_cells, pseudo_semantic, single_cells
+from tasks.train_data import padded, scaled_to_field
+from tasks.train_features import Cells, Features, augmented_features, collect_cells
+
+GRID = 5  # windows per side where nothing is segmented
+
+
+def plain_table(bundle: Bundle, images: Sequence[NDArray[np.uint8]], copies: int, device: str = "cpu") -> Features:
+    """Features as a run computes them, with augmented copies."""
+    hybrid, settings = bundle.hybrid(device), bundle.spec.method.features
+    cells = _cells(bundle, images, _normalised(bundle, images), device)
+    found = extract_padded(hybrid, cells.crops, cells.masks, settings.cell_batch, device)
+    return _table(cells, found, augmented_features(hybrid, cells, settings, copies, bundle.spec.training.seed, device))
+
+
+def alternative_table(bundle: Bundle, images: Sequence[NDArray[np.uint8]], name: str, device: str = "cpu") -> Features:
+    """Features with one part changed; cells are those of the bundle's segmenter but for `grid`.
+
+    `raw` cuts from fields as photographed, `clahe` adds CLAHE, `unmasked` averages over whole windows, `grid` cuts
+    windows from a grid, `untrained` uses random backbones. Raises ConfigError for another name.
+    """
+    settings, normal = bundle.spec.method.features, _normalised(bundle, images)
+    hybrid = bundle.hybrid(device)
+    if name == "grid":
+        step = normal[0].shape[0] / GRID
+        centres = np.array([((x + 0.5) * step, (y + 0.5) * step) for y in range(GRID) for x in range(GRID)], np.float32)
+        crops = np.concatenate(
+            [crop_cells(image, centres, settings.cell_window_px, settings.cell_px) for image in normal]
+        )
+        offsets = np.arange(len(normal) + 1, dtype=np.int64) * GRID**2
+        area = np.ones(len(crops), np.float32)
+        cells = Cells(crops, np.full(crops.shape[:3], 255, np.uint8), crops[:0], offsets, area)
+    elif name in ("raw", "clahe"):
+        change = {"reinhard": False, "clahe": False, "multiscale": False} if name == "raw" else {"clahe": True}
+        other = bundle.spec.method.normalize.model_copy(update=change)
+        side = bundle.spec.method.segment.field_px
+        pictures = [padded(normalize(scaled_to_field(i, bundle.spec.method), other), side) for i in images]
+        cells = _cells(bundle, images, normal, device, pictures)
+    elif name in ("unmasked", "untrained"):
+        cells = _cells(bundle, images, normal, device)
+    else:
+        raise ConfigError(f"no table of features named {name!r}")
+    if name == "untrained":
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(bundle.spec.training.seed)
+            hybrid = HybridCNNas(bundle.spec.backbones).eval().requires_grad_(False).to(device)
+    masks = np.full_like(cells.masks, 255) if name == "unmasked" else cells.masks
+    found = extract_padded(hybrid, cells.crops, masks, settings.cell_batch, device)
+    return _table(cells, found, found[None][:0])
+
+
+def _normalised(bundle: Bundle, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
+    method = bundle.spec.method
+    side = method.segment.field_px
+    return [padded(normalize(scaled_to_field(image, method), method.normalize), side) for image in images]
+
+
+def _cells(
+    bundle: Bundle,
+    images: Sequence[NDArray[np.uint8]],
+    normal: Sequence[NDArray[np.uint8]],
+    device: str,
+    pictures: Sequence[NDArray[np.uint8]] | None = None,
+) -> Cells:
+    """Cells found in normalised fields, cut from `pictures`, by default the same."""
+    model, batch = bundle.segmenter(device), bundle.spec.method.features.field_batch
+    if model is None:
+        classes = [pseudo_semantic(mask_overlays(image)[0]) for image in images]
+    else:
+        classes = []
+        for i in range(0, len(normal), batch):
+            classes += list(segment_batch(model, np.stack(normal[i : i + batch]), device))
+    method = bundle.spec.method
+    found = (single_cells(image, c, method.segment) for image, c in zip(normal, classes, strict=True))
+    return collect_cells(((p, *f) for p, f in zip(pictures or normal, found, strict=True)), method)
+
+
+def _table(cells: Cells, found: NDArray[np.float32], copies: NDArray[np.float32]) -> Features:
+    fields = [field_means(copy, cells.offsets, cells.area) for copy in copies]
+    field = field_means(found, cells.offsets, cells.area)
+    stacked = np.array(fields, np.float32).reshape(len(copies), *field.shape)
+    return Features(field, found, stacked, copies, cells.offsets, cells.area)

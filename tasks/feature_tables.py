@@ -13,7 +13,7 @@ from models.attention_unet import segment_batch
 from models.bundle import Bundle
 from models.hybrid_cn_nas import HybridCNNas
 from tasks.extract import extract_padded, field_means
-from tasks.normalize import mask_overlays, normalize
+from tasks.normalize import normalize
 from tasks.segment import crop_cells, pseudo_semantic, single_cells
 from tasks.train_data import padded, scaled_to_field
 from tasks.train_features import Cells, Features, augmented_features, collect_cells
@@ -24,7 +24,7 @@ GRID = 5  # windows per side where nothing is segmented
 def plain_table(bundle: Bundle, images: Sequence[NDArray[np.uint8]], copies: int, device: str = "cpu") -> Features:
     """Features as a run computes them, with augmented copies."""
     hybrid, settings = bundle.hybrid(device), bundle.spec.method.features
-    cells = _cells(bundle, images, _normalised(bundle, images), device)
+    cells = _cells(bundle, _normalised(bundle, images), device)
     found = extract_padded(hybrid, cells.crops, cells.masks, settings.cell_batch, device)
     return _table(cells, found, augmented_features(hybrid, cells, settings, copies, bundle.spec.training.seed, device))
 
@@ -51,9 +51,9 @@ def alternative_table(bundle: Bundle, images: Sequence[NDArray[np.uint8]], name:
         other = bundle.spec.method.normalize.model_copy(update=change)
         side = bundle.spec.method.segment.field_px
         pictures = [padded(normalize(scaled_to_field(i, bundle.spec.method), other), side) for i in images]
-        cells = _cells(bundle, images, normal, device, pictures)
+        cells = _cells(bundle, normal, device, pictures)
     elif name in ("unmasked", "untrained"):
-        cells = _cells(bundle, images, normal, device)
+        cells = _cells(bundle, normal, device)
     else:
         raise ConfigError(f"no table of features named {name!r}")
     if name == "untrained":
@@ -73,7 +73,6 @@ def _normalised(bundle: Bundle, images: Sequence[NDArray[np.uint8]]) -> list[NDA
 
 def _cells(
     bundle: Bundle,
-    images: Sequence[NDArray[np.uint8]],
     normal: Sequence[NDArray[np.uint8]],
     device: str,
     pictures: Sequence[NDArray[np.uint8]] | None = None,
@@ -81,7 +80,7 @@ def _cells(
     """Cells found in normalised fields, cut from `pictures`, by default the same."""
     model, batch = bundle.segmenter(device), bundle.spec.method.features.field_batch
     if model is None:
-        classes = [pseudo_semantic(mask_overlays(image)[0]) for image in images]
+        classes = [pseudo_semantic(image) for image in normal]
     else:
         classes = []
         for i in range(0, len(normal), batch):

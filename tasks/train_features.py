@@ -15,7 +15,7 @@ from leukoflow.method import FeatureSettings, MethodSettings
 from models.attention_unet import segment_batch
 from models.hybrid_cn_nas import HybridCNNas, build_backbone
 from tasks.extract import extract_padded, field_means
-from tasks.segment import cell_table, crop_cells, crop_masks, single_cells
+from tasks.segment import cell_table, crop_cells, crop_masks, pseudo_semantic, single_cells
 from tasks.train_data import CACHE_PX, Prepared, TrainConfig
 from tasks.train_loop import random_windows, stain_jitter, to_tensor
 from tasks.train_segmenter import load_segmenter
@@ -97,8 +97,9 @@ def find_cells(
     def segmented() -> Iterator[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint16]]]:
         for i in range(0, len(data.fields), batch):
             fields = np.array(data.fields[i : i + batch])
-            semantic = data.pseudo[i : i + len(fields)] if model is None else segment_batch(model, fields, device)
-            for image, classes in zip(fields, semantic, strict=True):
+            # Without a network, of the normalised field: that is what a run has.
+            found = [pseudo_semantic(f) for f in fields] if model is None else segment_batch(model, fields, device)
+            for image, classes in zip(fields, found, strict=True):
                 yield image, *single_cells(image, classes, data.method.segment)
 
     cells = collect_cells(segmented(), data.method)

@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from models.attention_unet import AttentionGate, AttentionUNet, UNetSpec, segment_batch
+from tasks.evaluate import dice
 from tasks.train_loop import to_tensor
-from tasks.train_segmenter import dice, segmentation_loss
+from tasks.train_segmenter import segmentation_loss
 
 SMALL = UNetSpec(widths=(4, 8))
 

@@ -126,5 +126,5 @@ def test_embedded_bundle_is_small_and_measured() -> None:
     assert not [f for f in bundle.path.iterdir() if f.suffix not in {".json", ".safetensors"}]
     metrics = bundle.spec.metrics
     assert metrics["bundle_digest"] == bundle.digest
-    assert set(metrics["held_out_clusters"]) == set(bundle.spec.training.held_out_clusters)
-    assert not set(metrics["held_out_clusters"]) & set(bundle.spec.training.training_clusters)
+    assert {"cluster", "slide", "random"} <= set(metrics["protocols"])
+    assert {"leukoflow", "colour histogram"} <= set(metrics["protocols"]["cluster"]["models"])

@@ -14,7 +14,7 @@ from models.attention_classifier import AttentionClassifier, ClassifierSpec
 from models.bundle import Bundle, Calibration, random_bundle
 from tasks.classify import ROWS, decide, diagnose, ood_scores, pool_tiles, softmax, standardize, tokens
 
-D = 112
+D = 96
 
 
 @pytest.fixture(scope="module")
@@ -123,8 +123,8 @@ def test_no_fields_at_all(bundle: Bundle) -> None:
 
 def test_features_of_another_bundle_are_refused(bundle: Bundle) -> None:
     field, cells, offsets, area = _features([2])
-    with pytest.raises(BundleError, match="111 and 111 columns"):
-        diagnose(bundle, bundle.classifier(), field[:, :111], cells[:, :111], offsets, area)
+    with pytest.raises(BundleError, match="95 and 95 columns"):
+        diagnose(bundle, bundle.classifier(), field[:, :95], cells[:, :95], offsets, area)
 
 
 def test_standardize_literal() -> None:

@@ -422,23 +422,20 @@ def test_pace_counts_only_what_this_session_has_done(monkeypatch: pytest.MonkeyP
 
 
 def test_an_evaluation_is_shown_beside_the_histogram(capsys: pytest.CaptureFixture[str]) -> None:
-    scores = {"accuracy": 0.812, "macro_f1": 0.8, "mcc": 0.7, "auc_ovr": 0.9, "ece": 0.1}
-    intervals = dict.fromkeys(scores, (0.82, 0.91))
-    model = scores | {
-        "accuracy": 0.871, "intervals_95": intervals, "fields": 500, "clusters": 9,
-        "worst_cluster": {"cluster": "C07", "accuracy": 0.5}, "coverage": 0.94, "mean_set_size": 1.3,
-        "abstention_rate": 0.12, "accuracy_answered": 0.9,
+    plain = {"accuracy": 0.812, "macro_f1": 0.8, "mcc": 0.7, "auc_ovr": 0.9, "ece": 0.1}
+    plain = plain | {"worst_group": {"group": "C03", "accuracy": 0.25}}
+    model = plain | {
+        "accuracy": 0.871, "worst_group": {"group": "C07", "accuracy": 0.5}, "coverage": 0.94, "mean_set_size": 1.3,
+        "abstention_rate": 0.12,
     }  # fmt: skip
     found = {
-        "model": model,
-        "colour_histogram": dict.fromkeys(("raw", "normalised"), scores | {"accuracy_random_split": 0.982}),
-        "segmentation": {"dice_nucleus_drawn": 0.91},
-        "foreign": {"images": 53, "outcomes": {"foreign": 50, "answered": 3}},
-        "errors": {"Benign taken for Early": 12},
+        "protocols": {"cluster": {"models": {"leukoflow": model, "colour histogram": plain}}},
+        "segmentation": {"dice_nucleus_d1": 0.91},
+        "foreign": {"images": 53, "abstained_or_benign": 0.96},
     }
     view.show_evaluation(view.console(), found)
     text = " ".join(capsys.readouterr().out.split())
-    for part in ("0.871 0.820 to 0.910 0.812 0.812", "0.982", "C07", "50 foreign, 3 answered", "12 × Benign taken for"):
+    for part in ("0.8710 0.8120", "C07 0.500 C03 0.250", "size 1.30", "12.0 %", "dice nucleus d1 0.91", "0.960 of 53"):
         assert part in text
 
 
@@ -456,15 +453,25 @@ def test_training_and_evaluation_run_on_a_server_that_is_stopped(
     module.__dict__.update({command: flow, "FULL_MINUTES": 60.0})
     monkeypatch.setitem(sys.modules, f"flows.{command}", module)
     out = str(tmp_path / "mine")
-    words = ["data", "--out", out, "--without", "nasnet", "--everything"] if command == "train" else [out, "data"]
+    words = {
+        "train": ["data", "--out", out, "--without", "nasnet"],
+        "evaluate": [out, "data", "--out", str(tmp_path / "evaluation"), "--protocol", "cluster"],
+    }[command]
     result = _invoke(command, *words)
     assert result.exit_code == 1
     assert result.stderr == "error: nothing of this kind here\n"
     assert stage.log == ["server started, keep=False", "server stopped"]
     if command == "train":
         assert calls[0]["without"] == ("nasnet",)
-        assert calls[0]["hold_out"] is None
         assert calls[0]["work_dir"] == tmp_path / "mine.work"
     else:
         assert calls[0]["bundle"] == out
         assert calls[0]["record"] is True
+        assert calls[0]["protocols"] == ("cluster",)
+
+
+def test_an_unknown_protocol_is_refused(stage: Any, tmp_path: Path) -> None:
+    result = _invoke("evaluate", "pocket", "data", "--out", str(tmp_path), "--protocol", "patient")
+    assert result.exit_code == 1
+    assert "no protocol named 'patient'" in result.stderr
+    assert stage.log == []

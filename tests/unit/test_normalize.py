@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from leukoflow.errors import LeukoflowError
 from leukoflow.method import NormalizeSettings
-from tasks.normalize import clahe, fit_reference, mask_overlays, multiscale, normalize, reinhard, zscore
+from tasks.normalize import anchors, clahe, mask_overlays, multiscale, normalize, reinhard, zscore
 
 ALL_OFF = NormalizeSettings(mask_overlays=False, reinhard=False, clahe=False, multiscale=False)
 
@@ -58,9 +58,13 @@ def to_rgb(lab8: NDArray[np.float64]) -> NDArray[np.uint8]:
     return np.rint(v * 255).clip(0, 255).astype(np.uint8)
 
 
-def reinhard_reference(lab: NDArray[np.float64], settings: NormalizeSettings) -> NDArray[np.float64]:
-    mean, std = lab.mean(axis=(0, 1)), lab.std(axis=(0, 1))
-    return (lab - mean) / std * settings.reference_std + settings.reference_mean
+def reinhard_reference(
+    field: NDArray[np.uint8], lab: NDArray[np.float64], settings: NormalizeSettings
+) -> NDArray[np.float64]:
+    background, red = anchors(field)
+    assert red is not None
+    gain = (settings.background[0] - settings.red_lightness) / (background[0] - red)
+    return (lab - background) * gain + settings.background
 
 
 def clahe_reference(lightness: NDArray[np.float64], clip: float, grid: int) -> NDArray[np.float64]:
@@ -116,7 +120,7 @@ def test_within_one_grey_level_of_float64(seed: int, steps: tuple[str, ...]) -> 
     settings = ALL_OFF.model_copy(update=dict.fromkeys(steps, True))
     lab = to_lab(field)
     if "reinhard" in steps:
-        lab = reinhard_reference(lab, settings).clip(0, 255)
+        lab = reinhard_reference(field, lab, settings).clip(0, 255)
     if "clahe" in steps:
         lab[..., 0] = clahe_reference(lab[..., 0], settings.clahe_clip, settings.clahe_grid)
     if "multiscale" in steps:
@@ -130,25 +134,59 @@ def test_single_steps_agree_with_the_pass() -> None:
     field = draw_field(4)
     s = NormalizeSettings()
     only = lambda **on: normalize(field, ALL_OFF.model_copy(update=on))  # noqa: E731
-    assert np.array_equal(only(reinhard=True), reinhard(field, s.reference_mean, s.reference_std))
+    assert np.array_equal(only(reinhard=True), reinhard(field, s.background, s.red_lightness))
     assert np.array_equal(only(clahe=True), clahe(field, s.clahe_clip, s.clahe_grid))
     assert np.array_equal(only(multiscale=True), multiscale(field, s.multiscale_amount))
     assert normalize(field, ALL_OFF) is field
 
 
-def test_reinhard_reaches_the_reference() -> None:
-    mean, std = (180.0, 136.0, 118.0), (25.0, 5.0, 6.0)
-    lab = cv2.cvtColor(reinhard(draw_field(5), mean, std), cv2.COLOR_RGB2LAB).reshape(-1, 3)
-    assert lab.mean(axis=0) == pytest.approx(mean, abs=1.5)
-    assert lab.std(axis=0) == pytest.approx(std, abs=1.5)
+def draw_smear(white_cells: int, tint: float = 1.0) -> NDArray[np.uint8]:
+    """Red cells in a grid and as many white ones as wanted, far apart from them."""
+    image = np.full((224, 224, 3), (240, 244, 238), np.uint8)
+    for y in range(20, 120, 24):
+        for x in range(12, 220, 24):
+            cv2.circle(image, (x, y), 8, (176, 188, 212), -1, cv2.LINE_AA)
+    for i in range(white_cells):
+        cv2.circle(image, (20 + 36 * (i % 6), 150 + 36 * (i // 6)), 15, (140, 70, 190), -1, cv2.LINE_AA)
+    return np.asarray(image * tint, np.uint8)
 
 
-def test_fitted_reference_is_a_fixed_point() -> None:
-    field = draw_field(6)
-    mean, std = fit_reference([field])
-    assert np.abs(reinhard(field, mean, std).astype(int) - field).mean() < 1.5
-    with pytest.raises(LeukoflowError, match="no fields"):
-        fit_reference([])
+def test_anchors_are_those_of_background_and_red_cells() -> None:
+    background, red = anchors(draw_smear(4))
+    wanted = to_lab(np.array([[(240, 244, 238), (176, 188, 212)]], np.uint8))[0]
+    assert background == pytest.approx(wanted[0], abs=1.0)
+    assert red == pytest.approx(wanted[1, 0], abs=2.0)
+
+
+def test_the_number_of_white_cells_does_not_move_the_anchors() -> None:
+    few, many = draw_smear(1), draw_smear(12)
+    whole = [cv2.cvtColor(i, cv2.COLOR_RGB2LAB).reshape(-1, 3).mean(0) for i in (few, many)]
+    assert np.abs(whole[0] - whole[1]).max() > 8
+    (a, red_a), (b, red_b) = anchors(few), anchors(many)
+    assert red_a is not None
+    assert red_b is not None
+    assert np.abs(a - b).max() < 1
+    assert abs(red_a - red_b) < 1
+    s = NormalizeSettings()
+    at = (150, 20)  # the middle of the white cell that both have
+    first, second = (reinhard(i, s.background, s.red_lightness)[at].astype(int) for i in (few, many))
+    assert np.abs(first - second).max() <= 2
+
+
+def test_reinhard_undoes_the_exposure() -> None:
+    s = NormalizeSettings()
+    bright, dark = (reinhard(draw_smear(4, tint), s.background, s.red_lightness) for tint in (1.0, 0.85))
+    assert np.abs(draw_smear(4).astype(int) - draw_smear(4, 0.85)).mean() > 25
+    assert np.abs(bright.astype(int) - dark).mean() < 4
+
+
+def test_without_red_cells_only_the_background_is_moved() -> None:
+    image = np.full((64, 64, 3), (230, 226, 210), np.uint8)
+    background, red = anchors(image)
+    assert red is None
+    out = reinhard(image, (250.0, 128.0, 128.0), 198.0)
+    assert np.abs(to_lab(out)[0, 0] - (250, 128, 128)).max() < 1
+    assert background == pytest.approx(to_lab(image)[0, 0], abs=0.5)
 
 
 @pytest.mark.parametrize("level", [0, 128, 255])

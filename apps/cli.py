@@ -504,7 +504,10 @@ def evaluate(
         bool, typer.Option("--ablations/--no-ablations", help="Leave out each part of the method in turn.")
     ] = True,
     probes: Annotated[
-        bool, typer.Option("--probes/--no-probes", help="Change fields on purpose: shortcuts and robustness.")
+        bool, typer.Option("--probes/--no-probes", help="Change fields on purpose: does the answer rest on cells?")
+    ] = True,
+    robustness: Annotated[
+        bool, typer.Option("--robustness/--no-robustness", help="Damage fields: blur, JPEG, stain, exposure, scale.")
     ] = True,
     threads: Annotated[int, typer.Option("--threads", min=1, help="Worker processes.")] = 2,
     record: Annotated[
@@ -538,6 +541,7 @@ def evaluate(
                 repeats=repeats,
                 ablations=ablations,
                 probes=probes,
+                robustness=robustness,
                 threads=threads,
                 record=record,
             )

@@ -296,7 +296,7 @@ def show_status(target: Console, root: str, p: RunProgress) -> None:
 
 
 def show_evaluation(target: Console, found: Mapping[str, Any]) -> None:
-    """The figures of `leukoflow evaluate`: each protocol, the model beside its baselines, then masks and the foreign."""
+    """The figures of `leukoflow evaluate`: each protocol beside its baselines, then masks and foreign blood."""
     for protocol, row in found["protocols"].items():
         table = Table(box=None, padding=(0, 2), header_style="dim")
         table.add_column({"cluster": "clusters held out", "slide": "slides held out"}.get(protocol, "random split"))

@@ -351,6 +351,7 @@ def evaluate(
     repeats: int = 4,
     ablations: bool = True,
     probes: bool = True,
+    robustness: bool = True,
     steps: int = FOLD_STEPS,
     threads: int = 2,
     record: bool = True,
@@ -365,7 +366,8 @@ def evaluate(
         protocols: which to run.
         repeats: of the cluster-grouped folds; five fold scores each. The other protocols run once.
         ablations: leave out each part in turn, over the same cluster-grouped folds.
-        probes: change fields on purpose.
+        probes: change fields on purpose, to see what the answer rests on.
+        robustness: damage fields, to see how much it bears.
         steps: of the classifier in each fold.
         threads: worker processes.
         record: put the figures into `bundle.json`; its digest does not change.
@@ -417,7 +419,9 @@ def evaluate(
         if ablations:
             result |= _ablations(setting, labels, pool, repeats)
         if probes and "cluster" in protocols:
-            result |= _probes(setting, labels, pool)
+            result["probes"] = _probes(setting, labels, pool)
+        if robustness and "cluster" in protocols:
+            result["robustness"] = _robustness(setting, labels, pool)
         found = together(
             "masks, boxes and foreign blood",
             pool,
@@ -458,26 +462,28 @@ def _ablations(setting: Setting, labels: Labels, pool: ProcessPoolExecutor, repe
     }
 
 
-def _probes(setting: Setting, labels: Labels, pool: ProcessPoolExecutor) -> dict[str, Any]:
-    """Shortcut probes and robustness."""
+def _probes(setting: Setting, labels: Labels, pool: ProcessPoolExecutor) -> list[dict[str, Any]]:
+    """Shortcut probes, the untouched fields first."""
     y = labels.y[probe_rows(labels)]
-    names = [name for name, _ in PROBES]
-    found = together("shortcut probes", pool, [partial(probe, setting, name) for name in names])
+    found = together("shortcut probes", pool, [partial(probe, setting, name) for name, _ in PROBES])
     right = [float((p.argmax(1) == y).mean()) for p, _ in found]
+    return [
+        {"name": name, "what": what, "accuracy": accuracy, "baseline": right[0] if i else None, "fields": len(y)}
+        for i, ((name, what), accuracy) in enumerate(zip(PROBES, right, strict=True))
+    ]
+
+
+def _robustness(setting: Setting, labels: Labels, pool: ProcessPoolExecutor) -> list[dict[str, Any]]:
+    """Accuracy and share answered under each damage."""
+    y = labels.y[probe_rows(labels)]
     damaged = together("robustness", pool, [partial(probe, setting, f"{d.kind} {d.severity}") for d in DEGRADATIONS])
-    return {
-        "probes": [
-            {"name": name, "what": what, "accuracy": accuracy, "baseline": right[0] if i else None, "fields": len(y)}
-            for i, ((name, what), accuracy) in enumerate(zip(PROBES, right, strict=True))
-        ],
-        "robustness": [
-            {
-                "kind": d.kind,
-                "severity": d.severity,
-                "value": d.value,
-                "accuracy": float((p.argmax(1) == y).mean()),
-                "answered": float(answered.mean()),
-            }
-            for d, (p, answered) in zip(DEGRADATIONS, damaged, strict=True)
-        ],
-    }
+    return [
+        {
+            "kind": d.kind,
+            "severity": d.severity,
+            "value": d.value,
+            "accuracy": float((p.argmax(1) == y).mean()),
+            "answered": float(answered.mean()),
+        }
+        for d, (p, answered) in zip(DEGRADATIONS, damaged, strict=True)
+    ]

@@ -20,6 +20,7 @@ RED_BELOW = 224  # grey value midway between background and red cells of a norma
 MIN_RED_RADIUS_PX = 3.0
 MIN_RED_PX, MAX_RED_PX = 10.0, 90.0  # diameters outside of these are no measurement
 SPECK_SHARE = 0.05  # of a red cell's area: smaller spots and gaps of nuclei are noise
+LARGEST_SHARE = 0.5  # of the largest white component's area, where no component is as large as a red cell
 WHITE_SHARE = 0.6  # of a red cell's area: nothing smaller is a white cell
 
 RED_WEIGHT = 0.6  # see pseudo_semantic
@@ -377,6 +378,10 @@ def single_cells(
     """
     cleaned, smallest = clean_semantic(rgb, semantic)
     cells = watershed_cells(cleaned, settings, smallest)
+    if not cells.any():
+        # Clumps of red cells can be taken for huge ones; the largest white cell must not fall victim to that.
+        areas = cv2.connectedComponentsWithStats(np.asarray(cleaned > BACKGROUND, np.uint8))[2][1:, cv2.CC_STAT_AREA]
+        cells = watershed_cells(cleaned, settings, LARGEST_SHARE * float(areas.max()) if areas.size else 0.0)
     return np.where(cells > 0, cleaned, np.uint8(BACKGROUND)), cells
 
 

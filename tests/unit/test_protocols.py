@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -32,7 +31,7 @@ from tasks.train_features import Features
 
 COLUMNS = (("convnext", 4), ("nasnet", 6))
 METHOD = MethodSettings(select=SelectSettings(k=8), classify=ClassifySettings(max_cells=8))
-RECIPE = Recipe(METHOD, classifier_width=16, classifier_layers=1, steps=150, seed=0)
+RECIPE = Recipe(METHOD, classifier_width=16, classifier_layers=1, steps=100, seed=0)
 
 
 def _labels(clusters: int = 6, fields: int = 4) -> Labels:
@@ -57,8 +56,9 @@ def _features(labels: Labels, copies: int = 1, cells: int = 6) -> Features:
     return Features(field, single, fields.reshape(copies, n, 10), single + noise, offsets, area)
 
 
-@pytest.fixture
-def context(tmp_path: Path) -> Context:
+@pytest.fixture(scope="module")
+def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
+    tmp_path = tmp_path_factory.mktemp("work")
     labels = _labels()
     save_table(tmp_path / "table_full.npz", _features(labels))
     save_table(tmp_path / "table_untrained.npz", _features(labels, copies=0))

@@ -20,10 +20,14 @@ from tasks.normalize import mask_overlays
 from tasks.segment import (
     CellTable,
     cell_table,
+    clean_semantic,
     concatenate,
     crop_cells,
+    crop_masks,
     own_cells,
     pseudo_semantic,
+    red_cell_px,
+    single_cells,
     watershed_cells,
 )
 
@@ -334,3 +338,58 @@ def test_white_cells_of_another_laboratory(shared_data: Path) -> None:
                 found += bool((both / (areas + (x1 - x0) * (y1 - y0) - both) >= 0.5).any())
                 total += 1
     assert found / total > 0.9
+
+
+def _smear(red_radius: int, white_radius: int) -> tuple[np.ndarray, np.ndarray]:
+    """A normalised field of red cells, two of them touching, and one white cell; and the white cell's classes."""
+    rgb = np.full((224, 224, 3), 250, np.uint8)
+    for x in range(red_radius + 4, 220 - red_radius, 3 * red_radius):
+        cv2.circle(rgb, (x, 40), red_radius, (190, 196, 205), -1)
+    cv2.circle(rgb, (60, 170), red_radius, (190, 196, 205), -1)
+    cv2.circle(rgb, (60 + 2 * red_radius, 170), red_radius, (190, 196, 205), -1)
+    semantic = np.zeros((224, 224), np.uint8)
+    cv2.circle(rgb, (150, 130), white_radius, (120, 60, 160), -1)
+    cv2.circle(semantic, (150, 130), white_radius, 1, -1)
+    cv2.circle(semantic, (150, 130), white_radius - 3, 2, -1)
+    return rgb, semantic
+
+
+@pytest.mark.parametrize("radius", [7, 12, 20])
+def test_red_cells_are_a_ruler(radius: int) -> None:
+    assert red_cell_px(*_smear(radius, 24)) == pytest.approx(2 * radius, rel=0.2)
+    assert red_cell_px(np.full((64, 64, 3), 250, np.uint8), np.zeros((64, 64), np.uint8)) is None
+
+
+def test_what_is_smaller_than_a_red_cell_is_no_white_cell() -> None:
+    rgb, semantic = _smear(12, 20)
+    cv2.circle(semantic, (40, 110), 7, 2, -1)
+    cleaned, cells = single_cells(rgb, semantic, SegmentSettings())
+    assert cells.max() == 1
+    assert cells[130, 150] == 1
+    assert cleaned[110, 40] == 0
+    alone = np.where(np.arange(224) < 100, semantic, 0).astype(np.uint8)  # without the large one it is the largest
+    assert single_cells(rgb, alone, SegmentSettings())[1][110, 40] == 1
+    assert not single_cells(rgb, np.zeros_like(semantic), SegmentSettings())[1].any()
+
+
+def test_holes_are_filled_and_specks_of_nucleus_dropped() -> None:
+    rgb, semantic = _smear(12, 24)
+    semantic[128:132, 148:152] = 0
+    semantic[106, 150] = 1
+    semantic[107, 150:152] = 2  # a speck in the rim, apart from the nucleus
+    semantic[108:110, 146:156] = 1
+    cleaned, smallest = clean_semantic(rgb, semantic)
+    assert cleaned[130, 150] == 2
+    assert cleaned[107, 150] == 1
+    assert smallest == pytest.approx(0.6 * np.pi * 144, rel=0.3)
+
+
+def test_masks_of_cells_lie_on_their_crops() -> None:
+    cells = np.zeros((100, 100), np.uint16)
+    cells[40:60, 30:50] = 7
+    rgb = np.repeat(np.where(cells > 0, 200, 10).astype(np.uint8)[..., None], 3, 2)
+    centres = np.array([[39.5, 49.5]], np.float32)
+    crop, mask = crop_cells(rgb, centres, 44, 64), crop_masks(cells, np.array([7], np.int32), centres, 44, 64)
+    assert mask.shape == (1, 64, 64)
+    np.testing.assert_array_equal(crop[0, ..., 0] > 100, mask[0] > 120)
+    assert not crop_masks(cells, np.array([3], np.int32), centres, 44, 64).any()

@@ -119,10 +119,10 @@ def test_zarr_alone_reads_masks_and_features(runs: dict[str, Path]) -> None:
         assert semantic.shape == ids.shape == (len(mine), 224, 224)
         assert affine.shape == (len(mine), 2, 3)
         hybrid, single, offsets = (features[f"{shard}/{name}"] for name in ("hybrid", "cells", "cell_offsets"))
-        assert hybrid.shape == (len(mine), 112)
-        assert sum(block["dimension"] for block in hybrid.attrs["columns"]) == 112
+        assert hybrid.shape == (len(mine), 96)
+        assert sum(block["dimension"] for block in hybrid.attrs["columns"]) == 96
         assert offsets.shape == (len(mine) + 1,)
-        assert single.shape == (offsets[-1], 112)
+        assert single.shape == (offsets[-1], 96)
         for index, row in mine.items():
             table_ids = sorted(c["cell_id"] for c in cells if c["image_key"] == row["image_key"])
             found = set(np.unique(ids[index]).tolist()) - {0}

@@ -488,6 +488,9 @@ def train(
         console.print(f"next: leukoflow evaluate {out} {data} --out evaluation", soft_wrap=True)
 
 
+PROTOCOL_NAMES: tuple[Literal["random", "slide", "cluster"], ...] = ("random", "slide", "cluster")
+
+
 @app.command()
 def evaluate(
     bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Name or folder of a bundle.")],
@@ -526,18 +529,17 @@ def evaluate(
     **Example**: `leukoflow evaluate pocket data --out evaluation`
     """
     with _reported(debug):
-        if unknown := sorted(set(protocol or ()) - {"cluster", "slide", "random"}):
+        if unknown := sorted(set(protocol or ()) - set(PROTOCOL_NAMES)):
             raise ConfigError(f"no protocol named {unknown[0]!r}; there are cluster, slide and random")
         with _prefect(keep_prefect, debug):
             from flows.evaluate import evaluate as flow
-            from tasks.protocols import PROTOCOLS
 
             found = flow(
                 bundle=bundle,
                 data_dir=data,
                 out=out,
                 work=work,
-                protocols=tuple(p for p in PROTOCOLS if protocol is None or p in protocol),
+                protocols=tuple(p for p in PROTOCOL_NAMES if protocol is None or p in protocol),
                 repeats=repeats,
                 ablations=ablations,
                 probes=probes,

@@ -63,7 +63,7 @@ from tasks.train_data import FIELDS_ZIP, Labels, read_labels, read_members
 FOREIGN_ZIP = "healthy_other_source.zip"
 SMALLEST_GROUP = 30  # fields of a cluster that may count as the worst
 PROBE_EVERY = 12  # every so many fields are changed on purpose
-FOLD_STEPS = 500  # of the classifier in a fold: the shorter recipe
+FOLD_STEPS = 100  # of the attention in a fold: the shorter recipe
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +101,7 @@ def make_table(setting: Setting, name: str) -> None:
         return
     bundle, context = opened(setting)
     images = _fields(setting, context.labels)
-    save_table(path, plain_table(bundle, images, 2) if name == "full" else alternative_table(bundle, images, name))
+    save_table(path, plain_table(bundle, images) if name == "plain" else alternative_table(bundle, images, name))
 
 
 def make_baselines(setting: Setting) -> None:
@@ -171,7 +171,7 @@ def fitted_fold(setting: Setting, number: int) -> Fitted:
     """The model of a cluster-grouped fold again: a function of its rows and the seed."""
     _, context = opened(setting)
     train, _ = split("cluster", context.labels, 0)[number]
-    return fit(context.recipe, load_table(setting.work, "full"), context.labels, train)
+    return fit(context.recipe, load_table(setting.work, "plain"), context.labels, train)
 
 
 def probe(setting: Setting, name: str) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
@@ -378,7 +378,7 @@ def evaluate(
     work.mkdir(parents=True, exist_ok=True)
     _bind(work, measured, labels, steps)
     setting = Setting(str(bundle), data_dir, work, steps)
-    tables = ["full", "untrained", *sorted({v.table for v in ABLATIONS if v.table != "plain"} if ablations else ())]
+    tables = ["plain", "untrained", *sorted({v.table for v in ABLATIONS if v.table != "plain"} if ablations else ())]
     result: dict[str, Any] = {
         "schema_version": 2,
         "bundle": {"name": measured.spec.name, "digest": measured.digest},

@@ -74,7 +74,6 @@ def train_config(
         convnext=budget(default.convnext),
         nasnet=budget(default.nasnet),
         classifier_steps=max(1, round(default.classifier_steps * min(1.0, share))),
-        feature_copies=default.feature_copies if share >= 0.25 else 0,
         weights=weights,
         teacher=teacher,
         limit=limit,

@@ -1,7 +1,10 @@
-"""Multi-head self-attention (Vaswani et al. 2017) over a class token, the field's token and its cells' tokens.
+"""Multi-head self-attention (Vaswani et al. 2017) over the cells of a field, and linear evidence of each cell.
 
-The class token's attention to the cells, averaged over heads of the last layer, says which cells carried the
-decision. An auxiliary per-cell head keeps the cells' tokens informative by themselves.
+Every cell gives evidence for each class, a linear function of its z-scored features; a field's logits are the average
+of its cells' evidence. How much each cell counts is what the self-attention decides: a class token and the cells'
+tokens look at each other, and the class token's attention to the cells, starting from their share of the area, is the
+weight (attention pooling of instances, after Ilse et al. 2018). So attention times evidence is exactly what a cell
+contributed to the answer, and the parts of a cell's picture add up to its evidence.
 """
 
 from __future__ import annotations
@@ -11,17 +14,18 @@ from typing import NamedTuple
 import torch
 from pydantic import Field
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from leukoflow.method import Settings
 
+NEVER = -1e9  # score of what must not be attended to; unlike infinity it leaves no NaN where nothing may be
+
 
 class ClassifierSpec(Settings):
-    """Architecture of the classifier. Without `attention` the tokens are averaged instead (ablation)."""
+    """Architecture of the classifier. Without `attention` cells count by their area (ablation)."""
 
     inputs: int
     classes: int = 4
-    width: int = 96
+    width: int = 64
     heads: int = 4
     layers: int = Field(default=1, ge=1)
     dropout: float = 0.2
@@ -29,15 +33,18 @@ class ClassifierSpec(Settings):
 
 
 class Decision(NamedTuple):
-    """Logits [N, classes], per-cell logits [N, M, classes], class token's attention to cells [N, M] (sum <= 1)."""
+    """Logits [N, classes], evidence of each cell [N, M, classes], attention [N, M], which sums to 1 over the cells.
+
+    The logits are the sum of attention times evidence; without any cell they are 0, and so is the attention.
+    """
 
     logits: Tensor
-    cell_logits: Tensor
+    evidence: Tensor
     attention: Tensor
 
 
 class SelfAttention(nn.Module):
-    """Pre-norm transformer block that also returns the attention weights, averaged over heads."""
+    """Pre-norm transformer block."""
 
     def __init__(self, width: int, heads: int, dropout: float) -> None:
         """`width` must be a multiple of `heads`."""
@@ -48,49 +55,66 @@ class SelfAttention(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 2 * width), nn.GELU(), nn.Linear(2 * width, width))
         self.dropout = nn.Dropout(dropout)
 
-    def forward(self, tokens: Tensor, valid: Tensor) -> tuple[Tensor, Tensor]:
-        """`tokens` [N, T, W], `valid` bool [N, T] -> tokens, attention [N, T, T]."""
+    def forward(self, tokens: Tensor, seen: Tensor) -> Tensor:
+        """`tokens` [N, T, W], `seen` bool [N, T] -> tokens."""
         n, t, width = tokens.shape
         q, k, v = self.qkv(self.norm1(tokens)).view(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         scores = q @ k.transpose(-2, -1) / (width // self.heads) ** 0.5
-        weights = scores.masked_fill(~valid[:, None, None, :], float("-inf")).softmax(-1)
+        weights = scores.masked_fill(~seen[:, None, None, :], NEVER).softmax(-1)
         mixed = (weights @ v).transpose(1, 2).reshape(n, t, width)
         tokens = tokens + self.dropout(self.project(mixed))
-        return tokens + self.dropout(self.mlp(self.norm2(tokens))), weights.mean(1)
+        out: Tensor = tokens + self.dropout(self.mlp(self.norm2(tokens)))
+        return out
+
+
+class ClassAttention(nn.Module):
+    """The class token's attention to the cells, on top of what each counts beforehand. Starts without an opinion."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        """`width` must be a multiple of `heads`."""
+        super().__init__()
+        self.heads = heads
+        self.norm = nn.LayerNorm(width)
+        self.query, self.key = nn.Linear(width, width), nn.Linear(width, width)
+        nn.init.zeros_(self.query.weight)
+        nn.init.zeros_(self.query.bias)
+
+    def forward(self, tokens: Tensor, prior: Tensor) -> Tensor:
+        """`tokens` [N, 1 + M, W], the class token first, `prior` [N, M] -> attention [N, M], averaged over heads."""
+        n, t, width = tokens.shape
+        tokens = self.norm(tokens)
+        query = self.query(tokens[:, :1]).view(n, 1, self.heads, width // self.heads).transpose(1, 2)
+        key = self.key(tokens[:, 1:]).view(n, t - 1, self.heads, width // self.heads).transpose(1, 2)
+        scores = (query @ key.transpose(-2, -1))[:, :, 0] / (width // self.heads) ** 0.5
+        out: Tensor = (scores + prior[:, None]).softmax(-1).mean(1)
+        return out
 
 
 class AttentionClassifier(nn.Module):
-    """[CLS, field, cells] -> classes."""
+    """[class, cells] -> how much each cell counts -> weighted evidence."""
 
     def __init__(self, spec: ClassifierSpec) -> None:
         """Random weights."""
         super().__init__()
         self.spec = spec
-        self.embed = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(spec.inputs, spec.width))
-        self.cls_token = nn.Parameter(torch.randn(spec.width) * 0.02)
-        self.field_token = nn.Parameter(torch.randn(spec.width) * 0.02)
-        blocks = (SelfAttention(spec.width, spec.heads, spec.dropout) for _ in range(spec.layers))
-        self.blocks = nn.ModuleList(blocks if spec.attention else ())
-        self.norm = nn.LayerNorm(spec.width)
-        self.head = nn.Linear(spec.width, spec.classes)
-        self.cell_head = nn.Linear(spec.width, spec.classes)
+        self.evidence = nn.Linear(spec.inputs, spec.classes)
+        if spec.attention:
+            self.embed = nn.Sequential(nn.Dropout(spec.dropout), nn.Linear(spec.inputs, spec.width))
+            self.class_token = nn.Parameter(torch.randn(spec.width) * 0.02)
+            self.blocks = nn.ModuleList(SelfAttention(spec.width, spec.heads, spec.dropout) for _ in range(spec.layers))
+            self.pool = ClassAttention(spec.width, spec.heads)
 
-    def forward(self, field: Tensor, cells: Tensor, valid: Tensor, use_field: Tensor | None = None) -> Decision:
-        """`field` [N, K], `cells` [N, M, K], `valid` bool [N, M] (False where padded), `use_field` bool [N]."""
-        n, m, _ = cells.shape
-        if use_field is None:
-            use_field = torch.ones(n, dtype=torch.bool, device=cells.device)
-        cell_tokens = self.embed(cells)
-        field_token = (self.embed(field) + self.field_token)[:, None]
-        cell_logits = self.cell_head(F.gelu(cell_tokens))
-        cls = self.cls_token.expand(n, 1, -1)
-        tokens = torch.cat([cls, field_token, cell_tokens], 1)
-        seen = torch.cat([torch.ones_like(use_field)[:, None], use_field[:, None], valid], 1)
+    def forward(self, cells: Tensor, area: Tensor, valid: Tensor) -> Decision:
+        """`cells` [N, M, K] z-scored, `area` [N, M] in pixels, `valid` bool [N, M] (False where padded)."""
+        prior = area.clamp(min=1.0).log().masked_fill(~valid, NEVER)
         if self.spec.attention:
-            weights = tokens.new_zeros(n, m + 2, m + 2)
+            tokens = torch.cat([self.class_token.expand(len(cells), 1, -1), self.embed(cells)], 1)
+            seen = torch.cat([torch.ones_like(valid[:, :1]), valid], 1)
             for block in self.blocks:
-                tokens, weights = block(tokens, seen)
-            return Decision(self.head(self.norm(tokens[:, 0])), cell_logits, weights[:, 0, 2:])
-        share = seen.to(tokens.dtype) / seen.sum(1, keepdim=True)
-        pooled = (tokens * share[..., None]).sum(1)
-        return Decision(self.head(self.norm(pooled)), cell_logits, share[:, 2:])
+                tokens = block(tokens, seen)
+            attention = self.pool(tokens, prior)
+        else:
+            attention = prior.softmax(-1)
+        attention = attention * valid
+        evidence = self.evidence(cells)
+        return Decision((attention[..., None] * evidence).sum(1), evidence, attention)

@@ -35,7 +35,7 @@ from models.attention_classifier import AttentionClassifier, ClassifierSpec
 from models.attention_unet import AttentionUNet, UNetSpec
 from models.hybrid_cn_nas import BackboneSpec, HybridCNNas, build_backbone
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 EMBEDDED = Path(__file__).parent / "default"
 Component = Literal["segmenter", "features", "classifier"]
 PresetName = Literal["pocket", "full", "tiny"]
@@ -71,7 +71,7 @@ class Preset(Settings):
     method: MethodSettings
     unet: UNetSpec
     backbones: tuple[BackboneSpec, ...]
-    classifier_width: int = 96
+    classifier_width: int = 64
     classifier_layers: int = 1
 
 
@@ -95,18 +95,12 @@ class BundleSpec(Settings):
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
-    """Arrays fitted on training data. D = hybrid columns, K = selected ones, Q = principal directions.
+    """Arrays fitted on training data. D = hybrid columns, K = selected ones."""
 
-    The out-of-distribution score lives in the space of [field, mean of cells], both z-scored and selected (2 K).
-    """
-
-    field_mean: NDArray[np.float32]  # [D]
-    field_std: NDArray[np.float32]  # [D]
-    cell_mean: NDArray[np.float32]  # [D]
-    cell_std: NDArray[np.float32]  # [D]
-    ood_mean: NDArray[np.float32]  # [2 K]
-    ood_directions: NDArray[np.float32]  # [2 K, Q]
-    ood_scale: NDArray[np.float32]  # [Q + 1]: deviation along each direction, and of what is left over
+    mean: NDArray[np.float32]  # [D], of fields; their cells are z-scored alike, so that averages stay averages
+    std: NDArray[np.float32]  # [D]
+    ood_mean: NDArray[np.float32]  # [K]
+    ood_whitening: NDArray[np.float32]  # [K, K]: differences times this have covariance 1 among training fields
 
     def arrays(self) -> dict[str, NDArray[np.float32]]:
         """Name to array, as stored."""
@@ -118,7 +112,10 @@ def preset(name: PresetName | str) -> Preset:
     if name == "pocket":
         return Preset(
             # Contrast enhancement made features of unseen photographs less comparable: see benchmarks/LOG.md.
-            method=MethodSettings(normalize=NormalizeSettings(clahe=False, multiscale=False)),
+            method=MethodSettings(
+                normalize=NormalizeSettings(clahe=False, multiscale=False),
+                select=SelectSettings(k=512, scheme="fcd"),
+            ),
             unet=UNetSpec(),
             backbones=(
                 BackboneSpec(
@@ -367,15 +364,11 @@ def random_bundle(path: Path, seed: int = 0, preset_name: PresetName = "pocket",
         )
         modules: dict[str, nn.Module] = {"segmenter": AttentionUNet(chosen.unet), "classifier": classifier}
         modules |= dict(hybrid.backbones.items())
-    q = min(8, 2 * k)
     statistics = Statistics(
-        field_mean=np.zeros(total, np.float32),
-        field_std=np.ones(total, np.float32),
-        cell_mean=np.zeros(total, np.float32),
-        cell_std=np.ones(total, np.float32),
-        ood_mean=np.zeros(2 * k, np.float32),
-        ood_directions=np.linalg.qr(rng.normal(size=(2 * k, q)))[0].astype(np.float32),
-        ood_scale=np.ones(q + 1, np.float32),
+        mean=np.zeros(total, np.float32),
+        std=np.ones(total, np.float32),
+        ood_mean=np.zeros(k, np.float32),
+        ood_whitening=np.linalg.qr(rng.normal(size=(k, k)))[0].astype(np.float32),
     )
     spec = BundleSpec(
         name=f"random-{preset_name}-{seed}",

@@ -14,6 +14,7 @@ from leukoflow.records import CLASSES
 from models.attention_classifier import AttentionClassifier
 from models.bundle import Bundle, Calibration, Statistics
 
+CLIP = 12.0
 ROWS = 64  # fields of a forward pass; a fixed shape, so that a row's floats do not depend on how many there are
 
 
@@ -23,7 +24,7 @@ class Diagnosis:
 
     probabilities: NDArray[np.float64]  # [n, 4], calibrated
     prediction_set: NDArray[np.bool_]  # [n, 4]
-    attention: NDArray[np.float32]  # [m]; sums to at most 1 within a field, 0 for cells beyond max_cells
+    attention: NDArray[np.float32]  # [m]; sums to 1 within a field, 0 for cells beyond max_cells
     ood: NDArray[np.float64]  # [n], 1 is typical of training data
     abstained: tuple[str | None, ...]  # reason per row
 
@@ -44,8 +45,9 @@ class Verdict:
 class Tokens:
     """What the classifier reads: z-scored, selected columns, cells padded to max_cells."""
 
-    field: NDArray[np.float32]  # [n, K]
+    field: NDArray[np.float32]  # [n, K], for the out-of-distribution score
     cells: NDArray[np.float32]  # [n, M, K]
+    area: NDArray[np.float32]  # [n, M], in model pixels, 0 where padded
     valid: NDArray[np.bool_]  # [n, M]
     source: NDArray[np.int64]  # [n, M], row of the cell among all cells, -1 where padded
 
@@ -53,10 +55,10 @@ class Tokens:
 def standardize(
     features: NDArray[np.float32], mean: NDArray[np.float32], std: NDArray[np.float32], selected: Sequence[int]
 ) -> NDArray[np.float32]:
-    """z-scores of the selected columns: float32 [n, D] -> [n, K], clipped at 8 deviations."""
+    """z-scores of the selected columns: float32 [n, D] -> [n, K], clipped at 12 deviations of a field's mean."""
     columns = np.asarray(selected, np.int64)
     scores = (features[:, columns] - mean[columns]) / std[columns]
-    out: NDArray[np.float32] = np.clip(scores, -8, 8).astype(np.float32)
+    out: NDArray[np.float32] = np.clip(scores, -CLIP, CLIP).astype(np.float32)
     return out
 
 
@@ -76,7 +78,7 @@ def tokens(
         max_cells: M.
     """
     n, k = field.shape
-    packed = np.zeros((n, max_cells, k), np.float32)
+    packed, area = np.zeros((n, max_cells, k), np.float32), np.zeros((n, max_cells), np.float32)
     valid = np.zeros((n, max_cells), np.bool_)
     source = np.full((n, max_cells), -1, np.int64)
     for i in range(n):
@@ -84,23 +86,19 @@ def tokens(
         if len(rows) > max_cells:
             rows = np.sort(rows[np.argsort(-cell_area[rows], kind="stable")[:max_cells]])
         packed[i, : len(rows)], valid[i, : len(rows)], source[i, : len(rows)] = cells[rows], True, rows
-    return Tokens(field, packed, valid, source)
+        area[i, : len(rows)] = cell_area[rows]
+    return Tokens(field, packed, area, valid, source)
 
 
 def ood_scores(packed: Tokens, statistics: Statistics) -> NDArray[np.float64]:
-    """Distance from the training fields, float64 [n]: root mean square over whitened principal directions and the rest.
+    """Distance of each field from the training fields, float64 [n]; about 1 for those, and 0 for a field without cells.
 
-    A Mahalanobis distance with a low-rank covariance (Lee et al. 2018 use the full one), in the space of the field's
-    token and the mean of its cells' tokens. A field without cells is judged by its own token alone.
+    The Mahalanobis distance of the field's features (Lee et al. 2018), per root of their number, with a shrunken
+    covariance (Ledoit and Wolf 2004).
     """
-    count = np.maximum(packed.valid.sum(1, keepdims=True), 1)
-    mean_cell = packed.cells.sum(1) / count
-    x = np.concatenate([packed.field, mean_cell], 1).astype(np.float64) - statistics.ood_mean
-    along = x @ statistics.ood_directions.astype(np.float64)
-    rest = np.sqrt(np.maximum((x**2).sum(1) - (along**2).sum(1), 0.0))
-    whitened = np.concatenate([along, rest[:, None]], 1) / statistics.ood_scale
-    out: NDArray[np.float64] = np.sqrt((whitened**2).mean(1))
-    return out
+    whitened = (packed.field.astype(np.float64) - statistics.ood_mean) @ statistics.ood_whitening.astype(np.float64)
+    out: NDArray[np.float64] = np.sqrt((whitened**2).mean(1)) if whitened.shape[1] else np.zeros(len(packed.field))
+    return np.where(packed.valid.any(1), out, 0.0)
 
 
 def softmax(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
@@ -121,11 +119,10 @@ def forward(
     for i in range(0, n, ROWS):
         rows = slice(i, min(i + ROWS, n))
         count = rows.stop - i
-        field, cells = np.zeros((ROWS, k), np.float32), np.zeros((ROWS, most, k), np.float32)
+        cells, area = np.zeros((ROWS, most, k), np.float32), np.zeros((ROWS, most), np.float32)
         valid = np.zeros((ROWS, most), np.bool_)
-        field[:count], cells[:count], valid[:count] = packed.field[rows], packed.cells[rows], packed.valid[rows]
-        # A field without cells has no token either: nothing is known of it.
-        inputs = (torch.from_numpy(a).to(where) for a in (field, cells, valid, valid.any(1)))
+        cells[:count], area[:count], valid[:count] = packed.cells[rows], packed.area[rows], packed.valid[rows]
+        inputs = (torch.from_numpy(a).to(where) for a in (cells, area, valid))
         with torch.inference_mode():
             result = classifier(*inputs)
         logits[rows] = result.logits[:count].double().cpu().numpy()
@@ -184,15 +181,15 @@ def diagnose(
         BundleError: the features have another number of columns than the bundle's backbones give.
     """
     statistics, spec = bundle.statistics, bundle.spec
-    width = len(statistics.cell_mean)
+    width = len(statistics.mean)
     if hybrid.shape[1] != width or cells.shape[1] != width:
         raise BundleError(
             f"features have {hybrid.shape[1]} and {cells.shape[1]} columns, bundle {spec.name} expects {width}: they "
             "were made with another bundle; extract them again"
         )
     packed = tokens(
-        standardize(hybrid, statistics.field_mean, statistics.field_std, spec.selected),
-        standardize(cells, statistics.cell_mean, statistics.cell_std, spec.selected),
+        standardize(hybrid, statistics.mean, statistics.std, spec.selected),
+        standardize(cells, statistics.mean, statistics.std, spec.selected),
         cell_offsets,
         cell_area,
         spec.method.classify.max_cells,

@@ -79,7 +79,7 @@ def image_features(
         areas.append(table.cell_area_px.astype(np.float32))
         counts += np.diff(offsets).tolist()
     field, cell = np.concatenate(whole), np.concatenate(single)
-    return Features(field, cell, field[None, :0][:0], cell[None, :0][:0], np.cumsum(counts), np.concatenate(areas))
+    return Features(field, cell, np.cumsum(counts), np.concatenate(areas))
 
 
 def _block(images: Sequence[NDArray[np.uint8]], bundle: Bundle) -> tuple[Block, NDArray[np.int64]]:
@@ -307,7 +307,7 @@ def masks_of(bundle: Bundle, image: NDArray[np.uint8], device: str = "cpu") -> t
     semantic, _, table, _ = segment_tiles(bundle.segmenter(device), block, bundle.spec.method.segment, device)
     geometry = field_geometry(image.shape[1], image.shape[0], None, bundle.spec.method.segment)
     own = semantic[0][: geometry.height, : geometry.width]
-    back = cv2.resize(own, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_NEAREST)
+    back = cv2.resize(own, (image.shape[1], image.shape[0]), interpolation=cv2.INTER_NEAREST_EXACT)
     return np.asarray(back, np.uint8), table
 
 

@@ -16,17 +16,16 @@ from tasks.extract import extract_padded, field_means
 from tasks.normalize import normalize
 from tasks.segment import crop_cells, pseudo_semantic, single_cells
 from tasks.train_data import padded, scaled_to_field
-from tasks.train_features import Cells, Features, augmented_features, collect_cells
+from tasks.train_features import Cells, Features, collect_cells
 
 GRID = 5  # windows per side where nothing is segmented
 
 
-def plain_table(bundle: Bundle, images: Sequence[NDArray[np.uint8]], copies: int, device: str = "cpu") -> Features:
-    """Features as a run computes them, with augmented copies."""
+def plain_table(bundle: Bundle, images: Sequence[NDArray[np.uint8]], device: str = "cpu") -> Features:
+    """Features as a run computes them."""
     hybrid, settings = bundle.hybrid(device), bundle.spec.method.features
     cells = _cells(bundle, _normalised(bundle, images), device)
-    found = extract_padded(hybrid, cells.crops, cells.masks, settings.cell_batch, device)
-    return _table(cells, found, augmented_features(hybrid, cells, settings, copies, bundle.spec.training.seed, device))
+    return _table(cells, extract_padded(hybrid, cells.crops, cells.masks, settings.cell_batch, device))
 
 
 def alternative_table(bundle: Bundle, images: Sequence[NDArray[np.uint8]], name: str, device: str = "cpu") -> Features:
@@ -45,7 +44,7 @@ def alternative_table(bundle: Bundle, images: Sequence[NDArray[np.uint8]], name:
         )
         offsets = np.arange(len(normal) + 1, dtype=np.int64) * GRID**2
         area = np.ones(len(crops), np.float32)
-        cells = Cells(crops, np.full(crops.shape[:3], 255, np.uint8), crops[:0], offsets, area)
+        cells = Cells(crops, np.full(crops.shape[:3], 255, np.uint8), offsets, area)
     elif name in ("raw", "clahe"):
         change = {"reinhard": False, "clahe": False, "multiscale": False} if name == "raw" else {"clahe": True}
         other = bundle.spec.method.normalize.model_copy(update=change)
@@ -62,7 +61,7 @@ def alternative_table(bundle: Bundle, images: Sequence[NDArray[np.uint8]], name:
             hybrid = HybridCNNas(bundle.spec.backbones).eval().requires_grad_(False).to(device)
     masks = np.full_like(cells.masks, 255) if name == "unmasked" else cells.masks
     found = extract_padded(hybrid, cells.crops, masks, settings.cell_batch, device)
-    return _table(cells, found, found[None][:0])
+    return _table(cells, found)
 
 
 def _normalised(bundle: Bundle, images: Sequence[NDArray[np.uint8]]) -> list[NDArray[np.uint8]]:
@@ -90,8 +89,5 @@ def _cells(
     return collect_cells(((p, *f) for p, f in zip(pictures or normal, found, strict=True)), method)
 
 
-def _table(cells: Cells, found: NDArray[np.float32], copies: NDArray[np.float32]) -> Features:
-    fields = [field_means(copy, cells.offsets, cells.area) for copy in copies]
-    field = field_means(found, cells.offsets, cells.area)
-    stacked = np.array(fields, np.float32).reshape(len(copies), *field.shape)
-    return Features(field, found, stacked, copies, cells.offsets, cells.area)
+def _table(cells: Cells, found: NDArray[np.float32]) -> Features:
+    return Features(field_means(found, cells.offsets, cells.area), found, cells.offsets, cells.area)

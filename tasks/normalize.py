@@ -29,7 +29,7 @@ OVERLAY_MIN_COLUMNS = 5  # text and bars are wide; a speck is not
 GLYPH_RED, GLYPH_REDDER = 5, 20  # half the excess of red over green and blue: at all, and over the surroundings
 OVERLAY_GAP_PX = 8
 OVERLAY_MIN_CONTRAST = 10.0  # density of glyph pixels in the corner against the rest of the image
-MAX_GAIN = 2.0  # of Reinhard's contrast: a blank field has none to stretch
+MIN_GAIN, MAX_GAIN = 0.5, 1.15  # of Reinhard's contrast: pale fields, stretched far, leave the gamut as flat dark blue
 ANCHOR_PX = 448  # longer side of the image on which the anchors are measured
 WHITE_SIGNAL = 0.06  # of `white_cell_signal`, above which a pixel is no anchor
 MIN_ANCHOR_SHARE = 0.01
@@ -238,7 +238,7 @@ def _adjust(
         wanted, red = np.asarray(reference[0], np.float64), reference[1]
         background, dark = anchors(rgb)
         gain = 1.0 if dark is None else (wanted[0] - red) / max(background[0] - dark, 1.0)
-        gain = min(max(gain, 1 / MAX_GAIN), MAX_GAIN)
+        gain = min(max(gain, MIN_GAIN), MAX_GAIN)
         transfer = np.column_stack([np.eye(3) * gain, (wanted - gain * background) * LAB_STEPS])
     if whole is not None:
         whole = cv2.transform(whole, transfer)

@@ -15,7 +15,7 @@ from typing import Literal
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from sklearn.model_selection import StratifiedGroupKFold, StratifiedKFold
+from sklearn.model_selection import StratifiedKFold
 
 from leukoflow.records import CLASSES
 from models.bundle import Calibration
@@ -23,7 +23,7 @@ from tasks.classify import decide, forward, ood_scores, softmax
 from tasks.evaluate import linear_baseline
 from tasks.extract import field_means
 from tasks.train_classifier import Fitted, Recipe, calibrate, cross_fit, fit
-from tasks.train_data import Labels
+from tasks.train_data import Labels, grouped_folds
 from tasks.train_features import Features
 
 Protocol = Literal["random", "slide", "cluster"]
@@ -43,7 +43,7 @@ class Variant:
     attention: bool = True
 
 
-WHOLE = Variant("whole method", "as shipped, without augmented copies of the features")
+WHOLE = Variant("whole method", "as shipped")
 ABLATIONS = (
     Variant("ConvNeXt alone", "features of the ConvNeXt only", backbone="convnext"),
     Variant("NASNet-A alone", "features of the NASNet-A only", backbone="nasnet"),
@@ -117,8 +117,7 @@ def split(protocol: Protocol, labels: Labels, repeat: int) -> list[tuple[NDArray
         plain = StratifiedKFold(FOLDS, shuffle=True, random_state=repeat)
         return [(a, b) for a, b in plain.split(labels.y, labels.y)]
     groups = np.array(labels.slide if protocol == "slide" else labels.cluster)
-    grouped = StratifiedGroupKFold(FOLDS, shuffle=True, random_state=repeat)
-    return [(a, b) for a, b in grouped.split(labels.y, labels.y, groups)]
+    return grouped_folds(labels.y, groups, FOLDS, repeat)
 
 
 def save_table(path: Path, features: Features) -> None:
@@ -130,17 +129,14 @@ def save_table(path: Path, features: Features) -> None:
 
 @lru_cache(maxsize=3)
 def load_table(work: Path, name: str) -> Features:
-    """Features of all fields: `full` with augmented copies, or without them `plain` and the tables of ablations."""
-    if name == "plain":
-        full = load_table(work, "full")
-        return Features(full.field, full.cells, full.field_copies[:0], full.cell_copies[:0], full.offsets, full.area)
+    """Features of all fields: `plain`, or the tables of ablations."""
     with np.load(work / f"table_{name}.npz") as stored:
         return Features(**{f.name: stored[f.name] for f in fields(Features)})
 
 
-def variant_features(context: Context, variant: Variant, calibrated: bool) -> Features:
+def variant_features(context: Context, variant: Variant) -> Features:
     """The features that a variant starts from."""
-    features = load_table(context.work, "full" if calibrated and variant.table == "plain" else variant.table)
+    features = load_table(context.work, variant.table)
     if variant.backbone is None:
         return features
     start = 0
@@ -172,7 +168,7 @@ def run_fold(context: Context, job: FoldJob) -> FoldResult:
         with np.load(path) as stored:
             return FoldResult(**{f.name: stored[f.name] for f in fields(FoldResult)})
     train, test = split(job.protocol, context.labels, job.repeat)[job.fold]
-    features = variant_features(context, job.variant, job.calibrated)
+    features = variant_features(context, job.variant)
     recipe = variant_recipe(context.recipe, job.variant)
     fitted = fit(recipe, features, context.labels, train)
     packed = fitted.tokens(features, test)
@@ -237,8 +233,7 @@ def without_cells(
             offsets = np.concatenate([[0], np.cumsum([len(k) for k in kept])]).astype(np.int64)
             chosen = np.concatenate(kept)
             cells, area = features.cells[chosen], features.area[chosen]
-            nothing = features.field_copies[:0], features.cell_copies[:0]
-            rest = Features(field_means(cells, offsets, area), cells, *nothing, offsets, area)
+            rest = Features(field_means(cells, offsets, area), cells, offsets, area)
             tokens = fitted.tokens(rest, np.arange(len(enough)))
             found = softmax(forward(fitted.classifier, tokens)[0], temperature)
             after[enough, kind, r] = found[np.arange(len(enough)), answer[enough]]

@@ -14,7 +14,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from scipy.optimize import minimize_scalar
-from sklearn.model_selection import StratifiedGroupKFold
+from sklearn.covariance import LedoitWolf
+from sklearn.linear_model import LogisticRegression
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -25,16 +26,17 @@ from models.bundle import Bundle, BundleSpec, Calibration, Statistics, Training,
 from models.hybrid_cn_nas import build_backbone
 from tasks.classify import Tokens, forward, ood_scores, softmax, standardize, tokens
 from tasks.select import mrmr
-from tasks.train_data import Budget, Labels, Prepared, TrainConfig, balanced_weights
+from tasks.train_data import Budget, Labels, Prepared, TrainConfig, balanced_weights, grouped_folds
 from tasks.train_features import Features, load_features, rows_of
 from tasks.train_loop import run_steps
 from tasks.train_segmenter import load_segmenter
 
 BATCH = 64
 BAG = 12  # cells of a field in one step, drawn anew each time
-FIELD_DROPOUT = 0.5  # share of fields without their field token
-NOISE = 0.15  # standard deviation added to z-scores
-DIRECTIONS = 48  # principal directions of the out-of-distribution score
+NOISE = 0.1  # standard deviation added to z-scores
+RATE = 3e-4  # of the attention, which shall weigh cells and not learn fields by heart
+INVERSE_RIDGE = 0.01  # scikit-learn's C of the evidence, the weights of all fields together being their number
+ABSENT = -30.0  # evidence for a class that the training fields do not have
 CROSS_FITS = 5  # parts of whole clusters for out-of-fold calibration
 MOST_FOREIGN = 0.02  # share of unseen fields that may be refused as foreign
 MOST_AMBIGUOUS = 0.02  # and as ambiguous
@@ -67,20 +69,12 @@ class Fitted:
         offsets = np.concatenate([[0], np.cumsum(np.diff(features.offsets)[rows])]).astype(np.int64)
         columns, statistics = tuple(int(i) for i in self.selected), self.statistics
         return tokens(
-            standardize(features.field[rows], statistics.field_mean, statistics.field_std, columns),
-            standardize(features.cells[own], statistics.cell_mean, statistics.cell_std, columns),
+            standardize(features.field[rows], statistics.mean, statistics.std, columns),
+            standardize(features.cells[own], statistics.mean, statistics.std, columns),
             offsets,
             features.area[own],
             self.max_cells,
         )
-
-
-def bag_loss(logits: Tensor, cell_logits: Tensor, valid: Tensor, y: Tensor) -> Tensor:
-    """Cross-entropy of the field plus half the mean cross-entropy of its cells, which share the field's label."""
-    cells = F.cross_entropy(
-        cell_logits.transpose(1, 2), y[:, None].expand(valid.shape), reduction="none", label_smoothing=0.05
-    )
-    return F.cross_entropy(logits, y, label_smoothing=0.05) + 0.5 * (cells * valid).sum() / valid.sum()
 
 
 def moments(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
@@ -106,14 +100,25 @@ def fit_temperature(
 
 
 def conformal_thresholds(
-    probabilities: NDArray[np.float64], y: NDArray[np.int64], alpha: float
+    probabilities: NDArray[np.float64], y: NDArray[np.int64], clusters: NDArray[np.str_], alpha: float
 ) -> tuple[float, float, float, float]:
-    """Per class, the (n + 1)(1 - alpha) / n quantile of 1 - p of the true class; 1 where there are too few fields."""
+    """Per class, the 1 - alpha quantile of 1 - p of the true class; 1 where there are too few fields for one.
+
+    Fields of a cluster resemble each other, so clusters weigh by the square root of their size, and one more field of
+    mean weight at infinity stands for the one to come (weighted quantiles as in Tibshirani et al. 2019).
+    """
     out = []
     for k in range(4):
-        scores = np.sort(1 - probabilities[y == k, k])
-        rank = int(np.ceil((len(scores) + 1) * (1 - alpha)))
-        out.append(float(scores[rank - 1]) if rank <= len(scores) else 1.0)
+        own = np.flatnonzero(y == k)
+        if not len(own):
+            out.append(1.0)
+            continue
+        _, group, sizes = np.unique(clusters[own], return_inverse=True, return_counts=True)
+        scores, weight = 1 - probabilities[own, k], 1 / np.sqrt(sizes[group])
+        order = np.argsort(scores, kind="stable")
+        reached = np.cumsum(weight[order]) / (weight.sum() + weight.mean())
+        at = int(np.searchsorted(reached, 1 - alpha - 1e-12))
+        out.append(float(scores[order[at]]) if at < len(own) else 1.0)
     return out[0], out[1], out[2], out[3]
 
 
@@ -128,17 +133,12 @@ def confidence_threshold(probabilities: NDArray[np.float64], y: NDArray[np.int64
     return 0.0
 
 
-def fit_ood(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float32]]:
-    """Mean, principal directions and deviations (the last: of the rest) of training tokens [n, 2 K]."""
-    mean = x.mean(0, dtype=np.float64)
-    centred = x.astype(np.float64) - mean
-    count = min(DIRECTIONS, len(x) - 1, x.shape[1])
-    _, singular, rows = np.linalg.svd(centred, full_matrices=False)
-    directions = rows[:count].T
-    along = singular[:count] / np.sqrt(len(x))
-    rest = np.sqrt(np.maximum((centred**2).sum(1) - ((centred @ directions) ** 2).sum(1), 0).mean())
-    scale = np.maximum(np.append(along, rest), 1e-6)
-    return mean.astype(np.float32), directions.astype(np.float32), scale.astype(np.float32)
+def fit_ood(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    """Mean [K] and whitening [K, K] of training fields [n, K], the covariance shrunken after Ledoit and Wolf (2004)."""
+    shrunken = LedoitWolf().fit(x.astype(np.float64))
+    # precision = L L^T, so |(x - mean) L|^2 is the squared Mahalanobis distance.
+    whitening = np.linalg.cholesky(shrunken.precision_)
+    return shrunken.location_.astype(np.float32), whitening.astype(np.float32)
 
 
 def fit(
@@ -149,18 +149,19 @@ def fit(
     checkpoint: Path | None = None,
     log: Callable[[str], None] = print,
 ) -> Fitted:
-    """z-score, mRMR, classifier and out-of-distribution statistics from the given fields alone."""
+    """z-score, mRMR, evidence, attention and out-of-distribution statistics from the given fields alone.
+
+    The evidence is ridge-regularised multinomial logistic regression on the fields' features, which are their cells'
+    averages by area: convex, so the same everywhere. The attention then learns with the evidence held fast.
+    """
     method, y = recipe.method, labels.y[rows]
-    own = rows_of(features.offsets, rows)
-    versions = [(features.field[rows], features.cells[own])]
-    versions += [(f[rows], c[own]) for f, c in zip(features.field_copies, features.cell_copies, strict=True)]
-    field_mean, field_std = moments(np.concatenate([f for f, _ in versions]))
-    cell_mean, cell_std = moments(np.concatenate([c for _, c in versions]))
+    known = np.diff(features.offsets)[rows] > 0  # a field without cells teaches nothing
+    rows, y = rows[known], y[known]
+    mean, std = moments(features.field[rows])
     total = features.cells.shape[1]
     if method.select.enabled and method.select.k < total:
-        every = tuple(range(total))
-        table = np.concatenate([standardize(f, field_mean, field_std, every) for f, _ in versions])
-        selected = mrmr(table, np.tile(y, len(versions)), method.select.k, method.select.scheme)
+        table = standardize(features.field[rows], mean, std, tuple(range(total)))
+        selected = mrmr(table, y, method.select.k, method.select.scheme)
     else:
         selected = np.arange(total)
     spec = ClassifierSpec(
@@ -170,70 +171,68 @@ def fit(
         attention=method.classify.attention,
     )
     nothing = np.zeros(0, np.float32)
-    statistics = Statistics(field_mean, field_std, cell_mean, cell_std, nothing, nothing, nothing)
-    untrained = Fitted(AttentionClassifier(spec), statistics, selected, method.classify.max_cells)
-    packed = [untrained.tokens(version, rows) for version in _versions(features)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(recipe.seed + 11)
+        model = AttentionClassifier(spec)
+    started = Fitted(model, Statistics(mean, std, nothing, nothing), selected, method.classify.max_cells)
+    packed = started.tokens(features, rows)
     weights = balanced_weights(labels, rows)
-    classifier = _train(spec, packed, y, recipe, weights, checkpoint, log)
-    ood = fit_ood(np.concatenate([_ood_input(p) for p in packed]))
-    return Fitted(
-        classifier,
-        Statistics(field_mean, field_std, cell_mean, cell_std, *ood),
-        selected,
-        method.classify.max_cells,
-    )
+    _fit_evidence(model.evidence, packed.field, y, weights)
+    if method.classify.attention:
+        model = _train_attention(model, packed, y, recipe, weights, checkpoint, log)
+    statistics = Statistics(mean, std, *fit_ood(packed.field))
+    return Fitted(model.eval(), statistics, selected, method.classify.max_cells)
 
 
-def _versions(features: Features) -> list[Features]:
-    """The features themselves and each augmented copy, as tables of their own."""
-    empty = (features.field_copies[:0], features.cell_copies[:0])
-    pairs = [
-        (features.field, features.cells),
-        *zip(features.field_copies, features.cell_copies, strict=True),
-    ]
-    return [Features(field, cells, *empty, features.offsets, features.area) for field, cells in pairs]
+def _fit_evidence(layer: nn.Linear, x: NDArray[np.float32], y: NDArray[np.int64], weights: NDArray[np.float64]) -> None:
+    """Fills the layer with the optimum of weighted, regularised logistic regression; absent classes get no evidence."""
+    model = LogisticRegression(C=INVERSE_RIDGE, max_iter=2000)
+    model.fit(x.astype(np.float64), y, sample_weight=weights * len(y))
+    coefficients, intercepts = model.coef_, model.intercept_
+    if len(model.classes_) == 2:  # scikit-learn keeps one row then
+        coefficients, intercepts = (
+            np.concatenate([-coefficients, coefficients]) / 2,
+            np.append(-intercepts, intercepts) / 2,
+        )
+    with torch.no_grad():
+        layer.weight.zero_()
+        layer.bias.fill_(ABSENT)
+        for row, k in enumerate(model.classes_):
+            layer.weight[k] = torch.from_numpy(coefficients[row]).float()
+            layer.bias[k] = float(intercepts[row])
 
 
-def _train(
-    spec: ClassifierSpec,
-    packed: list[Tokens],
+def _train_attention(
+    model: AttentionClassifier,
+    packed: Tokens,
     y: NDArray[np.int64],
     recipe: Recipe,
     weights: NDArray[np.float64],
     checkpoint: Path | None,
     log: Callable[[str], None],
 ) -> AttentionClassifier:
-    """One classifier on versions of the same fields, drawn with the given weights."""
+    """Everything but the evidence, on bags of fields drawn with the given weights."""
+    model.evidence.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(recipe.seed + 11)
-        model = AttentionClassifier(spec)
 
         def loss_of(step: int, progress: float) -> Tensor:
             rng = np.random.default_rng((recipe.seed, 3, step))
             generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
             torch.manual_seed(int(rng.integers(2**62)))  # of dropout
             rows = rng.choice(len(y), BATCH, p=weights)
-            version = packed[int(rng.integers(len(packed)))]
             # The largest cells come first where there are many; a bag is a random choice among them.
-            order = np.argsort(rng.random(version.valid[rows].shape) - version.valid[rows], axis=1)[:, :BAG]
-            cells = np.take_along_axis(version.cells[rows], order[..., None], axis=1)
-            valid = torch.from_numpy(np.take_along_axis(version.valid[rows], order, axis=1))
-            use_field = (torch.rand(BATCH, generator=generator) >= FIELD_DROPOUT) & valid.any(1)
-            field, cell = torch.from_numpy(version.field[rows]), torch.from_numpy(cells)
-            field = field + NOISE * torch.randn(field.shape, generator=generator)
-            cell = cell + NOISE * torch.randn(cell.shape, generator=generator)
-            result = model(field, cell, valid, use_field)
-            return bag_loss(result.logits, result.cell_logits, valid, torch.from_numpy(y[rows]))
+            order = np.argsort(rng.random(packed.valid[rows].shape) - packed.valid[rows], axis=1)[:, :BAG]
+            cells = torch.from_numpy(np.take_along_axis(packed.cells[rows], order[..., None], axis=1))
+            area, valid = (
+                torch.from_numpy(np.take_along_axis(part[rows], order, axis=1)) for part in (packed.area, packed.valid)
+            )
+            cells = cells + NOISE * torch.randn(cells.shape, generator=generator)
+            return F.cross_entropy(model(cells, area, valid).logits, torch.from_numpy(y[rows]))
 
         budget = Budget(steps=recipe.steps, minutes=30)
-        best = run_steps(model, loss_of, budget, checkpoint, rate=1e-3, decay=0.98, weight_decay=0.1, log=log)
+        best = run_steps(model, loss_of, budget, checkpoint, rate=RATE, decay=0.98, weight_decay=0.1, log=log)
     assert isinstance(best, AttentionClassifier)
     return best
-
-
-def _ood_input(packed: Tokens) -> NDArray[np.float32]:
-    """[field, mean of cells], as `ood_scores` sees it."""
-    return np.concatenate([packed.field, packed.cells.sum(1) / np.maximum(packed.valid.sum(1, keepdims=True), 1)], 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,8 +247,7 @@ def cross_fit(recipe: Recipe, features: Features, labels: Labels, rows: NDArray[
     """Out-of-fold logits and distances of the given fields: whole clusters held out in turn, stratified by class."""
     logits, distance = np.zeros((len(rows), len(CLASSES))), np.zeros(len(rows))
     groups = np.array([labels.cluster[int(i)] for i in rows])
-    splitter = StratifiedGroupKFold(CROSS_FITS, shuffle=True, random_state=recipe.seed)
-    for train, test in splitter.split(rows, labels.y[rows], groups):
+    for train, test in grouped_folds(labels.y[rows], groups, CROSS_FITS, recipe.seed):
         fitted = fit(recipe, features, labels, rows[train], log=_silent)
         packed = fitted.tokens(features, rows[test])
         logits[test] = forward(fitted.classifier, packed)[0]
@@ -268,7 +266,7 @@ def calibrate(unseen: Unseen, labels: Labels, rows: NDArray[np.int64]) -> Calibr
     probabilities = softmax(unseen.logits, temperature)
     return Calibration(
         temperature=temperature,
-        conformal=conformal_thresholds(probabilities, y, Calibration().alpha),
+        conformal=conformal_thresholds(probabilities, y, clusters, Calibration().alpha),
         min_cells=1,
         min_confidence=confidence_threshold(probabilities, y),
         max_ood=float(np.quantile(unseen.distance, 1 - MOST_FOREIGN)),

@@ -48,11 +48,10 @@ class TrainConfig(Settings):
     preset: str = "pocket"
     seed: int = 0
     method: MethodSettings
-    segmenter: Budget = Budget(steps=1800, minutes=24)
+    segmenter: Budget = Budget(steps=2800, minutes=30)
     convnext: Budget = Budget(steps=3600, minutes=40)
     nasnet: Budget = Budget(steps=3600, minutes=40)
-    classifier_steps: int = Field(800, ge=1)
-    feature_copies: int = Field(2, ge=0)  # augmented copies of the training features for the classifier
+    classifier_steps: int = Field(200, ge=1)  # of the attention; the evidence is fitted to its optimum
     weights: str | None = None  # "hub", a file or a directory of pretrained backbones, instead of distilling them
     teacher: str | None = None  # file with the weights of the network to distil from; None for the installed package's
     limit: int | None = Field(None, ge=40)  # only so many fields, for a smoke run
@@ -161,7 +160,7 @@ def mosaic(
             scale = MOSAIC_CELL_PX * rng.uniform(0.8, 1.2) / max(width, 8.0)
             size = (max(16, round(image.shape[1] * scale)), max(16, round(image.shape[0] * scale)))
             image = np.asarray(cv2.resize(image, size, interpolation=cv2.INTER_AREA), np.uint8)
-            mask = np.asarray(cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST), np.uint8)
+            mask = np.asarray(cv2.resize(mask, size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
             h, w = min(size[1], side - y), min(size[0], side - x)
             rgb[y : y + h, x : x + w], semantic[y : y + h, x : x + w] = image[:h, :w], mask[:h, :w]
             x, row = x + w, min(row, h)
@@ -263,7 +262,7 @@ def segmentation_sources(data_dir: Path, method: MethodSettings, role: Literal["
         for target, (rgb, classes) in zip(stacked, pairs, strict=True):
             field = normalize(scaled_to_field(rgb, method), method.normalize)
             size = (field.shape[1], field.shape[0])
-            scaled = np.asarray(cv2.resize(classes, size, interpolation=cv2.INTER_NEAREST), np.uint8)
+            scaled = np.asarray(cv2.resize(classes, size, interpolation=cv2.INTER_NEAREST_EXACT), np.uint8)
             target[..., :3], target[..., 3] = padded(field, side), padded(scaled, side)
         out[name] = stacked
     return out
@@ -382,3 +381,29 @@ def balanced_weights(labels: Labels, rows: NDArray[np.int64]) -> NDArray[np.floa
     weight /= np.bincount(labels.y[rows], weight)[labels.y[rows]]
     out: NDArray[np.float64] = weight / weight.sum()
     return out
+
+
+def grouped_folds(
+    y: NDArray[np.int64], groups: NDArray[np.str_], folds: int, seed: int
+) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
+    """Training and test rows of folds that keep groups whole and spread each class; another seed, another deal.
+
+    Groups are dealt in random order, each to the fold that has fewest fields of its class, among those to the one with
+    fewest fields. scikit-learn's StratifiedGroupKFold deals by size, so its repeats are nearly the same when groups
+    are few.
+    """
+    rng = np.random.default_rng(seed)
+    names, group = np.unique(groups, return_inverse=True)
+    counts = np.zeros((len(names), int(y.max()) + 1), np.int64)
+    np.add.at(counts, (group, y), 1)
+    held = np.zeros((folds, counts.shape[1]), np.int64)
+    fold = np.empty(len(names), np.int64)
+    for g in rng.permutation(len(names)):
+        own = held[:, counts[g] > 0].sum(1)
+        candidates = np.flatnonzero(own == own.min())
+        total = held[candidates].sum(1)
+        best = candidates[total == total.min()]
+        fold[g] = best[int(rng.integers(len(best)))]
+        held[fold[g]] += counts[g]
+    place = fold[group]
+    return [(np.flatnonzero(place != f), np.flatnonzero(place == f)) for f in range(folds)]

@@ -11,17 +11,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from leukoflow.method import FeatureSettings, MethodSettings
+from leukoflow.method import MethodSettings
 from models.attention_unet import segment_batch
 from models.hybrid_cn_nas import HybridCNNas, build_backbone
 from tasks.extract import extract_padded, field_means
 from tasks.segment import cell_table, crop_cells, crop_masks, pseudo_semantic, single_cells
-from tasks.train_data import CACHE_PX, Prepared, TrainConfig
-from tasks.train_loop import random_windows, stain_jitter, to_tensor
+from tasks.train_data import Prepared, TrainConfig
 from tasks.train_segmenter import load_segmenter
-
-CHUNK = 1024  # cells turned at a time
-JITTER = 0.5  # strength of the stain augmentation of feature copies
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,32 +26,22 @@ class Cells:
 
     crops: NDArray[np.uint8]  # [m, cell_px, cell_px, 3]
     masks: NDArray[np.uint8]  # [m, cell_px, cell_px], 255 inside the cell
-    windows: NDArray[np.uint8]  # [m, CACHE_PX, CACHE_PX, 4], the last channel is the mask
     offsets: NDArray[np.int64]  # [n + 1]
     area: NDArray[np.float32]  # [m]
 
 
 @dataclass(frozen=True, slots=True)
 class Features:
-    """Hybrid features of all fields and cells, and of copies of them with other stain and geometry."""
+    """Hybrid features of all fields and cells."""
 
     field: NDArray[np.float32]  # [n, D]
     cells: NDArray[np.float32]  # [m, D]
-    field_copies: NDArray[np.float32]  # [copies, n, D]
-    cell_copies: NDArray[np.float32]  # [copies, m, D]
     offsets: NDArray[np.int64]
     area: NDArray[np.float32]
 
     def columns(self, which: NDArray[np.int64]) -> Features:
         """The same with some columns only."""
-        return Features(
-            self.field[:, which],
-            self.cells[:, which],
-            self.field_copies[:, :, which],
-            self.cell_copies[:, :, which],
-            self.offsets,
-            self.area,
-        )
+        return Features(self.field[:, which], self.cells[:, which], self.offsets, self.area)
 
 
 def collect_cells(
@@ -63,22 +49,17 @@ def collect_cells(
 ) -> Cells:
     """Cells of fields given as picture to cut from, classes and cells: uint8 [S, S, 3], uint8 and uint16 [S, S]."""
     window, side = method.features.cell_window_px, method.features.cell_px
-    crops, masks, windows, areas, offsets = [], [], [], [], [0]
+    crops, masks, areas, offsets = [], [], [], [0]
     for image, classes, cells in fields:
         table = cell_table(classes, cells, np.eye(2, 3, dtype=np.float32))
         centres = np.stack([table.field_x, table.field_y], 1).astype(np.float32)
         crops.append(crop_cells(image, centres, window, side))
         masks.append(crop_masks(cells, table.cell_id, centres, window, side))
-        # Whole pixels, so that the wider window is not smoothed twice.
-        centres = np.rint(centres).astype(np.float32)
-        wide = crop_masks(cells, table.cell_id, centres, CACHE_PX, CACHE_PX)
-        windows.append(np.concatenate([crop_cells(image, centres, CACHE_PX, CACHE_PX), wide[..., None]], -1))
         areas.append(table.cell_area_px.astype(np.float32))
         offsets.append(offsets[-1] + len(table))
     return Cells(
         np.concatenate(crops),
         np.concatenate(masks),
-        np.concatenate(windows),
         np.array(offsets, np.int64),
         np.concatenate(areas),
     )
@@ -104,17 +85,17 @@ def find_cells(
 
     cells = collect_cells(segmented(), data.method)
     log(f"cells: {cells.offsets[-1]} in {len(data.fields)} fields")
-    for name in ("crops", "masks", "windows", "area"):
+    for name in ("crops", "masks", "area"):
         np.save(work / f"cells_{name}.npy", getattr(cells, name))
     np.save(done, cells.offsets)
 
 
 def load_cells(work: Path) -> Cells:
     """Opens what `find_cells` left."""
-    crops, masks, windows, offsets, area = (
-        np.load(work / f"cells_{name}.npy", mmap_mode="r") for name in ("crops", "masks", "windows", "offsets", "area")
+    crops, masks, offsets, area = (
+        np.load(work / f"cells_{name}.npy", mmap_mode="r") for name in ("crops", "masks", "offsets", "area")
     )
-    return Cells(crops, masks, windows, offsets, area)
+    return Cells(crops, masks, offsets, area)
 
 
 def rows_of(offsets: NDArray[np.int64], fields: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -131,8 +112,8 @@ def backbone_features(
     device: str,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Features of one trained backbone for all cells, and for augmented copies of them."""
-    done = work / f"features_{name}.npz"
+    """Features of one trained backbone for all cells."""
+    done = work / f"features_{name}.npy"
     if done.is_file():
         return
     spec, settings = config.backbone(name), data.method.features
@@ -142,45 +123,14 @@ def backbone_features(
     cells = load_cells(work)
     found = extract_padded(model, cells.crops, cells.masks, settings.cell_batch, device)
     log(f"features of {name}: {len(found)} cells")
-    copies = augmented_features(model, cells, settings, config.feature_copies, config.seed, device)
-    log(f"features of {name}: {config.feature_copies} augmented copies")
-    temporary = work / f"features_{name}.part.npz"
-    np.savez(temporary, cells=found, cell_copies=copies)
+    temporary = work / f"features_{name}.part.npy"
+    np.save(temporary, found)
     temporary.rename(done)
-
-
-def augmented_features(
-    model: HybridCNNas, cells: Cells, settings: FeatureSettings, copies: int, seed: int, device: str
-) -> NDArray[np.float32]:
-    """Features of cells with other geometry and stain: float32 [copies, m, D].
-
-    The draws depend on the seed alone: the columns of two backbones in one row come from one picture.
-    """
-    out = np.empty((copies, len(cells.crops), model.num_features), np.float32)
-    for copy, target in enumerate(out):
-        generator = torch.Generator().manual_seed(seed * 1000 + copy)
-        for i in range(0, len(cells.crops), CHUNK):
-            cached = to_tensor(cells.windows[i : i + CHUNK], "cpu")
-            drawn = random_windows(cached, settings.cell_px, settings.cell_window_px, generator)
-            crops, masks = _bytes(stain_jitter(drawn[:, :3], generator, JITTER)), _bytes(drawn[:, 3:])[..., 0]
-            target[i : i + CHUNK] = extract_padded(model, crops, masks, settings.cell_batch, device)
-    return out
 
 
 def load_features(work: Path, backbones: tuple[str, ...]) -> Features:
     """Columns of the given backbones side by side, in their order."""
-    stored = [np.load(work / f"features_{name}.npz") for name in backbones]
-    single, copies = (np.concatenate([s[key] for s in stored], axis=-1) for key in ("cells", "cell_copies"))
+    single = np.concatenate([np.load(work / f"features_{name}.npy") for name in backbones], axis=-1)
     cells = load_cells(work)
     offsets, area = np.array(cells.offsets), np.array(cells.area)
-    field = field_means(single, offsets, area)
-    fields = [field_means(copy, offsets, area) for copy in copies]
-    return Features(
-        field, single, np.array(fields, np.float32).reshape(len(copies), *field.shape), copies, offsets, area
-    )
-
-
-def _bytes(batch: torch.Tensor) -> NDArray[np.uint8]:
-    """float32 [N, C, h, w] in 0..1 to uint8 [N, h, w, C]."""
-    out: NDArray[np.uint8] = (batch.permute(0, 2, 3, 1) * 255).round().to(torch.uint8).numpy()
-    return out
+    return Features(field_means(single, offsets, area), single, offsets, area)

@@ -23,6 +23,7 @@ from leukoflow.records import CLASSES
 from models.bundle import Bundle, load_bundle, write_spec
 from tasks.classify import decide, forward, ood_scores, softmax
 from tasks.evaluate import (
+    cluster_bootstrap,
     corner_features,
     diagnose_images,
     full_summary,
@@ -274,6 +275,23 @@ def paired(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, float]:
     }
 
 
+def grouped_difference(
+    labels: Labels, protocol: Protocol, results: Sequence[FoldResult], theirs: Sequence[NDArray[np.float64]]
+) -> tuple[float, float]:
+    """95 % interval of the accuracy, theirs less ours, from drawing whole groups with replacement.
+
+    Paired: a drawn group brings both answers to its fields. What varies is which photographs there are, not which
+    folds they were dealt to.
+    """
+    ours = np.zeros(len(labels))
+    for r in results:
+        ours[r.rows] += r.probabilities.argmax(1) == labels.y[r.rows]
+    other = np.sum([p.argmax(1) == labels.y for p in theirs], axis=0)
+    difference = (other - ours) / len(theirs)
+    found = cluster_bootstrap(lambda rows: {"difference": float(difference[rows].mean())}, groups_of(labels, protocol))
+    return found["difference"]
+
+
 def accuracies(labels: Labels, results: Sequence[FoldResult]) -> list[float]:
     """Accuracy of each fold."""
     return [float((r.probabilities.argmax(1) == labels.y[r.rows]).mean()) for r in results]
@@ -406,14 +424,20 @@ def evaluate(
             times = repeats if protocol == "cluster" else 1
             jobs = [FoldJob(protocol, r, f, WHOLE, calibrated=True) for r in range(times) for f in range(FOLDS)]
             folds = together(f"{protocol}: {len(jobs)} folds", pool, [partial(fold, setting, job) for job in jobs])
-            models = {"leukoflow": protocol_summary(labels, protocol, folds)}
+            models, answers = {"leukoflow": protocol_summary(labels, protocol, folds)}, {}
             for name in BASELINES:
-                answers = [partial(baseline, setting, name, protocol, r) for r in range(times)]
-                models[name] = baseline_summary(labels, protocol, together(f"{protocol}: {name}", pool, answers))
+                found = together(
+                    f"{protocol}: {name}", pool, [partial(baseline, setting, name, protocol, r) for r in range(times)]
+                )
+                models[name], answers[name] = baseline_summary(labels, protocol, found), found
             result["protocols"][protocol] = {"repeats": times, "folds": FOLDS, "models": models}
             ours, theirs = (models[m]["fold_scores"]["accuracy"] for m in ("leukoflow", "colour histogram"))
-            against = {"against": "colour histogram", "scores": len(ours), **paired(ours, theirs)}
-            result["comparison"][protocol] = against
+            result["comparison"][protocol] = {
+                "against": "colour histogram",
+                "scores": len(ours),
+                **paired(ours, theirs),
+                "interval_95": grouped_difference(labels, protocol, folds, answers["colour histogram"]),
+            }
             if protocol == "cluster":
                 result["explanations"] = faithfulness(folds)
         if ablations:

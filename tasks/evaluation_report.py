@@ -106,7 +106,9 @@ def _protocols(protocols: dict[str, Any], comparison: dict[str, Any]) -> list[st
             out.append(
                 f"<p>Against the {escape(c['against'])}, on the same {c['scores']} folds: accuracy lower by "
                 f"{c['difference'] * -1:+.4f} when it replaces the model; corrected resampled t-test p = "
-                f"{_p(c['p_t'])}, Wilcoxon p = {_p(c['p_wilcoxon'])}, effect size {c['effect_size']:.2f}.</p>"
+                f"{_p(c['p_t'])}, Wilcoxon p = {_p(c['p_wilcoxon'])}, effect size {c['effect_size']:.2f}; "
+                "paired 95 % interval over groups "
+                f"{-c['interval_95'][1]:+.4f} to {-c['interval_95'][0]:+.4f}.</p>"
             )
         if "leukoflow" in models and "reliability" in models["leukoflow"]:
             out.append(_detail(models["leukoflow"], name == "cluster"))

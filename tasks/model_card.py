@@ -121,7 +121,9 @@ def _protocol(title: str, protocol: dict[str, Any], comparison: dict[str, Any]) 
         f"- Benign against malignant: specificity {ours['malignant']['specificity_at_sensitivity_0.99']:.3f} at "
         "sensitivity 0.99",
         f"- Accuracy of the colour histogram less that of the model, same folds: {comparison['difference']:+.4f}, "
-        f"corrected resampled t-test p = {comparison['p_t']:.4f}",
+        f"paired 95 % interval over groups {comparison['interval_95'][0]:+.4f} to {comparison['interval_95'][1]:+.4f}; "
+        f"{comparison['scores']} folds, corrected resampled t-test p = {comparison['p_t']:.4f}, "
+        f"Wilcoxon p = {comparison['p_wilcoxon']:.2g}",
     ]
     low = [(g, r) for g, r in ours["per_group"].items() if r["accuracy"] < 0.8]
     lines += [

@@ -177,14 +177,14 @@ def fit(
     started = Fitted(model, Statistics(mean, std, nothing, nothing), selected, method.classify.max_cells)
     packed = started.tokens(features, rows)
     weights = balanced_weights(labels, rows)
-    _fit_evidence(model.evidence, packed.field, y, weights)
+    fit_evidence(model.evidence, packed.field, y, weights)
     if method.classify.attention:
         model = _train_attention(model, packed, y, recipe, weights, checkpoint, log)
     statistics = Statistics(mean, std, *fit_ood(packed.field))
     return Fitted(model.eval(), statistics, selected, method.classify.max_cells)
 
 
-def _fit_evidence(layer: nn.Linear, x: NDArray[np.float32], y: NDArray[np.int64], weights: NDArray[np.float64]) -> None:
+def fit_evidence(layer: nn.Linear, x: NDArray[np.float32], y: NDArray[np.int64], weights: NDArray[np.float64]) -> None:
     """Fills the layer with the optimum of weighted, regularised logistic regression; absent classes get no evidence."""
     model = LogisticRegression(C=INVERSE_RIDGE, max_iter=2000)
     model.fit(x.astype(np.float64), y, sample_weight=weights * len(y))

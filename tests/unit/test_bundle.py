@@ -33,7 +33,7 @@ def test_modules_are_ready_for_inference(bundle: Bundle) -> None:
         assert not module.training
         assert not any(p.requires_grad for p in module.parameters())
         assert all(p.dtype == torch.float32 for p in module.parameters())
-    assert bundle.hybrid().num_features == len(bundle.statistics.cell_mean)
+    assert bundle.hybrid().num_features == len(bundle.statistics.mean)
     assert len(bundle.spec.selected) == bundle.spec.classifier.inputs
 
 

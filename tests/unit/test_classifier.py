@@ -37,36 +37,54 @@ def _features(counts: list[int], seed: int = 0) -> tuple[np.ndarray, np.ndarray,
 def test_padding_is_not_seen() -> None:
     torch.manual_seed(0)
     model = AttentionClassifier(ClassifierSpec(inputs=8, width=16)).eval()
-    field, cells = torch.randn(2, 8), torch.randn(2, 5, 8)
+    cells, area = torch.randn(2, 5, 8), torch.full((2, 5), 300.0)
     valid = torch.tensor([[True, True, False, False, False], [True] * 5])
     noisy = cells.clone()
     noisy[0, 2:] = 1e3
     with torch.inference_mode():
-        a, b = model(field, cells, valid), model(field, noisy, valid)
+        a, b = model(cells, area, valid), model(noisy, area, valid)
     torch.testing.assert_close(a.logits, b.logits, rtol=0, atol=0)
     assert torch.equal(a.attention[0, 2:], torch.zeros(3))
-    assert (a.attention.sum(1) <= 1).all()
+    torch.testing.assert_close(a.attention.sum(1), torch.ones(2))
     assert (a.attention[1] > 0).all()
 
 
 def test_order_of_cells_does_not_matter() -> None:
     torch.manual_seed(0)
     model = AttentionClassifier(ClassifierSpec(inputs=8, width=16)).eval()
-    field, cells, valid = torch.randn(1, 8), torch.randn(1, 6, 8), torch.ones(1, 6, dtype=torch.bool)
+    cells, area, valid = torch.randn(1, 6, 8), torch.rand(1, 6) * 900, torch.ones(1, 6, dtype=torch.bool)
     order = torch.tensor([3, 1, 5, 0, 2, 4])
     with torch.inference_mode():
-        a, b = model(field, cells, valid), model(field, cells[:, order], valid)
+        a, b = model(cells, area, valid), model(cells[:, order], area[:, order], valid)
     torch.testing.assert_close(a.logits, b.logits)
     torch.testing.assert_close(a.attention[:, order], b.attention)
 
 
-def test_without_attention_tokens_are_averaged() -> None:
+def test_without_attention_cells_count_by_their_area() -> None:
     torch.manual_seed(0)
     model = AttentionClassifier(ClassifierSpec(inputs=8, width=16, attention=False)).eval()
-    valid = torch.tensor([[True, True, False]])
+    valid, area = torch.tensor([[True, True, False]]), torch.tensor([[300.0, 100.0, 0.0]])
     with torch.inference_mode():
-        result = model(torch.randn(1, 8), torch.randn(1, 3, 8), valid)
-    torch.testing.assert_close(result.attention, torch.tensor([[0.25, 0.25, 0.0]]))
+        result = model(torch.randn(1, 3, 8), area, valid)
+    torch.testing.assert_close(result.attention, torch.tensor([[0.75, 0.25, 0.0]]))
+
+
+def test_attention_starts_from_the_area_and_logits_are_weighted_evidence() -> None:
+    torch.manual_seed(0)
+    model = AttentionClassifier(ClassifierSpec(inputs=8, width=16)).eval()
+    valid, area = torch.tensor([[True, True, True]]), torch.tensor([[100.0, 200.0, 100.0]])
+    cells = torch.randn(1, 3, 8)
+    with torch.inference_mode():
+        fresh = model(cells, area, valid)
+        torch.nn.init.normal_(model.pool.query.weight)
+        moved = model(cells, area, valid)
+        nothing = model(cells, area, torch.zeros(1, 3, dtype=torch.bool))
+        evidence = model.evidence(cells)
+    torch.testing.assert_close(fresh.attention, torch.tensor([[0.25, 0.5, 0.25]]))
+    assert (moved.attention - fresh.attention).abs().max() > 0.01
+    torch.testing.assert_close(moved.logits, (moved.attention[..., None] * evidence).sum(1))
+    assert torch.equal(nothing.logits, torch.zeros(1, 4))
+    assert torch.equal(nothing.attention, torch.zeros(1, 3))
 
 
 def test_a_row_does_not_depend_on_the_others(bundle: Bundle) -> None:
@@ -131,7 +149,7 @@ def test_standardize_literal() -> None:
     x = np.array([[1.0, 10.0, 100.0]], np.float32)
     mean, std = np.array([0, 4, 0], np.float32), np.array([1, 2, 1], np.float32)
     assert standardize(x, mean, std, (1, 0)).tolist() == [[3.0, 1.0]]
-    assert standardize(x, mean, std, (2,)).tolist() == [[8.0]]
+    assert standardize(x, mean, std, (2,)).tolist() == [[12.0]]
 
 
 def test_temperature_flattens() -> None:
@@ -165,18 +183,17 @@ def test_sets_and_reasons_in_order_of_gravity() -> None:
 def test_distance_is_a_whitened_root_mean_square(bundle: Bundle) -> None:
     statistics = replace(
         bundle.statistics,
-        ood_mean=np.zeros(4, np.float32),
-        ood_directions=np.array([[1, 0], [0, 1], [0, 0], [0, 0]], np.float32),
-        ood_scale=np.array([2, 1, 3], np.float32),
+        ood_mean=np.array([1, 0], np.float32),
+        ood_whitening=np.array([[0.5, 0], [0, 2]], np.float32),
     )
     packed = tokens(
-        np.array([[4.0, 0.0], [0, 0]], np.float32),
+        np.array([[5.0, 1.0], [9, 9]], np.float32),
         np.array([[3.0, 1.0], [3.0, -1.0]], np.float32),
         np.array([0, 2, 2], np.int64),
         np.ones(2, np.float32),
         3,
     )
-    np.testing.assert_allclose(ood_scores(packed, statistics), [np.sqrt((4 + 0 + 1) / 3), 0.0])
+    np.testing.assert_allclose(ood_scores(packed, statistics), [np.sqrt((2**2 + 2**2) / 2), 0.0])
 
 
 def test_tiles_are_weighed_by_their_cells(bundle: Bundle) -> None:

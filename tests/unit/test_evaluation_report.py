@@ -47,7 +47,7 @@ RESULT: dict[str, Any] = {
     },
     "comparison": {
         "cluster": {
-            "against": "colour histogram", "difference": -0.1265, "p_t": 0.0321, "p_wilcoxon": 0.05,
+            "against": "colour histogram", "difference": -0.1265, "p_t": 0.0321, "p_wilcoxon": 0.05, "interval_95": (-0.2, -0.03),
             "effect_size": -1.5, "scores": 10,
         },
     },

@@ -26,7 +26,7 @@ from tasks.protocols import (
     variant_recipe,
 )
 from tasks.train_classifier import Recipe, cross_fit, fit
-from tasks.train_data import Labels
+from tasks.train_data import Labels, grouped_folds
 from tasks.train_features import Features
 
 COLUMNS = (("convnext", 4), ("nasnet", 6))
@@ -41,7 +41,7 @@ def _labels(clusters: int = 6, fields: int = 4) -> Labels:
     return Labels(tuple(f"f{i}" for i in range(len(y))), y, slide, cluster, "digest")
 
 
-def _features(labels: Labels, copies: int = 1, cells: int = 6) -> Features:
+def _features(labels: Labels, cells: int = 6) -> Features:
     """Cells scattered around a centre of their class; only the first of each field carries it."""
     rng = np.random.default_rng(0)
     centres = 10 * np.eye(4, 10)
@@ -51,17 +51,15 @@ def _features(labels: Labels, copies: int = 1, cells: int = 6) -> Features:
     single = single.astype(np.float32)
     offsets, area = np.arange(n + 1) * cells, np.ones(n * cells, np.float32)
     field = field_means(single, offsets, area)
-    noise = rng.normal(0, 0.1, (copies, *single.shape)).astype(np.float32)
-    fields = np.array([field_means(single + part, offsets, area) for part in noise], np.float32)
-    return Features(field, single, fields.reshape(copies, n, 10), single + noise, offsets, area)
+    return Features(field, single, offsets, area)
 
 
 @pytest.fixture(scope="module")
 def context(tmp_path_factory: pytest.TempPathFactory) -> Context:
     tmp_path = tmp_path_factory.mktemp("work")
     labels = _labels()
-    save_table(tmp_path / "table_full.npz", _features(labels))
-    save_table(tmp_path / "table_untrained.npz", _features(labels, copies=0))
+    save_table(tmp_path / "table_plain.npz", _features(labels))
+    save_table(tmp_path / "table_untrained.npz", _features(labels))
     np.save(tmp_path / "baseline_histogram.npy", np.eye(4)[labels.y].astype(np.float32))
     return Context(tmp_path, labels, RECIPE, COLUMNS)
 
@@ -77,6 +75,19 @@ def test_groups_stay_whole_and_every_field_is_tested_once(protocol: Protocol) ->
     assert len(split("random", labels, 0)) == FOLDS
 
 
+def test_another_seed_deals_the_groups_anew_and_spreads_classes() -> None:
+    labels = _labels(clusters=7)
+    groups = np.array(labels.cluster)
+    deals = [grouped_folds(labels.y, groups, FOLDS, seed) for seed in (0, 0, 1)]
+    tests = [[frozenset(groups[test]) for _, test in folds] for folds in deals]
+    assert tests[0] == tests[1]
+    assert set(tests[0]) != set(tests[2])
+    for folds in deals:
+        for train, test in folds:
+            assert set(labels.y[test]) == set(labels.y[train]) == {0, 1, 2, 3}
+            assert 16 <= len(test) <= 32
+
+
 def test_a_field_of_the_test_part_cannot_reach_the_fit() -> None:
     labels = _labels()
     features = _features(labels)
@@ -85,8 +96,8 @@ def test_a_field_of_the_test_part_cannot_reach_the_fit() -> None:
     own = slice(int(features.offsets[test[0]]), int(features.offsets[test[0] + 1]))
     poisoned.cells[own], poisoned.field[test[0]] = 1e6, 1e6
     clean, other = (fit(RECIPE, f, labels, train) for f in (features, poisoned))
-    np.testing.assert_array_equal(clean.statistics.cell_mean, other.statistics.cell_mean)
-    np.testing.assert_array_equal(clean.statistics.ood_scale, other.statistics.ood_scale)
+    np.testing.assert_array_equal(clean.statistics.mean, other.statistics.mean)
+    np.testing.assert_array_equal(clean.statistics.ood_whitening, other.statistics.ood_whitening)
     np.testing.assert_array_equal(clean.selected, other.selected)
     for a, b in zip(clean.classifier.state_dict().values(), other.classifier.state_dict().values(), strict=True):
         assert a.equal(b)
@@ -143,10 +154,8 @@ def test_summaries_of_folds_and_baselines(context: Context) -> None:
 
 
 def test_variants_change_what_they_say(context: Context) -> None:
-    alone = variant_features(context, Variant("n", "", backbone="nasnet"), calibrated=False)
-    np.testing.assert_array_equal(alone.cells, load_table(context.work, "full").cells[:, 4:])
-    assert len(alone.cell_copies) == 0
-    assert len(variant_features(context, WHOLE, calibrated=True).cell_copies) == 1
+    alone = variant_features(context, Variant("n", "", backbone="nasnet"))
+    np.testing.assert_array_equal(alone.cells, load_table(context.work, "plain").cells[:, 4:])
     assert not variant_recipe(RECIPE, Variant("a", "", attention=False)).method.classify.attention
     assert not variant_recipe(RECIPE, Variant("a", "", k=0)).method.select.enabled
     assert variant_recipe(RECIPE, Variant("a", "", k=5)).method.select.k == 5

@@ -47,8 +47,8 @@ RESULT: dict[str, Any] = {
     },
     "comparison": {
         "cluster": {
-            "against": "colour histogram", "difference": -0.1265, "p_t": 0.0321, "p_wilcoxon": 0.05, "interval_95": (-0.2, -0.03),
-            "effect_size": -1.5, "scores": 10,
+            "against": "colour histogram", "difference": -0.1265, "p_t": 0.0321, "p_wilcoxon": 0.05,
+            "interval_95": (-0.2, -0.03), "effect_size": -1.5, "scores": 10,
         },
     },
     "ablations": [
@@ -73,7 +73,7 @@ def test_the_page_shows_every_section_and_needs_nothing_else() -> None:
     page = render(RESULT)
     for part in (
         "0.8765", "Research use only", "Reliability", "no attention", "Shortcuts", "Robustness", "faithful", "0.9712",
-        "another laboratory", "p = 0.0321", "75.0 %", "-0.1000",
+        "another laboratory", "p = 0.0321", "+0.0300 to +0.2000", "75.0 %", "-0.1000",
     ):  # fmt: skip
         assert part in page, part
     assert "http" not in page

@@ -35,7 +35,7 @@ from tasks.evaluate import (
     summary,
 )
 from tasks.evaluation_report import render
-from tasks.feature_tables import alternative_table, plain_table
+from tasks.feature_tables import alternative_table, classes_of, plain_table
 from tasks.normalize import mask_overlays
 from tasks.probes import DEGRADATIONS, cells_only, colours_of, moved_bar, painted_out, pasted_bar
 from tasks.protocols import (
@@ -64,6 +64,7 @@ from tasks.train_data import FIELDS_ZIP, Labels, read_labels, read_members
 FOREIGN_ZIP = "healthy_other_source.zip"
 SMALLEST_GROUP = 30  # fields of a cluster that may count as the worst
 PROBE_EVERY = 12  # every so many fields are changed on purpose
+SEGMENT_PARTS = 4
 FOLD_STEPS = 100  # of the attention in a fold: the shorter recipe
 
 
@@ -95,6 +96,19 @@ def _fields(setting: Setting, labels: Labels) -> list[NDArray[np.uint8]]:
 # --- what runs in the worker processes -------------------------------------------------------------------------------
 
 
+def make_classes(setting: Setting, part: int) -> None:
+    """Segments one of `SEGMENT_PARTS` parts of all fields, unless that has been done."""
+    path = setting.work / f"classes_{part}.npy"
+    if path.is_file():
+        return
+    bundle, context = opened(setting)
+    keys = np.array_split(np.array(context.labels.keys, object), SEGMENT_PARTS)[part]
+    found = classes_of(bundle, list(read_members(setting.data_dir / FIELDS_ZIP, list(keys))))
+    temporary = path.with_suffix(".part.npy")
+    np.save(temporary, found)
+    temporary.rename(path)
+
+
 def make_table(setting: Setting, name: str) -> None:
     """One table of features of all fields, unless it is there."""
     path = setting.work / f"table_{name}.npz"
@@ -102,7 +116,11 @@ def make_table(setting: Setting, name: str) -> None:
         return
     bundle, context = opened(setting)
     images = _fields(setting, context.labels)
-    save_table(path, plain_table(bundle, images) if name == "plain" else alternative_table(bundle, images, name))
+    classes = np.concatenate([np.load(setting.work / f"classes_{part}.npy") for part in range(SEGMENT_PARTS)])
+    if name == "plain":
+        save_table(path, plain_table(bundle, images, classes))
+    else:
+        save_table(path, alternative_table(bundle, images, classes, name))
 
 
 def make_baselines(setting: Setting) -> None:
@@ -418,6 +436,7 @@ def evaluate(
         "comparison": {},
     }
     with ProcessPoolExecutor(threads, multiprocessing.get_context("spawn")) as pool:
+        together("segmentation of all fields", pool, [partial(make_classes, setting, p) for p in range(SEGMENT_PARTS)])
         calls = [partial(make_table, setting, name) for name in tables]
         together("features of all fields", pool, [*calls, partial(make_baselines, setting)])
         for protocol in protocols:

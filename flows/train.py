@@ -165,5 +165,7 @@ def train(
     start("features_nasnet", nasnet, cells)
     for future in futures:
         future.result()
-    command = json.dumps({"preset": preset_name, "seed": seed, "minutes": minutes})
+    # Folders are this machine's business; the bundle's notes name given weights by their digests.
+    asked = {"preset": preset_name, "seed": seed, "minutes": minutes, "without": list(without)}
+    command = json.dumps(asked | ({"weights": "given"} if weights is not None else {}))
     return train_bundle(config, data_dir, work_dir, out_dir, name or out_dir.name, command)

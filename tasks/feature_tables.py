@@ -21,14 +21,33 @@ from tasks.train_features import Cells, Features, collect_cells
 GRID = 5  # windows per side where nothing is segmented
 
 
-def plain_table(bundle: Bundle, images: Sequence[NDArray[np.uint8]], device: str = "cpu") -> Features:
-    """Features as a run computes them."""
+def classes_of(bundle: Bundle, images: Sequence[NDArray[np.uint8]], device: str = "cpu") -> NDArray[np.uint8]:
+    """Classes of pixels uint8 [n, S, S] as the bundle's segmenter gives them; what all tables start from."""
+    normal = _normalised(bundle, images)
+    model, batch = bundle.segmenter(device), bundle.spec.method.features.field_batch
+    if model is None:
+        return np.stack([pseudo_semantic(image) for image in normal])
+    parts = [segment_batch(model, np.stack(normal[i : i + batch]), device) for i in range(0, len(normal), batch)]
+    return np.concatenate(parts)
+
+
+def plain_table(
+    bundle: Bundle, images: Sequence[NDArray[np.uint8]], classes: NDArray[np.uint8], device: str = "cpu"
+) -> Features:
+    """Features as a run computes them; `classes` as of `classes_of`."""
     hybrid, settings = bundle.hybrid(device), bundle.spec.method.features
-    cells = _cells(bundle, _normalised(bundle, images), device)
+    normal = _normalised(bundle, images)
+    cells = _cells(bundle, normal, classes, normal)
     return _table(cells, extract_padded(hybrid, cells.crops, cells.masks, settings.cell_batch, device))
 
 
-def alternative_table(bundle: Bundle, images: Sequence[NDArray[np.uint8]], name: str, device: str = "cpu") -> Features:
+def alternative_table(
+    bundle: Bundle,
+    images: Sequence[NDArray[np.uint8]],
+    classes: NDArray[np.uint8],
+    name: str,
+    device: str = "cpu",
+) -> Features:
     """Features with one part changed; cells are those of the bundle's segmenter but for `grid`.
 
     `raw` cuts from fields as photographed, `clahe` adds CLAHE, `unmasked` averages over whole windows, `grid` cuts
@@ -50,9 +69,9 @@ def alternative_table(bundle: Bundle, images: Sequence[NDArray[np.uint8]], name:
         other = bundle.spec.method.normalize.model_copy(update=change)
         side = bundle.spec.method.segment.field_px
         pictures = [padded(normalize(scaled_to_field(i, bundle.spec.method), other), side) for i in images]
-        cells = _cells(bundle, normal, device, pictures)
+        cells = _cells(bundle, normal, classes, pictures)
     elif name in ("unmasked", "untrained"):
-        cells = _cells(bundle, normal, device)
+        cells = _cells(bundle, normal, classes, normal)
     else:
         raise ConfigError(f"no table of features named {name!r}")
     if name == "untrained":
@@ -73,20 +92,13 @@ def _normalised(bundle: Bundle, images: Sequence[NDArray[np.uint8]]) -> list[NDA
 def _cells(
     bundle: Bundle,
     normal: Sequence[NDArray[np.uint8]],
-    device: str,
-    pictures: Sequence[NDArray[np.uint8]] | None = None,
+    classes: NDArray[np.uint8],
+    pictures: Sequence[NDArray[np.uint8]],
 ) -> Cells:
-    """Cells found in normalised fields, cut from `pictures`, by default the same."""
-    model, batch = bundle.segmenter(device), bundle.spec.method.features.field_batch
-    if model is None:
-        classes = [pseudo_semantic(image) for image in normal]
-    else:
-        classes = []
-        for i in range(0, len(normal), batch):
-            classes += list(segment_batch(model, np.stack(normal[i : i + batch]), device))
+    """Cells found in normalised fields, cut from `pictures`."""
     method = bundle.spec.method
     found = (single_cells(image, c, method.segment) for image, c in zip(normal, classes, strict=True))
-    return collect_cells(((p, *f) for p, f in zip(pictures or normal, found, strict=True)), method)
+    return collect_cells(((p, *f) for p, f in zip(pictures, found, strict=True)), method)
 
 
 def _table(cells: Cells, found: NDArray[np.float32]) -> Features:

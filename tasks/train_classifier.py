@@ -6,7 +6,8 @@ all of it inside a fold.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -321,10 +322,25 @@ def make_bundle(
             fields=len(labels),
             clusters=tuple(sorted(set(labels.cluster))),
             command=command,
+            notes=_notes(config, {b.name: modules[b.name] for b in backbones}),
             minutes=_minutes(work),
         ),
     )
     return save_bundle(out, spec, modules, fitted.statistics)
+
+
+def _notes(config: TrainConfig, backbones: Mapping[str, nn.Module]) -> str:
+    """What the command does not say: which weights were given instead of being distilled."""
+    if config.weights is None:
+        return ""
+    told = []
+    for name, network in backbones.items():
+        digest = hashlib.sha256()
+        for key, value in sorted(network.state_dict().items()):
+            digest.update(key.encode())
+            digest.update(value.cpu().contiguous().numpy().tobytes())
+        told.append(f"{name} {digest.hexdigest()[:16]}")
+    return f"The backbones were given, not distilled in this training; digests of their weights: {', '.join(told)}."
 
 
 def _minutes(work: Path) -> dict[str, float]:

@@ -22,7 +22,7 @@ from models.bundle import Bundle
 from tasks.classify import Verdict, diagnose, pool_tiles
 from tasks.normalize import normalize
 from tasks.segment import CellTable
-from tasks.shard import Block, extract_tiles, inference_batches, segment_tiles
+from tasks.shard import Block, extent, extract_tiles, inference_batches, segment_tiles
 from tasks.statistics import (
     reliability,
     risk_coverage,
@@ -55,7 +55,7 @@ def diagnose_images(
     method = bundle.spec.method
     verdicts: list[Verdict] = []
     for start in range(0, len(images), chunk):
-        block, n_tiles = _block(images[start : start + chunk], bundle)
+        block, n_tiles = image_block(images[start : start + chunk], bundle)
         _, cells, table, offsets = segment_tiles(segmenter, block, method.segment, device)
         whole, single = extract_tiles(hybrid, block, cells, table, offsets, method.features, device)
         area = table.cell_area_px.astype(np.float32)
@@ -71,7 +71,7 @@ def image_features(
     segmenter, hybrid, method = bundle.segmenter(device), bundle.hybrid(device), bundle.spec.method
     whole, single, areas, counts = [], [], [], [0]
     for start in range(0, len(images), chunk):
-        block, _ = _block(images[start : start + chunk], bundle)
+        block, _ = image_block(images[start : start + chunk], bundle)
         _, cells, table, offsets = segment_tiles(segmenter, block, method.segment, device)
         field, cell = extract_tiles(hybrid, block, cells, table, offsets, method.features, device)
         whole.append(field)
@@ -82,11 +82,11 @@ def image_features(
     return Features(field, cell, np.cumsum(counts), np.concatenate(areas))
 
 
-def _block(images: Sequence[NDArray[np.uint8]], bundle: Bundle) -> tuple[Block, NDArray[np.int64]]:
+def image_block(images: Sequence[NDArray[np.uint8]], bundle: Bundle) -> tuple[Block, NDArray[np.int64]]:
     """Images brought to the model's scale, normalised and tiled; and the number of tiles of each."""
     method = bundle.spec.method
     side = method.segment.field_px
-    tiles, owners, origins, cores, affines, counts = [], [], [], [], [], []
+    tiles, owners, origins, cores, extents, affines, counts = [], [], [], [], [], [], []
     for i, image in enumerate(images):
         geometry = field_geometry(image.shape[1], image.shape[0], None, method.segment)
         image = scaled_to_field(image, method)
@@ -96,6 +96,7 @@ def _block(images: Sequence[NDArray[np.uint8]], bundle: Bundle) -> tuple[Block, 
             owners.append(i)
             origins.append((x, y))
             cores.append(core)
+            extents.append(extent(normal, (x, y), side))
             affines.append(affine)
         counts.append(len(geometry.origins))
     who = np.array(owners, np.int32)
@@ -108,6 +109,7 @@ def _block(images: Sequence[NDArray[np.uint8]], bundle: Bundle) -> tuple[Block, 
         owners=who,
         origins=np.array(origins, np.int32),
         cores=np.array(cores, np.int32),
+        extents=np.array(extents, np.int32),
         to_source=np.stack(affines),
         timings=(),
     )
@@ -303,7 +305,7 @@ def dice(predicted: NDArray[np.bool_], truth: NDArray[np.bool_]) -> float:
 
 def masks_of(bundle: Bundle, image: NDArray[np.uint8], device: str = "cpu") -> tuple[NDArray[np.uint8], CellTable]:
     """Semantic classes at the image's own size, uint8 [H, W], and its cells; for an image that is one field."""
-    block, _ = _block([image], bundle)
+    block, _ = image_block([image], bundle)
     semantic, _, table, _ = segment_tiles(bundle.segmenter(device), block, bundle.spec.method.segment, device)
     geometry = field_geometry(image.shape[1], image.shape[0], None, bundle.spec.method.segment)
     own = semantic[0][: geometry.height, : geometry.width]

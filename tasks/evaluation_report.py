@@ -259,7 +259,7 @@ def _rest(segmentation: dict[str, Any] | None, foreign: dict[str, Any] | None) -
         labels = ", ".join(f"{escape(k)} {n}" for k, n in foreign["labels_of_answered"].items())
         out.append(
             f"<h2>Healthy blood from another laboratory</h2><p>{foreign['images']} images: {kinds}. Labels of the "
-            f"answered: {labels}.</p>"
+            f"answered: {labels}. Refused or called Benign: {_share(foreign['abstained_or_benign'])}.</p>"
         )
     return out
 

@@ -72,7 +72,7 @@ from tasks.segment import (
 DIED = "its processing kills the worker process"
 
 STAGES = ("masks", "features", "predictions")
-REVISIONS = {"masks": 1, "features": 1, "predictions": 1}
+REVISIONS = {"masks": 2, "features": 1, "predictions": 1}
 """Raised when a stage's code changes what it writes; part of every content key."""
 
 ZARR_CHUNK, ZARR_SHARD = 10, 250
@@ -119,7 +119,8 @@ class Block:
 
     `tiles` uint8 [t, S, S, 3]; `batches` lists, per inference batch, the tile of each slot or -1 for a blank one;
     `owners` int32 [t] is the member's ordinal; `origins` int32 [t, 2] and `cores` int32 [t, 4] place a tile in its
-    scaled image; `to_source` float32 [t, 2, 3].
+    scaled image, of which it shows `extents` int32 [t, 2] (width, height), the rest being mirrored; `to_source` float32
+    [t, 2, 3].
     """
 
     first: int
@@ -130,6 +131,7 @@ class Block:
     owners: NDArray[np.int32]
     origins: NDArray[np.int32]
     cores: NDArray[np.int32]
+    extents: NDArray[np.int32]
     to_source: NDArray[np.float32]
     timings: tuple[StageTiming, ...]
 
@@ -395,6 +397,7 @@ def prepare(job: ShardJob, first: int) -> Block:
         facts: list[Fact] = []
         tiles: list[NDArray[np.uint8]] = []
         places: list[tuple[int, tuple[int, int], tuple[int, int, int, int], NDArray[np.float32]]] = []
+        extents: list[tuple[int, int]] = []
         with _reader(job) as reader:
             decoder = _decoder(job.limits, method.segment.model_dump_json())
             images = ingest(reader, wanted, job.limits, decoder)
@@ -430,6 +433,7 @@ def prepare(job: ShardJob, first: int) -> Block:
                     continue
                 normal = normalize(image.rgb, method.normalize)
                 tiles.extend(_tile(normal, origin, side) for origin in geometry.origins)
+                extents.extend(extent(normal, origin, side) for origin in geometry.origins)
                 places.extend(
                     (member.ordinal, origin, core, affine)
                     for origin, core, affine in zip(geometry.origins, geometry.cores, geometry.to_source(), strict=True)
@@ -444,6 +448,7 @@ def prepare(job: ShardJob, first: int) -> Block:
             owners=owners,
             origins=np.array([p[1] for p in places], np.int32).reshape(-1, 2),
             cores=np.array([p[2] for p in places], np.int32).reshape(-1, 4),
+            extents=np.array(extents, np.int32).reshape(-1, 2),
             to_source=np.array([p[3] for p in places], np.float32).reshape(-1, 2, 3),
             timings=(StageTiming("prepare", time.perf_counter() - started, len(facts)),),
         )
@@ -502,8 +507,13 @@ def _refused(ordinal: int, reason: str) -> Fact:
     return Fact(ordinal, Status.QUARANTINED, reason, None, None, None, None, 0, None)
 
 
+def extent(rgb: NDArray[np.uint8], origin: tuple[int, int], side: int) -> tuple[int, int]:
+    """Width and height of what a tile shows of its scaled image."""
+    return min(side, rgb.shape[1] - origin[0]), min(side, rgb.shape[0] - origin[1])
+
+
 def _tile(rgb: NDArray[np.uint8], origin: tuple[int, int], side: int) -> NDArray[np.uint8]:
-    """One tile; beyond the image it is mirrored, and cells found there belong to nobody (see `own_cells`)."""
+    """One tile; beyond the image it is mirrored, as surroundings for the network, and nothing is measured there."""
     piece = rgb[origin[1] : origin[1] + side, origin[0] : origin[0] + side]
     h, w = piece.shape[:2]
     if (h, w) == (side, side):
@@ -561,9 +571,12 @@ def segment_tiles(
         x, y = block.origins[t].tolist()
         x0, y0, x1, y1 = block.cores[t].tolist()
         semantic[t], all_cells = single_cells(block.tiles[t], semantic[t], settings)
+        width, height = block.extents[t].tolist()
+        for plane in (semantic[t], all_cells):
+            plane[height:], plane[:, width:] = 0, 0
         own = own_cells(all_cells, (x, y), (x0, y0, x1, y1))
         start = first_id.get(owner, 1)
-        table = cell_table(semantic[t], own, block.to_source[t], start)
+        table = cell_table(semantic[t][:height, :width], own[:height, :width], block.to_source[t], start)
         if start + len(table) > np.iinfo(np.uint16).max:
             raise ShardError(f"member {owner} has more than {np.iinfo(np.uint16).max} cells; hand it over in pieces")
         cells[t] = np.where(own > 0, own + np.uint16(start - 1), 0)

@@ -16,6 +16,8 @@ from numpy.typing import NDArray
 from leukoflow.errors import LeukoflowError
 from leukoflow.geometry import field_geometry
 from leukoflow.method import SegmentSettings
+from models.bundle import random_bundle
+from tasks.evaluate import image_block
 from tasks.normalize import mask_overlays
 from tasks.segment import (
     CellTable,
@@ -30,6 +32,7 @@ from tasks.segment import (
     single_cells,
     watershed_cells,
 )
+from tasks.shard import segment_tiles
 
 SETTINGS = SegmentSettings()
 IDENTITY = np.eye(2, 3, dtype=np.float32)
@@ -393,3 +396,18 @@ def test_masks_of_cells_lie_on_their_crops() -> None:
     assert mask.shape == (1, 64, 64)
     np.testing.assert_array_equal(crop[0, ..., 0] > 100, mask[0] > 120)
     assert not crop_masks(cells, np.array([3], np.int32), centres, 44, 64).any()
+
+
+def test_a_cell_at_the_edge_of_a_small_image_ends_there(tmp_path: Path) -> None:
+    image = np.full((168, 224, 3), 245, np.uint8)
+    for x, y in ((40, 60), (90, 60), (140, 60), (60, 110)):
+        cv2.circle(image, (x, y), 9, (230, 190, 190), -1)
+    cv2.circle(image, (160, 158), 18, (90, 40, 160), -1)  # cut by the lower edge; the tile goes on, mirrored
+    block, _ = image_block([image], random_bundle(tmp_path / "b", tiny=True))
+    assert block.extents.tolist() == [[224, 168]]
+    semantic, cells, table, _ = segment_tiles(None, block, SegmentSettings(), "cpu")
+    assert len(table) == 1
+    assert table.bbox_ymax_px[0] == pytest.approx(168)
+    assert table.touches_border[0]
+    assert not semantic[0, 168:].any()
+    assert not cells[0, 168:].any()

@@ -97,7 +97,13 @@ def train_phase(phase: Phase, config: TrainConfig, data_dir: Path, work_dir: Pat
 @task(task_run_name="train classifier and write bundle", cache_policy=NO_CACHE, persist_result=False)
 def train_bundle(config: TrainConfig, data_dir: Path, work_dir: Path, out_dir: Path, name: str, command: str) -> str:
     """Selection, classifier, calibration and the bundle; returns its digest."""
-    bundle = make_bundle(config, load_prepared(config, data_dir, work_dir), work_dir, out_dir, name, command)
+    threads = torch.get_num_threads()
+    # So small a network gets slower with more, and sums in another order.
+    torch.set_num_threads(1)
+    try:
+        bundle = make_bundle(config, load_prepared(config, data_dir, work_dir), work_dir, out_dir, name, command)
+    finally:
+        torch.set_num_threads(threads)
     return bundle.digest
 
 

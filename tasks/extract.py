@@ -48,7 +48,8 @@ def explain_batch(
     where = torch.device(device)
     with torch.inference_mode(), torch.autocast(where.type, enabled=where.type == "cuda"):
         features, maps = hybrid.explained(*_inputs(crops, masks, where), readout)
-    return features.float().cpu().numpy(), maps.half().cpu().numpy()
+    bound = torch.finfo(torch.float16).max  # a column without spread may give more, and nothing infinite is stored
+    return features.float().cpu().numpy(), maps.clamp(-bound, bound).half().cpu().numpy()
 
 
 def _inputs(crops: NDArray[np.uint8], masks: NDArray[np.uint8], where: torch.device) -> tuple[Tensor, Tensor]:

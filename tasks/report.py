@@ -774,8 +774,8 @@ def _heat_switch(name: str, cards: Sequence[_Card]) -> str:
     if bare:
         who = f"{bare} of these {len(cards)} fields have" if switch else "These fields have"
         note = (
-            f'<p class="quiet">{who} no activation maps: these are stored when features are made, and features that '
-            "were taken over from a run with another classifier, or maps that were lost, are not made again for them."
+            f'<p class="quiet">{who} no activation maps. Maps are made together with features: where features were '
+            "taken over from a run with another classifier, or maps were lost, a new run without --reuse makes them."
             "</p>"
         )
     return switch + note

@@ -101,6 +101,7 @@ class _Totals:
     shard_size: int
     fingerprint: str
     software: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def done(self) -> int:
@@ -178,6 +179,7 @@ def _from_manifest(storage: Storage, m: RunManifest) -> _Totals:
         shard_size=m.shard_size,
         fingerprint=m.fingerprint,
         software=m.software,
+        notes=m.notes,
     )
 
 
@@ -911,6 +913,7 @@ def _provenance(t: _Totals) -> str:
         ("started", _moment(t.started_at)),
         ("finished", _moment(t.finished_at) if t.finished_at else "–"),
         ("ignored", f"{_number(t.ignored)} entries that are no images by name (folders, litter of operating systems)"),
+        *(("note", _text(note, 400)) for note in t.notes),
         *((_text(name), _text(version)) for name, version in t.software),
     ]
     return _table((("", ""), ("", "key")), facts)

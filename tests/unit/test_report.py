@@ -313,8 +313,9 @@ def test_activation_maps_lie_on_the_cells_that_weigh_most(run: tuple[Path, RunMa
 
 def test_fields_without_activation_maps_are_counted(run: tuple[Path, RunManifest]) -> None:
     root, manifest = run
-    page = build_report(str(root), manifest)
+    page = build_report(str(root), replace(manifest, notes=("activation maps are absent for 2 of 2 shards",)))
     assert "These fields have no activation maps." in _plain(page)
+    assert "note activation maps are absent for 2 of 2 shards" in _plain(page)
     assert 'type="checkbox"' not in page
     assert 'class="heat"' not in page
     _store_maps(root, "00001")

@@ -47,6 +47,7 @@ from tasks.preflight import preflight
 from tasks.publish import publish
 from tasks.report import build_report
 from tasks.shard import (
+    ACTIVATIONS,
     ShardJob,
     adopt_stages,
     attempt_prefix,
@@ -133,10 +134,12 @@ def process_shard(work: _Work, shard: Shard) -> ShardReceipt:
     storage = Storage(work.run.root)
     storage.delete(f"failures/{shard.name}.json")
     stages = ", ".join(f"{t.stage} {t.seconds:.1f} s" for t in receipt.timings)
+    bare = "features" in receipt.resumed and ACTIVATIONS not in receipt.resumed
     log.info(
-        "shard %s: %s predicted, %s abstained, %s rejected, %s quarantined (%s)%s",
+        "shard %s: %s predicted, %s abstained, %s rejected, %s quarantined (%s)%s%s",
         shard.name, receipt.predicted, receipt.abstained, receipt.rejected, receipt.quarantined, stages,
         f"; kept: {', '.join(receipt.resumed)}" if receipt.resumed else "",
+        "; no activation maps: no pixels were read" if bare else "",
     )  # fmt: skip
     return receipt
 
@@ -540,6 +543,7 @@ def summary(run: Run, manifest: RunManifest) -> str:
         lines += [f"FROM '{run.root}/predictions/*.parquet' WHERE status <> 'predicted'", "```", ""]
     if m.conflicts:
         lines += [f"**{m.conflicts} images were found under more than one patient: see `duplicates.parquet`.**", ""]
+    lines += [f"**Note:** {note}.\n" for note in m.notes]
     lines += [
         f"Report: `{run.root}/report.html` · predictions: `{run.root}/predictions/` · slides: "
         f"`{run.root}/slides.parquet`",

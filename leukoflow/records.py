@@ -193,6 +193,7 @@ class RunManifest:
     parts: tuple[PartRef, ...]
     tables: tuple[tuple[str, int, str], ...]  # (path below the run, bytes, sha256) of plan, slides, duplicates, missing
     software: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = field(default=())  # what the numbers do not say, for people
 
     @property
     def exit_code(self) -> int:

@@ -4,12 +4,16 @@ Both networks come from timm. A network sees the cell in its surroundings; its m
 alone, so that what lies around it enters only through the receptive field. Maps of 1/8 and 1/16 of the crop are used:
 they hold texture, where the last ones hold what the network was once trained to name. The output is the concatenation
 of the enabled backbones' averages, in the order of the specs.
+
+An average is a sum over positions, so whatever is linear in the features falls apart into what each position adds to it
+(class activation maps, Zhou et al. 2016): exactly, and in the pass that gives the features.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from pydantic import Field
@@ -21,6 +25,7 @@ from leukoflow.errors import BundleError, ConfigError
 from leukoflow.method import Settings
 
 BLANK_SHARE = 1e-3  # weight of a pixel outside the cell: an empty mask averages over the whole crop
+GRID = 8  # an activation map has one position per so many pixels of the crop
 
 
 class BackboneSpec(Settings):
@@ -105,6 +110,31 @@ def _load_weights(model: nn.Module, spec: BackboneSpec, path: Path) -> None:
     model.load_state_dict({k: v for k, v in state.items() if k in wanted}, strict=False)
 
 
+class Readout(NamedTuple):
+    """What is linear in the features: `weight` @ (features - `offset`), float32 [C, D] and [D]."""
+
+    weight: Tensor
+    offset: Tensor
+
+
+def spread(maps: Tensor, side: int) -> Tensor:
+    """Maps [N, C, h, w] on a grid [N, C, side, side] over the same square; sums over positions are conserved.
+
+    A position gives to each of the grid what share of its area lies there: a quarter each where the grid is twice as
+    fine.
+    """
+    rows, columns = (_overlap(length, side).to(maps) for length in maps.shape[-2:])
+    return rows.T @ maps @ columns
+
+
+def _overlap(length: int, side: int) -> Tensor:
+    """Share of each of `length` equal parts of a line in each of `side` parts: float64 [length, side]."""
+    coarse = torch.arange(length + 1, dtype=torch.float64) / length
+    fine = torch.arange(side + 1, dtype=torch.float64) / side
+    end = torch.minimum(coarse[1:, None], fine[None, 1:])
+    return (end - torch.maximum(coarse[:-1, None], fine[None, :-1])).clamp(min=0) * length
+
+
 class HybridCNNas(nn.Module):
     """Features of the backbones side by side.
 
@@ -136,10 +166,34 @@ class HybridCNNas(nn.Module):
 
     def forward(self, rgb: Tensor, cell: Tensor) -> Tensor:
         """Features float32 [N, D]."""
-        parts = []
+        return torch.cat([_average(found, share) for found, share in self._maps(rgb, cell)], 1)
+
+    def explained(self, rgb: Tensor, cell: Tensor, readout: Readout) -> tuple[Tensor, Tensor]:
+        """Features float32 [N, D], the very ones of `forward`, and activation maps float32 [N, C, g, g], g = h / 8.
+
+        A map says what each position adds to the readout: it sums to `weight` @ (features - `offset`).
+        """
+        side = max(1, rgb.shape[-1] // GRID)
+        parts, first = [], 0
+        maps = rgb.new_zeros((len(rgb), len(readout.weight), side, side), dtype=torch.float32)
+        for found, share in self._maps(rgb, cell):
+            parts.append(_average(found, share))
+            own = slice(first, first + found.shape[1])
+            first = own.stop
+            with torch.autocast(rgb.device.type, enabled=False):  # half precision would not add up
+                centred = found.float() - readout.offset[own].view(1, -1, 1, 1)
+                added = torch.einsum("cd,ndhw->nchw", readout.weight[:, own], centred)
+                maps += spread(added * share / share.sum((2, 3), keepdim=True), side)
+        return torch.cat(parts, 1), maps
+
+    def _maps(self, rgb: Tensor, cell: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each map [N, C, h, w] of each backbone, and the weight of its positions, float32 [N, 1, h, w]."""
         for spec in self.specs:
             mean, std = getattr(self, f"{spec.name}_mean"), getattr(self, f"{spec.name}_std")
             for found in feature_maps(self.backbones[spec.name], spec.stages, (rgb - mean) / std):
-                share = F.adaptive_avg_pool2d(cell, (found.shape[-2], found.shape[-1])) + BLANK_SHARE
-                parts.append((found.float() * share).sum((2, 3)) / share.sum((2, 3)))
-        return torch.cat(parts, 1)
+                yield found, F.adaptive_avg_pool2d(cell, (found.shape[-2], found.shape[-1])) + BLANK_SHARE
+
+
+def _average(found: Tensor, share: Tensor) -> Tensor:
+    """Weighted average over positions: [N, C, h, w] and [N, 1, h, w] -> float32 [N, C]."""
+    return (found.float() * share).sum((2, 3)) / share.sum((2, 3))

@@ -13,6 +13,7 @@ from leukoflow.errors import BundleError
 from leukoflow.records import CLASSES
 from models.attention_classifier import AttentionClassifier
 from models.bundle import Bundle, Calibration, Statistics
+from models.hybrid_cn_nas import Readout
 
 CLIP = 12.0
 ROWS = 64  # fields of a forward pass; a fixed shape, so that a row's floats do not depend on how many there are
@@ -60,6 +61,18 @@ def standardize(
     scores = (features[:, columns] - mean[columns]) / std[columns]
     out: NDArray[np.float32] = np.clip(scores, -CLIP, CLIP).astype(np.float32)
     return out
+
+
+def readout(bundle: Bundle, classifier: AttentionClassifier, device: str | torch.device = "cpu") -> Readout:
+    """The classifier's evidence, without its bias, as a linear function of a cell's features before selection.
+
+    Exact but for the clipping of z-scores at 12 deviations, which is rare and has no counterpart here.
+    """
+    columns, statistics = list(bundle.spec.selected), bundle.statistics
+    found = classifier.evidence.weight.detach().cpu().numpy().astype(np.float64)
+    weight = np.zeros((len(found), len(statistics.mean)))
+    weight[:, columns] = found / statistics.std[columns].astype(np.float64)
+    return Readout(torch.from_numpy(weight).float().to(device), torch.from_numpy(statistics.mean).float().to(device))
 
 
 def tokens(

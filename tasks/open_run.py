@@ -89,7 +89,7 @@ def open_run(config: RunConfig) -> Run:
             plan_sha256=storage.digest("plan.parquet")[2],
         )
         storage.create("run.json", dumps(bound))
-    for group in ("masks.zarr", "features.zarr"):
+    for group in ("masks.zarr", "features.zarr", "activations.zarr"):
         zarr.open_group(storage.zarr(group), mode="a")
     return Run(
         config, run_id, storage.root, fingerprint, source, summary, bundle, device, bound, _finished(storage)

@@ -23,7 +23,7 @@ from leukoflow.schema import DUPLICATES, SCHEMA_VERSION, SLIDES
 from leukoflow.storage import Storage
 from tasks.open_run import Run
 from tasks.plan import shards
-from tasks.shard import STAGES, open_plan, read_marker
+from tasks.shard import ACTIVATIONS, STAGES, open_plan, read_marker
 
 SOFTWARE = (
     "leukoflow", "prefect", "dask", "distributed", "torch", "timm", "opencv-python-headless", "numpy", "zarr",
@@ -32,6 +32,7 @@ SOFTWARE = (
 MALIGNANT = slice(1, 4)
 SLOWEST = 10
 REASONS = 50
+NAMED = 5
 
 
 @dataclass(slots=True)
@@ -87,6 +88,7 @@ def publish(run: Run, startup_seconds: float, processing_seconds: float, process
         for t in receipt.timings:
             old = stages.get(t.stage, StageTiming(t.stage, 0.0, 0))
             stages[t.stage] = StageTiming(t.stage, old.seconds + t.seconds, old.images + t.images)
+    parts = tuple(_parts(run, storage))
     slowest = sorted(((r.shard.name, r.seconds) for r in receipts), key=lambda item: -item[1])[:SLOWEST]
     manifest = RunManifest(
         run_id=run.run_id,
@@ -116,9 +118,10 @@ def publish(run: Run, startup_seconds: float, processing_seconds: float, process
         conflicts=len(conflicts),
         timings=tuple(stages.values()),
         slowest=tuple(slowest),
-        parts=tuple(_parts(run, storage)),
+        parts=parts,
         tables=tuple(tables),
         software=software(),
+        notes=_notes(run, parts),
     )
     storage.write("manifest.json", dumps(manifest))
     return manifest
@@ -150,9 +153,24 @@ def _parts(run: Run, storage: Storage) -> Iterator[PartRef]:
     for shard in shards(run.summary):
         for stage in STAGES:
             marker = read_marker(storage, stage, shard)
+            if marker is None and stage == ACTIVATIONS:
+                continue
             if marker is None:
                 raise ReconciliationError(f"run {run.run_id}: stage {stage} of shard {shard.name} is not committed")
             yield marker.part
+
+
+def _notes(run: Run, parts: Sequence[PartRef]) -> tuple[str, ...]:
+    """Says which shards have no activation maps, why, and how to have them."""
+    mapped = {part.shard for part in parts if part.stage == ACTIVATIONS}
+    bare = [shard.name for shard in shards(run.summary) if shard.name not in mapped]
+    if not bare:
+        return ()
+    named = ", ".join(bare[:NAMED]) + (", ..." if len(bare) > NAMED else "")
+    return (
+        f"activation maps are absent for {len(bare)} of {run.summary.shards} shards ({named}): their features were "
+        "taken over without maps of this classifier, or the maps were lost; a new run without --reuse makes them",
+    )
 
 
 def _table(storage: Storage, name: str, table: pa.Table) -> tuple[str, int, str]:

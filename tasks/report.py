@@ -37,6 +37,8 @@ from tasks.plan import read_shard, read_summary
 
 FIELDS_SHOWN = 12
 """Fields with outlines in each of the two galleries."""
+BOXED = 3
+"""Cells of a field that are boxed and may show their activation maps: those of highest attention."""
 KEYS_SHOWN = 50
 SLIDES_SHOWN, SLIDES_OPEN = 50, 15
 
@@ -49,6 +51,7 @@ _COLUMNS = (
 )  # fmt: skip
 _LABEL_COLOURS = {"Benign": "#3f8f83", "Early": "#c79a1e", "Pre": "#d9692b", "Pro": "#b0396b"}
 _STATUS_COLOURS = {"predicted": "#3b78b5", "abstained": "#8d8f99", "rejected": "#d09a2d", "quarantined": "#c0392b"}
+_FOR, _AGAINST = "#ffe11a", "#12c9ff"  # seen well on violet nuclei, and of no hue that outlines have
 _STATUS_MEANING = {
     "predicted": "a label with its confidence",
     "abstained": "a label is given, but not to be relied on",
@@ -98,6 +101,7 @@ class _Totals:
     shard_size: int
     fingerprint: str
     software: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...] = ()
 
     @property
     def done(self) -> int:
@@ -175,6 +179,7 @@ def _from_manifest(storage: Storage, m: RunManifest) -> _Totals:
         shard_size=m.shard_size,
         fingerprint=m.fingerprint,
         software=m.software,
+        notes=m.notes,
     )
 
 
@@ -308,11 +313,25 @@ def _most_suspicious(survey: _Survey, slides: Sequence[dict[str, Any]]) -> list[
 
 @dataclass(frozen=True, slots=True)
 class _Card:
-    """One field of a gallery: its row, the drawing (SVG) and a remark about it."""
+    """One field of a gallery: its row, the drawing (SVG), a remark about it, and whether its maps are stored."""
 
     row: dict[str, Any]
     drawing: str
     remark: str
+    mapped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class _Heat:
+    """A cell's activation map of the field's label, times the cell's attention: what each position adds to the logit.
+
+    `values` float64 [g, g] covers a square window of the mask, `side` pixels wide, with its corner at `x`, `y`.
+    """
+
+    x: float
+    y: float
+    side: int
+    values: NDArray[np.float64]
 
 
 class _Painter:
@@ -356,7 +375,33 @@ class _Painter:
             )
             remark = f"{part}; {remark}" if remark else part
         mine = {c["cell_id"]: c for c in cells if c["zarr_index"] == tile}
-        return _Card(row, _drawing(photo, labels, mine), remark)
+        heats = self._heats(row, tile, group, mine)
+        return _Card(row, _drawing(photo, labels, mine, heats or ()), remark, heats is not None)
+
+    def _heats(
+        self, row: dict[str, Any], tile: int, masks: Any, cells: dict[int, dict[str, Any]]
+    ) -> list[_Heat] | None:
+        """The activation maps of a tile's heaviest cells, from storage alone; None where there are none to be had."""
+        try:
+            self.storage.read(f"markers/activations/{row['shard']}.json")  # without it, what lies there means nothing
+            group: Any = zarr.open_group(
+                self.storage.zarr(f"activations.zarr/{row['shard']}", read_only=True), mode="r"
+            )
+            maps = group["maps"]
+            window, label = int(maps.attrs["window_px"]), list(maps.attrs["classes"]).index(row["label"])
+            first, end = np.asarray(masks["cell_offsets"][tile : tile + 2]).tolist()
+            measured = np.asarray(masks["cell_table"][first:end], np.float64)
+            names = list(masks["cell_table"].attrs["columns"])
+            ids, xs, ys = (measured[:, names.index(name)] for name in ("cell_id", "field_x", "field_y"))
+            heats = []
+            for cell in _heaviest(cells):
+                (place,) = np.flatnonzero(ids == cell["cell_id"])
+                values = np.nan_to_num(np.asarray(maps[first + place, label], np.float64)) * cell["attention"]
+                corner = 0.5 - window / 2  # a pixel's centre lies half a pixel from its edge
+                heats.append(_Heat(xs[place] + corner, ys[place] + corner, window, values))
+        except Exception:  # maps are an extra: a field is shown without them
+            return None
+        return heats
 
     def _cells(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         columns = ["image_key", "cell_id", "attention", "nc_ratio", "cell_area_px", "zarr_index"]
@@ -409,8 +454,21 @@ def _segment_settings(totals: _Totals) -> SegmentSettings:
         return SegmentSettings()
 
 
-def _drawing(photo: NDArray[np.uint8] | None, labels: NDArray[np.uint16], cells: dict[int, dict[str, Any]]) -> str:
-    """An SVG: the field, each cell's outline in the colour of its attention, and boxes at the three that weigh most."""
+def _heaviest(cells: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:
+    """The cells of highest attention, the first one first."""
+    return sorted(cells.values(), key=lambda c: (-c["attention"], c["cell_id"]))[:BOXED]
+
+
+def _drawing(
+    photo: NDArray[np.uint8] | None,
+    labels: NDArray[np.uint16],
+    cells: dict[int, dict[str, Any]],
+    heats: Sequence[_Heat] = (),
+) -> str:
+    """An SVG: the field, each cell's outline in the colour of its attention, and boxes at the three that weigh most.
+
+    Their activation maps lie between the two, hidden until the page's switch shows them.
+    """
     height, width = labels.shape
     parts = [f'<svg viewBox="0 0 {width} {height}" role="img" preserveAspectRatio="xMidYMid meet">']
     if photo is not None:
@@ -421,7 +479,7 @@ def _drawing(photo: NDArray[np.uint8] | None, labels: NDArray[np.uint16], cells:
     else:
         parts.append(f'<rect class="nophoto" width="{width}" height="{height}"/>')
     top = max((c["attention"] for c in cells.values()), default=0.0) or 1.0
-    ranked = sorted(cells.values(), key=lambda c: (-c["attention"], c["cell_id"]))
+    parts += _heat_layers(heats)
     for cell_id in [int(i) for i in np.unique(labels) if i]:
         cell = cells.get(cell_id)
         weight = cell["attention"] / top if cell else 0.0
@@ -433,7 +491,7 @@ def _drawing(photo: NDArray[np.uint8] | None, labels: NDArray[np.uint16], cells:
             f'<path d="{_outline(labels == cell_id)}" fill="{fill}" stroke="{_colour(weight)}" '
             f'stroke-width="{1.0 + 1.2 * weight:.1f}"><title>{title}</title></path>'
         )
-    for rank, cell in enumerate(ranked[:3], 1):
+    for rank, cell in enumerate(_heaviest(cells), 1):
         ys, xs = np.nonzero(labels == cell["cell_id"])
         if not len(xs):
             continue
@@ -445,6 +503,32 @@ def _drawing(photo: NDArray[np.uint8] | None, labels: NDArray[np.uint16], cells:
         )
     parts.append("</svg>")
     return "".join(parts)
+
+
+def _heat_layers(heats: Sequence[_Heat]) -> list[str]:
+    """Translucent images, one per cell; their strength is relative to the field's strongest position."""
+    top = max((float(np.abs(h.values).max()) for h in heats), default=0.0)
+    if not top:
+        return []
+    layers = []
+    for heat in heats:
+        encoded = base64.b64encode(_heat_png(heat.values / top)).decode()
+        layers.append(
+            f'<image class="heat" x="{heat.x:.2f}" y="{heat.y:.2f}" width="{heat.side}" height="{heat.side}" '
+            f'href="data:image/png;base64,{encoded}"/>'
+        )
+    return layers
+
+
+def _heat_png(values: NDArray[np.float64]) -> bytes:
+    """A PNG with one pixel per position; the browser smooths it. `values` [g, g] in -1..1; opacity is their size."""
+    colours = [[int(c[i : i + 2], 16) for i in (5, 3, 1)] for c in (_AGAINST, _FOR)]  # OpenCV wants blue first
+    pixels = np.empty((*values.shape, 4), np.uint8)
+    pixels[..., :3] = np.asarray(colours, np.uint8)[(values > 0).astype(np.intp)]
+    pixels[..., 3] = np.round(np.abs(values) * 217)  # at most 85 %: the cell must be seen through it
+    ok, data = cv2.imencode(".png", pixels)
+    assert ok
+    return data.tobytes()
 
 
 def _outline(mask: NDArray[np.bool_]) -> str:
@@ -532,8 +616,12 @@ def _page(
 ) -> str:
     sections: list[tuple[str, str, Callable[[], str]]] = [
         ("slides", "Slides by urgency", lambda: _slides_section(slides, finished)),
-        ("suspicious", "Most suspicious fields", lambda: _gallery(suspicious, notes, "No field was predicted.")),
-        ("uncertain", "Least certain fields", lambda: _gallery(uncertain, (), "No field was diagnosed.")),
+        (
+            "suspicious",
+            "Most suspicious fields",
+            lambda: _gallery("suspicious", suspicious, notes, "No field was predicted."),
+        ),
+        ("uncertain", "Least certain fields", lambda: _gallery("uncertain", uncertain, (), "No field was diagnosed.")),
         ("distributions", "Distributions", lambda: _distributions(t, survey)),
         ("unpredicted", "Members without a prediction", lambda: _unpredicted(t, survey)),
         ("timings", "Timings", lambda: _timings(t)),
@@ -659,7 +747,7 @@ def _dot(colour: str) -> str:
     return f'<span class="dot" style="background:{colour}"></span>'
 
 
-def _gallery(cards: Sequence[_Card], notes: Sequence[str], empty: str) -> str:
+def _gallery(name: str, cards: Sequence[_Card], notes: Sequence[str], empty: str) -> str:
     if not cards:
         return f'<p class="quiet">{empty}</p>'
     scale = "".join(
@@ -670,7 +758,29 @@ def _gallery(cards: Sequence[_Card], notes: Sequence[str], empty: str) -> str:
         "cells that weighed most are boxed and numbered. Rest the pointer on an outline for its numbers.</p>"
     )
     lead += "".join(f'<p class="verdict warn">{_text(note, 400)}</p>' for note in notes)
+    lead += _heat_switch(name, cards)
     return lead + '<div class="gallery">' + "".join(map(_figure, cards)) + "</div>"
+
+
+def _heat_switch(name: str, cards: Sequence[_Card]) -> str:
+    """What shows the activation maps of a gallery (a checkbox that the style sheet looks at), and who has none."""
+    bare = sum(not card.mapped for card in cards)
+    switch = note = ""
+    if bare < len(cards):
+        switch = (
+            f'<input class="show" type="checkbox" id="{name}-heat"><label for="{name}-heat">Activation maps</label>'
+            '<p class="quiet heatkey">What each place in the boxed cells adds to the evidence for the field\'s label, '
+            f"times the cell's attention: {_dot(_FOR)}for it {_dot(_AGAINST)}against it. The strongest place of each "
+            "field has the full colour.</p>"
+        )
+    if bare:
+        who = f"{bare} of these {len(cards)} fields have" if switch else "These fields have"
+        note = (
+            f'<p class="quiet">{who} no activation maps. Maps are made together with features: where features were '
+            "taken over from a run with another classifier, or maps were lost, a new run without --reuse makes them."
+            "</p>"
+        )
+    return switch + note
 
 
 def _figure(card: _Card) -> str:
@@ -803,6 +913,7 @@ def _provenance(t: _Totals) -> str:
         ("started", _moment(t.started_at)),
         ("finished", _moment(t.finished_at) if t.finished_at else "–"),
         ("ignored", f"{_number(t.ignored)} entries that are no images by name (folders, litter of operating systems)"),
+        *(("note", _text(note, 400)) for note in t.notes),
         *((_text(name), _text(version)) for name, version in t.software),
     ]
     return _table((("", ""), ("", "key")), facts)

@@ -52,8 +52,9 @@ from leukoflow.sources import Reader, open_reader
 from leukoflow.storage import Storage
 from models.attention_unet import segment_batch
 from models.bundle import Bundle, load_bundle
-from tasks.classify import Verdict, diagnose, pool_tiles
-from tasks.extract import extract_padded, field_means
+from models.hybrid_cn_nas import HybridCNNas, Readout
+from tasks.classify import Verdict, diagnose, pool_tiles, readout
+from tasks.extract import blank_maps, explain_padded, extract_padded, field_means
 from tasks.ingest import Decoder, ingest
 from tasks.normalize import normalize
 from tasks.plan import read_shard
@@ -71,8 +72,10 @@ from tasks.segment import (
 
 DIED = "its processing kills the worker process"
 
-STAGES = ("masks", "features", "predictions")
-REVISIONS = {"masks": 2, "features": 1, "predictions": 1}
+ACTIVATIONS = "activations"
+"""The stage that no other is made from: a shard may lack it and yet be whole. It is made while the pixels are there."""
+STAGES = ("masks", "features", ACTIVATIONS, "predictions")
+REVISIONS = {"masks": 2, "features": 1, ACTIVATIONS: 1, "predictions": 1}
 """Raised when a stage's code changes what it writes; part of every content key."""
 
 ZARR_CHUNK, ZARR_SHARD = 10, 250
@@ -170,10 +173,13 @@ def stage_keys(bundle: Bundle, members: Sequence[Member], device: str) -> dict[s
     for stage, component, extra in (
         ("masks", "segmenter", device),
         ("features", "features", device),
+        (ACTIVATIONS, "classifier", device),
         ("predictions", "classifier", manifest),
     ):
         parts = (stage, REVISIONS[stage], bundle.component_digest(component), extra, chain)  # type: ignore[arg-type]
-        chain = keys[stage] = hashlib.sha256(repr(parts).encode()).hexdigest()
+        keys[stage] = hashlib.sha256(repr(parts).encode()).hexdigest()
+        if stage != ACTIVATIONS:  # predictions are made from features alone
+            chain = keys[stage]
     return keys
 
 
@@ -200,13 +206,19 @@ def committed(storage: Storage, shard: Shard, keys: dict[str, str]) -> dict[str,
     """The stages of a shard whose parts are there, unaltered and made from what they should be made from.
 
     A marker whose files have not been moved yet (its writer died in between) is completed here. A marker that does not
-    hold is deleted together with those of the stages that follow, so that they are done again.
+    hold is deleted together with those of the stages that follow, so that they are done again. Activation maps that do
+    not hold are deleted alone: making them again would cost all pixels, and no prediction depends on them.
     """
     found: dict[str, Marker] = {}
     for i, stage in enumerate(STAGES):
         marker = read_marker(storage, stage, shard)
         if marker is not None and marker.part.key == keys[stage] and _settled(storage, marker.part):
             found[stage] = marker
+            continue
+        if stage == ACTIVATIONS:
+            if marker is not None:
+                storage.delete(marker_key(stage, shard))
+                storage.delete(f"activations.zarr/{shard.name}")
             continue
         for later in STAGES[i:]:
             if read_marker(storage, later, shard) is not None:
@@ -258,10 +270,10 @@ def commit(job: ShardJob, stage: str, key: str, roots: Sequence[str], receipt: S
 
 
 def adopt_stages(job: ShardJob, other: Storage, keys: dict[str, str], done: dict[str, Marker]) -> dict[str, Marker]:
-    """Takes masks and features from another run where they were made from the very same things."""
+    """Takes masks, features and activation maps from another run where they were made from the very same things."""
     storage, found = Storage(job.root), dict(done)
     prefix = attempt_prefix(job.shard, job.attempt)
-    for stage in ("masks", "features"):
+    for stage in ("masks", "features", ACTIVATIONS):
         if stage in found:
             continue
         theirs = read_marker(other, stage, job.shard)
@@ -282,6 +294,12 @@ def adopt_stages(job: ShardJob, other: Storage, keys: dict[str, str], done: dict
 def _models(bundle: str, digest: str, device: str, part: str) -> Any:
     """A component, loaded once per process."""
     return getattr(opened_bundle(bundle, digest), part)(device)
+
+
+@lru_cache(maxsize=2)
+def _readout(bundle: str, digest: str, device: str) -> Readout:
+    """What activation maps show: the classifier's evidence as a function of features, made once per process."""
+    return readout(opened_bundle(bundle, digest), _models(bundle, digest, device, "classifier"), device)
 
 
 @lru_cache(maxsize=4)
@@ -793,14 +811,15 @@ def _keys(job: ShardJob) -> dict[str, str]:
 
 
 def extract(job: ShardJob, segmented: Segmented, before: Trail | None = None) -> Trail:
-    """Hybrid features of a block's tiles and cells; writes `features.zarr`, and commits with the last block."""
+    """Hybrid features of a block's tiles and cells, and activation maps of the cells; commits with the last block."""
     started = time.perf_counter()
     with _guard(job, "extract"):
         bundle = opened_bundle(job.bundle, job.bundle_digest)
         hybrid = _models(job.bundle, job.bundle_digest, job.device, "hybrid")
         features = bundle.spec.method.features
         block, table, offsets = segmented.block, segmented.table, segmented.offsets
-        whole, single = extract_tiles(hybrid, block, segmented.cells, table, offsets, features, job.device)
+        shown = _readout(job.bundle, job.bundle_digest, job.device)
+        whole, single, maps = explain_tiles(hybrid, shown, block, segmented.cells, table, offsets, features, job.device)
         columns = hybrid.num_features
         before = before or Trail()
         if job.only is None:
@@ -813,16 +832,30 @@ def extract(job: ShardJob, segmented: Segmented, before: Trail | None = None) ->
                     group[name].attrs["columns"] = [
                         {"backbone": b, "layer": layer, "dimension": d} for b, layer, d in hybrid.columns
                     ]
+            _write_activations(job, bundle, maps, before)
             if block.next == job.shard.first + job.shard.count:
-                commit(job, "features", _keys(job)["features"], (f"features.zarr/{job.shard.name}",))
+                keys = _keys(job)
+                # Maps first: whoever finds the features committed does not come back for maps.
+                commit(job, ACTIVATIONS, keys[ACTIVATIONS], (f"activations.zarr/{job.shard.name}",))
+                commit(job, "features", keys["features"], (f"features.zarr/{job.shard.name}",))
         trail = segmented.trail
         timing = StageTiming("extract", time.perf_counter() - started, len(block.facts))
         mine = tuple(t for t in before.timings if t.stage == "extract")
         return replace(trail, timings=(*trail.timings, *mine, timing))
 
 
+def _write_activations(job: ShardJob, bundle: Bundle, maps: NDArray[np.float16], before: Trail) -> None:
+    group = _attempt_group(job, "activations.zarr")
+    write_rows(group, "maps", before.cells, maps, (64, *maps.shape[1:]), (4096, *maps.shape[1:]))
+    if not before.rows:
+        group["maps"].attrs["classes"] = list(CLASSES)
+        group["maps"].attrs["window_px"] = bundle.spec.method.features.cell_window_px
+        group["maps"].attrs["grid"] = maps.shape[-1]
+        group["maps"].attrs["classifier_digest"] = bundle.component_digest("classifier")
+
+
 def extract_tiles(
-    hybrid: Any,
+    hybrid: HybridCNNas,
     block: Block,
     cells: NDArray[np.uint16],
     table: CellTable,
@@ -832,6 +865,37 @@ def extract_tiles(
 ) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
     """Hybrid features of a block's tiles, float32 [t, D], and of their cells, float32 [m, D]."""
     single = np.zeros((len(table), hybrid.num_features), np.float32)
+    for places, crops, masks in _crops(block, cells, table, offsets, settings):
+        single[places] = extract_padded(hybrid, crops, masks, settings.cell_batch, device)
+    return field_means(single, offsets, table.cell_area_px.astype(np.float32)), single
+
+
+def explain_tiles(
+    hybrid: HybridCNNas,
+    shown: Readout,
+    block: Block,
+    cells: NDArray[np.uint16],
+    table: CellTable,
+    offsets: NDArray[np.int64],
+    settings: FeatureSettings,
+    device: str,
+) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float16]]:
+    """What `extract_tiles` gives, and from the same pass the cells' activation maps, float16 [m, 4, g, g]."""
+    single = np.zeros((len(table), hybrid.num_features), np.float32)
+    maps = blank_maps(len(table), settings.cell_px)
+    for places, crops, masks in _crops(block, cells, table, offsets, settings):
+        single[places], maps[places] = explain_padded(hybrid, shown, crops, masks, settings.cell_batch, device)
+    return field_means(single, offsets, table.cell_area_px.astype(np.float32)), single, maps
+
+
+def _crops(
+    block: Block,
+    cells: NDArray[np.uint16],
+    table: CellTable,
+    offsets: NDArray[np.int64],
+    settings: FeatureSettings,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint8]]]:
+    """Per inference batch of tiles: the rows of their cells, int64 [c], their crops and their masks."""
     centers = np.stack([table.field_x, table.field_y], axis=1).astype(np.float32)
     window, side = settings.cell_window_px, settings.cell_px
     for batch in block.batches:
@@ -846,9 +910,7 @@ def extract_tiles(
                 for t, own in zip(rows, spans, strict=True)
             ]
         )
-        places = np.concatenate([np.arange(own.start, own.stop) for own in spans])
-        single[places] = extract_padded(hybrid, crops, masks, settings.cell_batch, device)
-    return field_means(single, offsets, table.cell_area_px.astype(np.float32)), single
+        yield np.concatenate([np.arange(own.start, own.stop) for own in spans]), crops, masks
 
 
 # --- classify --------------------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ import pandas as pd
 import pyarrow.parquet as pq
 import pytest
 import zarr
-from harness import arrays, assert_same, smears, table, tables, write_zip
+from harness import arrays, assert_same, digests, smears, table, tables, write_zip
 
 from leukoflow.progress import read_manifest, read_progress
 from leukoflow.schema import CELLS, PREDICTIONS, SLIDES
@@ -61,13 +61,14 @@ def test_every_member_has_exactly_one_row(runs: dict[str, Path], kind: str, memb
 @pytest.mark.parametrize("kind", ["directory", "tar", "tgz"])
 def test_packing_changes_nothing(runs: dict[str, Path], kind: str) -> None:
     assert_same(runs["zip"], runs[kind])
+    assert digests(runs["zip"] / "activations.zarr") == digests(runs[kind] / "activations.zarr")
 
 
 def test_a_run_leaves_what_the_data_format_says(runs: dict[str, Path]) -> None:
     root = runs["zip"]
     assert {p.name for p in root.iterdir()} == {
-        "cells", "features.zarr", "fields", "heartbeat.json", "logs", "manifest.json", "markers", "masks.zarr",
-        "plan.parquet", "predictions", "report.html", "run.json", "slides.parquet",
+        "activations.zarr", "cells", "features.zarr", "fields", "heartbeat.json", "logs", "manifest.json", "markers",
+        "masks.zarr", "plan.parquet", "predictions", "report.html", "run.json", "slides.parquet",
     }  # fmt: skip
     for name, schema in (("predictions", PREDICTIONS), ("cells", CELLS)):
         for part in (root / name).iterdir():
@@ -152,10 +153,10 @@ def test_shard_size_and_neighbours_move_no_bit(
     for name in ("predictions", "cells"):
         others = [[r for r in t[name] if r["image_key"] != names[5]] for t in (mine, gap)]
         assert others[0] == others[1]
-    for array in ("hybrid", "cells"):
+    for store, array in (("features.zarr", "hybrid"), ("features.zarr", "cells"), ("activations.zarr", "maps")):
         assert np.array_equal(
-            np.concatenate(arrays(runs["zip"], "features.zarr", array)),
-            np.concatenate(arrays(tmp_path / "wide", "features.zarr", array)),
+            np.concatenate(arrays(runs["zip"], store, array)),
+            np.concatenate(arrays(tmp_path / "wide", store, array)),
         )
 
 

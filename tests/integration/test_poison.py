@@ -96,4 +96,4 @@ def test_neighbours_keep_every_bit(
 
 
 def _stores(folder: Path) -> list[Path]:
-    return [folder / "ward" / "masks.zarr", folder / "ward" / "features.zarr"]
+    return [folder / "ward" / name for name in ("masks.zarr", "features.zarr", "activations.zarr")]

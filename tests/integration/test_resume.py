@@ -54,7 +54,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def times(root: Path, without: str) -> dict[str, int]:
     """Modification times of everything committed that belongs to other shards."""
-    folders = ("predictions", "cells", "fields", "masks.zarr", "features.zarr", "markers")
+    folders = ("predictions", "cells", "fields", "masks.zarr", "features.zarr", "activations.zarr", "markers")
     return {
         str(p.relative_to(root)): p.stat().st_mtime_ns
         for folder in folders
@@ -124,8 +124,35 @@ def test_only_what_was_harmed_is_redone(
     marker = read_marker(Storage(str(copy)), "predictions", Shard(1, 16, 16))
     assert marker is not None
     assert marker.receipt is not None
-    kept = {"predictions": ("masks", "features"), "cells": ("masks", "features"), "features": ("masks",)}
+    most = ("masks", "features", "activations")
+    kept = {"predictions": most, "cells": most, "features": ("masks",)}
     assert marker.receipt.resumed == kept.get(harm.split()[0], ())
+    assert digests(copy / "activations.zarr") == digests(base / "activations.zarr")
+
+
+@pytest.mark.parametrize("harm", ["altered", "deleted"])
+def test_activation_maps_that_were_harmed_cost_no_other_part(
+    screen: Any, archives: dict[str, str], base: Path, copy: Path, no_cluster: None, harm: str
+) -> None:
+    """Maps would cost all pixels again: they are given up, the rest stays as it is, and the manifest says so."""
+    maps = copy / "activations.zarr" / SHARD
+    if harm == "altered":
+        flip(largest(maps))
+    else:
+        shutil.rmtree(maps)
+    before = times(copy, SHARD) | {k: v for k, v in times(copy, "nothing").items() if "activations" not in k}
+    state = screen(archives["zip"], copy.parent, "night")
+    assert state.is_completed(), state.message
+    assert "finished already" not in state.message
+    assert times(copy, "nothing") == before
+    assert not maps.exists()
+    assert_same(base, copy, drop=())
+    manifest = read_manifest(Storage(str(copy)))
+    assert manifest is not None
+    assert f"activation maps are absent for 1 of 3 shards ({SHARD})" in manifest.notes[0]
+    assert [p.shard for p in manifest.parts if p.stage == "activations"] == ["00000", "00002"]
+    again = screen(archives["zip"], copy.parent, "night")
+    assert "finished already" in again.message
 
 
 def test_an_altered_summary_table_needs_no_worker(
@@ -172,6 +199,10 @@ def test_a_new_classifier_takes_over_masks_and_features(
     manifest = read_manifest(Storage(str(root)))
     assert manifest is not None
     assert {t.stage for t in manifest.timings} == {"classify"}
+    assert "activation maps are absent for 3 of 3 shards" in manifest.notes[0]  # those there are show another evidence
+    assert {p.stage for p in manifest.parts} == {"masks", "features", "predictions"}
+    assert [p.name for p in (root / "activations.zarr").iterdir()] == ["zarr.json"]
+    assert "These fields have no activation maps." in (root / "report.html").read_text()
     for i in range(3):
         marker = read_marker(Storage(str(root)), "predictions", Shard(i, 0, 0))
         assert marker is not None
@@ -181,6 +212,20 @@ def test_a_new_classifier_takes_over_masks_and_features(
     assert zarr_bytes(root) == zarr_bytes(base)
     assert_same(tmp_path / "fresh" / "again", root)
     assert table(root, "predictions")["confidence"] != table(base, "predictions")["confidence"]
+
+
+def test_the_same_classifier_takes_over_activation_maps_too(
+    screen: Any, archives: dict[str, str], base: Path, copy: Path
+) -> None:
+    assert screen(archives["zip"], copy.parent, "twin", reuse="night").is_completed()
+    root = copy.parent / "twin"
+    manifest = read_manifest(Storage(str(root)))
+    assert manifest is not None
+    assert manifest.notes == ()
+    assert {t.stage for t in manifest.timings} == {"classify"}
+    assert digests(root / "activations.zarr") == digests(base / "activations.zarr")
+    assert "heat" in (root / "report.html").read_text().partition("<main>")[2]
+    assert_same(base, root)
 
 
 def test_an_unknown_run_cannot_be_reused(screen: Any, archives: dict[str, str], tmp_path: Path) -> None:

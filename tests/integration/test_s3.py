@@ -132,7 +132,8 @@ def test_a_run_on_the_store(
     parts = pq.read_table("lab/out/night/predictions", filesystem=root.fs)
     mine = table(tmp_path / "night", "predictions")
     assert parts.drop_columns(["run_id", "source_uri"]).to_pylist() == mine.to_pylist()
-    for store, names in (("masks.zarr", ("semantic", "cells", "to_source")), ("features.zarr", ("hybrid", "cells"))):
+    stores = {"masks.zarr": ("semantic", "cells", "to_source"), "features.zarr": ("hybrid", "cells")}
+    for store, names in (stores | {"activations.zarr": ("maps",)}).items():
         group = zarr.open_group(root.zarr(store, read_only=True), mode="r")
         for name in names:
             here = arrays(tmp_path / "night", store, name)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +63,9 @@ def test_the_totals_balance(made: Callable[[Path], Run], tmp_path: Path) -> None
     assert manifest.reasons == (("not an image", 20),)
     assert {t.stage for t in manifest.timings} == {"prepare", "segment", "extract", "classify"}
     assert [(p.stage, p.shard) for p in manifest.parts] == [
-        (stage, shard) for shard in ("00000", "00001") for stage in ("masks", "features", "predictions")
+        (stage, shard) for shard in ("00000", "00001") for stage in ("masks", "features", "activations", "predictions")
     ]
+    assert manifest.notes == ()
     assert Storage(run.root).intact(manifest.tables)
     assert {name for name, _ in manifest.software} >= {"python", "torch", "zarr", "prefect"}
     assert open_run(run.config).finished == manifest
@@ -98,6 +100,18 @@ def test_a_shard_that_is_not_committed_is_never_published(
     with pytest.raises(ReconciliationError, match=r"00001.* not committed"):
         publish(run, 0.0, 0.0, 0)
     assert read_manifest(Storage(run.root)) is None
+
+
+def test_absent_activation_maps_are_said_and_change_nothing_else(made: Callable[[Path], Run], tmp_path: Path) -> None:
+    run = made(tmp_path)
+    whole = publish(run, 1.0, 2.0, 20)
+    Storage(run.root).delete(marker_key("activations", Shard(1, 16, 4)))
+    manifest = publish(run, 1.0, 2.0, 20)
+    (note,) = manifest.notes
+    assert note.startswith("activation maps are absent for 1 of 2 shards (00001): their features were taken over")
+    assert [(p.stage, p.shard) for p in manifest.parts if p.stage == "activations"] == [("activations", "00000")]
+    assert replace(manifest, notes=(), parts=(), finished_at="") == replace(whole, parts=(), finished_at="")
+    assert open_run(run.config).finished == manifest
 
 
 # --- slides ----------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import re
 import shutil
 from dataclasses import replace
@@ -14,6 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zarr
+from numpy.typing import NDArray
 
 from leukoflow.codec import dumps
 from leukoflow.errors import StorageError
@@ -110,7 +112,7 @@ def _write_run(root: Path, archive: Path) -> tuple[PlanSummary, tuple[ShardRecei
     summary = plan(source, root / "plan.parquet", shard_size=SHARD_SIZE, um_per_px=0.42)
     receipts = []
     for shard in (Shard(0, 0, 16), Shard(1, 16, 4)):
-        rows, cells, masks = [], [], []
+        rows, cells, masks, measured, offsets = [], [], [], [], [0]
         for i in range(shard.first, shard.first + shard.count):
             mask = cv2.imread(str(archive / "truth/cells" / f"field-{i:05d}.png"), cv2.IMREAD_UNCHANGED)
             assert mask is not None
@@ -121,12 +123,15 @@ def _write_run(root: Path, archive: Path) -> tuple[PlanSummary, tuple[ShardRecei
                 continue
             masks.append(mask)
             for cell_id in range(1, int(mask.max()) + 1):
+                ys, xs = np.nonzero(mask == cell_id)
+                measured.append((cell_id, xs.mean(), ys.mean()))
                 zeros = {f.name: 0.0 for f in CELLS if pa.types.is_float32(f.type)}
                 cells.append(
                     zeros
                     | {"image_key": f"field-{i:05d}.jpg", "cell_id": cell_id, "attention": 1.0 / cell_id}
                     | {"nc_ratio": 0.8, "touches_border": False, "zarr_index": index}
                 )
+            offsets.append(len(cells))
         name = shard.name
         for folder, table in (
             ("predictions", pa.Table.from_pylist(rows, PREDICTIONS)),
@@ -136,6 +141,9 @@ def _write_run(root: Path, archive: Path) -> tuple[PlanSummary, tuple[ShardRecei
             pq.write_table(table, root / folder / f"part-{name}.parquet", use_dictionary=False)
         group = zarr.open_group(root / "masks.zarr" / name, mode="w")
         group.create_array("cells", data=np.stack(masks))
+        table = group.create_array("cell_table", data=np.array(measured, np.float32))
+        table.attrs["columns"] = ["cell_id", "field_x", "field_y"]
+        group.create_array("cell_offsets", data=np.array(offsets, np.int64))
         group.create_array("to_source", data=np.tile(np.eye(2, 3, dtype=np.float32), (len(masks), 1, 1)))
         status = [r["status"] for r in rows]
         labels = [r["label"] for r in rows]
@@ -234,10 +242,11 @@ def test_a_finished_run_reconciles_and_shows_its_fields(run: tuple[Path, RunMani
 
 
 def test_the_page_needs_nothing_from_outside(run: tuple[Path, RunManifest]) -> None:
+    _store_maps(run[0], "00000")
     checker = _checked(build_report(str(run[0]), run[1]))
     assert "script" not in checker.tags
     assert checker.sources
-    assert all(s.startswith(("data:image/jpeg;base64,", "#")) for s in checker.sources)
+    assert all(s.startswith(("data:image/jpeg;base64,", "data:image/png;base64,", "#")) for s in checker.sources)
     assert not any("url(" in text or "@import" in text for text in checker.texts)
 
 
@@ -250,6 +259,77 @@ def test_suspicious_fields_come_slide_by_slide_in_order_of_urgency(run: tuple[Pa
     confidences = [float(c) for c in re.findall(r'<span class="n">(\d\.\d+)</span></p>', uncertain)]
     assert len(confidences) == 12
     assert confidences == sorted(confidences)
+
+
+def _store_maps(root: Path, shard: str) -> NDArray[np.float16]:
+    """Activation maps of a committed shard, float16 [m, 4, 2, 2]: each cell's row in one class, quarter by quarter."""
+    count = zarr.open_group(root / "masks.zarr" / shard, mode="r")["cell_table"].shape[0]  # type: ignore[union-attr]
+    maps = np.zeros((count, 4, 2, 2), np.float16)
+    maps[:] = np.array([[[1, -1], [0.5, 0]], [[-1, 0], [0, 1]], [[9, 9], [9, 9]], [[9, 9], [9, 9]]])
+    array = zarr.open_group(root / "activations.zarr" / shard, mode="w").create_array("maps", data=maps)
+    array.attrs.update({"classes": ["Benign", "Early", "Pre", "Pro"], "window_px": 44, "grid": 2})
+    marker = root / "markers/activations" / f"{shard}.json"
+    marker.parent.mkdir(exist_ok=True)
+    marker.write_bytes(dumps(Marker(PartRef("activations", shard, "a1", "key", ()))))
+    return maps
+
+
+def _figures(page: str, section: str) -> dict[str, str]:
+    """Drawing of each field of a gallery."""
+    part = page.partition(f'id="{section}"')[2].partition("</section>")[0]
+    return {re.findall(r'<p class="key">([^<]+)', f)[0]: f for f in part.split("<figure>")[1:]}
+
+
+def test_activation_maps_lie_on_the_cells_that_weigh_most(run: tuple[Path, RunManifest]) -> None:
+    root, manifest = run
+    for shard in ("00000", "00001"):
+        _store_maps(root, shard)
+    page = build_report(str(root), manifest)
+    _checked(page)
+    assert page.count('type="checkbox"') == 2  # one switch for each gallery
+    assert "no activation maps" not in page
+    figures = _figures(page, "suspicious")
+    for i, label in ((19, "Early"), (8, "Benign")):  # it is the map of the field's own label
+        key = f"field-{i:05d}.jpg"
+        drawing = figures[key]
+        heats = re.findall(
+            r'<image class="heat" x="([^"]+)" y="([^"]+)" width="44" height="44" href="([^"]+)"', drawing
+        )
+        masks = zarr.open_group(root / "masks.zarr" / f"{i // SHARD_SIZE:05d}", mode="r")
+        cells = pq.read_table(root / "cells" / f"part-{i // SHARD_SIZE:05d}.parquet").to_pylist()
+        mine = [c for c in cells if c["image_key"] == key]
+        first = int(masks["cell_offsets"][mine[0]["zarr_index"]])  # type: ignore[index]
+        assert len(heats) == min(3, len(mine))
+        for n, (x, y, href) in enumerate(heats):  # cells weigh 1, 1/2, 1/3 ...
+            _, cx, cy = masks["cell_table"][first + n]  # type: ignore[index,misc]
+            assert (float(x), float(y)) == (pytest.approx(cx - 21.5, abs=0.01), pytest.approx(cy - 21.5, abs=0.01))
+            raw = np.frombuffer(base64.b64decode(href.partition(",")[2]), np.uint8)
+            pixels = cv2.imdecode(raw, cv2.IMREAD_UNCHANGED)
+            full = round(217 / (n + 1))
+            expected = [[full, 0], [0, full]] if label == "Early" else [[full, full], [round(full / 2), 0]]
+            assert pixels[..., 3].tolist() == expected
+            assert pixels[0, 0, 2] != pixels[1, 1, 2]  # against it, and for it
+
+
+def test_fields_without_activation_maps_are_counted(run: tuple[Path, RunManifest]) -> None:
+    root, manifest = run
+    page = build_report(str(root), replace(manifest, notes=("activation maps are absent for 2 of 2 shards",)))
+    assert "These fields have no activation maps." in _plain(page)
+    assert "note activation maps are absent for 2 of 2 shards" in _plain(page)
+    assert 'type="checkbox"' not in page
+    assert 'class="heat"' not in page
+    _store_maps(root, "00001")
+    page = build_report(str(root), manifest)
+    assert "9 of these 12 fields have no activation maps." in _plain(page)  # shard 00001 has three diagnosed fields
+    shutil.rmtree(root / "activations.zarr")
+    assert 'class="heat"' not in build_report(str(root), manifest)
+
+
+def test_activation_maps_that_are_not_committed_are_not_shown(run: tuple[Path, RunManifest]) -> None:
+    root, manifest = run
+    _store_maps(root, "00000")
+    (root / "markers/activations/00000.json").unlink()
+    assert 'class="heat"' not in build_report(str(root), manifest)
 
 
 def test_a_lost_source_leaves_the_masks(run: tuple[Path, RunManifest], tmp_path: Path) -> None:

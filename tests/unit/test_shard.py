@@ -17,6 +17,7 @@ from leukoflow.storage import Storage
 from models.bundle import Bundle, random_bundle
 from tasks.shard import (
     DIED,
+    REVISIONS,
     Fact,
     ShardJob,
     adopt_stages,
@@ -38,7 +39,7 @@ from tasks.shard import (
 from tasks.shard import _write_facts as write_facts
 
 SHARD = Shard(1, 16, 16)
-KEYS = {"masks": "m", "features": "f", "predictions": "p"}
+KEYS = {"masks": "m", "features": "f", "activations": "a", "predictions": "p"}
 RECEIPT = ShardReceipt(SHARD, 16, 0, 0, 0, 3, (16, 0, 0, 0), (), 1.0)
 
 
@@ -56,6 +57,7 @@ def produce(job: ShardJob, stage: str, data: bytes = b"data") -> list[str]:
     names = {
         "masks": ["masks.zarr/00001/zarr.json", "fields/part-00001.parquet"],
         "features": ["features.zarr/00001/zarr.json"],
+        "activations": ["activations.zarr/00001/zarr.json"],
         "predictions": ["predictions/part-00001.parquet", "cells/part-00001.parquet"],
     }[stage]
     for name in names:
@@ -67,6 +69,9 @@ def finish(job: ShardJob, stage: str, data: bytes = b"data") -> Marker:
     return commit(job, stage, KEYS[stage], produce(job, stage, data), RECEIPT if stage == "predictions" else None)
 
 
+HARMS = ["altered", "deleted", "made from something else"]
+
+
 # --- commit and resume -----------------------------------------------------------------------------------------------
 
 
@@ -74,7 +79,7 @@ def test_a_commit_moves_the_files_and_leaves_a_marker(job: ShardJob) -> None:
     storage = Storage(job.root)
     for stage in KEYS:
         finish(job, stage)
-    assert list(committed(storage, SHARD, KEYS)) == ["masks", "features", "predictions"]
+    assert list(committed(storage, SHARD, KEYS)) == ["masks", "features", "activations", "predictions"]
     assert read_marker(storage, "predictions", SHARD) == Marker(finish_part(job, "predictions"), RECEIPT)
     assert storage.read("cells/part-00001.parquet") == b"data"
 
@@ -108,9 +113,15 @@ def test_a_commit_cut_off_before_its_files_moved_is_completed(job: ShardJob, mon
 
 
 @pytest.mark.parametrize(
-    ("stage", "left"), [("masks", []), ("features", ["masks"]), ("predictions", ["masks", "features"])]
+    ("stage", "left"),
+    [
+        ("masks", []),
+        ("features", ["masks"]),
+        ("activations", ["masks", "features", "predictions"]),
+        ("predictions", ["masks", "features", "activations"]),
+    ],
 )
-@pytest.mark.parametrize("harm", ["altered", "deleted", "made from something else"])
+@pytest.mark.parametrize("harm", HARMS)
 def test_what_no_longer_holds_is_taken_back_with_what_follows(
     job: ShardJob, stage: str, left: list[str], harm: str
 ) -> None:
@@ -127,6 +138,36 @@ def test_what_no_longer_holds_is_taken_back_with_what_follows(
             storage.write(name, b"dat4")
     assert list(committed(storage, SHARD, keys)) == left
     assert [s for s in KEYS if read_marker(storage, s, SHARD) is not None] == left
+
+
+def test_a_shard_without_activation_maps_is_whole(job: ShardJob) -> None:
+    storage = Storage(job.root)
+    chain = ("masks", "features", "predictions")
+    for stage in chain:
+        finish(job, stage)
+    assert tuple(committed(storage, SHARD, KEYS)) == chain
+
+
+def test_activation_maps_that_do_not_hold_leave_nothing_behind(job: ShardJob) -> None:
+    storage = Storage(job.root)
+    for stage in KEYS:
+        finish(job, stage)
+    committed(storage, SHARD, KEYS | {"activations": "of another classifier"})
+    assert storage.files("activations.zarr") == []
+    assert storage.files("features.zarr") == ["features.zarr/00001/zarr.json"]
+
+
+def test_activation_maps_of_features_that_do_not_hold_are_made_again(job: ShardJob) -> None:
+    """Their rows are those of the features, so they go together."""
+    storage = Storage(job.root)
+    for stage in ("masks", "activations"):  # cut off between the two commits of one task
+        finish(job, stage)
+    assert list(committed(storage, SHARD, KEYS)) == ["masks"]
+    again = replace(job, attempt="two")
+    for stage in ("activations", "features"):
+        finish(again, stage, b"again")
+    assert list(committed(storage, SHARD, KEYS)) == ["masks", "features", "activations"]
+    assert storage.read("activations.zarr/00001/zarr.json") == b"again"
 
 
 def test_a_damaged_marker_is_an_error_that_names_it(job: ShardJob) -> None:
@@ -148,10 +189,13 @@ def test_stages_of_another_run_are_adopted_where_they_match(job: ShardJob, tmp_p
         finish(job, stage)
     new = replace(job, root=str(tmp_path / "new"), attempt="two")
     other, storage = Storage(job.root), Storage(new.root)
-    assert list(adopt_stages(new, other, KEYS, {})) == ["masks", "features"]
-    assert list(committed(storage, SHARD, KEYS)) == ["masks", "features"]
+    assert list(adopt_stages(new, other, KEYS, {})) == ["masks", "features", "activations"]
+    assert list(committed(storage, SHARD, KEYS)) == ["masks", "features", "activations"]
     newer = replace(job, root=str(tmp_path / "newer"), attempt="three")
     assert list(adopt_stages(newer, other, KEYS | {"features": "x"}, {})) == ["masks"]
+    plain = replace(job, root=str(tmp_path / "plain"), attempt="five")
+    assert list(adopt_stages(plain, other, KEYS | {"activations": "x"}, {})) == ["masks", "features"]
+    assert Storage(plain.root).files("activations.zarr") == []
     other.write("masks.zarr/00001/zarr.json", b"altered")
     newest = replace(job, root=str(tmp_path / "newest"), attempt="four")
     assert adopt_stages(newest, other, KEYS, {}) == {}
@@ -176,10 +220,10 @@ MEMBER = Member(0, "a.jpg", "a.jpg", 0, 10, 10, 0, "crc", slide_id="s", um_per_p
         ({"slide_id": "t"}, ["predictions"]),
         ({"patient_id": "p_1"}, ["predictions"]),
         ({"meta": (("ward", "3"),)}, ["predictions"]),
-        ({"identity": "other"}, ["masks", "features", "predictions"]),
-        ({"image_key": "b.jpg"}, ["masks", "features", "predictions"]),
-        ({"um_per_px": 0.25}, ["masks", "features", "predictions"]),
-        ({"refusal": "encrypted"}, ["masks", "features", "predictions"]),
+        ({"identity": "other"}, list(KEYS)),
+        ({"image_key": "b.jpg"}, list(KEYS)),
+        ({"um_per_px": 0.25}, list(KEYS)),
+        ({"refusal": "encrypted"}, list(KEYS)),
     ],
 )
 def test_keys_follow_what_a_stage_depends_on(bundle: Bundle, change: dict[str, object], moved: list[str]) -> None:
@@ -194,7 +238,14 @@ def test_keys_follow_the_device_and_the_bundle(bundle: Bundle) -> None:
     spec = bundle.spec
     colder = spec.model_copy(update={"calibration": spec.calibration.model_copy(update={"temperature": 2.0})})
     after = stage_keys(replace(bundle, spec=colder), [MEMBER], "cpu")
-    assert [stage for stage in before if before[stage] != after[stage]] == ["predictions"]
+    assert [stage for stage in before if before[stage] != after[stage]] == ["activations", "predictions"]
+
+
+def test_predictions_do_not_depend_on_activation_maps(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = stage_keys(bundle, [MEMBER], "cpu")
+    monkeypatch.setitem(REVISIONS, "activations", 99)
+    after = stage_keys(bundle, [MEMBER], "cpu")
+    assert [stage for stage in before if before[stage] != after[stage]] == ["activations"]
 
 
 def test_another_bundle_under_the_name_is_refused(bundle: Bundle) -> None:

@@ -34,7 +34,7 @@ def plain_worker(source: str, bundle_name: str, first: int, count: int, ready: o
     from leukoflow.sources import identify
     from models.bundle import load_bundle
     from tasks import shard as chain
-    from tasks.classify import diagnose, pool_tiles
+    from tasks.classify import diagnose, pool_tiles, readout
     from tasks.plan import plan
 
     with tempfile.TemporaryDirectory() as root:
@@ -42,7 +42,7 @@ def plain_worker(source: str, bundle_name: str, first: int, count: int, ready: o
         plan(found, Path(root) / "plan.parquet", shard_size=SHARD)
         bundle = load_bundle(bundle_name)
         unet, hybrid, classifier = bundle.segmenter("cpu"), bundle.hybrid("cpu"), bundle.classifier("cpu")
-        jobs = []
+        shown, jobs = readout(bundle, classifier), []
         for ordinal in range(first, first + count):
             piece = Shard(ordinal, ordinal * SHARD, chain.open_plan(root).metadata.row_group(ordinal).num_rows)
             jobs.append(
@@ -58,8 +58,8 @@ def plain_worker(source: str, bundle_name: str, first: int, count: int, ready: o
         started, served = time.perf_counter(), 0
         for job in jobs:
             block = chain.prepare(job, job.shard.first)
-            _, _, table, offsets = chain.segment_tiles(unet, block, method.segment, "cpu")
-            whole, cells = chain.extract_tiles(hybrid, block, table, offsets, method.features, "cpu")
+            _, masks, table, offsets = chain.segment_tiles(unet, block, method.segment, "cpu")
+            whole, cells, _ = chain.explain_tiles(hybrid, shown, block, masks, table, offsets, method.features, "cpu")
             diagnosis = diagnose(
                 bundle, classifier, whole, cells, offsets, table.cell_area_px.astype(np.float32), "cpu"
             )

@@ -345,6 +345,53 @@ def _root(out: str, run_id: str) -> str:
     return f"{out.rstrip('/')}/{run_id}"
 
 
+# --- the life of a finished run --------------------------------------------------------------------------------------
+
+
+@app.command()
+def verify(
+    out: Out,
+    run_id: Annotated[
+        str | None, typer.Argument(metavar="[RUN_ID]", help="One run; without it, all finished runs in OUT.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Check that finished runs are still exactly what was committed.
+
+    Reads every byte: digests of all parts and tables, markers and totals against the manifest, the rows against the
+    plan (each member exactly once), and whether anything lies there that nobody has committed. Says what is wrong and
+    what to do about it, and changes nothing.
+
+    **Examples**: `leukoflow verify out smears-1f0c63b2`; `leukoflow verify s3://results`
+
+    **Exit codes**: 0 all is as it was committed; 1 something is not.
+    """
+    with _reported(debug):
+        from apps import view
+        from tasks.verify import finished_runs, verify_run
+
+        console = view.console()
+        names, unfinished = ([run_id], []) if run_id is not None else finished_runs(out)
+        if not names and not unfinished:
+            raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {out}` makes one")
+        bad = 0
+        for name in names:
+            try:
+                with view.bytes_progress(console, f"verifying {name}") as report:
+                    found = verify_run(_root(out, name), report)
+            except LeukoflowError as error:
+                if run_id is not None:
+                    raise
+                bad += 1
+                view.show_broken(console, name, str(error))  # one damaged run must not hide the others
+                continue
+            bad += not found.ok
+            view.show_verification(console, found)
+        if unfinished:
+            console.print(f"[dim]not finished, so not verified: {', '.join(unfinished)}[/]", soft_wrap=True)
+        raise typer.Exit(1 if bad else 0)
+
+
 # --- doctor ----------------------------------------------------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +31,7 @@ if TYPE_CHECKING:
     from apps.doctor import Check
     from leukoflow.progress import RunProgress
     from leukoflow.records import PlanSummary, RunManifest
+    from tasks.verify import Verification
 
 _POLL_SECONDS = 1.0
 _PLAIN_SECONDS = 10.0
@@ -290,6 +299,79 @@ def show_status(target: Console, root: str, p: RunProgress) -> None:
     manifest = reader.manifest()
     if manifest is not None:
         show_outcome(target, root, manifest)
+
+
+# --- the life of a finished run --------------------------------------------------------------------------------------
+
+_FINDINGS_SHOWN = 20
+
+
+def size(count: int) -> str:
+    """`812 bytes`, `3.4 MB`, `1.2 GB`."""
+    if count < 1000:
+        return f"{count} bytes"
+    value = float(count)
+    for unit in ("kB", "MB", "GB", "TB"):
+        value /= 1000
+        if value < 999.95:
+            break
+    return f"{value:.1f} {unit}"
+
+
+@contextmanager
+def bytes_progress(target: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields what is to be called with bytes done and in all: a bar, or without a terminal a line now and then."""
+    if not target.is_terminal:
+        last = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _PLAIN_SECONDS:
+                last = time.monotonic()
+                target.print(f"{what}: {size(done)} of {size(total)}", soft_wrap=True)
+
+        yield line
+        return
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=32), DownloadColumn(),
+        TimeRemainingColumn(), console=target, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def show_verification(target: Console, found: Verification) -> None:
+    """One run's verdict: a line when all is well, else what is wrong and what to do."""
+    measured = (
+        f"{found.files:,} files, {size(found.bytes)}, {found.rows:,} rows and {found.cells:,} cells in "
+        f"{duration(found.seconds)}"
+    )
+    if found.ok:
+        words = f"is as it was committed: {measured}; manifest SHA-256 {found.manifest_sha256}"
+        target.print(Text.assemble((found.run_id, "bold green"), " ", words), soft_wrap=True)
+        return
+    count = len(found.findings) + found.more
+    target.print(
+        Text.assemble((found.run_id, "bold red"), f" is not as it was committed: {count:,} findings"), soft_wrap=True
+    )
+    remedies: dict[str, list[str]] = {}
+    for finding in found.findings:
+        remedies.setdefault(finding.remedy, []).append(f"{finding.where}: {finding.what}")
+    for remedy, lines in remedies.items():
+        for text in lines[:_FINDINGS_SHOWN]:
+            target.print(Text.assemble("  ", (text, "red")), soft_wrap=True)
+        if len(lines) > _FINDINGS_SHOWN:
+            target.print(f"  and {len(lines) - _FINDINGS_SHOWN} more of this kind")
+        target.print(Text.assemble("  → ", remedy), soft_wrap=True)
+    if found.more:
+        target.print(f"  and {found.more:,} more findings")
+    if found.skipped:
+        target.print(Text(f"  {found.skipped}", style="dim"), soft_wrap=True)
+
+
+def show_broken(target: Console, run_id: str, message: str) -> None:
+    """A run that cannot be looked into at all."""
+    target.print(Text.assemble((run_id, "bold red"), f" cannot be verified: {message}"), soft_wrap=True)
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

@@ -392,6 +392,47 @@ def verify(
         raise typer.Exit(1 if bad else 0)
 
 
+@app.command()
+def diff(
+    run_a: Annotated[str, typer.Argument(metavar="OUT_A/RUN_A", help="The one run, folder or s3:// prefix.")],
+    run_b: Annotated[str, typer.Argument(metavar="OUT_B/RUN_B", help="The other run.")],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Everything, single images included, as JSON.")
+    ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="One line for every image that differs.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0.0, help="Confidences that differ by no more than this are the same.")
+    ] = 0.0,
+    debug: Debug = False,
+) -> None:
+    """Say what differs between two finished runs, image by image and slide by slide.
+
+    Compares status, label, confidence, prediction set and reason; images that only one of them has; and bundle,
+    settings and software. Runs over the same images are merged in their order, others are joined by image key, and
+    what is left by content, so a renamed image is found again.
+
+    **Examples**: `leukoflow diff out/smears-a out/smears-b`; `leukoflow diff out/a s3://results/b --csv changes.csv`
+
+    **Exit codes**: 0 every image has the same outcome in both; 3 something differs; 1 anything else.
+    """
+    with _reported(debug):
+        from apps import view
+        from tasks.diff import ChangeFiles, diff_runs
+
+        console = view.console()
+        with ChangeFiles(csv_file, json_file) as files:
+            with console.status("comparing", spinner="dots"):
+                found = diff_runs(run_a.rstrip("/"), run_b.rstrip("/"), files.add, tolerance)
+            files.finish(found)
+        view.show_diff(console, found)
+        for path in (csv_file, json_file):
+            if path is not None:
+                console.print(f"written  {path}", soft_wrap=True)
+        raise typer.Exit(0 if found.same else 3)
+
+
 # --- doctor ----------------------------------------------------------------------------------------------------------
 
 

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from apps.doctor import Check
     from leukoflow.progress import RunProgress
     from leukoflow.records import PlanSummary, RunManifest
+    from tasks.diff import RunDiff
     from tasks.verify import Verification
 
 _POLL_SECONDS = 1.0
@@ -310,12 +311,9 @@ def size(count: int) -> str:
     """`812 bytes`, `3.4 MB`, `1.2 GB`."""
     if count < 1000:
         return f"{count} bytes"
-    value = float(count)
-    for unit in ("kB", "MB", "GB", "TB"):
-        value /= 1000
-        if value < 999.95:
-            break
-    return f"{value:.1f} {unit}"
+    units = ("kB", "MB", "GB", "TB")
+    power = next((i for i in range(len(units)) if count < 999.95 * 1000 ** (i + 1)), len(units) - 1)
+    return f"{count / 1000 ** (power + 1):.1f} {units[power]}"
 
 
 @contextmanager
@@ -372,6 +370,61 @@ def show_verification(target: Console, found: Verification) -> None:
 def show_broken(target: Console, run_id: str, message: str) -> None:
     """A run that cannot be looked into at all."""
     target.print(Text.assemble((run_id, "bold red"), f" cannot be verified: {message}"), soft_wrap=True)
+
+
+_SLIDES_SHOWN = 20
+
+
+def show_diff(target: Console, found: RunDiff) -> None:
+    """Two runs side by side: how they were made, what became of labels, and the slides that changed most."""
+    facts = _facts()
+    facts.add_row("A", Text(found.run_a))
+    facts.add_row("B", Text(found.run_b))
+    target.print(facts)
+    if found.setup:
+        setup = Table(box=None, padding=(0, 2), header_style="dim")
+        for name in ("made differently", "A", "B"):
+            setup.add_column(name, overflow="fold")
+        for row in found.setup:
+            setup.add_row(*map(Text, row))
+        target.print(Padding(setup, (1, 0, 0, 0)))
+    if found.same:
+        target.print(f"\n[green]the same[/]: all {found.images:,} images have the same outcome in both")
+        return
+    if moved := [step for step in found.transitions if step[0] != step[1]]:
+        states = list(dict.fromkeys([*CLASSES, *sorted({s for step in moved for s in step[:2]})]))
+        states = [s for s in states if any(s in step[:2] for step in moved)]
+        counts = {step[:2]: step[2] for step in found.transitions}
+        matrix = Table(box=None, padding=(0, 2), header_style="dim")
+        matrix.add_column("A ↓  B →")
+        for state in states:
+            matrix.add_column(state, justify="right")
+        for before in states:
+            cells = []
+            for after in states:
+                n = counts.get((before, after), 0)
+                cells.append(Text(f"{n:,}" if n else "·", style="dim" if before == after or not n else "yellow"))
+            matrix.add_row(before, *cells)
+        target.print(Padding(matrix, (1, 0, 0, 0)))
+    slides = Table(box=None, padding=(0, 2), header_style="dim")
+    slides.add_column("slide", overflow="fold")
+    for name in ("images", "label or status", "any change"):
+        slides.add_column(name, justify="right")
+    slides.add_column("what became of them", overflow="fold")
+    slides.add_column("such as", overflow="fold")
+    for s in found.slides[:_SLIDES_SHOWN]:
+        steps = ", ".join(f"{a} → {b} {n:,}" for a, b, n in s.transitions[:4])
+        example = Text(s.examples[0] if s.examples else "")
+        slides.add_row(Text(s.slide), f"{s.images:,}", f"{s.moved:,}", f"{s.changed:,}", steps, example)
+    target.print(Padding(slides, (1, 0)))
+    if len(found.slides) > _SLIDES_SHOWN:
+        target.print(f"and {len(found.slides) - _SLIDES_SHOWN:,} more slides; --csv or --json has all of them")
+    fields = ", ".join(f"{name} {n:,}" for name, n in found.fields)
+    target.print(
+        f"[yellow]different[/]: of {found.images:,} images {found.changed:,} differ{f' ({fields})' if fields else ''}, "
+        f"{found.only_a:,} are only in A, {found.only_b:,} only in B",
+        soft_wrap=True,
+    )
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

@@ -433,6 +433,30 @@ def diff(
         raise typer.Exit(0 if found.same else 3)
 
 
+@app.command()
+def compact(
+    out: Out,
+    run_id: RunId,
+    file_mb: Annotated[int, typer.Option("--file-mb", min=1, help="Largest merged file, MB.")] = 256,
+    debug: Debug = False,
+) -> None:
+    """Merge the many small Parquet files of a finished run's predictions and cells into few large ones.
+
+    Same rows, same order, same columns; the manifest lists the new files from one moment to the next. Interrupted, the
+    run stays readable, and the same command finishes the work. `leukoflow run` still finds the run finished.
+
+    **Example**: `leukoflow compact out smears-1f0c63b2`
+    """
+    with _reported(debug):
+        from apps import view
+        from tasks.compact import compact_run
+
+        console = view.console()
+        with view.bytes_progress(console, f"compacting {run_id}") as report:
+            done = compact_run(_root(out, run_id), file_mb << 20, report)
+        view.show_compaction(console, done)
+
+
 # --- doctor ----------------------------------------------------------------------------------------------------------
 
 

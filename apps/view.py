@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from apps.doctor import Check
     from leukoflow.progress import RunProgress
     from leukoflow.records import PlanSummary, RunManifest
+    from tasks.compact import Compaction
     from tasks.diff import RunDiff
     from tasks.verify import Verification
 
@@ -370,6 +371,20 @@ def show_verification(target: Console, found: Verification) -> None:
 def show_broken(target: Console, run_id: str, message: str) -> None:
     """A run that cannot be looked into at all."""
     target.print(Text.assemble((run_id, "bold red"), f" cannot be verified: {message}"), soft_wrap=True)
+
+
+def show_compaction(target: Console, done: Compaction) -> None:
+    """What compacting has done."""
+    if done.files_after == done.files_before:
+        words = f"has nothing to merge: {done.files_after:,} files, {size(done.bytes_after)}"
+        if done.removed:
+            words += f"; {done.removed:,} files that an interrupted compaction left behind are gone"
+    else:
+        words = (
+            f"is compacted: {done.files_before:,} files, {size(done.bytes_before)}, became {done.files_after:,} files, "
+            f"{size(done.bytes_after)}"
+        )
+    target.print(Text.assemble((done.run_id, "bold green"), f" {words}"), soft_wrap=True)
 
 
 _SLIDES_SHOWN = 20

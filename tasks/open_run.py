@@ -23,6 +23,7 @@ from leukoflow.records import PlanSummary, RunManifest, Source, SourceKind
 from leukoflow.sources import identify
 from leukoflow.storage import Storage
 from models.bundle import Bundle, load_bundle
+from tasks.compact import expand_run
 from tasks.plan import plan, read_summary
 
 PATIENT_KEY = "LEUKOFLOW_PATIENT_KEY"
@@ -192,13 +193,16 @@ def _frozen_plan(storage: Storage, config: RunConfig, source: Source) -> PlanSum
 
 
 def _finished(storage: Storage) -> RunManifest | None:
-    """The manifest, if every part that it lists is there and unaltered; a manifest that no longer holds is removed."""
-    manifest = read_manifest(storage)
-    if manifest is None:
-        return None
-    if intact(storage, [p.files for p in manifest.parts] + [manifest.tables]):
-        return manifest
-    storage.delete("manifest.json")
+    """The manifest, if every part that it lists is there and unaltered; a manifest that no longer holds is removed.
+
+    Merged parts are then taken apart again, since a run is repaired shard by shard.
+    """
+    while (manifest := read_manifest(storage)) is not None:
+        if intact(storage, [p.files for p in manifest.parts] + [manifest.tables]):
+            return manifest
+        if read_manifest(storage) == manifest:  # else it was compacted while its files were looked at
+            expand_run(storage, manifest)
+            storage.delete("manifest.json")
     return None
 
 

@@ -359,8 +359,8 @@ def verify(
     """Check that finished runs are still exactly what was committed.
 
     Reads every byte: digests of all parts and tables, markers and totals against the manifest, the rows against the
-    plan (each member exactly once), and whether anything lies there that nobody has committed. Says what is wrong and
-    what to do about it, and changes nothing.
+    plan (each member exactly once), whether anything lies there that nobody has committed, and whether the audit log of
+    OUT was tampered with. Says what is wrong and what to do about it, and changes nothing.
 
     **Examples**: `leukoflow verify out smears-1f0c63b2`; `leukoflow verify s3://results`
 
@@ -368,11 +368,12 @@ def verify(
     """
     with _reported(debug):
         from apps import view
+        from tasks.audit import verify_log
         from tasks.verify import finished_runs, verify_run
 
         console = view.console()
         names, unfinished = ([run_id], []) if run_id is not None else finished_runs(out)
-        if not names and not unfinished:
+        if not names and not unfinished and verify_log(out) is None:
             raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {out}` makes one")
         bad = 0
         for name in names:
@@ -387,6 +388,9 @@ def verify(
                 continue
             bad += not found.ok
             view.show_verification(console, found)
+        if (log := verify_log(out)) is not None:
+            view.show_audit(console, out, log)
+            bad += bool(log.problems)
         if unfinished:
             console.print(f"[dim]not finished, so not verified: {', '.join(unfinished)}[/]", soft_wrap=True)
         raise typer.Exit(1 if bad else 0)
@@ -455,6 +459,32 @@ def compact(
         with view.bytes_progress(console, f"compacting {run_id}") as report:
             done = compact_run(_root(out, run_id), file_mb << 20, report)
         view.show_compaction(console, done)
+
+
+@app.command()
+def retention(
+    out: Out,
+    keep_days: Annotated[int, typer.Option("--keep-days", min=0, help="Runs that were active within N days stay.")],
+    keep_last: Annotated[int, typer.Option("--keep-last", min=0, help="So many finished runs stay, however old.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Delete old runs, finished or abandoned ones, and write down in OUT/audit.jsonl that they are gone.
+
+    Runs in progress stay, and so do runs that another one, which stays, was told to `--reuse`. Interrupted, the same
+    command goes on. `leukoflow verify OUT` checks the audit log.
+
+    **Examples**: `leukoflow retention out --keep-days 90 --dry-run`;
+    `leukoflow retention s3://results --keep-days 365 --keep-last 10`
+    """
+    with _reported(debug):
+        from apps import view
+        from tasks.retention import plan_retention, retain
+
+        console = view.console()
+        with console.status("looking through the runs" if dry_run else "deleting", spinner="dots"):
+            found = plan_retention(out, keep_days, keep_last) if dry_run else retain(out, keep_days, keep_last)
+        view.show_retention(console, found, dry_run)
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------

@@ -31,8 +31,10 @@ if TYPE_CHECKING:
     from apps.doctor import Check
     from leukoflow.progress import RunProgress
     from leukoflow.records import PlanSummary, RunManifest
+    from tasks.audit import AuditVerdict
     from tasks.compact import Compaction
     from tasks.diff import RunDiff
+    from tasks.retention import Decision
     from tasks.verify import Verification
 
 _POLL_SECONDS = 1.0
@@ -385,6 +387,40 @@ def show_compaction(target: Console, done: Compaction) -> None:
             f"{size(done.bytes_after)}"
         )
     target.print(Text.assemble((done.run_id, "bold green"), f" {words}"), soft_wrap=True)
+
+
+def show_audit(target: Console, out: str, log: AuditVerdict) -> None:
+    """The verdict on an audit log."""
+    if not log.problems:
+        words = f" follows line by line: {log.entries:,} entries; last line SHA-256 {log.head}"
+        target.print(Text.assemble(("audit log", "bold green"), words), soft_wrap=True)
+        return
+    target.print(Text.assemble(("audit log", "bold red"), f" was tampered with: {out}/audit.jsonl"), soft_wrap=True)
+    for problem in log.problems[:_FINDINGS_SHOWN]:
+        target.print(Text.assemble("  ", (problem, "red")), soft_wrap=True)
+    if len(log.problems) > _FINDINGS_SHOWN:
+        target.print(f"  and {len(log.problems) - _FINDINGS_SHOWN:,} more")
+    target.print("  → compare it with a backup; then move it aside, and a new log is begun", soft_wrap=True)
+
+
+def show_retention(target: Console, found: Sequence[Decision], dry_run: bool) -> None:
+    """What goes, or has gone, and what stays, each with the reason."""
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    for name, justify in (("run", "left"), ("", "left"), ("age", "right"), ("size", "right"), ("why", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    word = "would go" if dry_run else "deleted"
+    for d in found:
+        table.add_row(
+            Text(d.run_id, style="bold"),
+            Text(word if d.delete else "stays", style="yellow" if d.delete else "green"),
+            "?" if d.age_days is None else f"{d.age_days:.0f} d",
+            size(d.bytes) if d.delete else "",
+            Text(d.why),
+        )
+    target.print(table)
+    gone = [d for d in found if d.delete]
+    total, files = sum(d.bytes for d in gone), sum(d.files for d in gone)
+    target.print(f"{len(gone):,} of {len(found):,} runs {word}: {files:,} files, {size(total)}", soft_wrap=True)
 
 
 _SLIDES_SHOWN = 20

@@ -9,7 +9,7 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -88,8 +88,12 @@ def open_run(config: RunConfig) -> Run:
             started_at=now(),
             command=resume_command(config, run_id),
             plan_sha256=storage.digest("plan.parquet")[2],
+            reuse=config.reuse,
         )
         storage.create("run.json", dumps(bound))
+    elif config.reuse and config.reuse != bound.reuse:
+        bound = replace(bound, reuse=config.reuse, command=resume_command(config, run_id))
+        storage.write("run.json", dumps(bound))
     for group in ("masks.zarr", "features.zarr"):
         zarr.open_group(storage.zarr(group), mode="a")
     return Run(
@@ -103,6 +107,7 @@ def resume_command(config: RunConfig, run_id: str) -> str:
     for option, value, default in (
         ("--manifest", config.manifest, None),
         ("--bundle", config.bundle, "pocket"),
+        ("--reuse", config.reuse, None),
         ("--shard-size", config.shard_size, RunConfig.model_fields["shard_size"].default),
         ("--um-per-px", config.um_per_px, None),
         ("--device", config.device, "auto"),

@@ -487,6 +487,37 @@ def retention(
         view.show_retention(console, found, dry_run)
 
 
+@app.command()
+def erase(
+    out: Out,
+    patient: Annotated[
+        str, typer.Option("--patient", metavar="ID", help="As the manifest named the patient, or the pseudonym p_...")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change, and change nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Erase a patient from all runs of OUT; every image stays accounted for.
+
+    The patient's rows lose patient, slide and further manifest columns; masks, features and cells of the images are
+    blanked; report.html, which may show them, is deleted. `leukoflow verify` passes before and after. The audit log has
+    a salted hash of the patient, not the name. The source itself is not touched: delete it where it is kept, or a run
+    of it brings the patient back. Interrupted, the same command finishes.
+
+    **Examples**: `leukoflow erase out --patient 1234 --dry-run`
+    """
+    with _reported(debug):
+        from apps import view
+        from tasks.erase import erase_patient, patient_name
+        from tasks.open_run import patient_key
+
+        console = view.console()
+        _use_configured_prefect(debug)  # the key may come from a block of that server
+        name = patient_name(patient, patient_key())
+        with console.status("looking" if dry_run else "erasing", spinner="dots"):
+            found = erase_patient(out, name, dry_run)
+        view.show_erasure(console, found, dry_run)
+
+
 # --- doctor ----------------------------------------------------------------------------------------------------------
 
 

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from tasks.audit import AuditVerdict
     from tasks.compact import Compaction
     from tasks.diff import RunDiff
+    from tasks.erase import Erasure
     from tasks.retention import Decision
     from tasks.verify import Verification
 
@@ -421,6 +422,22 @@ def show_retention(target: Console, found: Sequence[Decision], dry_run: bool) ->
     gone = [d for d in found if d.delete]
     total, files = sum(d.bytes for d in gone), sum(d.files for d in gone)
     target.print(f"{len(gone):,} of {len(found):,} runs {word}: {files:,} files, {size(total)}", soft_wrap=True)
+
+
+def show_erasure(target: Console, found: Sequence[Erasure], dry_run: bool) -> None:
+    """From which runs a patient is erased."""
+    if not found:
+        target.print("no run knows this patient; nothing was changed")
+        return
+    for e in found:
+        words = f"{e.images:,} images" + (f" and {e.missing:,} missing ones" if e.missing else "")
+        if dry_run:
+            target.print(Text.assemble((e.run_id, "bold"), f"  {words} would be erased"), soft_wrap=True)
+            continue
+        line = f"  {words} erased, {e.files:,} files rewritten; manifest SHA-256 {e.manifest_after}"
+        target.print(Text.assemble((e.run_id, "bold"), line), soft_wrap=True)
+    if not dry_run:
+        target.print("reports were deleted; `leukoflow report OUT RUN_ID` builds one anew, from the source as it is")
 
 
 _SLIDES_SHOWN = 20

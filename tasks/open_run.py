@@ -25,6 +25,7 @@ from leukoflow.storage import Storage
 from models.bundle import Bundle, load_bundle
 from tasks.compact import expand_run
 from tasks.plan import plan, read_summary
+from tasks.tables import check_intent
 
 PATIENT_KEY = "LEUKOFLOW_PATIENT_KEY"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -205,6 +206,7 @@ def _finished(storage: Storage) -> RunManifest | None:
     while (manifest := read_manifest(storage)) is not None:
         if intact(storage, [p.files for p in manifest.parts] + [manifest.tables]):
             return manifest
+        check_intent(storage)
         if read_manifest(storage) == manifest:  # else it was compacted while its files were looked at
             expand_run(storage, manifest)
             storage.delete("manifest.json")

@@ -25,6 +25,9 @@ _WINDOW = 256
 MERGED_STAGE = "predictions"
 """The stage whose parts are merged by compacting; they are Parquet and nothing else."""
 
+INTENT = "erase.json"
+"""Lies in a run while a patient is erased from it: the run is not to be repaired before that is finished."""
+
 _PART_NAME = re.compile(r"part-[0-9]+(-[0-9]+)?\.parquet")
 
 S = TypeVar("S")
@@ -149,9 +152,20 @@ def in_order(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
             yield from pool.map(function, window)
 
 
+def check_intent(storage: Storage) -> None:
+    """Raises StorageError where erasing a patient was cut off: what is there is half old, half new."""
+    if storage.exists(INTENT):
+        out = storage.root.rpartition("/")[0]
+        raise StorageError(
+            f"{storage.root}: erasing a patient is under way or was cut off; finish it with the same command, "
+            f"leukoflow erase {out} --patient ID (any patient's)"
+        )
+
+
 def finished(root: str) -> tuple[Storage, RunManifest]:
     """A finished run. Raises StorageError where there is no run, or one that is not finished."""
     storage = Storage(root)
+    check_intent(storage)
     manifest = read_manifest(storage)
     if manifest is not None:
         if manifest.shard_size < 1 or manifest.members < 0:

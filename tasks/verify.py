@@ -11,7 +11,7 @@ import json
 import posixpath
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -105,10 +105,25 @@ class _Book:
 # --- pure checks -----------------------------------------------------------------------------------------------------
 
 
+def as_written(data: bytes, record: object) -> bool:
+    """Whether these bytes are how leukoflow writes the record, but for fields that an older version did not have yet."""
+    found = json.loads(data)
+    text = json.dumps(found, ensure_ascii=False, sort_keys=True, indent=1) + "\n"
+    return text.encode() == data and _within(found, json.loads(dumps(record)))
+
+
+def _within(found: Any, whole: Any) -> bool:
+    if isinstance(found, dict) and isinstance(whole, dict):
+        return all(key in whole and _within(value, whole[key]) for key, value in found.items())
+    if isinstance(found, list) and isinstance(whole, list):
+        return len(found) == len(whole) and all(map(_within, found, whole))
+    return bool(found == whole)
+
+
 def check_manifest(m: RunManifest, data: bytes, again: str) -> Iterator[Finding]:
     """Whether a manifest agrees with itself."""
     name = "manifest.json"
-    if data != dumps(m):
+    if not as_written(data, m):
         yield Finding(name, "its text is not as it was written; somebody has edited it", _anew(name, again))
     if m.schema_version != SCHEMA_VERSION:
         yield Finding(
@@ -162,9 +177,9 @@ def check_binding(m: RunManifest, binding: RunBinding) -> Iterator[Finding]:
             )
 
 
-def check_marker(marker: Marker, part: PartRef, data: bytes) -> str | None:
+def check_marker(marker: Marker, part: PartRef, data: bytes, stages: Collection[str]) -> str | None:
     """What is wrong with a marker, given the part that the manifest lists; None when nothing is."""
-    if data != dumps(marker):
+    if not as_written(data, marker):
         return "its text is not as it was written"
     if not is_merged(part):
         if marker.part != part:
@@ -180,6 +195,8 @@ def check_marker(marker: Marker, part: PartRef, data: bytes) -> str | None:
         return "its labels are not as many as its diagnosed images"
     if receipt.seconds != sum(t.seconds for t in receipt.timings):
         return "its seconds are not those of its stages"
+    if not set(receipt.resumed) <= set(stages):
+        return "it was resumed from a stage that there is not"
     return None
 
 
@@ -294,7 +311,7 @@ def verify_run(root: str, report: Report = lambda done, total: None) -> Verifica
     storage, manifest = finished(root)
     data = storage.read("manifest.json")
     book = _Book()
-    again, binding = _binding(storage, manifest, book)
+    again = _binding(storage, manifest, book)
     book.add(check_manifest(manifest, data, again))
     files = [file for part in manifest.parts for file in part.files] + list(manifest.tables)
     broken = _digests(storage, manifest, files, again, book, report)
@@ -306,10 +323,9 @@ def verify_run(root: str, report: Report = lambda done, total: None) -> Verifica
     else:
         try:
             rows = _rows(storage, manifest, cells, again, book)
+            book.add(_tables(storage, manifest, again))
         except (LeukoflowError, OSError, pa.ArrowException, KeyError, ValueError) as error:
             book.add([Finding("tables", f"they cannot be read: {error}", _parts_anew(again))])
-    if binding is not None and not skipped:
-        book.add(_tables(storage, manifest, again))
     return Verification(
         run_id=manifest.run_id,
         root=storage.root,
@@ -345,20 +361,20 @@ def _parts_anew(again: str) -> str:
     return f"give the run's command again, which makes anew what does not hold: {again}"
 
 
-def _binding(storage: Storage, m: RunManifest, book: _Book) -> tuple[str, RunBinding | None]:
-    """The command that takes the run up again, and what the run id is bound to."""
+def _binding(storage: Storage, m: RunManifest, book: _Book) -> str:
+    """Holds `run.json` against the manifest; returns the command that takes the run up again."""
     fallback = f"leukoflow run {m.source.uri} --run-id {m.run_id} ..."
     remedy = "take it from a backup; without it the run can be read, but not repaired or taken up again"
     try:
         binding = loads(RunBinding, storage.read("run.json"), "run.json")
     except FileNotFoundError:
         book.add([Finding("run.json", "it is missing", remedy)])
-        return fallback, None
+        return fallback
     except StorageError:
         book.add([Finding("run.json", "it is damaged", remedy)])
-        return fallback, None
+        return fallback
     book.add(check_binding(m, binding))
-    return binding.command, binding
+    return binding.command
 
 
 def _digests(
@@ -457,6 +473,7 @@ def _is_root_group(data: bytes) -> bool:
 def _markers(storage: Storage, m: RunManifest, again: str, book: _Book) -> list[int]:
     """Holds the markers against the manifest; returns the number of cells of every shard."""
     parts = {(part.stage, ordinal): part for part in m.parts for ordinal in span(part)}
+    stages = {stage for stage, _ in parts}
     totals, cells = _Totals(), [0] * len(shard_counts(m))
     keys: dict[str, list[str]] = {}
     remedy = (
@@ -484,7 +501,7 @@ def _markers(storage: Storage, m: RunManifest, again: str, book: _Book) -> list[
             book.add([Finding(where, "damaged: it is no marker", f"delete it. Then: {remedy}")])
             complete = False
             continue
-        wrong = check_marker(marker, part, data)
+        wrong = check_marker(marker, part, data, stages)
         if wrong is None and marker.part.shard != shard_name(place[1]):
             wrong = "it belongs to another shard"
         if wrong is None and place[0] == "predictions" and marker.receipt is None:
@@ -505,7 +522,6 @@ def _markers(storage: Storage, m: RunManifest, again: str, book: _Book) -> list[
                     [Finding("manifest.json", f"merged part {part.shard} is not made of its shards' parts", _anew(
                         "manifest.json", again))]
                 )  # fmt: skip
-    stages = {stage for stage, _ in parts}
     for stage in storage.names("markers"):
         for name in storage.names(f"markers/{stage}"):
             stem = name.removesuffix(".json")

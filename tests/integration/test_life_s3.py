@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
+import pyarrow.parquet as pq
 import pytest
 from harness import digests, screen_here, write_zip
 
@@ -14,10 +15,14 @@ import leukoflow.storage
 from leukoflow.progress import read_manifest
 from leukoflow.storage import Storage
 from models.bundle import Bundle
+from tasks.audit import verify_log
 from tasks.compact import compact_run
 from tasks.diff import diff_runs
+from tasks.erase import erase_patient
 from tasks.open_run import open_run
+from tasks.plan import pseudonym
 from tasks.report import build_report
+from tasks.retention import retain
 from tasks.verify import finished_runs, verify_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -38,9 +43,16 @@ def store(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def local(bundle: Bundle, members: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Any:
+def local(bundle: Bundle, members: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
     folder = tmp_path_factory.mktemp("local")
-    return screen_here(write_zip(folder / "night.zip", members), folder / "out", "night", bundle)
+    lines = [f"{name},{'mary' if i % 5 == 0 else 'jane'}" for i, name in enumerate(members)]
+    (folder / "slides.csv").write_text("\n".join(["image_key,patient_id", *lines]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEUKOFLOW_PATIENT_KEY", "a key for tests")
+        yield screen_here(
+            write_zip(folder / "night.zip", members), folder / "out", "night", bundle,
+            manifest=str(folder / "slides.csv"),
+        )  # fmt: skip
 
 
 def upload(local: Any, name: str) -> Storage:
@@ -112,3 +124,23 @@ def test_compacting_on_the_store_survives_being_cut_off(
     for folder in ("predictions", "cells"):
         for name in names:
             assert storage.read(f"{folder}/{name}") == (Path(local.root) / folder / name).read_bytes()
+
+
+def test_erasing_and_deleting_on_the_store(store: Any, local: Any) -> None:
+    out, mary = "s3://lab/life", pseudonym("mary", b"a key for tests")
+    storage = Storage(f"{out}/night")
+    for key in digests(Path(local.root)):
+        storage.write(key, (Path(local.root) / key).read_bytes())
+    [done] = erase_patient(out, mary)
+    assert done.images == 10
+    found = verify_run(storage.root)
+    assert found.findings == ()
+    assert erase_patient(out, mary) == ()
+    patients = pq.read_table("lab/life/night/predictions", filesystem=storage.fs)["patient_id"].to_pylist()
+    assert (patients.count(None), mary in patients) == (10, False)
+    assert [d.delete for d in retain(out, 1, 0)] == [False]
+    assert [d.delete for d in retain(out, 0, 0)] == [True]
+    assert Storage(out).files("") == ["audit.jsonl"]
+    log = verify_log(out)
+    assert log is not None
+    assert (log.entries, log.problems) == (4, ())

@@ -35,8 +35,8 @@ from leukoflow.records import (
 from leukoflow.storage import Storage
 
 COMMANDS = (
-    "run", "status", "report", "verify", "diff", "compact", "retention", "doctor", "sample", "train", "evaluate",
-    "prefect", "version",
+    "run", "status", "report", "verify", "diff", "compact", "retention", "erase", "doctor", "sample", "train",
+    "evaluate", "prefect", "version",
 )  # fmt: skip
 
 SUMMARY = PlanSummary(Source("smears.zip", SourceKind.ZIP, "1-2", 10), 100, 3, 0, None, 32, "d")

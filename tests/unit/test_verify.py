@@ -21,7 +21,7 @@ from leukoflow.progress import read_manifest
 from leukoflow.records import Marker, PartRef, RunManifest
 from leukoflow.storage import Storage
 from tasks.open_run import Run
-from tasks.verify import LISTED, Verification, verify_run
+from tasks.verify import LISTED, Verification, as_written, verify_run
 
 SHARD = "00001"
 FORGED = "00002"  # the one with rows that have no diagnosis
@@ -222,6 +222,19 @@ def test_a_manifest_that_was_edited_by_hand_is_found(copy: Path) -> None:
     path.write_text("{")
     with pytest.raises(StorageError, match="damaged"):
         verify_run(str(copy))
+
+
+def test_fields_that_an_older_version_did_not_have_are_no_damage() -> None:
+    marker = Marker(PartRef("masks", "00000", "a", "k", (("a", 1, "b"),)))
+    text = json.loads(dumps(marker))
+
+    def written(record: Any) -> bytes:
+        return (json.dumps(record, ensure_ascii=False, sort_keys=True, indent=1) + "\n").encode()
+
+    assert as_written(dumps(marker), marker)
+    assert as_written(written({"part": text["part"]}), marker)
+    assert not as_written(written(text | {"other": 1}), marker)
+    assert not as_written(written(text)[:-1] + b" ", marker)
 
 
 def test_a_lost_or_damaged_binding_is_found(copy: Path) -> None:

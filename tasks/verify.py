@@ -106,7 +106,7 @@ class _Book:
 
 
 def as_written(data: bytes, record: object) -> bool:
-    """Whether these bytes are how leukoflow writes the record, but for fields that an older version did not have yet."""
+    """Whether leukoflow writes the record with these bytes, but for fields that an older version did not have yet."""
     found = json.loads(data)
     text = json.dumps(found, ensure_ascii=False, sort_keys=True, indent=1) + "\n"
     return text.encode() == data and _within(found, json.loads(dumps(record)))

@@ -345,6 +345,179 @@ def _root(out: str, run_id: str) -> str:
     return f"{out.rstrip('/')}/{run_id}"
 
 
+# --- the life of a finished run --------------------------------------------------------------------------------------
+
+
+@app.command()
+def verify(
+    out: Out,
+    run_id: Annotated[
+        str | None, typer.Argument(metavar="[RUN_ID]", help="One run; without it, all finished runs in OUT.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Check that finished runs are still exactly what was committed.
+
+    Reads every byte: digests of all parts and tables, markers and totals against the manifest, the rows against the
+    plan (each member exactly once), whether anything lies there that nobody has committed, and whether the audit log of
+    OUT was tampered with. Says what is wrong and what to do about it, and changes nothing.
+
+    **Examples**: `leukoflow verify out smears-1f0c63b2`; `leukoflow verify s3://results`
+
+    **Exit codes**: 0 all is as it was committed; 1 something is not.
+    """
+    with _reported(debug):
+        from apps import view
+        from tasks.audit import verify_log
+        from tasks.verify import finished_runs, verify_run
+
+        console = view.console()
+        names, unfinished = ([run_id], []) if run_id is not None else finished_runs(out)
+        if not names and not unfinished and verify_log(out) is None:
+            raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {out}` makes one")
+        bad = 0
+        for name in names:
+            try:
+                with view.bytes_progress(console, f"verifying {name}") as report:
+                    found = verify_run(_root(out, name), report)
+            except LeukoflowError as error:
+                if run_id is not None:
+                    raise
+                bad += 1
+                view.show_broken(console, name, str(error))  # one damaged run must not hide the others
+                continue
+            bad += not found.ok
+            view.show_verification(console, found)
+        if (log := verify_log(out)) is not None:
+            view.show_audit(console, out, log)
+            bad += bool(log.problems)
+        if unfinished:
+            console.print(f"[dim]not finished, so not verified: {', '.join(unfinished)}[/]", soft_wrap=True)
+        raise typer.Exit(1 if bad else 0)
+
+
+@app.command()
+def diff(
+    run_a: Annotated[str, typer.Argument(metavar="OUT_A/RUN_A", help="The one run, folder or s3:// prefix.")],
+    run_b: Annotated[str, typer.Argument(metavar="OUT_B/RUN_B", help="The other run.")],
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Everything, single images included, as JSON.")
+    ] = None,
+    csv_file: Annotated[
+        Path | None, typer.Option("--csv", metavar="FILE", help="One line for every image that differs.")
+    ] = None,
+    tolerance: Annotated[
+        float, typer.Option("--tolerance", min=0.0, help="Confidences that differ by no more than this are the same.")
+    ] = 0.0,
+    debug: Debug = False,
+) -> None:
+    """Say what differs between two finished runs, image by image and slide by slide.
+
+    Compares status, label, confidence, prediction set and reason; images that only one of them has; and bundle,
+    settings and software. Runs over the same images are merged in their order, others are joined by image key, and
+    what is left by content, so a renamed image is found again.
+
+    **Examples**: `leukoflow diff out/smears-a out/smears-b`; `leukoflow diff out/a s3://results/b --csv changes.csv`
+
+    **Exit codes**: 0 every image has the same outcome in both; 3 something differs; 1 anything else.
+    """
+    with _reported(debug):
+        from apps import view
+        from tasks.diff import ChangeFiles, diff_runs
+
+        console = view.console()
+        with ChangeFiles(csv_file, json_file) as files:
+            with console.status("comparing", spinner="dots"):
+                found = diff_runs(run_a.rstrip("/"), run_b.rstrip("/"), files.add, tolerance)
+            files.finish(found)
+        view.show_diff(console, found)
+        for path in (csv_file, json_file):
+            if path is not None:
+                console.print(f"written  {path}", soft_wrap=True)
+        raise typer.Exit(0 if found.same else 3)
+
+
+@app.command()
+def compact(
+    out: Out,
+    run_id: RunId,
+    file_mb: Annotated[int, typer.Option("--file-mb", min=1, help="Largest merged file, MB.")] = 256,
+    debug: Debug = False,
+) -> None:
+    """Merge the many small Parquet files of a finished run's predictions and cells into few large ones.
+
+    Same rows, same order, same columns; the manifest lists the new files from one moment to the next. Interrupted, the
+    run stays readable, and the same command finishes the work. `leukoflow run` still finds the run finished.
+
+    **Example**: `leukoflow compact out smears-1f0c63b2`
+    """
+    with _reported(debug):
+        from apps import view
+        from tasks.compact import compact_run
+
+        console = view.console()
+        with view.bytes_progress(console, f"compacting {run_id}") as report:
+            done = compact_run(_root(out, run_id), file_mb << 20, report)
+        view.show_compaction(console, done)
+
+
+@app.command()
+def retention(
+    out: Out,
+    keep_days: Annotated[int, typer.Option("--keep-days", min=0, help="Runs that were active within N days stay.")],
+    keep_last: Annotated[int, typer.Option("--keep-last", min=0, help="So many finished runs stay, however old.")] = 0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Delete old runs, finished or abandoned ones, and write down in OUT/audit.jsonl that they are gone.
+
+    Runs in progress stay, and so do runs that another one, which stays, was told to `--reuse`. Interrupted, the same
+    command goes on. `leukoflow verify OUT` checks the audit log.
+
+    **Examples**: `leukoflow retention out --keep-days 90 --dry-run`;
+    `leukoflow retention s3://results --keep-days 365 --keep-last 10`
+    """
+    with _reported(debug):
+        from apps import view
+        from tasks.retention import plan_retention, retain
+
+        console = view.console()
+        with console.status("looking through the runs" if dry_run else "deleting", spinner="dots"):
+            found = plan_retention(out, keep_days, keep_last) if dry_run else retain(out, keep_days, keep_last)
+        view.show_retention(console, found, dry_run)
+
+
+@app.command()
+def erase(
+    out: Out,
+    patient: Annotated[
+        str, typer.Option("--patient", metavar="ID", help="As the manifest named the patient, or the pseudonym p_...")
+    ],
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would change, and change nothing.")] = False,
+    debug: Debug = False,
+) -> None:
+    """Erase a patient from all runs of OUT; every image stays accounted for.
+
+    The patient's rows lose patient, slide and further manifest columns; masks, features and cells of the images are
+    blanked; report.html, which may show them, is deleted. `leukoflow verify` passes before and after. The audit log has
+    a salted hash of the patient, not the name. The source itself is not touched: delete it where it is kept, or a run
+    of it brings the patient back. Interrupted, the same command finishes.
+
+    **Examples**: `leukoflow erase out --patient 1234 --dry-run`
+    """
+    with _reported(debug):
+        from apps import view
+        from tasks.erase import erase_patient, patient_name
+        from tasks.open_run import patient_key
+
+        console = view.console()
+        _use_configured_prefect(debug)  # the key may come from a block of that server
+        name = patient_name(patient, patient_key())
+        with console.status("looking" if dry_run else "erasing", spinner="dots"):
+            found = erase_patient(out, name, dry_run)
+        view.show_erasure(console, found, dry_run)
+
+
 # --- doctor ----------------------------------------------------------------------------------------------------------
 
 

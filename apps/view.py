@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,15 @@ from typing import TYPE_CHECKING, Any
 from rich.console import Console, Group
 from rich.markup import escape
 from rich.padding import Padding
-from rich.progress import BarColumn, Progress, SpinnerColumn, TaskID, TextColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    SpinnerColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Table
 from rich.text import Text
 
@@ -23,6 +31,12 @@ if TYPE_CHECKING:
     from apps.doctor import Check
     from leukoflow.progress import RunProgress
     from leukoflow.records import PlanSummary, RunManifest
+    from tasks.audit import AuditVerdict
+    from tasks.compact import Compaction
+    from tasks.diff import RunDiff
+    from tasks.erase import Erasure
+    from tasks.retention import Decision
+    from tasks.verify import Verification
 
 _POLL_SECONDS = 1.0
 _PLAIN_SECONDS = 10.0
@@ -290,6 +304,195 @@ def show_status(target: Console, root: str, p: RunProgress) -> None:
     manifest = reader.manifest()
     if manifest is not None:
         show_outcome(target, root, manifest)
+
+
+# --- the life of a finished run --------------------------------------------------------------------------------------
+
+_FINDINGS_SHOWN = 20
+
+
+def size(count: int) -> str:
+    """`812 bytes`, `3.4 MB`, `1.2 GB`."""
+    if count < 1000:
+        return f"{count} bytes"
+    units = ("kB", "MB", "GB", "TB")
+    power = next((i for i in range(len(units)) if count < 999.95 * 1000 ** (i + 1)), len(units) - 1)
+    return f"{count / 1000 ** (power + 1):.1f} {units[power]}"
+
+
+@contextmanager
+def bytes_progress(target: Console, what: str) -> Iterator[Callable[[int, int], None]]:
+    """Yields what is to be called with bytes done and in all: a bar, or without a terminal a line now and then."""
+    if not target.is_terminal:
+        last = time.monotonic()
+
+        def line(done: int, total: int) -> None:
+            nonlocal last
+            if time.monotonic() - last >= _PLAIN_SECONDS:
+                last = time.monotonic()
+                target.print(f"{what}: {size(done)} of {size(total)}", soft_wrap=True)
+
+        yield line
+        return
+    with Progress(
+        SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=32), DownloadColumn(),
+        TimeRemainingColumn(), console=target, transient=True,
+    ) as bar:  # fmt: skip
+        task = bar.add_task(what, total=None)
+        yield lambda done, total: bar.update(task, completed=done, total=total)
+
+
+def show_verification(target: Console, found: Verification) -> None:
+    """One run's verdict: a line when all is well, else what is wrong and what to do."""
+    measured = (
+        f"{found.files:,} files, {size(found.bytes)}, {found.rows:,} rows and {found.cells:,} cells in "
+        f"{duration(found.seconds)}"
+    )
+    if found.ok:
+        words = f"is as it was committed: {measured}; manifest SHA-256 {found.manifest_sha256}"
+        target.print(Text.assemble((found.run_id, "bold green"), " ", words), soft_wrap=True)
+        return
+    count = len(found.findings) + found.more
+    target.print(
+        Text.assemble((found.run_id, "bold red"), f" is not as it was committed: {count:,} findings"), soft_wrap=True
+    )
+    remedies: dict[str, list[str]] = {}
+    for finding in found.findings:
+        remedies.setdefault(finding.remedy, []).append(f"{finding.where}: {finding.what}")
+    for remedy, lines in remedies.items():
+        for text in lines[:_FINDINGS_SHOWN]:
+            target.print(Text.assemble("  ", (text, "red")), soft_wrap=True)
+        if len(lines) > _FINDINGS_SHOWN:
+            target.print(f"  and {len(lines) - _FINDINGS_SHOWN} more of this kind")
+        target.print(Text.assemble("  → ", remedy), soft_wrap=True)
+    if found.more:
+        target.print(f"  and {found.more:,} more findings")
+    if found.skipped:
+        target.print(Text(f"  {found.skipped}", style="dim"), soft_wrap=True)
+
+
+def show_broken(target: Console, run_id: str, message: str) -> None:
+    """A run that cannot be looked into at all."""
+    target.print(Text.assemble((run_id, "bold red"), f" cannot be verified: {message}"), soft_wrap=True)
+
+
+def show_compaction(target: Console, done: Compaction) -> None:
+    """What compacting has done."""
+    if done.files_after == done.files_before:
+        words = f"has nothing to merge: {done.files_after:,} files, {size(done.bytes_after)}"
+        if done.removed:
+            words += f"; {done.removed:,} files that an interrupted compaction left behind are gone"
+    else:
+        words = (
+            f"is compacted: {done.files_before:,} files, {size(done.bytes_before)}, became {done.files_after:,} files, "
+            f"{size(done.bytes_after)}"
+        )
+    target.print(Text.assemble((done.run_id, "bold green"), f" {words}"), soft_wrap=True)
+
+
+def show_audit(target: Console, out: str, log: AuditVerdict) -> None:
+    """The verdict on an audit log."""
+    if not log.problems:
+        words = f" follows line by line: {log.entries:,} entries; last line SHA-256 {log.head}"
+        target.print(Text.assemble(("audit log", "bold green"), words), soft_wrap=True)
+        return
+    target.print(Text.assemble(("audit log", "bold red"), f" was tampered with: {out}/audit.jsonl"), soft_wrap=True)
+    for problem in log.problems[:_FINDINGS_SHOWN]:
+        target.print(Text.assemble("  ", (problem, "red")), soft_wrap=True)
+    if len(log.problems) > _FINDINGS_SHOWN:
+        target.print(f"  and {len(log.problems) - _FINDINGS_SHOWN:,} more")
+    target.print("  → compare it with a backup; then move it aside, and a new log is begun", soft_wrap=True)
+
+
+def show_retention(target: Console, found: Sequence[Decision], dry_run: bool) -> None:
+    """What goes, or has gone, and what stays, each with the reason."""
+    table = Table(box=None, padding=(0, 2), header_style="dim")
+    for name, justify in (("run", "left"), ("", "left"), ("age", "right"), ("size", "right"), ("why", "left")):
+        table.add_column(name, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    word = "would go" if dry_run else "deleted"
+    for d in found:
+        table.add_row(
+            Text(d.run_id, style="bold"),
+            Text(word if d.delete else "stays", style="yellow" if d.delete else "green"),
+            "?" if d.age_days is None else f"{d.age_days:.0f} d",
+            size(d.bytes) if d.delete else "",
+            Text(d.why),
+        )
+    target.print(table)
+    gone = [d for d in found if d.delete]
+    total, files = sum(d.bytes for d in gone), sum(d.files for d in gone)
+    target.print(f"{len(gone):,} of {len(found):,} runs {word}: {files:,} files, {size(total)}", soft_wrap=True)
+
+
+def show_erasure(target: Console, found: Sequence[Erasure], dry_run: bool) -> None:
+    """From which runs a patient is erased."""
+    if not found:
+        target.print("no run knows this patient; nothing was changed")
+        return
+    for e in found:
+        words = f"{e.images:,} images" + (f" and {e.missing:,} missing ones" if e.missing else "")
+        if dry_run:
+            target.print(Text.assemble((e.run_id, "bold"), f"  {words} would be erased"), soft_wrap=True)
+            continue
+        line = f"  {words} erased, {e.files:,} files rewritten; manifest SHA-256 {e.manifest_after}"
+        target.print(Text.assemble((e.run_id, "bold"), line), soft_wrap=True)
+    if not dry_run:
+        target.print("reports were deleted; `leukoflow report OUT RUN_ID` builds one anew, from the source as it is")
+
+
+_SLIDES_SHOWN = 20
+
+
+def show_diff(target: Console, found: RunDiff) -> None:
+    """Two runs side by side: how they were made, what became of labels, and the slides that changed most."""
+    facts = _facts()
+    facts.add_row("A", Text(found.run_a))
+    facts.add_row("B", Text(found.run_b))
+    target.print(facts)
+    if found.setup:
+        setup = Table(box=None, padding=(0, 2), header_style="dim")
+        for name in ("made differently", "A", "B"):
+            setup.add_column(name, overflow="fold")
+        for row in found.setup:
+            setup.add_row(*map(Text, row))
+        target.print(Padding(setup, (1, 0, 0, 0)))
+    if found.same:
+        target.print(f"\n[green]the same[/]: all {found.images:,} images have the same outcome in both")
+        return
+    if moved := [step for step in found.transitions if step[0] != step[1]]:
+        states = list(dict.fromkeys([*CLASSES, *sorted({s for step in moved for s in step[:2]})]))
+        states = [s for s in states if any(s in step[:2] for step in moved)]
+        counts = {step[:2]: step[2] for step in found.transitions}
+        matrix = Table(box=None, padding=(0, 2), header_style="dim")
+        matrix.add_column("A ↓  B →")
+        for state in states:
+            matrix.add_column(state, justify="right")
+        for before in states:
+            cells = []
+            for after in states:
+                n = counts.get((before, after), 0)
+                cells.append(Text(f"{n:,}" if n else "·", style="dim" if before == after or not n else "yellow"))
+            matrix.add_row(before, *cells)
+        target.print(Padding(matrix, (1, 0, 0, 0)))
+    slides = Table(box=None, padding=(0, 2), header_style="dim")
+    slides.add_column("slide", overflow="fold")
+    for name in ("images", "label or status", "any change"):
+        slides.add_column(name, justify="right")
+    slides.add_column("what became of them", overflow="fold")
+    slides.add_column("such as", overflow="fold")
+    for s in found.slides[:_SLIDES_SHOWN]:
+        steps = ", ".join(f"{a} → {b} {n:,}" for a, b, n in s.transitions[:4])
+        example = Text(s.examples[0] if s.examples else "")
+        slides.add_row(Text(s.slide), f"{s.images:,}", f"{s.moved:,}", f"{s.changed:,}", steps, example)
+    target.print(Padding(slides, (1, 0)))
+    if len(found.slides) > _SLIDES_SHOWN:
+        target.print(f"and {len(found.slides) - _SLIDES_SHOWN:,} more slides; --csv or --json has all of them")
+    fields = ", ".join(f"{name} {n:,}" for name, n in found.fields)
+    target.print(
+        f"[yellow]different[/]: of {found.images:,} images {found.changed:,} differ{f' ({fields})' if fields else ''}, "
+        f"{found.only_a:,} are only in A, {found.only_b:,} only in B",
+        soft_wrap=True,
+    )
 
 
 # --- evaluate --------------------------------------------------------------------------------------------------------

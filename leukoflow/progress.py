@@ -35,6 +35,7 @@ class RunBinding:
     started_at: str
     command: str  # resumes the run
     plan_sha256: str = ""  # of plan.parquet as it was frozen
+    reuse: str | None = None  # the run whose stages this one takes over; retention keeps it
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +72,21 @@ class RunProgress:
     command: str
 
 
+@dataclass(frozen=True, slots=True)
+class RunState:
+    """What a run is up to, without looking at its shards."""
+
+    run_id: str
+    state: State
+    in_progress: bool  # or may be: a beat so fresh that its process cannot be ruled out, a run that has just begun
+    last_activity: str
+    reuse: str | None
+
+
+BEGINNING_SECONDS = 3600.0
+"""A run that has not said anything yet is taken to be starting for so long."""
+
+
 def now() -> str:
     """The time in UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
@@ -85,12 +101,7 @@ class ProgressReader:
 
     def read(self) -> RunProgress:
         """The progress as of now. Raises StorageError when there is no run at this root."""
-        try:
-            binding = loads(RunBinding, self.storage.read("run.json"), self.storage.uri("run.json"))
-        except (FileNotFoundError, NotADirectoryError):
-            raise StorageError(
-                f"{self.storage.root} holds no run (no run.json); list the runs with `leukoflow status OUT`"
-            ) from None
+        binding = self.binding()
         present = set(self.storage.names("markers/predictions"))
         for name in present - self._receipts.keys():
             try:
@@ -100,11 +111,11 @@ class ProgressReader:
             if marker.receipt is not None:
                 self._receipts[name] = marker.receipt
         receipts = [r for name, r in self._receipts.items() if name in present]
-        beat = self._heartbeat()
+        beat = self.heartbeat()
         failures = tuple((name.removesuffix(".json"), self._failure(name)) for name in self.storage.names("failures"))
         return RunProgress(
             run_id=binding.run_id,
-            state=self._state(beat),
+            state=self.state(beat),
             message=beat.message if beat else "",
             dashboard=beat.dashboard if beat else "",
             members=binding.members,
@@ -121,6 +132,15 @@ class ProgressReader:
             command=binding.command,
         )
 
+    def binding(self) -> RunBinding:
+        """What the run id stands for. Raises StorageError when there is no run at this root."""
+        try:
+            return loads(RunBinding, self.storage.read("run.json"), self.storage.uri("run.json"))
+        except (FileNotFoundError, NotADirectoryError):
+            raise StorageError(
+                f"{self.storage.root} holds no run (no run.json); list the runs with `leukoflow status OUT`"
+            ) from None
+
     def manifest(self) -> RunManifest | None:
         """The finished run's manifest, or None."""
         return read_manifest(self.storage)
@@ -131,13 +151,15 @@ class ProgressReader:
         except (FileNotFoundError, ValueError, KeyError):
             return "cleared meanwhile"
 
-    def _heartbeat(self) -> Heartbeat | None:
+    def heartbeat(self) -> Heartbeat | None:
+        """The last sign of life, None while there is none."""
         try:
             return loads(Heartbeat, self.storage.read("heartbeat.json"), "heartbeat.json")
         except (FileNotFoundError, StorageError):
             return None
 
-    def _state(self, beat: Heartbeat | None) -> State:
+    def state(self, beat: Heartbeat | None) -> State:
+        """What the run is up to, given its last sign of life."""
         if self.manifest() is not None:
             return "finished"
         if beat is None:
@@ -153,6 +175,28 @@ class ProgressReader:
 def read_progress(root: str) -> RunProgress:
     """One look at a run's progress."""
     return ProgressReader(root).read()
+
+
+def read_state(root: str) -> RunState:
+    """What a run is up to. Raises StorageError when there is no run at this root, or its records are damaged."""
+    reader = ProgressReader(root)
+    binding = reader.binding()
+    beat, manifest = reader.heartbeat(), reader.manifest()
+    state = reader.state(beat)
+    last = manifest.finished_at if manifest else beat.at if beat else binding.started_at
+    try:
+        age = time.time() - datetime.fromisoformat(last).timestamp()
+    except (ValueError, TypeError):
+        raise StorageError(f"{root}: its records are damaged, {last!r} is no time") from None
+    fresh = beat is not None and beat.state == "running" and age < 6 * HEARTBEAT_SECONDS
+    beginning = beat is None and manifest is None and age < BEGINNING_SECONDS
+    return RunState(
+        run_id=binding.run_id,
+        state=state,
+        in_progress=manifest is None and (state == "running" or fresh or beginning),
+        last_activity=last,
+        reuse=binding.reuse,
+    )
 
 
 def read_manifest(storage: Storage) -> RunManifest | None:

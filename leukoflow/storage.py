@@ -135,19 +135,37 @@ class Storage:
         except FileNotFoundError:
             return
 
-    def files(self, prefix: str) -> list[str]:
-        """Keys below a prefix, sorted. For what this process wrote itself, and for people; never for what is done."""
+    def files(self, prefix: str, hidden: bool = False) -> list[str]:
+        """Keys below a prefix, sorted. For what this process wrote itself, and for people; never for what is done.
+
+        Names that begin with a dot are scratch on a local disk, and left out unless `hidden` asks for them.
+        """
         if self.is_local:
             top = Path(self.root)
             return sorted(
                 str((Path(folder) / name).relative_to(top))
                 for folder, _, names in os.walk(top / prefix)
                 for name in names
-                if not name.startswith(".")
+                if hidden or not name.startswith(".")
             )
         found = self.fs.find(self.uri(prefix))
         strip = len(self.root.removeprefix("s3://")) + 1
         return sorted(name[strip:] for name in found)
+
+    def usage(self, prefix: str) -> tuple[int, int]:
+        """Number of files below a prefix and their bytes; for people."""
+        if not self.is_local:
+            found = self.fs.find(self.uri(prefix), detail=True)
+            return len(found), sum(int(info["size"]) for info in found.values())
+        count = size = 0
+        for folder, _, names in os.walk(Path(self.root) / prefix):
+            for name in names:
+                try:
+                    size += os.lstat(os.path.join(folder, name)).st_size
+                except FileNotFoundError:  # gone meanwhile
+                    continue
+                count += 1
+        return count, size
 
     def names(self, prefix: str) -> list[str]:
         """Names directly below a prefix, sorted; empty when there is none. For people and for progress."""

@@ -9,7 +9,7 @@ import shlex
 import tempfile
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
@@ -23,7 +23,9 @@ from leukoflow.records import PlanSummary, RunManifest, Source, SourceKind
 from leukoflow.sources import identify
 from leukoflow.storage import Storage
 from models.bundle import Bundle, load_bundle
+from tasks.compact import expand_run
 from tasks.plan import plan, read_summary
+from tasks.tables import check_intent
 
 PATIENT_KEY = "LEUKOFLOW_PATIENT_KEY"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -87,8 +89,12 @@ def open_run(config: RunConfig) -> Run:
             started_at=now(),
             command=resume_command(config, run_id),
             plan_sha256=storage.digest("plan.parquet")[2],
+            reuse=config.reuse,
         )
         storage.create("run.json", dumps(bound))
+    elif config.reuse and config.reuse != bound.reuse:
+        bound = replace(bound, reuse=config.reuse, command=resume_command(config, run_id))
+        storage.write("run.json", dumps(bound))
     for group in ("masks.zarr", "features.zarr", "activations.zarr"):
         zarr.open_group(storage.zarr(group), mode="a")
     return Run(
@@ -102,6 +108,7 @@ def resume_command(config: RunConfig, run_id: str) -> str:
     for option, value, default in (
         ("--manifest", config.manifest, None),
         ("--bundle", config.bundle, "pocket"),
+        ("--reuse", config.reuse, None),
         ("--shard-size", config.shard_size, RunConfig.model_fields["shard_size"].default),
         ("--um-per-px", config.um_per_px, None),
         ("--device", config.device, "auto"),
@@ -192,13 +199,17 @@ def _frozen_plan(storage: Storage, config: RunConfig, source: Source) -> PlanSum
 
 
 def _finished(storage: Storage) -> RunManifest | None:
-    """The manifest, if every part that it lists is there and unaltered; a manifest that no longer holds is removed."""
-    manifest = read_manifest(storage)
-    if manifest is None:
-        return None
-    if intact(storage, [p.files for p in manifest.parts] + [manifest.tables]):
-        return manifest
-    storage.delete("manifest.json")
+    """The manifest, if every part that it lists is there and unaltered; a manifest that no longer holds is removed.
+
+    Merged parts are then taken apart again, since a run is repaired shard by shard.
+    """
+    while (manifest := read_manifest(storage)) is not None:
+        if intact(storage, [p.files for p in manifest.parts] + [manifest.tables]):
+            return manifest
+        check_intent(storage)
+        if read_manifest(storage) == manifest:  # else it was compacted while its files were looked at
+            expand_run(storage, manifest)
+            storage.delete("manifest.json")
     return None
 
 

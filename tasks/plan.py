@@ -11,9 +11,9 @@ import hmac
 import json
 import logging
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
@@ -256,8 +256,7 @@ def plan(
     ) as writer:
         while shard := list(islice(members, shard_size)):
             table = _shard_table(shard, schema, source.kind, known, um_per_px, found)
-            for row in zip(*(table[name].to_pylist() for name in _digested(schema)), strict=True):
-                digest.update(json.dumps(row).encode())
+            _digest_members(table, digest)
             writer.write_table(table)
             count += len(shard)
         if not count:
@@ -277,6 +276,11 @@ def plan(
 def _digested(schema: pa.Schema) -> list[str]:
     """Columns that say what a member is; the others say where it is, which may depend on the shard size."""
     return [name for name in schema.names if name not in ("ordinal", "locator", "offset", "stored_bytes", "method")]
+
+
+def _digest_members(table: pa.Table, digest: Any) -> None:
+    for row in zip(*(table[name].to_pylist() for name in _digested(table.schema)), strict=True):
+        digest.update(json.dumps(row).encode())
 
 
 def _shard_table(
@@ -321,6 +325,23 @@ def _spool_offsets(members: list[Member]) -> list[int]:
         offsets.append(position)
         position += 0 if member.refusal else member.size_bytes
     return offsets
+
+
+def rewrite_plan(plan_file: Any, out: Sink, change: Callable[[pa.Table], pa.Table]) -> PlanSummary:
+    """Write a plan anew with its members' rows changed, shard by shard; the summary gets the digest of these."""
+    reader = pq.ParquetFile(plan_file)
+    digest = hashlib.blake2b(digest_size=16)
+    schema = reader.schema_arrow.remove_metadata()
+    with pq.ParquetWriter(
+        out, schema, compression="zstd", use_dictionary=False, write_statistics=False, store_schema=False
+    ) as writer:
+        for i in range(reader.num_row_groups):
+            table = change(reader.read_row_group(i).replace_schema_metadata(None))
+            _digest_members(table, digest)
+            writer.write_table(table.combine_chunks())
+        summary = replace(read_summary(plan_file), digest=digest.hexdigest())
+        writer.add_key_value_metadata({_SUMMARY_KEY: json.dumps(asdict(summary))})
+    return summary
 
 
 # ---------------------------------------------------------------- reading it back

@@ -6,7 +6,7 @@ import importlib.metadata
 import io
 import platform
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -258,6 +258,14 @@ def _count(slides: dict[str, _Slide], row: dict[str, Any]) -> None:
     slide.malignant += malignant > 0.5
     if slide.top is None or (malignant, row["image_key"]) > slide.top:
         slide.top = (malignant, row["image_key"])
+
+
+def rank_slides(rows: Iterable[dict[str, Any]]) -> pa.Table:
+    """`slides.parquet` from the rows of `predictions/`."""
+    slides: dict[str, _Slide] = {}
+    for row in rows:
+        _count(slides, row)
+    return _slides_table(slides)
 
 
 def _slides_table(slides: dict[str, _Slide]) -> pa.Table:

@@ -11,7 +11,7 @@ import heapq
 import html
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -34,6 +34,7 @@ from leukoflow.sources import open_reader
 from leukoflow.storage import Storage
 from tasks.ingest import Decoder
 from tasks.plan import read_shard, read_summary
+from tasks.tables import shard_name, table_files
 
 FIELDS_SHOWN = 12
 """Fields with outlines in each of the two galleries."""
@@ -119,10 +120,11 @@ def build_report(root: str, manifest: RunManifest | None) -> str:
     progress = reader.read()
     receipts = list(_receipts(storage, _committed(storage)))
     totals = _from_manifest(storage, manifest) if manifest else _from_receipts(storage, progress, receipts)
-    survey = _survey(storage, (r.shard.name for r in receipts))
+    shards = [r.shard.name for r in receipts]
+    survey = _survey(storage, _part_keys(manifest, "predictions", shards).values())
     slides = _slides(storage) if manifest else []
     with ExitStack() as stack:
-        painter = _Painter(storage, totals, stack)
+        painter = _Painter(storage, totals, _part_keys(manifest, "cells", shards), stack)
         suspicious = [painter.card(row) for row in _most_suspicious(survey, slides)]
         uncertain = [painter.card(row) for _, _, row in sorted(survey.uncertain, key=lambda c: (-c[0], c[1]))]
         notes = painter.notes
@@ -233,12 +235,20 @@ def _from_receipts(storage: Storage, progress: RunProgress, receipts: Sequence[S
     )
 
 
-def _survey(storage: Storage, shards: Iterable[str]) -> _Survey:
+def _part_keys(manifest: RunManifest | None, folder: str, shards: Iterable[str]) -> dict[str, str]:
+    """The file that holds each shard's rows of a table: one of its own, or a merged one."""
+    keys = {shard: f"{folder}/part-{shard}.parquet" for shard in shards}
+    for file in table_files(manifest.parts if manifest else (), folder):
+        keys |= {shard_name(ordinal): file.key for ordinal in file.shards}
+    return keys
+
+
+def _survey(storage: Storage, keys: Iterable[str]) -> _Survey:
     """One pass over the predictions of the committed shards."""
     survey = _Survey()
-    for shard in shards:
+    for key in dict.fromkeys(keys):
         try:
-            with storage.open(f"predictions/part-{shard}.parquet") as file:
+            with storage.open(key) as file:
                 for batch in pq.ParquetFile(file).iter_batches(batch_size=1024, columns=list(_COLUMNS)):
                     for row in batch.to_pylist():
                         _take(survey, row)
@@ -337,8 +347,9 @@ class _Heat:
 class _Painter:
     """Draws single fields: pixels from the source where they can be had, outlines from the masks."""
 
-    def __init__(self, storage: Storage, totals: _Totals, stack: ExitStack) -> None:
+    def __init__(self, storage: Storage, totals: _Totals, cells: Mapping[str, str], stack: ExitStack) -> None:
         self.storage = storage
+        self._cell_files = cells
         self.notes: list[str] = []
         self._plan: pq.ParquetFile | None = None
         self._reader: Any = None
@@ -405,7 +416,7 @@ class _Painter:
 
     def _cells(self, row: dict[str, Any]) -> list[dict[str, Any]]:
         columns = ["image_key", "cell_id", "attention", "nc_ratio", "cell_area_px", "zarr_index"]
-        with self.storage.open(f"cells/part-{row['shard']}.parquet") as file:
+        with self.storage.open(self._cell_files[row["shard"]]) as file:
             table = pq.read_table(file, columns=columns, filters=[("image_key", "=", row["image_key"])])
         return list(table.to_pylist())
 

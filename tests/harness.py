@@ -23,8 +23,15 @@ import zarr
 from PIL import Image
 from torch import nn
 
+from leukoflow.cluster import code_digest
+from leukoflow.config import load_config
+from leukoflow.storage import Storage
 from models.bundle import Bundle, random_bundle, save_bundle
+from tasks.open_run import Run, open_run
+from tasks.plan import shards
+from tasks.publish import publish
 from tasks.sample import write_sample
+from tasks.shard import ShardJob, classify, extract, prepare, segment
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_COLUMNS = ("run_id", "source_uri")
@@ -97,6 +104,24 @@ def write_folder(path: Path, members: dict[str, bytes]) -> Path:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(data)
     return path
+
+
+# --- runs without a cluster ------------------------------------------------------------------------------------------
+
+
+def screen_here(source: Path | str, out: Path | str, run_id: str, bundle: Bundle, **settings: Any) -> Run:
+    """A finished run, made by the functions that Dask runs, in this process and without Prefect."""
+    chosen = {"shard_size": 16} | settings
+    run = open_run(load_config(source=str(source), out=str(out), run_id=run_id, bundle=str(bundle.path), **chosen))
+    for shard in shards(run.summary):
+        job = ShardJob(
+            run.root, run.run_id, run.source, shard, "one", run.config.bundle, run.bundle.digest, run.device,
+            code_digest(), run.config.limits, run.config.meta_columns,
+        )  # fmt: skip
+        classify(job, extract(job, segment(job, prepare(job, shard.first))))
+    publish(run, 1.0, 2.0, run.summary.members)
+    Storage(run.root).delete("_attempts")
+    return run
 
 
 # --- what a run has left ---------------------------------------------------------------------------------------------

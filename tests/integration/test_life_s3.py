@@ -1,0 +1,146 @@
+"""The life of a finished run on an object store: verified, compacted, compared and deleted as on a disk."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pyarrow.parquet as pq
+import pytest
+from harness import digests, screen_here, write_zip
+
+import leukoflow.storage
+from leukoflow.progress import read_manifest
+from leukoflow.storage import Storage
+from models.bundle import Bundle
+from tasks.audit import verify_log
+from tasks.compact import compact_run
+from tasks.diff import diff_runs
+from tasks.erase import erase_patient
+from tasks.open_run import open_run
+from tasks.plan import pseudonym
+from tasks.report import build_report
+from tasks.retention import retain
+from tasks.verify import finished_runs, verify_run
+
+pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+
+
+@pytest.fixture
+def store(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
+    for name, value in {
+        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
+        "AWS_DEFAULT_REGION": "us-east-1",
+    }.items():  # fmt: skip
+        monkeypatch.setenv(name, value)
+    leukoflow.storage._s3.cache_clear()
+    client = boto3.client("s3")
+    client.create_bucket(Bucket="lab")
+    yield client
+    leukoflow.storage._s3.cache_clear()
+
+
+@pytest.fixture(scope="module")
+def local(bundle: Bundle, members: dict[str, bytes], tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    folder = tmp_path_factory.mktemp("local")
+    lines = [f"{name},{'mary' if i % 5 == 0 else 'jane'}" for i, name in enumerate(members)]
+    (folder / "slides.csv").write_text("\n".join(["image_key,patient_id", *lines]))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEUKOFLOW_PATIENT_KEY", "a key for tests")
+        yield screen_here(
+            write_zip(folder / "night.zip", members), folder / "out", "night", bundle,
+            manifest=str(folder / "slides.csv"),
+        )  # fmt: skip
+
+
+def upload(local: Any, name: str) -> Storage:
+    storage = Storage(f"s3://lab/out/{name}")
+    for key in digests(Path(local.root)):
+        storage.write(key, (Path(local.root) / key).read_bytes())
+    return storage
+
+
+def test_verify_finds_what_is_wrong_on_the_store(store: Any, local: Any) -> None:
+    storage = upload(local, "harmed")
+    assert verify_run(storage.root).findings == ()
+    key = "masks.zarr/00001/cell_offsets/zarr.json"
+    data = storage.read(key)
+    for harm, what in (
+        (lambda: storage.write(key, data[:-1] + b"?"), "altered: same size"),
+        (lambda: storage.write(key, data[:-1]), "bytes instead of"),
+        (lambda: storage.delete(key), "missing"),
+    ):
+        harm()
+        found = verify_run(storage.root)
+        assert [f.where for f in found.findings] == [key]
+        assert what in found.findings[0].what
+    storage.write(key, data)
+    storage.write("predictions/part-00009.parquet", b"x")
+    assert [f.what.split(":")[0] for f in verify_run(storage.root).findings] == ["added"]
+    assert finished_runs("s3://lab/out")[0] == ["harmed"]
+
+
+def test_compacting_on_the_store_survives_being_cut_off(
+    store: Any, local: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = upload(local, "night")
+    before = read_manifest(storage)
+
+    class Crash(BaseException):
+        pass
+
+    original = Storage.write
+
+    def write(self: Storage, key: str, data: bytes) -> None:
+        if key == "manifest.json":
+            raise Crash
+        original(self, key, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write", write)
+        with pytest.raises(Crash):
+            compact_run(storage.root)
+    assert read_manifest(storage) == before
+    assert {f.what for f in verify_run(storage.root).findings} == {"left behind by a compaction that was interrupted"}
+    assert diff_runs(local.root, storage.root).same
+
+    assert compact_run(storage.root).files_after == 2
+    assert storage.names("predictions") == ["part-00000-00002.parquet"]
+    assert storage.names("_attempts") == []
+    assert not storage.exists("compact.lock")
+    assert verify_run(storage.root).ok
+    assert diff_runs(local.root, storage.root).same
+    assert compact_run(storage.root).removed == 0
+    opened = open_run(local.config.model_copy(update={"out": "s3://lab/out"}))
+    assert opened.finished == read_manifest(storage)
+    assert "cannot be read (" not in build_report(storage.root, opened.finished)
+
+    storage.delete("slides.parquet")  # repaired from the very files that were merged
+    assert open_run(local.config.model_copy(update={"out": "s3://lab/out"})).finished is None
+    names = [f"part-0000{i}.parquet" for i in range(3)]
+    assert storage.names("predictions") == storage.names("cells") == names
+    for folder in ("predictions", "cells"):
+        for name in names:
+            assert storage.read(f"{folder}/{name}") == (Path(local.root) / folder / name).read_bytes()
+
+
+def test_erasing_and_deleting_on_the_store(store: Any, local: Any) -> None:
+    out, mary = "s3://lab/life", pseudonym("mary", b"a key for tests")
+    storage = Storage(f"{out}/night")
+    for key in digests(Path(local.root)):
+        storage.write(key, (Path(local.root) / key).read_bytes())
+    [done] = erase_patient(out, mary)
+    assert done.images == 10
+    found = verify_run(storage.root)
+    assert found.findings == ()
+    assert erase_patient(out, mary) == ()
+    patients = pq.read_table("lab/life/night/predictions", filesystem=storage.fs)["patient_id"].to_pylist()
+    assert (patients.count(None), mary in patients) == (10, False)
+    assert [d.delete for d in retain(out, 1, 0)] == [False]
+    assert [d.delete for d in retain(out, 0, 0)] == [True]
+    assert Storage(out).files("") == ["audit.jsonl"]
+    log = verify_log(out)
+    assert log is not None
+    assert (log.entries, log.problems) == (4, ())

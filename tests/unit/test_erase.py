@@ -91,12 +91,12 @@ def pixels(night: Run, copy: Path, rows: list[dict[str, Any]], theirs: set[int])
         assert np.array_equal(offsets, arrays(Path(night.root), "masks.zarr", "cell_offsets")[shard])
         for store, name in (
             ("masks.zarr", "semantic"), ("masks.zarr", "cells"), ("masks.zarr", "cell_table"),
-            ("features.zarr", "hybrid"), ("features.zarr", "cells"),
+            ("features.zarr", "hybrid"), ("features.zarr", "cells"), ("activations.zarr", "maps"),
         ):  # fmt: skip
             old, new = (arrays(root, store, name)[shard] for root in (Path(night.root), copy))
             for tiles, blank in ((gone, True), (kept, False)):
                 for t in tiles:
-                    by_cell = name == "cell_table" or (store, name) == ("features.zarr", "cells")
+                    by_cell = name in ("cell_table", "maps") or (store, name) == ("features.zarr", "cells")
                     span = slice(offsets[t], offsets[t + 1]) if by_cell else slice(t, t + 1)
                     assert np.array_equal(new[span], np.zeros_like(old[span]) if blank else old[span])
 
@@ -151,7 +151,7 @@ def test_an_erased_run_is_finished_and_nobody_takes_its_blank_parts_over(
     job = ShardJob(new.root, "again", new.source, shard, "x", new.config.bundle, new.bundle.digest, new.device,
                    code_digest(), new.config.limits, new.config.meta_columns)  # fmt: skip
     keys = stage_keys(new.bundle, planned(new.root, shard), new.device)
-    assert list(adopt_stages(job, Storage(night.root), keys, {})) == ["masks", "features"]
+    assert list(adopt_stages(job, Storage(night.root), keys, {})) == ["masks", "features", "activations"]
     Storage(new.root).delete("markers")
     assert adopt_stages(job, Storage(str(copy)), keys, {}) == {}
 

@@ -101,7 +101,7 @@ def test_a_run_on_the_store(
     words = ["run", "s3://lab/in/night.zip", "--out", "s3://lab/out", "--run-id", "night"]
     words += ["--bundle", str(bundle.path), "--shard-size", "16", "--workers", "2"]
     settings = account | {
-        "PREFECT_API_URL": server, "EXTRA_PATH": str(ROOT / "tests" / "hooks"), "TEST_DELAY_SECONDS": "0.1",
+        "PREFECT_API_URL": server, "EXTRA_PATH": str(ROOT / "tests" / "hooks"), "TEST_DELAY_SECONDS": "0.4",
     }  # fmt: skip
     root = Storage("s3://lab/out/night")
     first = start(words, tmp_path / "first.log", **settings)

@@ -48,7 +48,7 @@ def test_a_new_classifier_leaves_the_other_components_alone(bundle: Bundle, tmp_
     segmenter, classifier = bundle.segmenter(), bundle.classifier()
     assert segmenter is not None
     with torch.no_grad():
-        classifier.head.bias.add_(1)
+        classifier.evidence.bias.add_(1)
     modules = {"segmenter": segmenter, "classifier": classifier, **dict(bundle.hybrid().backbones.items())}
     new = save_bundle(tmp_path / "new", bundle.spec, modules, bundle.statistics)
     before, after = ([b.component_digest(c) for c in COMPONENTS] for b in (bundle, new))

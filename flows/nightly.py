@@ -247,13 +247,18 @@ class _Work:
         )
         if self.deaths[shard.ordinal] < DEATHS_BEFORE_SEARCH or shard.ordinal in self.culprits:
             return job
-        get_run_logger().warning("shard %s: searching for the image that kills its worker", shard.name)
-        search = self.client.submit(find_culprits, job, key=f"find-culprits-{shard.name}-{job.attempt}", pure=False)
-        try:
-            self.culprits[shard.ordinal] = search.result()
-        except KilledWorker:
-            raise ShardError(f"shard {shard.name}: the worker that searched it died; it is tried again") from None
-        return self.job(shard)
+        log = get_run_logger()
+        log.warning("shard %s: searching for the image that kills its worker", shard.name)
+        # Suspects die in processes of their own, so a search that is lost went down with another shard's worker.
+        for number in range(LOSSES):
+            name = f"find-culprits-{shard.name}-{job.attempt}-{number}"
+            try:
+                self.culprits[shard.ordinal] = self.client.submit(find_culprits, job, key=name, pure=False).result()
+            except KilledWorker:
+                log.info("shard %s: the search was lost with its worker and begins anew", shard.name)
+            else:
+                return self.job(shard)
+        raise ShardError(f"shard {shard.name}: {LOSSES} workers died while they searched it; it is tried again")
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------

@@ -135,6 +135,15 @@ class Storage:
         except FileNotFoundError:
             return
 
+    def sweep_attempts(self, kind: str) -> None:
+        """Removes what was written aside as `_attempts/<kind>-...`; whoever calls holds the lock of that kind."""
+        names = self.names("_attempts")
+        for name in names:
+            if name.startswith(f"{kind}-"):
+                self.delete(f"_attempts/{name}")
+        if names and not self.names("_attempts"):
+            self.delete("_attempts")
+
     def files(self, prefix: str, hidden: bool = False) -> list[str]:
         """Keys below a prefix, sorted. For what this process wrote itself, and for people; never for what is done.
 

@@ -107,7 +107,7 @@ def compact_run(
     storage, _ = finished(root)
     with held(storage, LOCK, "compacting"):
         storage, manifest = finished(root)
-        _tidy(storage)
+        storage.sweep_attempts("compact")
         old = [part for part in manifest.parts if part.stage == MERGED_STAGE]
         _check_names(old)
         groups = groups_of(old, file_bytes)
@@ -165,17 +165,7 @@ def _merge(
         storage.write("manifest.json", dumps(new))
         return new
     finally:
-        _tidy(storage)
-
-
-def _tidy(storage: Storage) -> None:
-    """Removes what this compaction or one that was cut off has written aside; whoever calls holds the lock."""
-    names = storage.names("_attempts")
-    for name in names:
-        if name.startswith("compact-"):
-            storage.delete(f"_attempts/{name}")
-    if names and not storage.names("_attempts"):
-        storage.delete("_attempts")
+        storage.sweep_attempts("compact")
 
 
 def _replaced(parts: Sequence[PartRef], merged: Sequence[PartRef]) -> tuple[PartRef, ...]:

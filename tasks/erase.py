@@ -148,7 +148,7 @@ def erase_patient(out: str, patient: str, dry_run: bool = False) -> tuple[Erasur
                 _apply(storage.child(name))
                 after = _sha256(storage.read(f"{name}/manifest.json"))
                 append(storage, "erased", name, after, {"why": "an erasure that was cut off is finished"})
-            _tidy(storage.child(name))
+            storage.child(name).sweep_attempts("erase")
         found = [e for e in (_look(storage.child(n), n, patient) for n in names) if e is not None]
         done = []
         for erasure in found:
@@ -229,17 +229,7 @@ def _apply(run: Storage) -> None:
         run.write(key, run.read(f"{intent.prefix}/{key}"))
     run.delete("report.html")  # it shows slides and pixels; `leukoflow report` builds it anew
     run.delete(INTENT)
-    _tidy(run)
-
-
-def _tidy(run: Storage) -> None:
-    """Removes what this erasure or one that was cut off has written aside; whoever calls holds the lock."""
-    names = run.names("_attempts")
-    for name in names:
-        if name.startswith("erase-"):
-            run.delete(f"_attempts/{name}")
-    if names and not run.names("_attempts"):
-        run.delete("_attempts")
+    run.sweep_attempts("erase")
 
 
 class _Draft:

@@ -214,24 +214,52 @@ def _run(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
     with _prefect(keep_prefect, debug), view.live_progress(console, opened.root):
         from flows.nightly import nightly
 
+        state, silent = None, None
         try:
             state = nightly(settings, return_state=True)
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "httpx":
                 raise
-            raise LeukoflowError(
-                f"the Prefect server does not answer any more ({error}); what is committed stays, and the same command "
-                "continues where the run was"
-            ) from error
+            silent = error  # what Prefect was to be told last does not decide what became of the run
         manifest = read_manifest(Storage(opened.root))
-    if manifest is None or not (state.is_completed() or state.is_cancelled() or state.is_cancelling()):
+    if silent is not None:
+        _without_prefect(console, opened.root, silent)
+    elif state is not None and (manifest is None or not _well(state)):
         outcome = state.result(raise_on_failure=False)
         if isinstance(outcome, BaseException):
             raise outcome
     if manifest is None:
-        raise LeukoflowError(f"run {opened.run_id} ended without a manifest: {state.message or state.name}")
+        words = (state.message or state.name) if state is not None else "no reason was given"
+        raise LeukoflowError(f"run {opened.run_id} ended without a manifest: {words}")
     view.show_outcome(console, opened.root, manifest)
     return manifest.exit_code
+
+
+def _well(state: Any) -> bool:
+    """Whether Prefect's last state is that of a run which ended as it should, or was cancelled too late."""
+    return bool(state.is_completed() or state.is_cancelled() or state.is_cancelling())
+
+
+def _without_prefect(console: Any, root: str, error: Exception) -> None:
+    """The run's own last word, when Prefect's server did not take it. Raises LeukoflowError unless it finished."""
+    from leukoflow.errors import RunCancelledError
+    from leukoflow.progress import ProgressReader
+
+    beat = ProgressReader(root).heartbeat()
+    state = beat.state if beat is not None and beat.pid == os.getpid() else "not begun"
+    words = beat.message if beat is not None else ""
+    where = "the Prefect server does not answer, so its dashboard does not know how the run ended"
+    if state == "finished":
+        console.print(f"[yellow]{where}; the results are complete[/]", soft_wrap=True)
+    elif state == "cancelled":
+        raise RunCancelledError(words)
+    elif state == "failed":
+        raise LeukoflowError(f"{words} ({where})")
+    else:
+        raise LeukoflowError(
+            f"the Prefect server does not answer ({error}); start it again, or leave out PREFECT_API_URL, and the run "
+            "starts one of its own. What is committed stays, and the same command continues where the run was"
+        ) from error
 
 
 @contextmanager

@@ -232,6 +232,8 @@ def show_outcome(target: Console, root: str, manifest: RunManifest) -> None:
         pace.add_row("reason", Text(f"{count:,} × {reason}"))
     if m.source_truncated:
         pace.add_row("source", Text(f"incomplete: {m.source_truncated}", style="yellow"))
+    for note in m.notes:
+        pace.add_row("note", Text(note, style="yellow"))
     target.print(Group(Padding(both, (1, 0)), pace))
     table = root.replace("'", "''") + "/predictions/*.parquet"
     for name, line in (  # printed unwrapped, to be copied

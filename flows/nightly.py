@@ -20,9 +20,7 @@ from typing import Any, BinaryIO, cast
 import psutil
 from distributed import Client, KilledWorker
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
@@ -31,6 +29,7 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 
+from flows.dashboard import Dashboard
 from leukoflow.cluster import code_digest, cores, open_cluster, visible_gpus
 from leukoflow.codec import dumps
 from leukoflow.config import RunConfig
@@ -94,17 +93,16 @@ def nightly(config: RunConfig) -> State[Any]:
         run = open_run(config)
         if run.finished is not None:
             return Completed(message=f"run {run.run_id} was finished already: {headline(run.finished)}")
-        with run_log(run.root), _Heart(run) as heart, _draining(heart) as stop:
+        stop = threading.Event()
+        with run_log(run.root), _Heart(run) as heart, _draining(stop), _dashboard(run, stop) as dashboard:
             log.info("run %s: %s images in %s shards", run.run_id, run.summary.members, run.summary.shards)
-            manifest = publish(run, *_process(run, stop))
+            manifest = publish(run, *_process(run, stop, dashboard), notes=dashboard.notes())
             Storage(run.root).delete("_attempts")
             _report(run, manifest)
-            create_markdown_artifact(
-                summary(run, manifest), key="nightly-summary", description=f"What became of {stem(config.source)}"
-            )
+            dashboard.summary(summary(run, manifest), f"What became of {stem(config.source)}")
             log.info("run %s: %s", run.run_id, headline(manifest))
             heart.say("finished", headline(manifest))
-            if heart.asked_to_cancel():  # too late, but Prefect lets a run that is being cancelled end as nothing else
+            if dashboard.cancelled():  # too late, but Prefect lets a run that is being cancelled end as nothing else
                 return Cancelled(message=f"it was finished when Cancel was pressed: {headline(manifest)}")
         return Completed(message=headline(manifest))
     except RunCancelledError as cancelled:
@@ -264,7 +262,7 @@ class _Work:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def _process(run: Run, stop: threading.Event) -> tuple[float, float, int]:
+def _process(run: Run, stop: threading.Event, dashboard: Dashboard) -> tuple[float, float, int]:
     """Does what is missing; returns seconds of start-up, seconds of processing and how many members it did.
 
     Raises RunCancelledError, ShardError, PreflightError, ClusterError.
@@ -283,7 +281,7 @@ def _process(run: Run, stop: threading.Event) -> tuple[float, float, int]:
         started = time.time()
         work = _Work(run, client)
         try:
-            images = _dispatch(work, first, pending, workers * IN_FLIGHT_PER_WORKER, stop)
+            images = _dispatch(work, first, pending, workers * IN_FLIGHT_PER_WORKER, stop, dashboard)
         finally:
             Storage(run.root).delete(work.spool)
     return started - born, time.time() - started, images
@@ -296,14 +294,14 @@ def _load_models(run: Run, client: Client) -> None:
     client.run(load_models, run.config.bundle, run.bundle.digest, run.device, workers=wanted)
 
 
-def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: int, stop: threading.Event) -> int:
+def _dispatch(
+    work: _Work, first: Shard, pending: Iterator[Shard], in_flight: int, stop: threading.Event, dashboard: Dashboard
+) -> int:
     """Keeps a bounded number of shards on their way, and drains when asked to stop; returns the members done."""
     run = work.run
     total, done, failures = run.summary.shards, 0, 0
     options = run.config.limits
-    artifact = cast(
-        uuid.UUID, create_progress_artifact(0.0, key="nightly-progress", description=f"{run.run_id}: starting")
-    )
+    dashboard.progress(0.0, "starting")
     started, shown = time.monotonic(), 0.0
     on_the_way: dict[PrefectFuture[ShardReceipt], Shard] = {}
     upcoming: Iterator[Shard] = _with_spool(work, _chained(first, pending))
@@ -339,10 +337,9 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
             shown = time.monotonic()
             ahead = total - done - failures
             rate = images / (shown - started)
-            update_progress_artifact(
-                artifact,
+            dashboard.progress(
                 100.0 * (total - max(0, ahead)) / total,
-                f"{run.run_id}: {done} shards done in this session, {failures} failed, {rate:.1f} images/s",
+                f"{done} shards done in this session, {failures} failed, {rate:.1f} images/s",
             )
     if stop.is_set() and not exhausted:
         raise RunCancelledError(
@@ -355,7 +352,7 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
             f"the others are committed. What failed and why: leukoflow status {run.config.out} {run.run_id}. "
             f"Once mended: {run.binding.command}"
         )
-    update_progress_artifact(artifact, 100.0, f"{run.run_id}: all {total} shards are committed")
+    dashboard.progress(100.0, f"all {total} shards are committed")
     return images
 
 
@@ -402,14 +399,12 @@ def _remember_failure(run: Run, shard: Shard, message: str) -> None:
 
 
 class _Heart:
-    """Writes the heartbeat file and asks Prefect whether somebody pressed Cancel, in a thread of its own."""
+    """Writes the heartbeat file, in a thread of its own."""
 
     def __init__(self, run: Run) -> None:
         self.storage = Storage(run.root)
-        self.cancelled = threading.Event()
         self._over = threading.Event()
         self._last = ("failed", "it ended without a word")
-        self._flow_run_id = flow_run.id
         self._thread = threading.Thread(target=self._beat, name="leukoflow-heart", daemon=True)
 
     def __enter__(self) -> _Heart:
@@ -434,23 +429,17 @@ class _Heart:
         beat = Heartbeat(os.getpid(), socket.gethostname(), now(), state, message, PREFECT_UI_URL.value() or "")
         self.storage.write("heartbeat.json", dumps(beat))
 
-    def asked_to_cancel(self, client: SyncPrefectClient | None = None) -> bool:
-        """Whether somebody pressed Cancel in Prefect."""
-        if client is None:
-            with get_client(sync_client=True) as own:
-                return self.asked_to_cancel(own)
-        state = client.read_flow_run(uuid.UUID(str(self._flow_run_id))).state
-        return state is not None and (state.is_cancelling() or state.is_cancelled())
-
     def _beat(self) -> None:
-        with get_client(sync_client=True) as client:
-            while not self._over.wait(HEARTBEAT_SECONDS / 2):
-                try:
-                    self._write("running", "")
-                    if self.asked_to_cancel(client):
-                        self.cancelled.set()
-                except Exception as error:  # a missed beat must not end a night's work
-                    get_logger().warning("heartbeat: %s", error)
+        while not self._over.wait(HEARTBEAT_SECONDS / 2):
+            try:
+                self._write("running", "")
+            except Exception as error:  # a missed beat must not end a night's work
+                get_logger().warning("heartbeat: %s", error)
+
+
+def _dashboard(run: Run, stop: threading.Event) -> Dashboard:
+    """What Prefect is told beside the task runs; `stop` is set when somebody presses Cancel there."""
+    return Dashboard(run.run_id, str(flow_run.id), stop, lambda words: get_logger().warning("%s", words))
 
 
 def get_logger() -> Any:
@@ -461,12 +450,11 @@ def get_logger() -> Any:
 
 
 @contextmanager
-def _draining(heart: _Heart) -> Iterator[threading.Event]:
-    """An event that is set when the run should stop taking up shards: SIGTERM, Ctrl-C, or Cancel in Prefect.
+def _draining(stop: threading.Event) -> Iterator[None]:
+    """Sets the event that tells the run to take up no more shards on SIGTERM and Ctrl-C, as Cancel in Prefect does.
 
     A second signal ends the flow at once; what was committed stays.
     """
-    stop = heart.cancelled
 
     def ask(number: int, frame: Any) -> None:
         if stop.is_set():
@@ -475,11 +463,11 @@ def _draining(heart: _Heart) -> Iterator[threading.Event]:
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -49,8 +49,13 @@ class _Slide:
     top: tuple[float, str] | None = None
 
 
-def publish(run: Run, startup_seconds: float, processing_seconds: float, processed: int) -> RunManifest:
-    """Writes slides, duplicates and manifest. Raises ReconciliationError unless every member has exactly one row."""
+def publish(
+    run: Run, startup_seconds: float, processing_seconds: float, processed: int, notes: tuple[str, ...] = ()
+) -> RunManifest:
+    """Writes slides, duplicates and manifest. Raises ReconciliationError unless every member has exactly one row.
+
+    `notes` are for people, beside those that the parts give rise to.
+    """
     storage = Storage(run.root)
     markers = list(_markers(run, storage))
     receipts = [m.receipt for m in markers if m.receipt is not None]
@@ -121,7 +126,7 @@ def publish(run: Run, startup_seconds: float, processing_seconds: float, process
         parts=parts,
         tables=tuple(tables),
         software=software(),
-        notes=_notes(run, parts),
+        notes=(*_notes(run, parts), *notes),
     )
     storage.write("manifest.json", dumps(manifest))
     return manifest

@@ -12,7 +12,7 @@ import time
 import uuid
 from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import CancelledError, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, BinaryIO, cast
@@ -33,12 +33,12 @@ from flows.dashboard import Dashboard
 from leukoflow.cluster import code_digest, cores, open_cluster, visible_gpus
 from leukoflow.codec import dumps
 from leukoflow.config import RunConfig
-from leukoflow.errors import AttemptError, LeukoflowError, RunCancelledError, ShardError
+from leukoflow.errors import AttemptError, LeukoflowError, RunCancelledError, ShardError, StorageError
 from leukoflow.progress import HEARTBEAT_SECONDS, Heartbeat, now
 from leukoflow.records import CLASSES, RunManifest, Shard, ShardReceipt
 from leukoflow.runlog import run_log
 from leukoflow.sources import spool
-from leukoflow.storage import Storage
+from leukoflow.storage import Storage, is_full
 from tasks.bisect import find_culprits
 from tasks.open_run import Run, open_run, spooled, stem
 from tasks.plan import shards
@@ -288,10 +288,31 @@ def _process(run: Run, stop: threading.Event, dashboard: Dashboard) -> tuple[flo
 
 
 def _load_models(run: Run, client: Client) -> None:
-    """Has every worker that will compute load its models, all at the same time; one started later loads them then."""
+    """Has every worker that will compute load its models, all at the same time; one started later loads them then.
+
+    As tasks, so that a worker goes on telling the scheduler that it lives. One that is lost meanwhile is no error yet.
+    """
     infos = client.scheduler_info(n_workers=-1)["workers"]
     wanted = [a for a, info in infos.items() if run.device != "cuda" or info["resources"].get("GPU")]
-    client.run(load_models, run.config.bundle, run.bundle.digest, run.device, workers=wanted)
+    loading = {
+        address: client.submit(
+            load_models, run.config.bundle, run.bundle.digest, run.device,
+            key=f"load-models-{uuid.uuid4().hex[:8]}", workers=[address], pure=False,
+        )
+        for address in wanted
+    }  # fmt: skip
+    while loading:
+        for address, future in list(loading.items()):
+            gone = address not in client.scheduler_info(n_workers=-1)["workers"]
+            try:
+                future.result(timeout=0.1 if gone else 0.5)
+            except TimeoutError:
+                if not gone:
+                    continue
+                future.cancel(force=True)
+            except (KilledWorker, CancelledError, OSError) as error:
+                get_logger().warning("worker %s was lost while it loaded the models (%s)", address, error)
+            del loading[address]
 
 
 def _dispatch(
@@ -305,7 +326,7 @@ def _dispatch(
     started, shown = time.monotonic(), 0.0
     on_the_way: dict[PrefectFuture[ShardReceipt], Shard] = {}
     upcoming: Iterator[Shard] = _with_spool(work, _chained(first, pending))
-    exhausted = False
+    exhausted = full = False
     images = 0
     while True:
         while not exhausted and not stop.is_set() and len(on_the_way) < in_flight:
@@ -329,7 +350,11 @@ def _dispatch(
             future.wait()  # takes over the final state; without it the server is asked, which may lag behind
             if not future.state.is_completed():
                 failures += 1
-                _remember_failure(run, shard, future.state.message or "it failed")
+                words = future.state.message or "it failed"
+                if is_full(words):  # it would be so for every further shard
+                    full = exhausted = True
+                    continue
+                _remember_failure(run, shard, words)
                 continue
             done += 1
             images += shard.count
@@ -341,6 +366,11 @@ def _dispatch(
                 100.0 * (total - max(0, ahead)) / total,
                 f"{done} shards done in this session, {failures} failed, {rate:.1f} images/s",
             )
+    if full:
+        raise StorageError(
+            f"the disk that holds {run.root} is full; {done} shards were finished in this session and stay. Make room "
+            f"there, then take it up again: {run.binding.command}"
+        )
     if stop.is_set() and not exhausted:
         raise RunCancelledError(
             f"run {run.run_id} was asked to stop and has drained; {done} shards were finished in this session. "
@@ -423,7 +453,10 @@ class _Heart:
             self._last = ("cancelled", str(error))
         elif error is not None:
             self._last = ("failed", str(error) or type(error).__name__)
-        self._write(*self._last)
+        try:
+            self._write(*self._last)
+        except Exception as trouble:  # what ended the run is what people must read
+            get_logger().warning("heartbeat: %s", trouble)
 
     def _write(self, state: Any, message: str) -> None:
         beat = Heartbeat(os.getpid(), socket.gethostname(), now(), state, message, PREFECT_UI_URL.value() or "")

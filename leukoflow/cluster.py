@@ -59,10 +59,10 @@ class BoundThreads(WorkerPlugin):
 
     def setup(self, worker: Any) -> None:
         """Called by Dask when the worker is ready."""
-        import cv2
-        import torch
+        if self.threads:  # else nothing is imported: it would keep the worker from telling that it lives
+            import cv2
+            import torch
 
-        if self.threads:
             # Local workers share the terminal with the flow, which drains on Ctrl-C: they must live to finish.
             if threading.current_thread() is threading.main_thread():
                 signal.signal(signal.SIGINT, signal.SIG_IGN)

@@ -14,6 +14,13 @@ from leukoflow.storage import Storage
 LOGGERS = ("leukoflow", "prefect.flow_runs", "prefect.task_runs")
 
 
+class _LogFile(logging.FileHandler):
+    """A log on a full disk loses lines; that must not put a traceback for each of them on the terminal."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: what fills the disk is told by those who need it."""
+
+
 @contextmanager
 def run_log(root: str) -> Iterator[None]:
     """Appends what the flow and its tasks log to `logs/`, one file for each time the run was taken up."""
@@ -22,7 +29,7 @@ def run_log(root: str) -> Iterator[None]:
     with tempfile.TemporaryDirectory(prefix="leukoflow-log-") as scratch:
         path = Path(storage.uri(name)) if storage.is_local else Path(scratch) / "run.log"
         path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8", delay=False)
+        handler = _LogFile(path, encoding="utf-8", delay=False)
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         for logger in LOGGERS:
             logging.getLogger(logger).addHandler(handler)

@@ -6,6 +6,8 @@ opened in the process that uses them, without listing caches, since s3fs shares 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import shutil
@@ -28,6 +30,25 @@ def _s3(pid: int) -> Any:
     import s3fs
 
     return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True, default_block_size=8 << 20)
+
+
+def is_full(words: str) -> bool:
+    """Whether an error's words say that a disk, or somebody's share of it, is full."""
+    return any(os.strerror(number) in words for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def _cannot_write(target: Path, error: OSError) -> StorageError:
+    words = f"cannot write {target}: {error.strerror}"
+    if is_full(words):
+        return StorageError(f"{words}; make room on that disk, then give the same command again")
+    return StorageError(f"{words}; run the same command again")
+
+
+def _make_parent(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
 
 
 class Storage:
@@ -84,7 +105,7 @@ class Storage:
             self.fs.pipe_file(self.uri(key), data)
             return
         target = Path(self.uri(key))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(target)
         scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
             with scratch.open("wb") as file:
@@ -93,8 +114,9 @@ class Storage:
                 os.fsync(file.fileno())
             scratch.replace(target)
         except OSError as error:
-            scratch.unlink(missing_ok=True)
-            raise StorageError(f"cannot write {target}: {error.strerror}") from error
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            raise _cannot_write(target, error) from error
 
     def create(self, key: str, data: bytes) -> bool:
         """Writes a key only if it is absent, atomically; False when somebody was first."""
@@ -105,7 +127,7 @@ class Storage:
                 return False
             return True
         target = Path(self.uri(key))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(target)
         scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
             with scratch.open("wb") as file:
@@ -116,9 +138,10 @@ class Storage:
         except FileExistsError:
             return False
         except OSError as error:
-            raise StorageError(f"cannot write {target}: {error.strerror}") from error
+            raise _cannot_write(target, error) from error
         finally:
-            scratch.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
         return True
 
     def delete(self, key: str) -> None:
@@ -237,7 +260,7 @@ class Storage:
                 target.rename(grave)
             mine.replace(target)
         except OSError as error:
-            raise StorageError(f"cannot write {target}: {error.strerror}; run the same command again") from error
+            raise _cannot_write(target, error) from error
         finally:
             shutil.rmtree(bench, ignore_errors=True)
 

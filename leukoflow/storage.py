@@ -167,6 +167,13 @@ class Storage:
         if names and not self.names("_attempts"):
             self.delete("_attempts")
 
+    def prune(self, key: str) -> None:
+        """Removes a folder and those above it, up to the root, while they are empty; an object store has none."""
+        parts = key.split("/") if self.is_local else []
+        with contextlib.suppress(OSError):
+            for n in range(len(parts), 0, -1):
+                os.rmdir(self.uri("/".join(parts[:n])))
+
     def files(self, prefix: str, hidden: bool = False) -> list[str]:
         """Keys below a prefix, sorted. For what this process wrote itself, and for people; never for what is done.
 

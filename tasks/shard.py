@@ -398,6 +398,10 @@ def _guard(job: ShardJob, stage: str) -> Iterator[None]:
         yield
     finally:
         timer.cancel()
+        # The task of a flow that was killed may end after another flow has finished the run and swept up.
+        if job.only is None and (storage := Storage(job.root)).exists("manifest.json"):
+            storage.delete(attempt_prefix(job.shard, job.attempt))
+            storage.prune(f"_attempts/{job.shard.name}")
 
 
 # --- prepare ---------------------------------------------------------------------------------------------------------

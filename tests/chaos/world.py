@@ -61,8 +61,10 @@ class Service:
     user: int | None = None
     process: subprocess.Popen[bytes] | None = None
     starts: int = 0
+    began: float = 0.0
 
     def start(self) -> None:
+        self.began = time.monotonic()
         with self.log.open("ab") as sink:
             self.process = subprocess.Popen(
                 self.words,
@@ -122,6 +124,7 @@ class World:
 
     def __post_init__(self) -> None:
         self.mark = uuid.uuid4().hex
+        self.pg_home: Path | None = None
         self.delay, self.clock = self.folder / "delay", self.folder / "clock"
         self.delay.write_text("0")
         self.clock.write_text("0")
@@ -153,6 +156,8 @@ class World:
     def __exit__(self, *trouble: object) -> None:
         for service in reversed(self.services.values()):
             service.stop()
+        if self.pg_home is not None:
+            shutil.rmtree(self.pg_home)
 
     def _add(self, service: Service, seconds: float = 90) -> None:
         self.services[service.name] = service
@@ -163,6 +168,7 @@ class World:
         # not below pytest's folder, which only its owner may enter
         home, port = Path("/tmp") / f"leukoflow-pg-{self.mark[:8]}", free_port()
         home.mkdir()
+        self.pg_home = home
         os.chown(home, NOBODY, NOBODY)
         plain = {k: v for k, v in self._environment().items() if k != "PYTHONPATH"}
         own = {"user": NOBODY, "group": NOBODY, "extra_groups": [], "env": plain, "cwd": home}
@@ -173,7 +179,6 @@ class World:
         words = ["postgres", "-D", str(home / "db"), "-p", str(port), "-k", str(home), "-h", "127.0.0.1"]
         log = self.folder / "postgres.log"
         self._add(Service("postgres", words, plain, log, lambda: answers(port), NOBODY))
-        self.pg_home = home
         subprocess.run(["createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "prefect", "prefect"], check=True, **own)  # type: ignore[call-overload]
         self.database = f"postgresql+asyncpg://prefect@127.0.0.1:{port}/prefect"
 
@@ -234,10 +239,10 @@ class World:
         return [s for s in self.services.values() if s.name.startswith("nanny")]
 
     def supervise(self) -> list[str]:
-        """Starts again what is gone; its names."""
-        gone = [s for s in self.services.values() if not s.alive]
+        """Starts again what is gone, as systemd does with RestartSec=2; its names."""
+        gone = [s for s in self.services.values() if not s.alive and time.monotonic() - s.began > 2.0]
         for service in gone:
-            if service.name == "postgres":
+            if service.name == "postgres" and self.pg_home is not None:
                 (self.pg_home / "db" / "postmaster.pid").unlink(missing_ok=True)
             service.start()
         return [s.name for s in gone]

@@ -16,11 +16,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Self
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
-from prefect.events.clients import PrefectEventsClient
+from prefect.events.clients import RETRYABLE_EXCEPTIONS, PrefectEventsClient
 from prefect.events.schemas.events import Event
 from prefect.events.worker import EventsWorker
 from prefect.exceptions import PrefectException
@@ -40,6 +41,14 @@ class _Events(PrefectEventsClient):
     """Prefect's own client, until the server is given up: it would try about ten seconds for each event."""
 
     given_up = threading.Event()
+
+    async def __aenter__(self) -> Self:
+        """Without a connection if need be: sending the first event connects, or tries to."""
+        try:
+            return await super().__aenter__()
+        except RETRYABLE_EXCEPTIONS:
+            self._start_checkpoint_task()
+            return self
 
     async def _emit(self, event: Event) -> None:
         if not self.given_up.is_set():

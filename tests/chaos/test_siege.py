@@ -25,7 +25,7 @@ from harness import Command, assert_same, digests, small_bundle, smears, table, 
 from moto.server import ThreadedMotoServer
 
 from leukoflow.codec import loads
-from leukoflow.progress import Heartbeat, read_manifest
+from leukoflow.progress import read_manifest
 from leukoflow.records import Marker
 from leukoflow.storage import Storage
 from tasks.verify import verify_run
@@ -66,6 +66,7 @@ class Night:
     began: float = field(default_factory=time.monotonic)
     codes: Counter[int] = field(default_factory=Counter)
     starts: int = 0
+    launched: float = 0.0
     hit: Counter[str] = field(default_factory=Counter)
 
     @property
@@ -86,14 +87,12 @@ class Night:
         environment = {"AWS_ENDPOINT_URL": self.place.proxy.url} if self.place.proxy else {}
         self.command = self.world.run(words, self.log, **environment)
         self.starts += 1
+        self.launched = time.time() + 1.0
 
     def begun(self) -> bool:
-        """Whether the command that runs now has taken up its shards."""
-        try:
-            beat = loads(Heartbeat, Storage(self.root).read("heartbeat.json"), "heartbeat.json")
-        except (FileNotFoundError, OSError):
-            return False
-        return beat.pid == self.running.pid and beat.state == "running"
+        """Whether images are processed for the command that runs now."""
+        seen = self.world.delay.with_name("delay.seen")
+        return seen.exists() and seen.stat().st_mtime > self.launched
 
 
 # --- faults: each returns how many it hit, 0 when there was nothing to hit ------------------------------------------

@@ -35,7 +35,7 @@ class LimitSettings(Settings):
 
 
 class TlsSettings(Settings):
-    """Paths of PEM files for `tls://`. What is left out comes from Dask's own configuration (`distributed.comm.tls`)."""
+    """PEM files for `tls://`. What is left out comes from Dask's own configuration (`distributed.comm.tls`)."""
 
     ca_file: str | None = Field(None, description="certificate of the authority that signed all others")
     cert: str | None = Field(None, description="this side's certificate")
@@ -86,8 +86,8 @@ class ClusterSettings(Settings):
     """Where Dask comes from.
 
     A run on GPUs has two kinds of workers: `gpu_workers` with one GPU each, and `workers` without, which read and
-    normalise images for them. Between `min_workers` and `max_workers` is scaled what limits a run: the workers with a GPU
-    where it uses some (not locally, where the GPUs are what they are), else those without.
+    normalise images for them. Between `min_workers` and `max_workers` is scaled what limits a run: the workers with a
+    GPU where it uses some (not locally, where the GPUs are what they are), else those without.
     """
 
     address: str = Field(
@@ -119,7 +119,9 @@ class ClusterSettings(Settings):
             raise ValueError(f"max_workers ({self.max_workers}) is below min_workers ({self.min_workers})")
         if self.max_workers and "://" in self.address:
             raise ValueError("max_workers: whoever started the scheduler at an address also decides about its workers")
-        if self.address == "kubernetes" and self.tls != TlsSettings():
+        if self.tls != TlsSettings() and self.address.startswith("tcp://"):
+            raise ValueError(f"tls: {self.address} is a scheduler without TLS; write tls:// where it has certificates")
+        if self.tls != TlsSettings() and self.address == "kubernetes":
             raise ValueError("tls: the Dask operator starts its scheduler without TLS; give a tls:// address instead")
         return self
 

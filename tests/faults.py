@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -263,7 +264,7 @@ class FaultyProxy:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 await self._forward(request)
 
-        self._loop.create_task(deliver())  # noqa: RUF006 - ends by itself, or with the loop
+        self._loop.create_task(deliver())
 
     async def _forward(self, request: Request) -> Answer:
         parts = urlsplit(self.upstream)
@@ -324,3 +325,29 @@ def _head(answer: Answer, length: int, close: bool = False) -> bytes:
 def _failure(code: str, status: int) -> Answer:
     body = f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>made by a test</Message></Error>"
     return Answer(status, (f"HTTP/1.1 {status} {code}", "Content-Type: application/xml"), body.encode())
+
+
+# --- a store to put it in front of
+
+
+@contextmanager
+def moto_server() -> Iterator[str]:
+    """The address of an S3 API over HTTP, on a free port of this machine."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for every request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+def s3_account(endpoint: str) -> dict[str, str]:
+    """What the environment of everybody who talks to a store of the tests holds."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip

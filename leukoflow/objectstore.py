@@ -38,8 +38,9 @@ from leukoflow.errors import LeukoflowError, StorageError
 ADDRESSING = "LEUKOFLOW_S3_ADDRESSING_STYLE"
 ATTEMPTS = 6
 """Of each request, with pauses that double from about half a second: some fifteen seconds in all."""
-ROUNDS = 3
-"""How often all attempts are made again for connections that break, and for bodies that break off."""
+ROUNDS = 5
+"""How often all attempts are made for a request whose connections break, or for a body that breaks off: an outage of a
+minute is waited for, and a longer one fails the shard, which is tried again."""
 COPY_LIMIT = 1 << 30
 """Larger objects are copied in pieces, so that no single copy runs into the time limit of a request."""
 COPY_PIECE = 256 << 20
@@ -81,13 +82,20 @@ class _ShortAnswerError(HTTPClientError):  # type: ignore[misc]
     fmt = "the answer has {found} bytes instead of {wanted}"
 
 
+class _ExhaustedError(OSError):
+    """All attempts at a request are spent; s3fs would take the original error for one to begin all over with."""
+
+
 class ObjectStore(S3FileSystem):  # type: ignore[misc]
     """s3fs, made strict: short answers and failed deletions are errors, and failed copies leave no upload behind."""
 
     retries = ROUNDS
 
     async def _call_s3(self, method: str, *akwarglist: Any, **kwargs: Any) -> Any:
-        answer = await super()._call_s3(method, *akwarglist, **kwargs)
+        try:
+            answer = await super()._call_s3(method, *akwarglist, **kwargs)
+        except (HTTPClientError, ResponseParserError, TimeoutError) as error:
+            raise _ExhaustedError(str(error)) from error
         if method == "get_object" and "ContentRange" in answer:
             first, _, last = answer["ContentRange"].removeprefix("bytes ").partition("/")[0].partition("-")
             wanted, found = int(last) - int(first) + 1, int(answer["ContentLength"])
@@ -165,8 +173,8 @@ def store_errors(uri: str) -> Iterator[None]:
             raise
         raise StorageError(explain(error, uri)) from error
     except Exception as error:
-        known = type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp", "s3fs")
-        if not known and not isinstance(error, OSError):
+        foreign = type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
+        if not foreign and not isinstance(error, OSError | BotoCoreError):
             raise
         if code_of(error) in _ABSENT:
             raise FileNotFoundError(uri) from error
@@ -184,7 +192,7 @@ def explain(error: BaseException, uri: str) -> str:
     match code:
         case "NoSuchBucket":
             return (
-                f"{uri}: there is no bucket {bucket} at {endpoint}; create it, or correct its name or AWS_ENDPOINT_URL"
+                f"{uri}: bucket {bucket} does not exist at {endpoint}; create it, or correct name or AWS_ENDPOINT_URL"
             )
         case "AccessDenied" | "AllAccessDisabled" | "403" | "Forbidden":
             return (
@@ -399,8 +407,8 @@ def read(store: ObjectStore, bucket: str, key: str, **conditions: Any) -> bytes:
 
     async def fetch() -> bytes:
         for left in reversed(range(ROUNDS)):
+            answer = await store._call_s3("get_object", Bucket=bucket, Key=key, **conditions)
             try:
-                answer = await store._call_s3("get_object", Bucket=bucket, Key=key, **conditions)
                 async with answer["Body"] as body:
                     return cast(bytes, await body.read())
             except Exception as error:

@@ -103,6 +103,7 @@ class FaultyProxy:
     upstream: str
     faults: Faults = field(default_factory=Faults)
     down: str | None = None  # an outage: "refuse" closes connections, "503" answers so, "hang" says nothing
+    says: Callable[[Request], Answer | None] | None = None  # an answer of the test's own, in place of the service's
     log: list[Seen] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -203,11 +204,13 @@ class FaultyProxy:
             await reader.read(max(1, length // 2)) if length else None
             return self._cut(bare, writer, fault)
         request = dataclasses.replace(bare, body=await _body(bare, reader))
+        if self.says is not None and (own := self.says(request)) is not None:
+            return await self._answer(request, writer, own, "said")
         if fault in ("error", "throttle", "late"):
             if fault == "late":
                 self._later(request)
             words = ("SlowDown", 503) if fault == "throttle" else ("InternalError", 500)
-            return await self._answer(request, writer, _failure(*words), fault)
+            return await self._answer(request, writer, failure(*words), fault)
         if fault == "slow":
             await asyncio.sleep(self.faults.seconds)
         old = self._listings.get(target) if request.listing else None
@@ -240,7 +243,7 @@ class FaultyProxy:
         if self.down == "hang":
             await asyncio.sleep(3600)
         if self.down == "503":
-            writer.write(_head(_failure("ServiceUnavailable", 503), 0, close=True))
+            writer.write(_head(failure("ServiceUnavailable", 503), 0, close=True))
             await writer.drain()
         return self._cut(request, writer, "outage")
 
@@ -322,7 +325,8 @@ def _head(answer: Answer, length: int, close: bool = False) -> bytes:
     return ("\r\n".join([*lines, "", ""])).encode("latin-1")
 
 
-def _failure(code: str, status: int) -> Answer:
+def failure(code: str, status: int) -> Answer:
+    """An error as S3 words it."""
     body = f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>made by a test</Message></Error>"
     return Answer(status, (f"HTTP/1.1 {status} {code}", "Content-Type: application/xml"), body.encode())
 

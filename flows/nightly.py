@@ -96,7 +96,8 @@ def nightly(config: RunConfig) -> State[Any]:
         stop = threading.Event()
         with run_log(run.root), _Heart(run) as heart, _draining(stop), _dashboard(run, stop) as dashboard:
             log.info("run %s: %s images in %s shards", run.run_id, run.summary.members, run.summary.shards)
-            manifest = publish(run, *_process(run, stop, dashboard), notes=dashboard.notes())
+            with _no_uploads_left(run):
+                manifest = publish(run, *_process(run, stop, dashboard), notes=dashboard.notes())
             Storage(run.root).delete("_attempts")
             _report(run, manifest)
             dashboard.summary(summary(run, manifest), f"What became of {stem(config.source)}")
@@ -305,6 +306,19 @@ def _process(run: Run, stop: threading.Event, dashboard: Dashboard) -> tuple[flo
         finally:
             Storage(run.root).delete(work.spool)
     return started - born, time.time() - started, images
+
+
+@contextmanager
+def _no_uploads_left(run: Run) -> Iterator[None]:
+    """Aborts, however the block ends, the multipart uploads that lost answers and killed workers have left."""
+    try:
+        yield
+    finally:
+        try:
+            if count := Storage(run.root).abort_uploads():
+                get_run_logger().info("run %s: %s unfinished uploads were aborted", run.run_id, count)
+        except LeukoflowError as error:  # not every store can list them; the operating guide has a rule for those
+            get_run_logger().warning("unfinished uploads could not be looked for: %s", error)
 
 
 def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], stop: threading.Event, dashboard: Dashboard) -> int:

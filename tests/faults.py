@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import dataclasses
 import hashlib
+import logging
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -102,6 +103,7 @@ class FaultyProxy:
     upstream: str
     faults: Faults = field(default_factory=Faults)
     down: str | None = None  # an outage: "refuse" closes connections, "503" answers so, "hang" says nothing
+    says: Callable[[Request], Answer | None] | None = None  # an answer of the test's own, in place of the service's
     log: list[Seen] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -202,11 +204,13 @@ class FaultyProxy:
             await reader.read(max(1, length // 2)) if length else None
             return self._cut(bare, writer, fault)
         request = dataclasses.replace(bare, body=await _body(bare, reader))
+        if self.says is not None and (own := self.says(request)) is not None:
+            return await self._answer(request, writer, own, "said")
         if fault in ("error", "throttle", "late"):
             if fault == "late":
                 self._later(request)
             words = ("SlowDown", 503) if fault == "throttle" else ("InternalError", 500)
-            return await self._answer(request, writer, _failure(*words), fault)
+            return await self._answer(request, writer, failure(*words), fault)
         if fault == "slow":
             await asyncio.sleep(self.faults.seconds)
         old = self._listings.get(target) if request.listing else None
@@ -239,7 +243,7 @@ class FaultyProxy:
         if self.down == "hang":
             await asyncio.sleep(3600)
         if self.down == "503":
-            writer.write(_head(_failure("ServiceUnavailable", 503), 0, close=True))
+            writer.write(_head(failure("ServiceUnavailable", 503), 0, close=True))
             await writer.drain()
         return self._cut(request, writer, "outage")
 
@@ -263,7 +267,7 @@ class FaultyProxy:
             with contextlib.suppress(OSError, asyncio.IncompleteReadError):
                 await self._forward(request)
 
-        self._loop.create_task(deliver())  # noqa: RUF006 - ends by itself, or with the loop
+        self._loop.create_task(deliver())
 
     async def _forward(self, request: Request) -> Answer:
         parts = urlsplit(self.upstream)
@@ -321,6 +325,33 @@ def _head(answer: Answer, length: int, close: bool = False) -> bytes:
     return ("\r\n".join([*lines, "", ""])).encode("latin-1")
 
 
-def _failure(code: str, status: int) -> Answer:
+def failure(code: str, status: int) -> Answer:
+    """An error as S3 words it."""
     body = f"<?xml version='1.0' encoding='UTF-8'?><Error><Code>{code}</Code><Message>made by a test</Message></Error>"
     return Answer(status, (f"HTTP/1.1 {status} {code}", "Content-Type: application/xml"), body.encode())
+
+
+# --- a store to put it in front of
+
+
+@contextmanager
+def moto_server() -> Iterator[str]:
+    """The address of an S3 API over HTTP, on a free port of this machine."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for every request
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    try:
+        yield f"http://{host}:{port}"
+    finally:
+        server.stop()
+
+
+def s3_account(endpoint: str) -> dict[str, str]:
+    """What the environment of everybody who talks to a store of the tests holds."""
+    return {
+        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret",
+        "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip

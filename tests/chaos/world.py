@@ -159,7 +159,7 @@ class World:
         if self.pg_home is not None:
             shutil.rmtree(self.pg_home)
 
-    def _add(self, service: Service, seconds: float = 90) -> None:
+    def _add(self, service: Service, seconds: float = 240) -> None:
         self.services[service.name] = service
         service.start()
         until(service.ready, seconds, f"{service.name} answers; its log is {service.log}")

@@ -54,8 +54,8 @@ def sample(flow: psutil.Process, peaks: dict[str, int]) -> dict[str, float]:
     return cpu
 
 
-def run(folder: Path, members: int, seconds: float) -> int:
-    """One session of the run; its exit code."""
+def run(folder: Path, end: float) -> int:
+    """One session of the run, stopped when the monotonic clock says `end`; its exit code."""
     peaks_file = folder / "peaks.json"
     peaks: dict[str, int] = json.loads(peaks_file.read_text()) if peaks_file.exists() else {}
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")} | {
@@ -77,11 +77,11 @@ def run(folder: Path, members: int, seconds: float) -> int:
         found = sample(flow, peaks)
         times = folder / "times.csv"
         cpu.append((times.read_bytes().count(b"\n") if times.exists() else 0, found))
-        if not stopped and time.monotonic() - started > seconds:
+        peaks_file.write_text(json.dumps(peaks))
+        if not stopped and time.monotonic() > end:
             flow.send_signal(signal.SIGTERM)
             stopped = True
         time.sleep(0.5)
-    peaks_file.write_text(json.dumps(peaks))
     print(f"session of {time.monotonic() - started:.0f} s ended with {flow.returncode}")
     _cpu_per_shard(cpu)
     return int(flow.returncode)
@@ -146,6 +146,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=280.0)
     options = parser.parse_args()
     folder: Path = options.folder
+    end = time.monotonic() + options.seconds
     folder.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(ROOT))
     from benchmarks.bench_plan import write_archive, write_manifest
@@ -155,7 +156,7 @@ def main() -> None:
         write_archive(folder / "million.zip", options.members)
         write_manifest(folder / "manifest.csv", options.members)
         random_bundle(folder / "bundle", 0, tiny=True)
-    if run(folder, options.members, options.seconds) == 130:
+    if run(folder, end) == 130:
         print("not finished; the same command goes on")
         return
     from leukoflow.progress import read_manifest

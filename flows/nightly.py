@@ -461,6 +461,8 @@ class _Heart:
         self._thread.join(timeout=30)
         if isinstance(error, RunCancelledError):
             self._last = ("cancelled", str(error))
+        elif isinstance(error, KeyboardInterrupt):
+            self._last = ("cancelled", "it was stopped at once, by a second signal")
         elif error is not None:
             self._last = ("failed", str(error) or type(error).__name__)
         try:

@@ -123,7 +123,8 @@ def _nightly(module: Any) -> None:
             return future
 
     module._attempt, module.process_shard = timed, Timed(task)
-    module.IN_FLIGHT_PER_WORKER = 1  # nobody waits behind another shard, so that what is left is overhead
+    sys.modules["leukoflow.cluster"].IN_FLIGHT_PER_WORKER = 1  # type: ignore[attr-defined]
+    # so nobody waits behind another shard, and what is left beside the stages is overhead
 
 
 HOOKS = {"tasks.shard": _shard, "flows.nightly": _nightly}

@@ -14,6 +14,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Self
@@ -80,7 +81,10 @@ class Dashboard:
         self._artifact: uuid.UUID | None = None
         self._lock = threading.Lock()
         self._wake, self._over = threading.Event(), threading.Event()
-        self._thread = threading.Thread(target=self._talk, name="leukoflow-dashboard", daemon=True)
+        # in the flow's context, so that what is sent is known to be of this run
+        self._thread = threading.Thread(
+            target=copy_context().run, args=(self._talk,), name="leukoflow-dashboard", daemon=True
+        )
 
     def __enter__(self) -> Dashboard:
         _Events.given_up.clear()

@@ -144,14 +144,15 @@ def test_a_store_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monk
     storage = Storage("s3://nights")
     storage.fs.mkdir("nights")
     with FaultyProxy(url) as proxy:
-        away = {"AWS_ENDPOINT_URL": proxy.url}
+        away = {"AWS_ENDPOINT_URL": proxy.url, "AWS_MAX_ATTEMPTS": "2"}
         command = launch(bundle, source, "s3://nights", tmp_path / "log", 0.2, tmp_path, **away)
         try:
             until(lambda: storage.names("night/markers/predictions"), 240, "the first shard is committed", command)
             with proxy.outage("refuse"):
                 assert command.wait(400) == 1, command.text()[-3000:]
             words = words_of(command)
-            assert "s3://nights" in words, words[-2000:]
+            assert "s3://nights/night/" in words, words[-2000:]
+            assert "cannot be reached or breaks connections" in words, words[-2000:]
             assert "fault of the program" not in words, words[-2000:]
             assert command.survivors() == []
         finally:

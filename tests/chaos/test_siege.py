@@ -19,9 +19,10 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 from chaos.world import World, can_run_postgres, freeze, healthy, kill
 from faults import FaultyProxy
-from harness import Command, assert_same, digests, small_bundle, smears, table, until, white, write_zip
+from harness import Command, assert_same, digests, screen_here, small_bundle, smears, table, until, white, write_zip
 from moto.server import ThreadedMotoServer
 
 from leukoflow.codec import loads
@@ -269,8 +270,8 @@ def play(night: Night, kinds: Iterator[str], wanted: int) -> None:
         time.sleep(0.1)
 
 
-def check(night: Night, whole: Path, images: list[str], scratch: Path) -> None:
-    """Same rows and bytes as the undisturbed run, nothing left behind."""
+def check(night: Night, whole: Path, images: list[str], scratch: Path) -> Counter[str]:
+    """Same rows and bytes as the undisturbed run in this process, nothing left behind; what was counted."""
     storage = Storage(night.root)
     verification = verify_run(night.root)
     assert verification.ok, verification.findings
@@ -281,7 +282,8 @@ def check(night: Night, whole: Path, images: list[str], scratch: Path) -> None:
         root = scratch / night.run_id
         storage.fs.get(storage.root, str(root), recursive=True)
     rows = table(root, "predictions")["image_key"].to_pylist()
-    assert Counter(rows) == Counter(images), "lost or doubled"
+    lost, doubled = (Counter(images) - Counter(rows)).total(), (Counter(rows) - Counter(images)).total()
+    assert (lost, doubled) == (0, 0)
     assert rows == images
     assert_same(whole, root)
     manifest = read_manifest(storage)
@@ -289,6 +291,7 @@ def check(night: Night, whole: Path, images: list[str], scratch: Path) -> None:
     assert manifest.members == len(images)
     if not any("activation maps are absent" in note for note in manifest.notes):
         assert digests(root / "activations.zarr") == digests(whole / "activations.zarr")
+    return Counter(rows=len(rows), lost=lost, doubled=doubled, files=verification.files)
 
 
 @contextmanager
@@ -323,16 +326,14 @@ def siege(kind: str, runs: int, faults: int, folder: Path, seed: int, show: Call
     bundle = small_bundle(folder / "bundle")
     fields = smears(folder / "sample", IMAGES - 1, seed=21) | {"slide-b/blank.png": white()}
     source = write_zip(folder / "night.zip", fields)
-    codes, restarts = Counter[int](), 0
+    torch.set_num_threads(1)
+    quiet = screen_here(source, folder / "quiet", "whole", bundle, shard_size=SHARD)
+    codes, counted = Counter[int](), Counter[str]()
     with ExitStack() as stack:
         here = stack.enter_context(place(kind, folder))
         postgres = kind == "s3" and can_run_postgres() is None
         environment = {"AWS_ENDPOINT_URL": here.proxy.url} if here.proxy else {}
         world = stack.enter_context(World(folder, postgres=postgres, environment=environment))
-        local = Place(str(folder / "quiet"))
-        quiet = Night(world, local, "whole", source, bundle.path, dice, folder / "whole.log")
-        play(quiet, iter(()), 0)
-        assert quiet.starts == 1, quiet.running.text()[-3000:]
         kinds = deck(here, world, dice)
         for number in range(runs):
             night = Night(world, here, f"night-{number}", source, bundle.path, dice, folder / f"night-{number}.log")
@@ -341,7 +342,7 @@ def siege(kind: str, runs: int, faults: int, folder: Path, seed: int, show: Call
                 for p in world.worker_processes():
                     if p.status() == psutil.STATUS_STOPPED:  # frozen for good: the machine is switched off and on
                         p.kill()
-                check(night, Path(quiet.root), list(fields), folder)
+                counted += check(night, Path(quiet.root), list(fields), folder)
                 assert night.running.survivors(20) == []
             except BaseException:
                 show("\n".join(night.lines))
@@ -358,7 +359,8 @@ def siege(kind: str, runs: int, faults: int, folder: Path, seed: int, show: Call
     weather = f", {sum(here.proxy.made().values())} requests met one" if here.proxy else ""
     show(
         f"chaos on {kind}: {runs} runs, {total.total()} faults ({counts}{weather}), {restarts} services started again, "
-        f"exit codes {dict(sorted(codes.items()))}, rows lost 0, rows doubled 0, altered bytes 0, "
+        f"exit codes {dict(sorted(codes.items()))}, {counted['rows']} rows, "
+        f"{counted['lost']} lost, {counted['doubled']} doubled, {counted['files']} files with the bytes they should have, "
         f"{time.monotonic() - began:.0f} s"
     )
     return total

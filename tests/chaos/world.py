@@ -148,6 +148,7 @@ class World:
                 self._add_postgres()
             self._add_prefect()
             self._add_dask()
+            self._wait()
         except BaseException:
             self.__exit__()
             raise
@@ -159,10 +160,13 @@ class World:
         if self.pg_home is not None:
             shutil.rmtree(self.pg_home)
 
-    def _add(self, service: Service, seconds: float = 240) -> None:
+    def _add(self, service: Service) -> None:
         self.services[service.name] = service
         service.start()
-        until(service.ready, seconds, f"{service.name} answers; its log is {service.log}")
+
+    def _wait(self) -> None:
+        for service in self.services.values():
+            until(service.ready, 240, f"{service.name} answers; its log is {service.log}")
 
     def _add_postgres(self) -> None:
         # not below pytest's folder, which only its owner may enter
@@ -179,6 +183,7 @@ class World:
         words = ["postgres", "-D", str(home / "db"), "-p", str(port), "-k", str(home), "-h", "127.0.0.1"]
         log = self.folder / "postgres.log"
         self._add(Service("postgres", words, plain, log, lambda: answers(port), NOBODY))
+        self._wait()
         subprocess.run(["createdb", "-h", "127.0.0.1", "-p", str(port), "-U", "prefect", "prefect"], check=True, **own)  # type: ignore[call-overload]
         self.database = f"postgresql+asyncpg://prefect@127.0.0.1:{port}/prefect"
 
@@ -213,10 +218,7 @@ class World:
         for i in range(self.workers):
             words = [*module, "distributed.cli.dask_worker", self.scheduler, "--nthreads", "1", "--no-dashboard"]
             words += ["--memory-limit", "0", "--local-directory", str(self.folder / f"worker-{i}")]
-            self.services[f"nanny {i}"] = Service(
-                f"nanny {i}", words, environment, self.folder / f"nanny-{i}.log", lambda: True
-            )
-            self.services[f"nanny {i}"].start()
+            self._add(Service(f"nanny {i}", words, environment, self.folder / f"nanny-{i}.log", lambda: True))
 
     # --- what can be hit
 

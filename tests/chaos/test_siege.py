@@ -7,6 +7,7 @@ LEUKOFLOW_CHAOS_SEED and logged. `make chaos-short` plays one run of each kind.
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import time
@@ -297,6 +298,7 @@ def check(night: Night, whole: Path, images: list[str], scratch: Path) -> Counte
 @contextmanager
 def place(kind: str, folder: Path) -> Iterator[Place]:
     if kind == "s3":
+        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
         server = ThreadedMotoServer(port=0, verbose=False)
         server.start()
         host, port = server.get_host_and_port()
@@ -360,7 +362,7 @@ def siege(kind: str, runs: int, faults: int, folder: Path, seed: int, show: Call
     show(
         f"chaos on {kind}: {runs} runs, {total.total()} faults ({counts}{weather}), {restarts} services started again, "
         f"exit codes {dict(sorted(codes.items()))}, {counted['rows']} rows, "
-        f"{counted['lost']} lost, {counted['doubled']} doubled, {counted['files']} files with the bytes they should have, "
+        f"{counted['lost']} lost, {counted['doubled']} doubled, {counted['files']} files with the right bytes, "
         f"{time.monotonic() - began:.0f} s"
     )
     return total

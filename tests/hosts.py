@@ -258,7 +258,7 @@ def start_run(lab: Lab, name: str, *words: str, **environment: str) -> Command:
         process = subprocess.Popen(
             ["ip", "netns", "exec", host.namespace, sys.executable, "-P", "-c", "from apps.cli import main; main()",
              "run", *words],
-            env=lab.environment | {"HOME": str(host.folder), "PREFECT_HOME": str(host.folder)} | environment,
+            env=lab.environment | dict.fromkeys(("HOME", "PREFECT_HOME", "TMPDIR"), str(host.folder)) | environment,
             cwd=host.folder, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,
         )  # fmt: skip
     return Command(process, log)

@@ -33,9 +33,12 @@ def run_log(root: str) -> Iterator[None]:
         handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
         for logger in LOGGERS:
             logging.getLogger(logger).addHandler(handler)
+        level = logging.getLogger("leukoflow").level
+        logging.getLogger("leukoflow").setLevel(logging.INFO)  # who comes and goes among the workers
         try:
             yield
         finally:
+            logging.getLogger("leukoflow").setLevel(level)
             for logger in LOGGERS:
                 logging.getLogger(logger).removeHandler(handler)
             handler.close()

@@ -156,6 +156,7 @@ def test_every_third_request_goes_wrong(
     assert verify_run(run.root).findings == ()
 
 
+@pytest.mark.chaos
 def test_an_outage_amid_the_night_quarantines_nothing(
     proxy: FaultyProxy, client: Any, undisturbed: Run, bundle: Bundle, members: dict[str, bytes], screen: Any,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,

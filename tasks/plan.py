@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
@@ -23,6 +24,7 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from leukoflow.config import UrgentSettings
 from leukoflow.errors import ConfigError, SourceError
 from leukoflow.ledger import Selection
 from leukoflow.records import Member, PlanSummary, Shard, Source, SourceKind
@@ -406,6 +408,32 @@ def shards(summary: PlanSummary) -> Iterator[Shard]:
     for ordinal in range(summary.shards):
         first = ordinal * summary.shard_size
         yield Shard(ordinal, first, min(summary.shard_size, summary.members - first))
+
+
+def urgent_first(plan_file: pq.ParquetFile, summary: PlanSummary, rule: UrgentSettings) -> list[Shard]:
+    """All shards, those with most urgent images first, else in order. Raises ConfigError for an unknown column."""
+    listed = list(shards(summary))
+    if not rule.keys and rule.column is None:
+        return listed
+    names = {name.removeprefix(META_PREFIX): name for name in plan_file.schema_arrow.names}
+    if rule.column is not None and rule.column not in (*MANIFEST_COLUMNS, *names):
+        raise ConfigError(
+            f"urgent.column is {rule.column!r}, which the plan does not have: name one of "
+            f"{', '.join(MANIFEST_COLUMNS)}, or one that meta_columns lists"
+        )
+    columns = ["image_key"] + ([names[rule.column]] if rule.column else [])
+    counts = [_count_urgent(plan_file.read_row_group(s.ordinal, columns=columns), rule) for s in listed]
+    return sorted(listed, key=lambda shard: -counts[shard.ordinal])
+
+
+def _count_urgent(table: pa.Table, rule: UrgentSettings) -> int:
+    keys = table["image_key"].to_pylist()
+    values = table.column(1).to_pylist() if rule.column else [None] * len(keys)
+    return sum(
+        any(fnmatchcase(key, pattern) for pattern in rule.keys)
+        or (value is not None and any(fnmatchcase(str(value), pattern) for pattern in rule.values))
+        for key, value in zip(keys, values, strict=True)
+    )
 
 
 def read_shard(plan_file: pq.ParquetFile, ordinal: int) -> list[Member]:

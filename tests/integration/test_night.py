@@ -179,7 +179,7 @@ def test_at_its_deadline_a_run_hands_over_stops_and_is_finished_by_a_rerun(
 
     monkeypatch.setattr(flows.deadline._Watch, "follow", follow)
     soon = datetime.now(UTC) + timedelta(hours=1)
-    urgent = {"images": ["slide-1/*"]}
+    urgent = {"image_keys": ["slide-1/*"]}
     late = screen(source, tmp_path, "late", deadline=soon, at_deadline="stop", urgent=urgent)
     assert late.is_failed()
     assert late.name == "DeadlineMissed"

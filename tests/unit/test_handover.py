@@ -107,11 +107,11 @@ SUMMARY = PlanSummary(Source("x", SourceKind.ZIP, "i", 1), 6, 0, 0, None, 2, "d"
     ("rule", "order"),
     [
         (UrgentSettings(), [0, 1, 2]),
-        (UrgentSettings(images=("c/*",)), [2, 1, 0]),
+        (UrgentSettings(image_keys=("c/*",)), [2, 1, 0]),
         (UrgentSettings(column="slide_id", values=("S2",)), [2, 1, 0]),
         (UrgentSettings(column="priority", values=("STAT", "urgent")), [1, 0, 2]),
-        (UrgentSettings(images=("a/2",), column="slide_id", values=("S2",)), [2, 0, 1]),
-        (UrgentSettings(images=("nothing",)), [0, 1, 2]),
+        (UrgentSettings(image_keys=("a/2",), column="slide_id", values=("S2",)), [2, 0, 1]),
+        (UrgentSettings(image_keys=("nothing",)), [0, 1, 2]),
     ],
 )
 def test_urgent_shards_come_first(plan_file: pq.ParquetFile, rule: UrgentSettings, order: list[int]) -> None:
@@ -128,7 +128,7 @@ def test_an_urgent_column_that_nobody_has_is_refused(plan_file: pq.ParquetFile) 
 def test_deadline_and_urgency_are_no_part_of_the_fingerprint() -> None:
     plain = load_config(source="a", out="b")
     other = load_config(
-        source="a", out="b", deadline="2026-03-02T06:00:00+01:00", at_deadline="stop", urgent={"images": ["x"]}
+        source="a", out="b", deadline="2026-03-02T06:00:00+01:00", at_deadline="stop", urgent={"image_keys": ["x"]}
     )
     assert plain.fingerprint("i", "b", "cpu", "") == other.fingerprint("i", "b", "cpu", "")
     assert plain.fingerprint("i", "b", "cpu", "", "s") != plain.fingerprint("i", "b", "cpu", "")

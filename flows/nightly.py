@@ -13,12 +13,14 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, BinaryIO, cast
 
 import psutil
-from distributed import Client, KilledWorker
+from distributed import KilledWorker
+from distributed.client import ClosedClientError
 from prefect import flow, get_run_logger, task
 from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
 from prefect.cache_policies import NO_CACHE
@@ -32,15 +34,23 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 
 from flows.deadline import watching
-from leukoflow.cluster import code_digest, cores, open_cluster, visible_gpus
+from leukoflow.cluster import Cluster, code_digest, open_cluster
 from leukoflow.codec import dumps
 from leukoflow.config import RunConfig
-from leukoflow.errors import AttemptError, DeadlineError, LeukoflowError, RunCancelledError, ShardError
+from leukoflow.errors import (
+    AttemptError,
+    ClusterError,
+    DeadlineError,
+    LeukoflowError,
+    RunCancelledError,
+    ShardError,
+)
 from leukoflow.progress import HEARTBEAT_SECONDS, Heartbeat, now
 from leukoflow.records import CLASSES, RunManifest, Shard, ShardReceipt
 from leukoflow.runlog import run_log
 from leukoflow.sources import spool
 from leukoflow.storage import Storage
+from leukoflow.workers import local_sizes
 from tasks.bisect import find_culprits
 from tasks.handover import FOLDER as PARTIAL
 from tasks.open_run import Run, open_run, spooled, stem
@@ -69,9 +79,6 @@ from tasks.shard import (
     started_key,
     trail_of,
 )
-
-IN_FLIGHT_PER_WORKER = 2
-"""Shards on their way at once: one that computes, one that waits behind it, so that no worker runs dry."""
 
 LOSSES = 20
 """How often a shard is done anew because its worker died of something else, before that is taken for a fault."""
@@ -137,11 +144,12 @@ def process_shard(work: _Work, shard: Shard) -> ShardReceipt:
     for _ in range(LOSSES):
         if (receipt := _attempt(work, shard)) is not None:
             break
-        log.info("shard %s: a worker died of something else; the shard is done anew", shard.name)
+        log.info("shard %s: its worker was lost to something else; the shard is done anew", shard.name)
+        work.cluster.settle()
     else:
         raise ShardError(
-            f"shard {shard.name}: {LOSSES} workers died before they began with it; something on the workers' machines "
-            "kills them: look for the out-of-memory killer in the system's log, and use fewer --workers"
+            f"shard {shard.name}: {LOSSES} workers were lost before they began with it; something on the workers' "
+            "machines ends them: look for the out-of-memory killer in the system's log, and use fewer --workers"
         )
     storage = Storage(work.run.root)
     storage.delete(f"failures/{shard.name}.json")
@@ -171,8 +179,11 @@ def _attempt(work: _Work, shard: Shard) -> ShardReceipt | None:
         else:
             job = replace(job, culprits=known)
     try:
-        receipt = _chain(work.client, job, tuple(done))
+        receipt = _chain(work.cluster, job, tuple(done))
     except AttemptError:
+        return None
+    except ClusterError:  # a worker with other code that has just joined, and will be sent away
+        work.cluster.check()
         return None
     except KilledWorker as death:
         if not storage.exists(started_key(job, str(death.task))):
@@ -183,36 +194,52 @@ def _attempt(work: _Work, shard: Shard) -> ShardReceipt | None:
     return receipt
 
 
-def _chain(client: Client, job: ShardJob, done: tuple[str, ...]) -> ShardReceipt:
-    """The shard's chain of Dask tasks, block after block; only the receipt comes back here."""
+def _chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...]) -> ShardReceipt:
+    """The shard's chain of Dask tasks, block after block; only the receipt comes back here.
+
+    Where GPUs compute, images are read and normalised by the workers without one, while there are some: a GPU that
+    waits for a decoder stands still.
+    """
     gpu = {"GPU": 1} if job.device == "cuda" else None
+    client, helpers = cluster.client, list(cluster.crew.cpu) if gpu else []
     held: list[Any] = []
     numbers = itertools.count()
 
-    def submit(function: Any, *args: Any, on: dict[str, int] | None = None) -> Any:
+    def submit(function: Any, *args: Any, **where: Any) -> Any:
         name = f"{function.__name__}-{job.shard.name}-{job.attempt}-{next(numbers)}"
-        held.append(client.submit(function, *args, key=name, resources=on, pure=False))
+        try:
+            held.append(client.submit(function, *args, key=name, pure=False, **where))
+        except ClosedClientError:
+            raise AttemptError(f"shard {job.shard.name}: the connection to the scheduler was lost") from None
         return held[-1]
 
+    on_gpu: dict[str, Any] = {"resources": gpu}
+    on_helper: dict[str, Any] = {"workers": helpers, "allow_other_workers": True} if helpers else {}
     try:
         features: Any = None
         if "features" not in done:
             first, seen = job.shard.first, None
             while first < job.shard.first + job.shard.count:
-                block = submit(prepare, job, first)
-                segmented = submit(recall if "masks" in done else segment, job, block, seen, on=gpu)
+                block = submit(prepare, job, first, **on_helper)
+                segmented = submit(recall if "masks" in done else segment, job, block, seen, **on_gpu)
                 seen, earlier = submit(trail_of, segmented), features
-                features = submit(extract, job, segmented, earlier, on=gpu)
-                first = submit(next_of, block).result()
+                features = submit(extract, job, segmented, earlier, **on_gpu)
+                first = cluster.result(submit(next_of, block, **on_helper))
                 # The pixels of this block are let go as soon as its features are computed; at most two are held.
                 del block, segmented
                 held[:] = [f for f in held if f in (seen, features)]
                 if earlier is not None:
-                    earlier.result()
-        return cast(ShardReceipt, submit(classify, job, features, done, on=gpu).result())
+                    cluster.result(earlier)
+        return cast(ShardReceipt, cluster.result(submit(classify, job, features, done, **on_gpu)))
     except BaseException:
-        client.cancel(held, force=True)
+        with suppress(ClosedClientError):
+            client.cancel(held, force=True)
         raise
+
+
+def _worth_a_retry(task: Any, task_run: Any, state: State[Any]) -> bool:
+    """Not when the cluster is lost for good: every further attempt would end the same way."""
+    return not isinstance(state.data, ClusterError)
 
 
 def _obituary(storage: Storage, job: ShardJob) -> str:
@@ -229,7 +256,7 @@ class _Work:
     """What the shard tasks of one run share."""
 
     run: Run
-    client: Client
+    cluster: Cluster
     deaths: Counter[int] = field(default_factory=Counter)
     culprits: dict[int, tuple[tuple[int, str], ...]] = field(default_factory=dict)
     spool: str = field(default_factory=lambda: f"_attempts/spool-{uuid.uuid4().hex[:8]}")
@@ -265,9 +292,11 @@ class _Work:
         for number in range(LOSSES):
             name = f"find-culprits-{shard.name}-{job.attempt}-{number}"
             try:
-                self.culprits[shard.ordinal] = self.client.submit(find_culprits, job, key=name, pure=False).result()
-            except KilledWorker:
+                search = self.cluster.client.submit(find_culprits, job, key=name, pure=False)
+                self.culprits[shard.ordinal] = self.cluster.result(search)
+            except (KilledWorker, AttemptError, ClosedClientError):
                 log.info("shard %s: the search was lost with its worker and begins anew", shard.name)
+                self.cluster.settle()
             else:
                 return self.job(shard)
         raise ShardError(f"shard {shard.name}: {LOSSES} workers died while they searched it; it is tried again")
@@ -286,30 +315,21 @@ def _process(run: Run, stop: threading.Event) -> tuple[float, float, int]:
     born = psutil.Process().create_time()
     if first is None:
         return time.time() - born, 0.0, 0
-    workers = run.config.cluster.workers or cores()
-    local = run.config.cluster.address == "local"
-    preflight(run, workers if local else 0)
-    with open_cluster(run.config.cluster, gpus=visible_gpus() if run.device == "cuda" else 0) as client:
-        workers = len(client.scheduler_info(n_workers=-1)["workers"])
-        _load_models(run, client)
+    settings, gpu = run.config.cluster, run.device == "cuda"
+    preflight(run, local_sizes(settings, gpu)[-1] if settings.address == "local" else 0)
+    with open_cluster(settings, gpu) as cluster:
+        cluster.ready(partial(load_models, run.config.bundle, run.bundle.digest, run.device))
         started = time.time()
-        work = _Work(run, client)
+        work = _Work(run, cluster)
         try:
-            images = _dispatch(work, first, pending, workers * IN_FLIGHT_PER_WORKER, stop)
+            images = _dispatch(work, first, pending, stop)
         finally:
             Storage(run.root).delete(work.spool)
     return started - born, time.time() - started, images
 
 
-def _load_models(run: Run, client: Client) -> None:
-    """Has every worker that will compute load its models, all at the same time; one started later loads them then."""
-    infos = client.scheduler_info(n_workers=-1)["workers"]
-    wanted = [a for a, info in infos.items() if run.device != "cuda" or info["resources"].get("GPU")]
-    client.run(load_models, run.config.bundle, run.bundle.digest, run.device, workers=wanted)
-
-
-def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: int, stop: threading.Event) -> int:
-    """Keeps a bounded number of shards on their way, and drains when asked to stop; returns the members done."""
+def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], stop: threading.Event) -> int:
+    """Keeps as many shards on their way as the workers want; drains when asked to stop. Returns the members done."""
     run = work.run
     total, done, failures = run.summary.shards, 0, 0
     options = run.config.limits
@@ -322,7 +342,7 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
     exhausted = False
     images = 0
     while True:
-        while not exhausted and not stop.is_set() and len(on_the_way) < in_flight:
+        while not exhausted and not stop.is_set() and len(on_the_way) < work.cluster.in_flight:
             shard = next(upcoming, None)
             if shard is None:
                 exhausted = True
@@ -331,10 +351,16 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
                 task_run_name=f"shard {shard.name}, images {shard.first + 1} to {shard.first + shard.count}",
                 retries=options.shard_retries,
                 retry_delay_seconds=options.retry_delay_seconds,
+                retry_condition_fn=_worth_a_retry,
             )
             on_the_way[named.submit(quote(work), shard)] = shard  # type: ignore[call-overload]
         if not on_the_way:
             break
+        try:
+            work.cluster.check()
+        except ClusterError as lost:
+            wait(list(on_the_way), timeout=60)  # they are told the same, and end
+            raise ClusterError(f"run {run.run_id}: {lost}: {run.binding.command}") from None
         finished = wait(list(on_the_way), timeout=0.2).done
         for future in finished:
             shard = on_the_way.pop(future)

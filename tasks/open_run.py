@@ -56,7 +56,7 @@ def open_run(config: RunConfig) -> Run:
     BundleError, StorageError.
     """
     bundle = load_bundle(config.bundle)
-    device = resolve_device(config.device)
+    device = resolve_device(config.device, config.cluster.address)
     selection = read_selection(config.selection, config.run_id) if config.selection else None
     source = identify(config.source) if selection is None else selection.source(config.source)
     _apart(source, config.out)
@@ -138,13 +138,16 @@ def resume_command(config: RunConfig, run_id: str) -> str:
     return shlex.join(words)
 
 
-def resolve_device(device: str) -> str:
-    """`cpu` or `cuda`. Raises ConfigError when cuda is asked for and absent."""
+def resolve_device(device: str, cluster: str = "local") -> str:
+    """`cpu` or `cuda`. Raises ConfigError when cuda is asked for and absent.
+
+    `auto` looks at this machine; workers elsewhere may have GPUs that this one lacks, so `cuda` is taken at its word.
+    """
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and cluster == "local" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; check `leukoflow doctor`, or use --device cpu")
     return device
 

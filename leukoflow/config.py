@@ -205,6 +205,10 @@ class RunConfig(BaseSettings):
         limits = self.limits.model_copy(update={k: getattr(bound.limits, k) for k in _DECIDING_LIMITS})
         return self.model_copy(update={k: getattr(bound, k) for k in _DECIDING} | {"limits": limits})
 
+    def canonical(self) -> str:
+        """All settings as JSON, always written alike."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
     def fingerprint(
         self, source_identity: str, bundle_digest: str, device: str, manifest_digest: str, selection_digest: str = ""
     ) -> str:

@@ -96,7 +96,7 @@ def open_run(config: RunConfig) -> Run:
             command=resume_command(config, run_id),
             plan_sha256=storage.digest("plan.parquet")[2],
             reuse=config.reuse,
-            settings=config.model_copy(update={"run_id": run_id}).model_dump_json(),
+            config=config.canonical(),
         )
         storage.create("run.json", dumps(bound))
     elif config.reuse and config.reuse != bound.reuse:
@@ -111,10 +111,10 @@ def open_run(config: RunConfig) -> Run:
 
 def bound_config(binding: RunBinding) -> RunConfig:
     """The settings that a run was begun with. Raises ConfigError with the remedy for runs that did not keep them."""
-    if not binding.settings:
+    if not binding.config:
         raise ConfigError(f"run {binding.run_id} was begun by an older version; to take it up: {binding.command}")
     try:
-        return RunConfig.model_validate_json(binding.settings)
+        return RunConfig.model_validate_json(binding.config).model_copy(update={"run_id": binding.run_id})
     except ValidationError as error:
         raise ConfigError(f"run {binding.run_id}: {explain(error)}; to take it up: {binding.command}") from None
 

@@ -158,9 +158,9 @@ def _show_inbox(target: Console, site: Site, found: InboxView, pending: list[str
 
 
 def _show_night(target: Console, site: Site, report: NightReport) -> None:
-    from flows.night import in_short
+    from flows.night import in_words
 
-    for line in in_short(report).split("; "):
+    for line in in_words(report):
         target.print(line, soft_wrap=True, markup=False)
     for run in report.runs:
         target.print(f"report  {site.out}/{run.run_id}/report.html", soft_wrap=True, markup=False)

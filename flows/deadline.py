@@ -47,7 +47,7 @@ def watching(run: Run, stop: threading.Event, note: Callable[[str], None]) -> It
         raise
     finally:
         watch.over.set()
-        thread.join(timeout=60)
+        thread.join(timeout=600)  # what it hands over must not appear after the run has ended
 
 
 class _Watch:

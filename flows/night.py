@@ -68,7 +68,7 @@ def night(site: str | None = None, date: str | None = None) -> State[Any]:
     except LeukoflowError as error:
         log.error("%s", error)
         return Failed(message=str(error), data=error)
-    words = in_short(report)
+    words = "; ".join(in_words(report))
     log.info("%s", words)
     create_markdown_artifact(
         summary(place, report), key="night-summary", description=f"The night of {report.night} at {place.name}"
@@ -224,8 +224,8 @@ def _again(site: Site) -> str:
     return f"`leukoflow night` with the file of site {site.name}"
 
 
-def in_short(report: NightReport) -> str:
-    """What a night has done, in one paragraph with the remedies. Names no image and no slide."""
+def in_words(report: NightReport) -> list[str]:
+    """What a night has done, with the remedies, line by line. Names no image and no slide."""
     lines = []
     if not report.runs:
         lines.append("nothing in the inbox was complete")
@@ -246,7 +246,7 @@ def in_short(report: NightReport) -> str:
             f"the manifest expects {expected.absent_images} images of {len(expected.absent)} items without a "
             f"trace, and {expected.missing_images} that were not in theirs"
         )
-    return "; ".join(lines)
+    return lines
 
 
 def summary(site: Site, report: NightReport) -> str:

@@ -32,10 +32,19 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 
 from flows.dashboard import Dashboard
+from flows.deadline import watching
 from leukoflow.cluster import Cluster, code_digest, open_cluster
 from leukoflow.codec import dumps
 from leukoflow.config import RunConfig
-from leukoflow.errors import AttemptError, ClusterError, LeukoflowError, RunCancelledError, ShardError, StorageError
+from leukoflow.errors import (
+    AttemptError,
+    ClusterError,
+    DeadlineError,
+    LeukoflowError,
+    RunCancelledError,
+    ShardError,
+    StorageError,
+)
 from leukoflow.progress import HEARTBEAT_SECONDS, Heartbeat, now
 from leukoflow.records import CLASSES, RunManifest, Shard, ShardReceipt
 from leukoflow.runlog import run_log
@@ -43,8 +52,9 @@ from leukoflow.sources import spool
 from leukoflow.storage import Storage, is_full
 from leukoflow.workers import local_sizes
 from tasks.bisect import find_culprits
+from tasks.handover import FOLDER as PARTIAL
 from tasks.open_run import Run, open_run, spooled, stem
-from tasks.plan import shards
+from tasks.plan import shards, urgent_first
 from tasks.preflight import preflight
 from tasks.publish import publish
 from tasks.report import build_report
@@ -60,6 +70,7 @@ from tasks.shard import (
     known_culprits,
     load_models,
     next_of,
+    open_plan,
     planned,
     prepare,
     recall,
@@ -71,6 +82,9 @@ from tasks.shard import (
 
 LOSSES = 20
 """How often a shard is done anew because its worker died of something else, before that is taken for a fault."""
+
+STATE_NAMES = {0: "Completed", 3: "CompletedWithQuarantined", 4: "CompletedWithMissing"}
+"""Names of the completed state by exit code, so that a night with gaps shows them in the dashboard's lists."""
 
 DEATHS_BEFORE_SEARCH = 2
 """A worker may die of a reboot; a shard that saw two die is searched for the member that kills them."""
@@ -97,15 +111,21 @@ def nightly(config: RunConfig) -> State[Any]:
         with run_log(run.root), _Heart(run) as heart, _draining(stop), _dashboard(run, stop) as dashboard:
             log.info("run %s: %s images in %s shards", run.run_id, run.summary.members, run.summary.shards)
             with _no_uploads_left(run):
-                manifest = publish(run, *_process(run, stop, dashboard), notes=dashboard.notes())
+                with watching(run, stop, heart.note):
+                    done = _process(run, stop, dashboard)
+                manifest = publish(run, *done, notes=dashboard.notes())
             Storage(run.root).delete("_attempts")
+            Storage(run.root).delete(PARTIAL)
             _report(run, manifest)
             dashboard.summary(summary(run, manifest), f"What became of {stem(config.source)}")
             log.info("run %s: %s", run.run_id, headline(manifest))
             heart.say("finished", headline(manifest))
             if dashboard.cancelled():  # too late, but Prefect lets a run that is being cancelled end as nothing else
                 return Cancelled(message=f"it was finished when Cancel was pressed: {headline(manifest)}")
-        return Completed(message=headline(manifest))
+        return Completed(name=STATE_NAMES[manifest.exit_code], message=headline(manifest))
+    except DeadlineError as late:
+        log.error("%s", late)
+        return Failed(name="DeadlineMissed", message=str(late), data=late)
     except RunCancelledError as cancelled:
         log.warning("%s", cancelled)
         return Cancelled(message=str(cancelled), data=cancelled)
@@ -409,11 +429,18 @@ def _pending(run: Run) -> Iterator[Shard]:
         found = committed(storage, shard, stage_keys(run.bundle, planned(run.root, shard), run.device))
         return "predictions" in found
 
-    listed = list(shards(run.summary))
+    listed = _in_order(run)
     with ThreadPoolExecutor(max_workers=4) as pool:
         for shard, done in zip(listed, pool.map(is_done, listed), strict=True):
             if not done:
                 yield shard
+
+
+def _in_order(run: Run) -> list[Shard]:
+    """Shards with urgent images first. Of a compressed tar, which is unpacked in one pass, in the order of the plan."""
+    if spooled(run.source):
+        return list(shards(run.summary))
+    return urgent_first(open_plan(run.root), run.summary, run.config.urgent)
 
 
 def _with_spool(work: _Work, pending: Iterator[Shard]) -> Iterator[Shard]:
@@ -445,12 +472,17 @@ class _Heart:
         self.storage = Storage(run.root)
         self._over = threading.Event()
         self._last = ("failed", "it ended without a word")
+        self._note = ""
         self._thread = threading.Thread(target=self._beat, name="leukoflow-heart", daemon=True)
 
     def __enter__(self) -> _Heart:
         self._write("running", "")
         self._thread.start()
         return self
+
+    def note(self, words: str) -> None:
+        """What `leukoflow status` says of a running run, from the next beat on."""
+        self._note = words
 
     def say(self, state: str, message: str) -> None:
         """The last word, written when the run ends."""
@@ -477,7 +509,7 @@ class _Heart:
     def _beat(self) -> None:
         while not self._over.wait(HEARTBEAT_SECONDS / 2):
             try:
-                self._write("running", "")
+                self._write("running", self._note)
             except Exception as error:  # a missed beat must not end a night's work
                 get_logger().warning("heartbeat: %s", error)
 

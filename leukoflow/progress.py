@@ -36,6 +36,7 @@ class RunBinding:
     command: str  # resumes the run
     plan_sha256: str = ""  # of plan.parquet as it was frozen
     reuse: str | None = None  # the run whose stages this one takes over; retention keeps it
+    config: str = ""  # all settings, as canonical JSON
 
 
 @dataclass(frozen=True, slots=True)

@@ -236,7 +236,7 @@ class _Work:
             source=run.source,
             shard=shard,
             attempt=uuid.uuid4().hex[:12],
-            bundle=run.config.bundle,
+            bundle=run.bundle_uri,
             bundle_digest=run.bundle.digest,
             device=run.device,
             code=code_digest(),
@@ -293,7 +293,7 @@ def _load_models(run: Run, client: Client) -> None:
     """Has every worker that will compute load its models, all at the same time; one started later loads them then."""
     infos = client.scheduler_info(n_workers=-1)["workers"]
     wanted = [a for a, info in infos.items() if run.device != "cuda" or info["resources"].get("GPU")]
-    client.run(load_models, run.config.bundle, run.bundle.digest, run.device, workers=wanted)
+    client.run(load_models, run.bundle_uri, run.bundle.digest, run.device, workers=wanted)
 
 
 def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: int, stop: threading.Event) -> int:

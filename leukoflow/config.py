@@ -58,8 +58,10 @@ class RunConfig(BaseSettings):
     out: str
     run_id: str | None = None
     manifest: str | None = None
-    bundle: str = "pocket"
+    bundle: str = Field("pocket", description="name or place of a bundle; `approved` or `registry:NAME` of a registry")
+    bundles: str | None = Field(None, description="folder or s3:// prefix of the bundle registry")
     reuse: str | None = None
+    shadow_of: str | None = Field(None, description="the finished run in `out` that this one only accompanies")
     shard_size: int = Field(128, ge=MICRO_BATCH, le=4096)
     um_per_px: float | None = Field(None, gt=0, description="scale of all images whose manifest row gives none")
     meta_columns: tuple[str, ...] = Field((), description="further manifest columns to carry along, as meta_<name>")
@@ -94,6 +96,10 @@ class RunConfig(BaseSettings):
         """The command line wins over the environment, the environment over the file (see `load_config`)."""
         return (init_settings, env_settings, _FileSource(settings_cls))
 
+    def canonical(self) -> str:
+        """All settings as JSON, always written alike."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
     def fingerprint(self, source_identity: str, bundle_digest: str, device: str, manifest_digest: str) -> str:
         """Hex digest (16 digits) over everything that decides the output: equal ones mean the same run."""
         binding = {
@@ -107,6 +113,8 @@ class RunConfig(BaseSettings):
             "meta_columns": list(self.meta_columns),
             "limits": {k: v for k, v in self.limits.model_dump().items() if k in _DECIDING_LIMITS},
         }
+        if self.shadow_of is not None:
+            binding["shadow_of"] = self.shadow_of
         return hashlib.sha256(json.dumps(binding, sort_keys=True).encode()).hexdigest()[:16]
 
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
-import platform
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -15,20 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from leukoflow.codec import dumps
+from leukoflow.codec import dumps, loads
 from leukoflow.errors import ReconciliationError
+from leukoflow.host import software
 from leukoflow.progress import now
-from leukoflow.records import CLASSES, Marker, PartRef, RunManifest, ShardReceipt, StageTiming, Status
+from leukoflow.records import CLASSES, Host, Marker, PartRef, RunManifest, ShardReceipt, StageTiming, Status
 from leukoflow.schema import DUPLICATES, SCHEMA_VERSION, SLIDES
 from leukoflow.storage import Storage
 from tasks.open_run import Run
 from tasks.plan import shards
 from tasks.shard import ACTIVATIONS, STAGES, open_plan, read_marker
 
-SOFTWARE = (
-    "leukoflow", "prefect", "dask", "distributed", "torch", "timm", "opencv-python-headless", "numpy", "zarr",
-    "pyarrow",
-)  # fmt: skip
 MALIGNANT = slice(1, 4)
 SLOWEST = 10
 REASONS = 50
@@ -96,7 +91,7 @@ def publish(run: Run, startup_seconds: float, processing_seconds: float, process
         fingerprint=run.fingerprint,
         source=run.source,
         source_truncated=run.summary.truncated,
-        bundle=run.config.bundle,
+        bundle=run.binding.bundle,
         bundle_digest=run.bundle.digest,
         device=run.device,
         shard_size=run.summary.shard_size,
@@ -122,20 +117,13 @@ def publish(run: Run, startup_seconds: float, processing_seconds: float, process
         tables=tuple(tables),
         software=software(),
         notes=_notes(run, parts),
+        hosts=_hosts(storage),
+        config=run.config.canonical(),
+        bundle_reference=run.binding.bundle_reference,
+        shadow_of=run.binding.shadow_of,
     )
     storage.write("manifest.json", dumps(manifest))
     return manifest
-
-
-def software() -> tuple[tuple[str, str], ...]:
-    """Versions of what computed the run."""
-    found = [("python", platform.python_version())]
-    for name in SOFTWARE:
-        try:
-            found.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return tuple(found)
 
 
 def _markers(run: Run, storage: Storage) -> Iterator[Marker]:
@@ -158,6 +146,12 @@ def _parts(run: Run, storage: Storage) -> Iterator[PartRef]:
             if marker is None:
                 raise ReconciliationError(f"run {run.run_id}: stage {stage} of shard {shard.name} is not committed")
             yield marker.part
+
+
+def _hosts(storage: Storage) -> tuple[Host, ...]:
+    """The kinds of machines that have committed parts of this run, in all its sessions."""
+    names = storage.names("hosts")
+    return tuple(loads(Host, storage.read(f"hosts/{name}"), storage.uri(f"hosts/{name}")) for name in names)
 
 
 def _notes(run: Run, parts: Sequence[PartRef]) -> tuple[str, ...]:

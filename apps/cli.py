@@ -507,7 +507,8 @@ def erase(
     """
     with _reported(debug):
         from apps import view
-        from tasks.erase import erase_patient, patient_name
+        from tasks.amend import patient_name
+        from tasks.erase import erase_patient
         from tasks.open_run import patient_key
 
         console = view.console()
@@ -515,7 +516,7 @@ def erase(
         name = patient_name(patient, patient_key())
         with console.status("looking" if dry_run else "erasing", spinner="dots"):
             found = erase_patient(out, name, dry_run)
-        view.show_erasure(console, found, dry_run)
+        view.show_amended(console, found, "erased", dry_run)
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------
@@ -791,6 +792,10 @@ def version() -> None:
             typer.echo(f"{name} not installed")
     typer.echo(f"python {sys.version.split()[0]}")
 
+
+from apps import cli_bundles  # noqa: E402 - it uses the helpers above
+
+cli_bundles.add_to(app)
 
 if __name__ == "__main__":
     main()

@@ -73,6 +73,9 @@ IN_FLIGHT_PER_WORKER = 2
 LOSSES = 20
 """How often a shard is done anew because its worker died of something else, before that is taken for a fault."""
 
+SHADOW_PRIORITY = -10
+"""Dask's priority of the tasks of a shadow run; those of other runs have 0."""
+
 DEATHS_BEFORE_SEARCH = 2
 """A worker may die of a reboot; a shard that saw two die is searched for the member that kills them."""
 
@@ -99,9 +102,10 @@ def nightly(config: RunConfig) -> State[Any]:
             manifest = publish(run, *_process(run, stop))
             Storage(run.root).delete("_attempts")
             _report(run, manifest)
-            create_markdown_artifact(
-                summary(run, manifest), key="nightly-summary", description=f"What became of {stem(config.source)}"
-            )
+            if config.shadow_of is None:  # a shadow run is not the night's result
+                create_markdown_artifact(
+                    summary(run, manifest), key="nightly-summary", description=f"What became of {stem(config.source)}"
+                )
             log.info("run %s: %s", run.run_id, headline(manifest))
             heart.say("finished", headline(manifest))
             if heart.asked_to_cancel():  # too late, but Prefect lets a run that is being cancelled end as nothing else
@@ -159,7 +163,7 @@ def _attempt(work: _Work, shard: Shard) -> ShardReceipt | None:
         else:
             job = replace(job, culprits=known)
     try:
-        receipt = _chain(work.client, job, tuple(done))
+        receipt = _chain(work.client, job, tuple(done), SHADOW_PRIORITY if work.run.config.shadow_of else 0)
     except AttemptError:
         return None
     except KilledWorker as death:
@@ -171,15 +175,18 @@ def _attempt(work: _Work, shard: Shard) -> ShardReceipt | None:
     return receipt
 
 
-def _chain(client: Client, job: ShardJob, done: tuple[str, ...]) -> ShardReceipt:
-    """The shard's chain of Dask tasks, block after block; only the receipt comes back here."""
+def _chain(client: Client, job: ShardJob, done: tuple[str, ...], priority: int = 0) -> ShardReceipt:
+    """The shard's chain of Dask tasks, block after block; only the receipt comes back here.
+
+    On workers that several runs share, tasks of higher priority come first.
+    """
     gpu = {"GPU": 1} if job.device == "cuda" else None
     held: list[Any] = []
     numbers = itertools.count()
 
     def submit(function: Any, *args: Any, on: dict[str, int] | None = None) -> Any:
         name = f"{function.__name__}-{job.shard.name}-{job.attempt}-{next(numbers)}"
-        held.append(client.submit(function, *args, key=name, resources=on, pure=False))
+        held.append(client.submit(function, *args, key=name, resources=on, priority=priority, pure=False))
         return held[-1]
 
     try:
@@ -301,9 +308,8 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
     run = work.run
     total, done, failures = run.summary.shards, 0, 0
     options = run.config.limits
-    artifact = cast(
-        uuid.UUID, create_progress_artifact(0.0, key="nightly-progress", description=f"{run.run_id}: starting")
-    )
+    key = "nightly-progress" if run.config.shadow_of is None else "shadow-progress"
+    artifact = cast(uuid.UUID, create_progress_artifact(0.0, key=key, description=f"{run.run_id}: starting"))
     started, shown = time.monotonic(), 0.0
     on_the_way: dict[PrefectFuture[ShardReceipt], Shard] = {}
     upcoming: Iterator[Shard] = _with_spool(work, _chained(first, pending))

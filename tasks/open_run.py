@@ -31,6 +31,7 @@ from tasks.tables import check_intent
 
 PATIENT_KEY = "LEUKOFLOW_PATIENT_KEY"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_SHADOW_ID = re.compile(_RUN_ID.pattern + r"-shadow-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,13 +75,13 @@ def open_run(config: RunConfig) -> Run:
         if config.run_id is not None:
             return fingerprint, config.run_id
         if config.shadow_of is not None:
-            return fingerprint, f"{config.shadow_of}-shadow-{digest[:8]}"
+            return fingerprint, shadow_id(config.shadow_of, digest)
         return fingerprint, f"{stem(config.source)}-{fingerprint[:8]}"
 
     bundle_uri = config.bundle if bundle is not None else _registered(config, asked, out, lambda d: name(d)[1])
     bundle = bundle or load_bundle(bundle_uri)
     fingerprint, run_id = name(bundle.digest)
-    if not _RUN_ID.fullmatch(run_id if config.shadow_of is None else run_id.replace(config.shadow_of, "", 1)):
+    if not (_RUN_ID if config.shadow_of is None else _SHADOW_ID).fullmatch(run_id):
         raise ConfigError(f"run id {run_id!r} is not usable: letters, digits, '.', '_' and '-' only, at most 100")
     storage = out.child(run_id)
     bound = _binding(storage)
@@ -125,6 +126,11 @@ def open_run(config: RunConfig) -> Run:
         config, run_id, storage.root, fingerprint, source, summary, bundle, bundle_uri, device, bound,
         _finished(storage),
     )  # fmt: skip
+
+
+def shadow_id(main: str, digest: str) -> str:
+    """Id of the shadow run of run `main` with the bundle of a digest."""
+    return f"{main}-shadow-{digest[:8]}"
 
 
 def resume_command(config: RunConfig, run_id: str, bundle: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -203,7 +203,8 @@ def _read_tables(run: Run, storage: Storage) -> tuple[pa.Table, pa.Table, int]:
             hashes.append(array[:, 0])
             patients.append(array[:, 1])
     shared = _shared_hashes(hashes, patients)
-    return _slides_table(slides), _conflicts(run, storage, shared), rows
+    parts = (_read_part(storage, shard.name, CONFLICT_COLUMNS) for shard in shards(run.summary) if shared)
+    return _slides_table(slides), _conflicts(parts, shared), rows
 
 
 def hash_patient(patient_id: str) -> int:
@@ -225,12 +226,13 @@ def _shared_hashes(hashes: list[NDArray[np.uint64]], patients: list[NDArray[np.u
     return {int(v) for v in values[counts > 1]}
 
 
-def _conflicts(run: Run, storage: Storage, shared: set[int]) -> pa.Table:
+CONFLICT_COLUMNS = ("member_sha256", "image_key", "patient_id", "shard")
+
+
+def _conflicts(parts: Iterable[pa.Table], shared: set[int]) -> pa.Table:
     rows: list[dict[str, Any]] = []
-    if shared:
-        for shard in shards(run.summary):
-            part = _read_part(storage, shard.name, ["member_sha256", "image_key", "patient_id", "shard"])
-            rows += [r for r in part.to_pylist() if r["member_sha256"] and int(r["member_sha256"][:16], 16) in shared]
+    for part in parts:
+        rows += [r for r in part.to_pylist() if r["member_sha256"] and int(r["member_sha256"][:16], 16) in shared]
     return pa.Table.from_pylist(sorted(rows, key=lambda r: (r["member_sha256"], r["image_key"])), DUPLICATES)
 
 
@@ -252,6 +254,24 @@ def _count(slides: dict[str, _Slide], row: dict[str, Any]) -> None:
     slide.malignant += malignant > 0.5
     if slide.top is None or (malignant, row["image_key"]) > slide.top:
         slide.top = (malignant, row["image_key"])
+
+
+def find_conflicts(read: Callable[[Sequence[str]], Iterable[pa.Table]]) -> pa.Table:
+    """`duplicates.parquet` from the rows of `predictions/`, which `read` streams, given columns; it is called twice."""
+    hashes: list[NDArray[np.uint64]] = []
+    patients: list[NDArray[np.uint64]] = []
+    for piece in read(["member_sha256", "patient_id"]):
+        pairs = [
+            (int(row["member_sha256"][:16], 16), hash_patient(row["patient_id"]))
+            for row in piece.to_pylist()
+            if row["member_sha256"] and row["patient_id"]
+        ]
+        if pairs:
+            array = np.array(pairs, np.uint64)
+            hashes.append(array[:, 0])
+            patients.append(array[:, 1])
+    shared = _shared_hashes(hashes, patients)
+    return _conflicts(read(CONFLICT_COLUMNS) if shared else (), shared)
 
 
 def rank_slides(rows: Iterable[dict[str, Any]]) -> pa.Table:

@@ -37,6 +37,7 @@ from leukoflow.sources import identify, spool
 from leukoflow.storage import Storage
 from models.bundle import Bundle, load_bundle
 from models.registry import Registry
+from tasks.amend import rows_of
 from tasks.compact import shard_counts_of
 from tasks.erase import erased_key
 from tasks.open_run import spooled
@@ -243,11 +244,10 @@ def _compare(job: ShardJob, scratch: Storage, stored: Storage, files: dict[str, 
                 found.append(Difference(shard, where, 0, 0, None))
                 continue
             a, b = (np.asarray(group[array][:]) for group in (their_group, mine_group))  # type: ignore[index]
-            for places in (tiles, cells) if gone and a.shape == b.shape else ():
-                # Rows of erased images are zeros there: geometry apart, whose rows are never blanked.
-                if a.ndim and a.shape[0] == len(places) and array not in ("to_source", "cell_offsets"):
-                    a, b = a[places], b[places]
-                    break
+            if gone and a.shape == b.shape:  # rows of erased images are zeros in the run
+                kind = rows_of(top, array, a.shape[0], len(tiles), len(cells))
+                kept_rows = {"tiles": tiles, "cells": cells, None: np.ones(a.shape[0], bool)}[kind]
+                a, b = a[kept_rows], b[kept_rows]
             values.append((where, int(a.size)))
             found += _some(compare_arrays(shard, where, a, b))
     return Compared(shard, job.shard.count, len(gone), tuple(values), tuple(found), tuple(absent), this_host())

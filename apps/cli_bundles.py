@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from apps.cli import Debug, Out, RunId, _Commands, _prefect, _reported, _root, _use_configured_prefect
+from apps.cli import Debug, Out, RunId, _Commands, _prefect, _reached, _reported, _root, _use_configured_prefect
 from leukoflow.errors import ConfigError, LeukoflowError
 
 bundles_app = typer.Typer(
@@ -358,5 +358,5 @@ def correct(
         named = [None if p is None else patient_name(p, key) for p in (right, wrong)]
         assert named[0] is not None
         with console.status("looking" if dry_run else "correcting", spinner="dots"):
-            found = correct_patient(out, named[0], named[1], slide, dry_run)
+            found = correct_patient(_reached(out), named[0], named[1], slide, dry_run)
         view.show_amended(console, found, "corrected", dry_run)

@@ -230,11 +230,15 @@ def check_storage(out: str) -> Iterator[Check]:
     storage = Storage(out)
     existed = not storage.is_local or Path(storage.root).exists()
     key = f"_doctor-{uuid.uuid4().hex[:8]}"
-    remedy = "choose another --out, or correct its permissions (for s3: the AWS_... variables and the bucket's policy)"
+    remedy = "choose another --out, or correct its permissions"
     try:
+        storage.probe()
         first, second = storage.create(key, b"1"), storage.create(key, b"2")
         intact = storage.read(key) == b"1"
-    except (LeukoflowError, OSError) as error:
+    except LeukoflowError as error:
+        yield Check("storage", "fail", *_halves(str(error)))
+        return
+    except OSError as error:
         yield Check("storage", "fail", f"{out}: {error}", remedy)
         return
     finally:
@@ -248,7 +252,9 @@ def check_storage(out: str) -> Iterator[Check]:
         )
         return
     yield Check("storage", "ok", f"{out} takes writes and conditional writes")
-    if storage.is_local:
+    if not storage.is_local:
+        yield from _check_store(storage, out)
+    else:
         folder = Path(storage.root)
         while not folder.exists():
             folder = folder.parent
@@ -259,10 +265,41 @@ def check_storage(out: str) -> Iterator[Check]:
             yield Check("disk", "ok", f"{free:.1f} GB free at {out}")
 
 
+def _check_store(storage: Storage, out: str) -> Iterator[Check]:
+    """What else a run does on an object store: copies, listings, deletions, and looking for unfinished uploads."""
+    place = f"_doctor-{uuid.uuid4().hex[:8]}"
+    try:
+        storage.write(f"{place}/aside/parts/a", b"1")
+        part = storage.child(f"{place}/aside").digest("parts/a")
+        storage.child(place).promote("aside", [part])
+        copied = storage.child(place).intact([part])
+        storage.delete(place)
+        left = storage.files(place)
+    except (LeukoflowError, OSError) as error:
+        yield Check("store", "fail", *_halves(str(error)))
+        return
+    if not copied or left:
+        what = "does not copy objects" if not copied else "does not delete objects"
+        yield Check("store", "fail", f"{out} {what}", "use another object store")
+        return
+    yield Check("store", "ok", f"{out} copies, lists and deletes")
+    try:
+        storage.abort_uploads(place)
+    except LeukoflowError as error:
+        remedy = "give the rights that the operating guide lists (Object storage), or set a lifecycle rule for them"
+        yield Check("uploads", "warn", f"unfinished uploads cannot be listed: {_halves(str(error))[0]}", remedy)
+
+
+def _halves(message: str) -> tuple[str, str]:
+    """What was found and the remedy, as our messages separate them."""
+    found, _, remedy = message.partition("; ")
+    return found, remedy
+
+
 def _remove(storage: Storage, key: str, existed: bool) -> None:
     try:
         storage.delete(key)
         if not existed:
             os.rmdir(storage.root)  # leave no trace of a folder that was not there
-    except OSError:
+    except (LeukoflowError, OSError):
         return

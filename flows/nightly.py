@@ -99,7 +99,8 @@ def nightly(config: RunConfig) -> State[Any]:
             return Completed(message=f"run {run.run_id} was finished already: {headline(run.finished)}")
         with run_log(run.root), _Heart(run) as heart, _draining(heart) as stop:
             log.info("run %s: %s images in %s shards", run.run_id, run.summary.members, run.summary.shards)
-            manifest = publish(run, *_process(run, stop))
+            with _no_uploads_left(run):
+                manifest = publish(run, *_process(run, stop))
             Storage(run.root).delete("_attempts")
             _report(run, manifest)
             if config.shadow_of is None:  # a shadow run is not the night's result
@@ -294,6 +295,19 @@ def _process(run: Run, stop: threading.Event) -> tuple[float, float, int]:
         finally:
             Storage(run.root).delete(work.spool)
     return started - born, time.time() - started, images
+
+
+@contextmanager
+def _no_uploads_left(run: Run) -> Iterator[None]:
+    """Aborts, however the block ends, the multipart uploads that lost answers and killed workers have left."""
+    try:
+        yield
+    finally:
+        try:
+            if count := Storage(run.root).abort_uploads():
+                get_run_logger().info("run %s: %s unfinished uploads were aborted", run.run_id, count)
+        except LeukoflowError as error:  # not every store can list them; the operating guide has a rule for those
+            get_run_logger().warning("unfinished uploads could not be looked for: %s", error)
 
 
 def _load_models(run: Run, client: Client) -> None:

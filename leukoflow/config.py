@@ -140,6 +140,8 @@ def load_config(file: str | Path | None = None, **overrides: Any) -> RunConfig:
     Nested tables merge key by key. Raises ConfigError naming each wrong setting.
     """
     table: dict[str, Any] = {}
+    if file is not None and str(file).startswith("s3:/"):
+        raise ConfigError(f"configuration file {file}: it must be on the local disk")
     if file is not None:
         try:
             table = tomllib.loads(Path(file).read_text(encoding="utf-8"))

@@ -16,11 +16,13 @@ from itertools import count
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from leukoflow.codec import dumps, loads
 from leukoflow.errors import BundleError, ConfigError, StorageError
 from leukoflow.progress import now
 from leukoflow.storage import Storage
-from models.bundle import load_bundle
+from models.bundle import BundleSpec, load_bundle, spec_digest
 
 VARIABLE = "LEUKOFLOW_BUNDLES"
 APPROVED = "approved"
@@ -312,11 +314,21 @@ class Registry:
         return tuple(b for b in removed if b.digest in wanted)
 
     def check(self, digest: str) -> None:
-        """Whether a bundle of the registry is whole. Raises BundleError."""
+        """Whether a bundle of the registry is whole, every byte of it. Raises BundleError."""
+        place = self.storage.child(f"bundles/{digest}")
+        wrong = ""
         try:
-            load_bundle(self.location(digest))
-        except BundleError as error:
-            raise BundleError(f"{error}; register it again from where it is kept") from None
+            spec = BundleSpec.model_validate_json(place.read("bundle.json"))
+            wrong = "" if spec_digest(spec) == digest else "bundle.json is that of another bundle"
+            for name, sha256 in sorted(spec.files.items()):
+                if place.digest(name)[2] != sha256:
+                    wrong = f"{name} was altered"
+        except (FileNotFoundError, NotADirectoryError) as error:
+            wrong = f"a file is missing ({error})"
+        except ValidationError:
+            wrong = "bundle.json was altered"
+        if wrong:
+            raise BundleError(f"bundle {place.root}: {wrong}; register it again from where it is kept")
 
     def _copy(self, source: Path, digest: str, names: Sequence[str], replace_spec: bool) -> None:
         """Weights first, `bundle.json` last, so that a bundle that can be opened is whole."""

@@ -8,8 +8,9 @@ import os
 import re
 import shlex
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -57,17 +58,23 @@ def open_run(config: RunConfig) -> Run:
     Raises SourceError (nothing usable there), RunConflictError (the id stands for something else), ConfigError,
     BundleError, StorageError.
     """
+    # A shadow run takes the plan of its run, whatever became of the manifest.
+    with _manifest_file(config.manifest if config.shadow_of is None else None) as manifest:
+        return _open(config, manifest)
+
+
+def _open(config: RunConfig, manifest: Path | _FetchedFile | None) -> Run:
+    out = Storage(config.out)
+    out.probe()
     asked = reference(config.bundle)
     bundle = None if asked else load_bundle(config.bundle)
     device = resolve_device(config.device)
     source = identify(config.source)
     _apart(source, config.out)
-    out = Storage(config.out)
     main = _accompanied(out, config, source)
+    manifest_digest = _file_digest(manifest) if manifest else ""
     if main is not None:
         manifest_digest = f"plan {main.plan_sha256}"
-    else:
-        manifest_digest = _file_digest(config.manifest) if config.manifest else ""
 
     def name(digest: str) -> tuple[str, str]:
         """Fingerprint and id of the run with the bundle of a digest."""
@@ -96,7 +103,7 @@ def open_run(config: RunConfig) -> Run:
         _check_plan(storage, bound)
     if main is not None:
         _take_plan(out.child(main.run_id), storage)
-    summary = _frozen_plan(storage, config, source)
+    summary = _frozen_plan(storage, config, source, manifest)
     if bound is None:
         bound = RunBinding(
             run_id=run_id,
@@ -267,7 +274,9 @@ def _check_plan(storage: Storage, bound: RunBinding) -> None:
         )
 
 
-def _frozen_plan(storage: Storage, config: RunConfig, source: Source) -> PlanSummary:
+def _frozen_plan(
+    storage: Storage, config: RunConfig, source: Source, manifest: Path | _FetchedFile | None
+) -> PlanSummary:
     """The plan that exists, else a new one; it is published whole or not at all."""
     try:
         with storage.open("plan.parquet") as file:
@@ -281,7 +290,7 @@ def _frozen_plan(storage: Storage, config: RunConfig, source: Source) -> PlanSum
             draft,
             shard_size=config.shard_size,
             um_per_px=config.um_per_px,
-            manifest=config.manifest,
+            manifest=manifest,
             meta_columns=config.meta_columns,
             patient_key=patient_key(),
             member_bytes=config.limits.max_member_mb << 20,
@@ -324,9 +333,43 @@ def _apart(source: Source, out: str) -> None:
         raise ConfigError(f"--out {out} lies inside the source {source.uri}; choose a place outside of it")
 
 
-def _file_digest(path: str) -> str:
+@dataclass(frozen=True, slots=True)
+class _FetchedFile(os.PathLike[str]):
+    """A copy on the local disk, which in messages bears the name that the user knows."""
+
+    local: str
+    uri: str
+
+    def __fspath__(self) -> str:
+        return self.local
+
+    def __str__(self) -> str:
+        return self.uri
+
+
+@contextmanager
+def _manifest_file(path: str | None) -> Iterator[Path | _FetchedFile | None]:
+    """The manifest as a local file, for as long as the block lasts. Raises ConfigError where it cannot be read."""
+    if path is None or not path.startswith("s3://"):
+        yield Path(path) if path else None
+        return
+    folder, _, name = path.rpartition("/")
+    with tempfile.TemporaryDirectory(prefix="leukoflow-manifest-") as scratch:
+        copy = Path(scratch) / "manifest"
+        try:
+            with copy.open("wb") as file:
+                for piece in Storage(folder).pieces(name):
+                    file.write(piece)
+        except FileNotFoundError:
+            raise ConfigError(f"--manifest {path} does not exist: check bucket, key and endpoint") from None
+        except StorageError as error:
+            raise ConfigError(f"--manifest {error}") from error
+        yield _FetchedFile(str(copy), path)
+
+
+def _file_digest(path: Path | _FetchedFile) -> str:
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(f"--manifest {path} cannot be read: {error.strerror}") from None

@@ -204,6 +204,7 @@ def _delete(storage: Storage, decision: Decision) -> None:
             f"{storage.uri(run_id)} could not be deleted wholly ({', '.join(left)} stayed): check the permissions, "
             "then give the same command again"
         )
+    storage.abort_uploads(run_id)
     storage.delete(f"{run_id}/run.json")
     storage.delete(run_id)
     append(storage, "deleted", run_id, sha256)

@@ -16,7 +16,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -78,6 +78,13 @@ ACTIVATIONS = "activations"
 STAGES = ("masks", "features", ACTIVATIONS, "predictions")
 REVISIONS = {"masks": 2, "features": 1, ACTIVATIONS: 1, "predictions": 1}
 """Raised when a stage's code changes what it writes; part of every content key."""
+
+ARRAYS = {
+    "masks.zarr": ("semantic", "cells", "to_source", "cell_table", "cell_offsets"),
+    "features.zarr": ("hybrid", "cells", "cell_offsets"),
+    "activations.zarr": ("maps",),
+}
+"""What a shard's group holds in each store."""
 
 ZARR_CHUNK, ZARR_SHARD = 10, 250
 
@@ -256,8 +263,8 @@ def commit(job: ShardJob, stage: str, key: str, roots: Sequence[str], receipt: S
     storage = Storage(job.root)
     prefix = attempt_prefix(job.shard, job.attempt)
     attempt = storage.child(prefix)
-    names = [name for root in roots for name in (attempt.files(root) if not root.endswith(".parquet") else [root])]
-    part = PartRef(stage, job.shard.name, job.attempt, key, tuple(attempt.digest(name) for name in names))
+    files = tuple(file for root in roots for file in digests_below(attempt, root))
+    part = PartRef(stage, job.shard.name, job.attempt, key, files)
     _sign(job.root)
     marker = Marker(part, receipt)
     if storage.create(marker_key(stage, job.shard), dumps(marker)):
@@ -276,6 +283,30 @@ def _sign(root: str) -> None:
     """Leaves a note in the run of what machine commits here, once per process; alike machines leave the same one."""
     note = dumps(this_host())
     Storage(root).create(f"hosts/{hashlib.sha256(note).hexdigest()[:16]}.json", note)
+
+
+def digests_below(storage: Storage, root: str) -> list[tuple[str, int, str]]:
+    """(key, bytes, sha256) of one Parquet file, or of all files of a shard's Zarr group that was written just now.
+
+    An object store's listing may lag behind what was written, and a chunk that is left out would be read as zeros. So
+    there the keys follow from the arrays' metadata; a chunk that holds nothing but zeros is not written.
+    """
+    if root.endswith(".parquet"):
+        return [storage.digest(root)]
+    if storage.is_local:
+        return [storage.digest(key) for key in storage.files(root)]
+    group = zarr.open_group(storage.zarr(root, read_only=True), mode="r")
+    needed, chunks = {f"{root}/zarr.json"}, set()
+    for name in ARRAYS[root.split("/")[0]]:
+        array = array_of(group, name)
+        needed.add(f"{root}/{name}/zarr.json")
+        grid = [-(-n // c) for n, c in zip(array.shape, array.shards or array.chunks, strict=True)]
+        chunks |= {f"{root}/{name}/{array.metadata.encode_chunk_key(place)}" for place in np.ndindex(*grid)}
+    found = [storage.digest(key) for key in needed]
+    for key in chunks:
+        with suppress(FileNotFoundError):
+            found.append(storage.digest(key))
+    return sorted(found)
 
 
 def adopt_stages(job: ShardJob, other: Storage, keys: dict[str, str], done: dict[str, Marker]) -> dict[str, Marker]:
@@ -314,7 +345,7 @@ def _readout(bundle: str, digest: str, device: str) -> Readout:
 @lru_cache(maxsize=4)
 def opened_bundle(name: str, digest: str) -> Bundle:
     """The bundle, checked once per process. Raises ShardError when this machine has another one under the name."""
-    bundle = load_bundle(name)
+    bundle = load_bundle(name, digest)
     if bundle.digest != digest:
         raise ShardError(
             f"bundle {name} is {bundle.digest[:12]} on this worker, the run wants {digest[:12]}; install the same one"

@@ -6,12 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pyarrow.parquet as pq
 import pytest
 from harness import digests, screen_here, write_zip
 
-import leukoflow.storage
 from leukoflow.progress import read_manifest
 from leukoflow.storage import Storage
 from models.bundle import Bundle
@@ -26,20 +24,6 @@ from tasks.retention import retain
 from tasks.verify import finished_runs, verify_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-
-
-@pytest.fixture
-def store(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    leukoflow.storage._s3.cache_clear()
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="lab")
-    yield client
-    leukoflow.storage._s3.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +46,7 @@ def upload(local: Any, name: str) -> Storage:
     return storage
 
 
-def test_verify_finds_what_is_wrong_on_the_store(store: Any, local: Any) -> None:
+def test_verify_finds_what_is_wrong_on_the_store(client: Any, local: Any) -> None:
     storage = upload(local, "harmed")
     assert verify_run(storage.root).findings == ()
     key = "masks.zarr/00001/cell_offsets/zarr.json"
@@ -83,7 +67,7 @@ def test_verify_finds_what_is_wrong_on_the_store(store: Any, local: Any) -> None
 
 
 def test_compacting_on_the_store_survives_being_cut_off(
-    store: Any, local: Any, monkeypatch: pytest.MonkeyPatch
+    client: Any, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = upload(local, "night")
     before = read_manifest(storage)
@@ -126,7 +110,7 @@ def test_compacting_on_the_store_survives_being_cut_off(
             assert storage.read(f"{folder}/{name}") == (Path(local.root) / folder / name).read_bytes()
 
 
-def test_erasing_and_deleting_on_the_store(store: Any, local: Any) -> None:
+def test_erasing_and_deleting_on_the_store(client: Any, local: Any) -> None:
     out, mary = "s3://lab/life", pseudonym("mary", b"a key for tests")
     storage = Storage(f"{out}/night")
     for key in digests(Path(local.root)):

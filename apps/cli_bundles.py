@@ -16,7 +16,8 @@ bundles_app = typer.Typer(
     rich_markup_mode="markdown",
     help="The bundle registry: what there is, what is approved for production, and who decided so.\n\n"
     "A registry is a folder or an s3:// prefix, named by `LEUKOFLOW_BUNDLES` or `--registry`. A run with `--bundle "
-    "approved` uses the bundle that is approved when it begins, and keeps it until it ends.",
+    "approved` uses the bundle that is approved when it begins, and keeps it until it ends.\n\n"
+    "**Example**: `leukoflow bundles register bundles/mine --name pocket-2`",
 )
 
 RegistryOption = Annotated[

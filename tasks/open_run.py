@@ -74,7 +74,7 @@ def _open(config: RunConfig, manifest: Path | _FetchedFile | None) -> Run:
     main = _accompanied(out, config, source)
     manifest_digest = _file_digest(manifest) if manifest else ""
     if main is not None:
-        manifest_digest = f"plan {main.plan_sha256}"
+        manifest_digest = f"run {main.fingerprint}"
 
     def name(digest: str) -> tuple[str, str]:
         """Fingerprint and id of the run with the bundle of a digest."""

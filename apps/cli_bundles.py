@@ -210,10 +210,11 @@ def shadow(
             from flows.shadow import shadow as flow
 
             state = flow(out, config.shadow_of, bundle, workers, cluster, return_state=True)
-        outcome = state.result(raise_on_failure=False)
-        if isinstance(outcome, BaseException):
-            raise outcome
         storage = Storage(opened.root)
+        if not state.is_completed():
+            outcome = state.result(raise_on_failure=False)
+            if isinstance(outcome, BaseException):
+                raise outcome
         if read_manifest(storage) is None:
             raise LeukoflowError(f"run {opened.run_id} ended without a manifest: {state.message or state.name}")
         from leukoflow.codec import loads

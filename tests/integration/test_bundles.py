@@ -11,7 +11,9 @@ from harness import tables, with_other_thresholds, zarr_bytes
 from typer.testing import CliRunner
 
 from apps.cli import app
-from leukoflow.progress import read_progress
+from leukoflow.progress import read_manifest, read_progress
+from leukoflow.records import RunManifest
+from leukoflow.storage import Storage
 from models.bundle import Bundle
 from models.registry import Registry
 from tasks.diff import diff_runs
@@ -19,13 +21,18 @@ from tasks.reproduce import reproduce_run
 from tasks.retention import plan_retention
 from tasks.shadow import newest_run
 from tasks.verify import verify_run
-from tests.integration.conftest import Screen, manifest_of
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
+def manifest(root: Path | str) -> RunManifest:
+    found = read_manifest(Storage(str(root)))
+    assert found is not None
+    return found
+
+
 def test_a_candidate_in_the_shadow_of_a_night_and_the_night_computed_again(
-    screen: Screen, bundle: Bundle, archives: dict[str, str], dask_address: str, tmp_path: Path, monkeypatch: Any
+    screen: Any, bundle: Bundle, archives: dict[str, str], dask_address: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
     from flows.shadow import shadow
 
@@ -36,14 +43,14 @@ def test_a_candidate_in_the_shadow_of_a_night_and_the_night_computed_again(
     registry.approve("first", "ana", "to begin with")
     monkeypatch.setenv("LEUKOFLOW_BUNDLES", registry.storage.root)
     assert screen(archives["tgz"], out, "night", bundle="approved").is_completed()
-    night = manifest_of(f"{out}/night")
+    night = manifest(f"{out}/night")
     assert (night.bundle_digest, night.bundle_reference, len(night.hosts)) == (bundle.digest, "approved", 1)
 
     state = shadow(out, None, "registry:second", cluster=dask_address, return_state=True)
     assert state.is_completed(), state.message
     name = f"night-shadow-{candidate.digest[:8]}"
     root = Path(out) / name
-    found = manifest_of(root)
+    found = manifest(root)
     assert (found.shadow_of, found.bundle_digest) == ("night", candidate.digest)
     assert zarr_bytes(root) == zarr_bytes(Path(out) / "night")  # taken over: the backbones are the same
     assert {t.stage for t in found.timings} == {"classify"}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import Future
@@ -20,6 +21,7 @@ import zarr
 from harness import arrays, digests, table
 from typer.testing import CliRunner
 
+import tasks.reproduce
 from apps.cli import app
 from leukoflow.codec import dumps, loads
 from leukoflow.errors import BundleError, SourceError
@@ -43,6 +45,9 @@ from tasks.reproduce import (
 from tasks.verify import as_written, verify_run
 
 KEY = b"a key for tests"
+
+
+REAL_POOL = tasks.reproduce._pool
 
 
 class Here:
@@ -170,6 +175,22 @@ def test_an_older_run_is_compared_by_its_versions(copy: Path) -> None:
     assert [note.split(";")[0] for note in found.notes] == [
         "the run did not record its settings", "the run did not record on what machines it was computed",
     ]  # fmt: skip
+
+
+def test_processes_of_its_own_compute_with_the_threads_of_the_run(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tasks.reproduce._pool", REAL_POOL)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    seen: list[tuple[int, int]] = []
+    found = again(
+        copy, shards=1, workers=1, scratch=str(tmp_path), report=lambda done, total: seen.append((done, total))
+    )
+    assert found.differences == ()
+    assert {what for what, _, _ in found.environment} <= {"thread variables"}
+    assert seen == [(0, 1), (1, 1)]
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]  # nothing stays in the scratch folder
+    assert "OMP_NUM_THREADS" not in os.environ
 
 
 def test_what_was_altered_is_found_and_how_far_it_is_off(copy: Path) -> None:

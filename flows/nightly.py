@@ -448,7 +448,10 @@ class _Heart:
             self._last = ("cancelled", str(error))
         elif error is not None:
             self._last = ("failed", str(error) or type(error).__name__)
-        self._write(*self._last)
+        try:
+            self._write(*self._last)
+        except LeukoflowError as late:  # a last word that is lost must not hide how the run ended
+            get_logger().warning("heartbeat: %s", late)
 
     def _write(self, state: Any, message: str) -> None:
         beat = Heartbeat(os.getpid(), socket.gethostname(), now(), state, message, PREFECT_UI_URL.value() or "")

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from leukoflow.errors import StorageError
 from leukoflow.storage import Storage
 
 LOGGERS = ("leukoflow", "prefect.flow_runs", "prefect.task_runs")
@@ -33,4 +34,7 @@ def run_log(root: str) -> Iterator[None]:
                 logging.getLogger(logger).removeHandler(handler)
             handler.close()
             if not storage.is_local:
-                storage.write(name, path.read_bytes())
+                try:
+                    storage.write(name, path.read_bytes())
+                except StorageError as error:  # what the run itself has come to counts
+                    logging.getLogger("leukoflow").warning("the log of this run is lost: %s", error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import FaultyProxy, s3_account
+from faults import Answer, FaultyProxy, s3_account
 from harness import assert_same, digests, screen_here, start, until, write_folder, write_zip
 
 from leukoflow.errors import BundleError, ConfigError, StorageError
@@ -76,12 +77,9 @@ def unfinished(client: Any) -> list[str]:
     return [upload["Key"] for upload in client.list_multipart_uploads(Bucket="lab").get("Uploads", ())]
 
 
-class _Remote(Bundle):
+def remote(bundle: Bundle) -> Bundle:
     """For `screen_here`, which names a bundle by its path."""
-
-    @property
-    def path(self) -> str:  # type: ignore[override]
-        return "s3://lab/bundles/small"
+    return dataclasses.replace(bundle, path="s3://lab/bundles/small")  # type: ignore[arg-type]
 
 
 def test_a_whole_night_in_bad_weather(
@@ -107,6 +105,9 @@ def test_a_whole_night_in_bad_weather(
     client.create_multipart_upload(Bucket="lab", Key="out/night/_attempts/00000/killed/masks.zarr/00000/semantic/c/0")
     second = start(words, tmp_path / "second.log", **settings)
     try:
+        until(lambda: place.names("markers/predictions"), 300, "a shard is committed", second)
+        with proxy.outage():
+            time.sleep(5)
         assert second.wait(400) == 3, second.text()[-3000:]
     finally:
         second.end()
@@ -130,37 +131,45 @@ def test_a_whole_night_in_bad_weather(
     assert [p.name for p in cache.iterdir()] == [bundle.digest]
 
 
+@pytest.mark.chaos
 @pytest.mark.parametrize("seed", range(2))
 def test_every_third_request_goes_wrong(
     proxy: FaultyProxy, client: Any, undisturbed: Run, bundle: Bundle, members: dict[str, bytes], tmp_path: Path,
     seed: int,
 ) -> None:  # fmt: skip
-    """The stages themselves, without Prefect and Dask; listings of what was just written lag behind as well."""
+    """The stages themselves, without Prefect and Dask; listings do not show anything of what is being written."""
     hand_over(client, members, bundle)
     proxy.set(rate=0.3, seed=seed, seconds=0.05, only=lambda request: not (
         request.listing and "prefix=in" in request.target))  # fmt: skip
-    remote = _Remote(bundle.path, bundle.spec, bundle.statistics)
-    run = screen_here("s3://lab/in/night", "s3://lab/out", f"bad-{seed}", remote, manifest="s3://lab/in/slides.csv")
+    nothing = b"<ListBucketResult><KeyCount>0</KeyCount><IsTruncated>false</IsTruncated></ListBucketResult>"
+    lagging = Answer(200, ("HTTP/1.1 200 OK", "Content-Type: application/xml"), nothing)
+    proxy.says = lambda request: lagging if request.listing and "_attempts" in request.target else None
+    run = screen_here(
+        "s3://lab/in/night", "s3://lab/out", f"bad-{seed}", remote(bundle), manifest="s3://lab/in/slides.csv"
+    )
     proxy.set(rate=0.0)
+    proxy.says = None
     time.sleep(4 * proxy.faults.seconds)
-    Storage(run.root).delete("_attempts")  # what came late
-    assert {"stale", "late", "lost"} <= set(proxy.made())
+    Storage(run.root).delete("_attempts")
+    assert {"late", "lost", "cut_response", "cut_request", "truncate"} <= set(proxy.made())
     assert_same(fetched(client, f"out/bad-{seed}", tmp_path / "fetched"), Path(undisturbed.root), DROP)
     assert verify_run(run.root).findings == ()
 
 
+@pytest.mark.chaos
 def test_an_outage_amid_the_night_quarantines_nothing(
     proxy: FaultyProxy, client: Any, undisturbed: Run, bundle: Bundle, members: dict[str, bytes], screen: Any,
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    """The store goes away for several seconds while images are being read, once it is awaited and once it is not."""
+    """The store goes away while images are being read; once for as long as is waited for, once for longer."""
     hand_over(client, members, bundle)
     (tmp_path / "slides.csv").write_bytes(slides(members))
-    remote = _Remote(bundle.path, bundle.spec, bundle.statistics)
     asked = threading.Event()
     proxy.says = lambda request: asked.set() if "/in/night/" in request.path else None  # type: ignore[func-returns-value]
-    with _gone_once(proxy, asked, 4.0):
-        run = screen_here("s3://lab/in/night", "s3://lab/out", "gone", remote, manifest="s3://lab/in/slides.csv")
+    with _gone_once(proxy, asked, 1.0):
+        run = screen_here(
+            "s3://lab/in/night", "s3://lab/out", "gone", remote(bundle), manifest="s3://lab/in/slides.csv"
+        )
     assert proxy.made()["outage"] > 3
     assert_same(fetched(client, "out/gone", tmp_path / "fetched"), Path(undisturbed.root), DROP)
 
@@ -169,8 +178,10 @@ def test_an_outage_amid_the_night_quarantines_nothing(
     proxy.says = lambda request: asked.set() if "/in/night/" in request.path else None  # type: ignore[func-returns-value]
     asked.clear()
     with _gone_once(proxy, asked, 1.0), pytest.raises(StorageError, match="cannot be reached or breaks connections"):
-        screen_here("s3://lab/in/night", "s3://lab/out", "given-up", remote, manifest="s3://lab/in/slides.csv")
-    run = screen_here("s3://lab/in/night", "s3://lab/out", "given-up", remote, manifest="s3://lab/in/slides.csv")
+        screen_here("s3://lab/in/night", "s3://lab/out", "given-up", remote(bundle), manifest="s3://lab/in/slides.csv")
+    run = screen_here(
+        "s3://lab/in/night", "s3://lab/out", "given-up", remote(bundle), manifest="s3://lab/in/slides.csv"
+    )
     assert_same(fetched(client, "out/given-up", tmp_path / "again"), Path(undisturbed.root), DROP)
     assert verify_run(run.root).findings == ()
 

@@ -557,7 +557,8 @@ def erase(
     """
     with _reported(debug):
         from apps import view
-        from tasks.erase import erase_patient, patient_name
+        from tasks.amend import patient_name
+        from tasks.erase import erase_patient
         from tasks.open_run import patient_key
 
         console = view.console()
@@ -565,7 +566,7 @@ def erase(
         name = patient_name(patient, patient_key())
         with console.status("looking" if dry_run else "erasing", spinner="dots"):
             found = erase_patient(_reached(out), name, dry_run)
-        view.show_erasure(console, found, dry_run)
+        view.show_amended(console, found, "erased", dry_run)
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------
@@ -850,6 +851,9 @@ def version() -> None:
 
 
 import apps.cli_night  # noqa: E402, F401 - its commands register themselves
+from apps import cli_bundles  # noqa: E402 - it uses the helpers above
+
+cli_bundles.add_to(app)
 
 if __name__ == "__main__":
     main()

@@ -151,8 +151,13 @@ def check_gpu() -> Iterator[Check]:
 def check_bundle(name: str) -> Iterator[Check]:
     """The bundle loads, and its weights are those that its digest names."""
     from models.bundle import load_bundle
+    from models.registry import VARIABLE, is_reference, opened
 
-    bundle = load_bundle(name)
+    place = name
+    if is_reference(name):
+        registry = opened(os.environ.get(VARIABLE))
+        place = registry.location(registry.resolve(name).digest)
+    bundle = load_bundle(place)
     yield Check("bundle", "ok", f"{name}, digest {bundle.digest[:12]}")
 
 

@@ -86,6 +86,9 @@ LOSSES = 20
 STATE_NAMES = {0: "Completed", 3: "CompletedWithQuarantined", 4: "CompletedWithMissing"}
 """Names of the completed state by exit code, so that a night with gaps shows them in the dashboard's lists."""
 
+SHADOW_PRIORITY = -10
+"""Dask's priority of the tasks of a shadow run; those of other runs have 0."""
+
 DEATHS_BEFORE_SEARCH = 2
 """A worker may die of a reboot; a shard that saw two die is searched for the member that kills them."""
 
@@ -117,7 +120,8 @@ def nightly(config: RunConfig) -> State[Any]:
             Storage(run.root).delete("_attempts")
             Storage(run.root).delete(PARTIAL)
             _report(run, manifest)
-            dashboard.summary(summary(run, manifest), f"What became of {stem(config.source)}")
+            if config.shadow_of is None:  # a shadow run is not the night's result
+                dashboard.summary(summary(run, manifest), f"What became of {stem(config.source)}")
             log.info("run %s: %s", run.run_id, headline(manifest))
             heart.say("finished", headline(manifest))
             if dashboard.cancelled():  # too late, but Prefect lets a run that is being cancelled end as nothing else
@@ -179,7 +183,7 @@ def _attempt(work: _Work, shard: Shard) -> ShardReceipt | None:
         else:
             job = replace(job, culprits=known)
     try:
-        receipt = _chain(work.cluster, job, tuple(done))
+        receipt = _chain(work.cluster, job, tuple(done), SHADOW_PRIORITY if work.run.config.shadow_of else 0)
     except AttemptError:
         return None
     except ClusterError:  # a worker with other code that has just joined, and will be sent away
@@ -194,11 +198,11 @@ def _attempt(work: _Work, shard: Shard) -> ShardReceipt | None:
     return receipt
 
 
-def _chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...]) -> ShardReceipt:
+def _chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...], priority: int = 0) -> ShardReceipt:
     """The shard's chain of Dask tasks, block after block; only the receipt comes back here.
 
     Where GPUs compute, images are read and normalised by the workers without one, while there are some: a GPU that
-    waits for a decoder stands still.
+    waits for a decoder stands still. On workers that several runs share, tasks of higher priority come first.
     """
     gpu = {"GPU": 1} if job.device == "cuda" else None
     client, helpers = cluster.client, list(cluster.crew.cpu) if gpu else []
@@ -208,7 +212,7 @@ def _chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...]) -> ShardRecei
     def submit(function: Any, *args: Any, **where: Any) -> Any:
         name = f"{function.__name__}-{job.shard.name}-{job.attempt}-{next(numbers)}"
         try:
-            held.append(client.submit(function, *args, key=name, pure=False, **where))
+            held.append(client.submit(function, *args, key=name, priority=priority, pure=False, **where))
         except ClosedClientError:
             raise AttemptError(f"shard {job.shard.name}: the connection to the scheduler was lost") from None
         return held[-1]
@@ -275,7 +279,7 @@ class _Work:
             source=run.source,
             shard=shard,
             attempt=uuid.uuid4().hex[:12],
-            bundle=run.config.bundle,
+            bundle=run.bundle_uri,
             bundle_digest=run.bundle.digest,
             device=run.device,
             code=code_digest(),
@@ -318,7 +322,7 @@ def _process(run: Run, stop: threading.Event, dashboard: Dashboard) -> tuple[flo
     settings, gpu = run.config.cluster, run.device == "cuda"
     preflight(run, local_sizes(settings, gpu)[-1] if settings.address == "local" else 0)
     with open_cluster(settings, gpu) as cluster:
-        cluster.ready(partial(load_models, run.config.bundle, run.bundle.digest, run.device))
+        cluster.ready(partial(load_models, run.bundle_uri, run.bundle.digest, run.device))
         started = time.time()
         work = _Work(run, cluster)
         try:
@@ -516,7 +520,13 @@ class _Heart:
 
 def _dashboard(run: Run, stop: threading.Event) -> Dashboard:
     """What Prefect is told beside the task runs; `stop` is set when somebody presses Cancel there."""
-    return Dashboard(run.run_id, str(flow_run.id), stop, lambda words: get_logger().warning("%s", words))
+    return Dashboard(
+        run.run_id,
+        str(flow_run.id),
+        stop,
+        lambda words: get_logger().warning("%s", words),
+        "nightly-progress" if run.config.shadow_of is None else "shadow-progress",
+    )
 
 
 def get_logger() -> Any:

@@ -161,8 +161,10 @@ class RunConfig(BaseSettings):
         None, description="digest of the manifest that the run was planned with; a later one is not looked at"
     )
     selection: str | None = Field(None, description="the claim of an inbox that says what to take of the source")
-    bundle: str = "pocket"
+    bundle: str = Field("pocket", description="name or place of a bundle; `approved` or `registry:NAME` of a registry")
+    bundles: str | None = Field(None, description="folder or s3:// prefix of the bundle registry")
     reuse: str | None = None
+    shadow_of: str | None = Field(None, description="the finished run in `out` that this one only accompanies")
     shard_size: int = Field(128, ge=MICRO_BATCH, le=4096)
     um_per_px: float | None = Field(None, gt=0, description="scale of all images whose manifest row gives none")
     meta_columns: tuple[str, ...] = Field((), description="further manifest columns to carry along, as meta_<name>")
@@ -226,6 +228,8 @@ class RunConfig(BaseSettings):
         }
         if selection_digest:
             binding["selection"] = selection_digest
+        if self.shadow_of is not None:
+            binding["shadow_of"] = self.shadow_of
         return hashlib.sha256(json.dumps(binding, sort_keys=True).encode()).hexdigest()[:16]
 
 

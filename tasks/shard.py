@@ -35,6 +35,7 @@ from leukoflow.codec import dumps, loads
 from leukoflow.config import LimitSettings
 from leukoflow.errors import AttemptError, ClusterError, ShardError, StorageError
 from leukoflow.geometry import field_geometry
+from leukoflow.host import this_host
 from leukoflow.method import FeatureSettings, SegmentSettings
 from leukoflow.records import (
     CLASSES,
@@ -265,6 +266,7 @@ def commit(job: ShardJob, stage: str, key: str, roots: Sequence[str], receipt: S
     attempt = storage.child(prefix)
     files = tuple(file for root in roots for file in digests_below(attempt, root))
     part = PartRef(stage, job.shard.name, job.attempt, key, files)
+    _sign(job.root)
     marker = Marker(part, receipt)
     if storage.create(marker_key(stage, job.shard), dumps(marker)):
         storage.promote(prefix, part.files)
@@ -275,6 +277,13 @@ def commit(job: ShardJob, stage: str, key: str, roots: Sequence[str], receipt: S
             f"shard {job.shard.name}: the marker of stage {stage} does not match its files; it is redone"
         )
     return first
+
+
+@lru_cache(maxsize=32)
+def _sign(root: str) -> None:
+    """Leaves a note in the run of what machine commits here, once per process; alike machines leave the same one."""
+    note = dumps(this_host())
+    Storage(root).create(f"hosts/{hashlib.sha256(note).hexdigest()[:16]}.json", note)
 
 
 def digests_below(storage: Storage, root: str) -> list[tuple[str, int, str]]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from apps.cli import Debug, Out, RunId, _Commands, _prefect, _reached, _reported, _root, _use_configured_prefect
+from apps.cli import Debug, Out, RunId, _Commands, _prefect, _reached, _reported, _root, _run, _use_configured_prefect
 from leukoflow.errors import ConfigError, LeukoflowError
 
 bundles_app = typer.Typer(
@@ -252,21 +252,29 @@ def rerun(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Everything that was found, as JSON.")
     ] = None,
+    keep_prefect: Annotated[
+        bool, typer.Option("--keep-prefect", help="Leave the Prefect server that this run starts running.")
+    ] = False,
     debug: Debug = False,
 ) -> None:
-    """With --verify: compute a finished run again from its source with its bundle, and compare bit for bit.
+    """Take up a run by its id: only what is missing or failed is done, with the settings that it was begun with.
 
-    Predictions, cells, masks, features and activation maps of all shards, or of a seeded sample, are held against what
-    is stored. On the same kind of machine with the same software nothing may differ; else it is said how far the
-    numbers are apart, and what is different here. The run is not touched.
+    With --verify, compute a finished run again from its source with its bundle, and compare bit for bit: predictions,
+    cells, masks, features and activation maps of all shards, or of a seeded sample, are held against what is stored. On
+    the same kind of machine with the same software nothing may differ; else it is said how far the numbers are apart,
+    and what is different here. The run is not touched. The options from --shards to --json belong to it.
 
-    **Example**: `leukoflow rerun out smears-1f0c63b2 --verify --shards 3`
+    **Examples**: `leukoflow rerun out ward-2026-03-01`; `leukoflow rerun out smears-1f0c63b2 --verify --shards 3`
 
-    **Exit codes**: 0 the same to the last bit; 3 something differs; 1 anything else.
+    **Exit codes**: as `leukoflow run`; with --verify 0 the same to the last bit, 3 something differs, 1 anything else.
     """
     with _reported(debug):
         if not verify:
-            raise ConfigError("say --verify; a run that is not finished is taken up by its own command")
+            if shards is not None or bundle is not None or scratch is not None or json_file is not None:
+                raise ConfigError("--shards, --bundle, --scratch and --json belong to --verify")
+            from flows.rerun import rerun_config
+
+            raise typer.Exit(_run(rerun_config(out, run_id), keep_prefect, debug))
         from apps import view
         from tasks.reproduce import reproduce_run, to_json
 

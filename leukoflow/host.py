@@ -33,7 +33,8 @@ def this_host() -> Host:
     """The machine under this process, with the threads that torch has now."""
     import torch
 
-    from leukoflow.cluster import code_digest, cores
+    from leukoflow.cluster import code_digest
+    from leukoflow.workers import cores
 
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     gpus: tuple[str, ...] = ()

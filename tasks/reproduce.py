@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 import zarr
 from numpy.typing import NDArray
 
-from leukoflow.cluster import code_digest, cores
+from leukoflow.cluster import code_digest
 from leukoflow.codec import loads
 from leukoflow.config import LimitSettings
 from leukoflow.errors import BundleError, ConfigError, ShardError, SourceError
@@ -35,6 +35,7 @@ from leukoflow.progress import RunBinding
 from leukoflow.records import Host, RunManifest, Shard, Source
 from leukoflow.sources import identify, spool
 from leukoflow.storage import Storage
+from leukoflow.workers import cores
 from models.bundle import Bundle, load_bundle
 from models.registry import Registry
 from tasks.amend import rows_of

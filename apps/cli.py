@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from apps.cli_automations import automations_app
 from leukoflow.errors import ConfigError, LeukoflowError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ prefect_app = typer.Typer(
     "here is used instead and keeps running, so that its dashboard shows all runs.",
 )
 app.add_typer(prefect_app, name="prefect")
+app.add_typer(automations_app, name="automations")
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show Prefect's log and the traceback of an error.")]
 Out = Annotated[str, typer.Argument(metavar="OUT", help="The folder or s3:// prefix that was given to `run --out`.")]
@@ -244,6 +246,7 @@ def _prefect(keep: bool, debug: bool) -> Iterator[None]:
 
     console = view.console()
     if url := _use_configured_prefect(debug):
+        prefect_server.require_server(url)
         console.print(f"dashboard  {url.removesuffix('/').removesuffix('/api')}", soft_wrap=True)
         yield
         return

@@ -28,6 +28,7 @@ MIN_MEMORY_GB = 4.0
 _TESTED: dict[str, tuple[str, str]] = {  # at least, below; as pyproject.toml has it
     "prefect": ("3.8", "3.9"),
     "fastapi": ("0.139", "0.151"),
+    "sqlalchemy": ("2.0", "2.1"),
     "dask": ("2026.1", ""),
     "distributed": ("2026.1", ""),
     "torch": ("2.6", ""),

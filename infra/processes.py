@@ -37,7 +37,7 @@ class Processes:
 
     def log(self, name: str) -> Path:
         """Where a process writes to."""
-        return self.folder / "logs" / f"{name}.log"
+        return self.folder / "logs" / f"{name.replace(', ', '-').replace(' ', '-')}.log"
 
     def tail(self, name: str, lines: int = 12) -> str:
         """The last lines that a process has written."""

@@ -310,8 +310,9 @@ class Stack:
 
     def deploy(self) -> None:
         """Work pool, deployments and automations as the checkout has them; what exists is updated."""
-        client = self.client_environment()
-        self.run([sys.executable, "-m", "infra.register", POOL], client)
+        passed = ("LEUKOFLOW_STACK_CRON", "LEUKOFLOW_WEBHOOK_URL", "LEUKOFLOW_EMAIL_URL")
+        given = {name: os.environ[name] for name in passed if name in os.environ}
+        self.run([sys.executable, "-m", "infra.register", POOL], self.client_environment() | given)
 
     def run(self, command: list[str], environment: Mapping[str, str], seconds: float = 180) -> str:
         """A command that ends by itself; returns what it printed. Raises StackError with its last lines."""

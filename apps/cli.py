@@ -795,5 +795,7 @@ def version() -> None:
     typer.echo(f"python {sys.version.split()[0]}")
 
 
+import apps.cli_night  # noqa: E402, F401 - its commands register themselves
+
 if __name__ == "__main__":
     main()

@@ -31,18 +31,20 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 
+from flows.deadline import watching
 from leukoflow.cluster import code_digest, cores, open_cluster, visible_gpus
 from leukoflow.codec import dumps
 from leukoflow.config import RunConfig
-from leukoflow.errors import AttemptError, LeukoflowError, RunCancelledError, ShardError
+from leukoflow.errors import AttemptError, DeadlineError, LeukoflowError, RunCancelledError, ShardError
 from leukoflow.progress import HEARTBEAT_SECONDS, Heartbeat, now
 from leukoflow.records import CLASSES, RunManifest, Shard, ShardReceipt
 from leukoflow.runlog import run_log
 from leukoflow.sources import spool
 from leukoflow.storage import Storage
 from tasks.bisect import find_culprits
+from tasks.handover import FOLDER as PARTIAL
 from tasks.open_run import Run, open_run, spooled, stem
-from tasks.plan import shards
+from tasks.plan import shards, urgent_first
 from tasks.preflight import preflight
 from tasks.publish import publish
 from tasks.report import build_report
@@ -58,6 +60,7 @@ from tasks.shard import (
     known_culprits,
     load_models,
     next_of,
+    open_plan,
     planned,
     prepare,
     recall,
@@ -72,6 +75,9 @@ IN_FLIGHT_PER_WORKER = 2
 
 LOSSES = 20
 """How often a shard is done anew because its worker died of something else, before that is taken for a fault."""
+
+STATE_NAMES = {0: "Completed", 3: "CompletedWithQuarantined", 4: "CompletedWithMissing"}
+"""Names of the completed state by exit code, so that a night with gaps shows them in the dashboard's lists."""
 
 DEATHS_BEFORE_SEARCH = 2
 """A worker may die of a reboot; a shard that saw two die is searched for the member that kills them."""
@@ -96,8 +102,11 @@ def nightly(config: RunConfig) -> State[Any]:
             return Completed(message=f"run {run.run_id} was finished already: {headline(run.finished)}")
         with run_log(run.root), _Heart(run) as heart, _draining(heart) as stop:
             log.info("run %s: %s images in %s shards", run.run_id, run.summary.members, run.summary.shards)
-            manifest = publish(run, *_process(run, stop))
+            with watching(run, stop, heart.note):
+                done = _process(run, stop)
+            manifest = publish(run, *done)
             Storage(run.root).delete("_attempts")
+            Storage(run.root).delete(PARTIAL)
             _report(run, manifest)
             create_markdown_artifact(
                 summary(run, manifest), key="nightly-summary", description=f"What became of {stem(config.source)}"
@@ -106,7 +115,10 @@ def nightly(config: RunConfig) -> State[Any]:
             heart.say("finished", headline(manifest))
             if heart.asked_to_cancel():  # too late, but Prefect lets a run that is being cancelled end as nothing else
                 return Cancelled(message=f"it was finished when Cancel was pressed: {headline(manifest)}")
-        return Completed(message=headline(manifest))
+        return Completed(name=STATE_NAMES[manifest.exit_code], message=headline(manifest))
+    except DeadlineError as late:
+        log.error("%s", late)
+        return Failed(name="DeadlineMissed", message=str(late), data=late)
     except RunCancelledError as cancelled:
         log.warning("%s", cancelled)
         return Cancelled(message=str(cancelled), data=cancelled)
@@ -372,11 +384,18 @@ def _pending(run: Run) -> Iterator[Shard]:
         found = committed(storage, shard, stage_keys(run.bundle, planned(run.root, shard), run.device))
         return "predictions" in found
 
-    listed = list(shards(run.summary))
+    listed = _in_order(run)
     with ThreadPoolExecutor(max_workers=4) as pool:
         for shard, done in zip(listed, pool.map(is_done, listed), strict=True):
             if not done:
                 yield shard
+
+
+def _in_order(run: Run) -> list[Shard]:
+    """Shards with urgent images first. Of a compressed tar, which is unpacked in one pass, in the order of the plan."""
+    if spooled(run.source):
+        return list(shards(run.summary))
+    return urgent_first(open_plan(run.root), run.summary, run.config.urgent)
 
 
 def _with_spool(work: _Work, pending: Iterator[Shard]) -> Iterator[Shard]:
@@ -409,6 +428,7 @@ class _Heart:
         self.cancelled = threading.Event()
         self._over = threading.Event()
         self._last = ("failed", "it ended without a word")
+        self._note = ""
         self._flow_run_id = flow_run.id
         self._thread = threading.Thread(target=self._beat, name="leukoflow-heart", daemon=True)
 
@@ -416,6 +436,10 @@ class _Heart:
         self._write("running", "")
         self._thread.start()
         return self
+
+    def note(self, words: str) -> None:
+        """What `leukoflow status` says of a running run, from the next beat on."""
+        self._note = words
 
     def say(self, state: str, message: str) -> None:
         """The last word, written when the run ends."""
@@ -446,7 +470,7 @@ class _Heart:
         with get_client(sync_client=True) as client:
             while not self._over.wait(HEARTBEAT_SECONDS / 2):
                 try:
-                    self._write("running", "")
+                    self._write("running", self._note)
                     if self.asked_to_cancel(client):
                         self.cancelled.set()
                 except Exception as error:  # a missed beat must not end a night's work

@@ -36,6 +36,7 @@ class RunBinding:
     command: str  # resumes the run
     plan_sha256: str = ""  # of plan.parquet as it was frozen
     reuse: str | None = None  # the run whose stages this one takes over; retention keeps it
+    settings: str = ""  # the RunConfig that the run was begun with, as JSON
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,10 +14,12 @@ from pathlib import Path, PurePosixPath
 from typing import Any, cast
 
 import zarr
+from pydantic import ValidationError
 
 from leukoflow.codec import dumps, loads
-from leukoflow.config import RunConfig
+from leukoflow.config import RunConfig, explain
 from leukoflow.errors import ConfigError, RunConflictError, StorageError
+from leukoflow.ledger import Selection, read_selection
 from leukoflow.progress import RunBinding, now, read_manifest
 from leukoflow.records import PlanSummary, RunManifest, Source, SourceKind
 from leukoflow.sources import identify
@@ -55,10 +57,14 @@ def open_run(config: RunConfig) -> Run:
     """
     bundle = load_bundle(config.bundle)
     device = resolve_device(config.device)
-    source = identify(config.source)
+    selection = read_selection(config.selection, config.run_id) if config.selection else None
+    source = identify(config.source) if selection is None else selection.source(config.source)
     _apart(source, config.out)
-    manifest_digest = _file_digest(config.manifest) if config.manifest else ""
-    fingerprint = config.fingerprint(source.identity, bundle.digest, device, manifest_digest)
+    if config.manifest and config.manifest_sha256 is None:
+        config = config.model_copy(update={"manifest_sha256": _file_digest(config.manifest)})
+    fingerprint = config.fingerprint(
+        source.identity, bundle.digest, device, config.manifest_sha256 or "", selection.digest if selection else ""
+    )
     run_id = config.run_id or f"{stem(config.source)}-{fingerprint[:8]}"
     if not _RUN_ID.fullmatch(run_id):
         raise ConfigError(f"run id {run_id!r} is not usable: letters, digits, '.', '_' and '-' only, at most 100")
@@ -74,7 +80,7 @@ def open_run(config: RunConfig) -> Run:
         raise ConfigError(f"--reuse {config.reuse}: there is no such run in {config.out}")
     if bound is not None:
         _check_plan(storage, bound)
-    summary = _frozen_plan(storage, config, source)
+    summary = _frozen_plan(storage, config, source, selection)
     if bound is None:
         bound = RunBinding(
             run_id=run_id,
@@ -90,6 +96,7 @@ def open_run(config: RunConfig) -> Run:
             command=resume_command(config, run_id),
             plan_sha256=storage.digest("plan.parquet")[2],
             reuse=config.reuse,
+            settings=config.model_copy(update={"run_id": run_id}).model_dump_json(),
         )
         storage.create("run.json", dumps(bound))
     elif config.reuse and config.reuse != bound.reuse:
@@ -102,8 +109,20 @@ def open_run(config: RunConfig) -> Run:
     )  # fmt: skip
 
 
+def bound_config(binding: RunBinding) -> RunConfig:
+    """The settings that a run was begun with. Raises ConfigError with the remedy for runs that did not keep them."""
+    if not binding.settings:
+        raise ConfigError(f"run {binding.run_id} was begun by an older version; to take it up: {binding.command}")
+    try:
+        return RunConfig.model_validate_json(binding.settings)
+    except ValidationError as error:
+        raise ConfigError(f"run {binding.run_id}: {explain(error)}; to take it up: {binding.command}") from None
+
+
 def resume_command(config: RunConfig, run_id: str) -> str:
     """The command that takes this run up again."""
+    if config.selection:  # what the inbox held that night is in no other command
+        return shlex.join(["leukoflow", "rerun", config.out, run_id])
     words = ["leukoflow", "run", config.source, "--out", config.out, "--run-id", run_id]
     for option, value, default in (
         ("--manifest", config.manifest, None),
@@ -172,13 +191,18 @@ def _check_plan(storage: Storage, bound: RunBinding) -> None:
         )
 
 
-def _frozen_plan(storage: Storage, config: RunConfig, source: Source) -> PlanSummary:
+def _frozen_plan(storage: Storage, config: RunConfig, source: Source, selection: Selection | None) -> PlanSummary:
     """The plan that exists, else a new one; it is published whole or not at all."""
     try:
         with storage.open("plan.parquet") as file:
             return read_summary(file)
     except FileNotFoundError:
         pass
+    if config.manifest and _file_digest(config.manifest) != config.manifest_sha256:
+        raise ConfigError(
+            f"{config.manifest} is another one than run {config.run_id} was begun with, and its plan is gone: put the "
+            "former manifest back"
+        )
     with tempfile.TemporaryDirectory(prefix="leukoflow-plan-") as scratch:
         draft, missing = Path(scratch) / "plan.parquet", Path(scratch) / "missing.parquet"
         summary = plan(
@@ -191,6 +215,7 @@ def _frozen_plan(storage: Storage, config: RunConfig, source: Source) -> PlanSum
             patient_key=patient_key(),
             member_bytes=config.limits.max_member_mb << 20,
             missing_out=missing,
+            selection=selection,
         )
         if missing.exists():
             storage.write("missing.parquet", missing.read_bytes())

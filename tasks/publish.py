@@ -30,6 +30,11 @@ SOFTWARE = (
     "pyarrow",
 )  # fmt: skip
 MALIGNANT = slice(1, 4)
+RANKED = (
+    "image_key", "slide_id", "patient_id", "site", "status", "n_cells", "prob_benign", "prob_early", "prob_pre",
+    "prob_pro",
+)  # fmt: skip
+"""Columns of the predictions that the ranking of the slides looks at."""
 SLOWEST = 10
 REASONS = 50
 NAMED = 5
@@ -242,9 +247,7 @@ def _conflicts(run: Run, storage: Storage, shared: set[int]) -> pa.Table:
 
 def _count(slides: dict[str, _Slide], row: dict[str, Any]) -> None:
     """Adds a field to its slide: by `slide_id` where the manifest gave one, else by the folder it lies in."""
-    slide_id, grouping = row["slide_id"], "manifest"
-    if slide_id is None:
-        slide_id, grouping = row["image_key"].rpartition("/")[0] or ".", "folder"
+    grouping, slide_id = slide_of(row["slide_id"], row["image_key"])
     slide = slides.get(f"{grouping}:{slide_id}")
     if slide is None:
         slide = slides[f"{grouping}:{slide_id}"] = _Slide(grouping, row["patient_id"], row["site"])
@@ -258,6 +261,11 @@ def _count(slides: dict[str, _Slide], row: dict[str, Any]) -> None:
     slide.malignant += malignant > 0.5
     if slide.top is None or (malignant, row["image_key"]) > slide.top:
         slide.top = (malignant, row["image_key"])
+
+
+def slide_of(slide_id: str | None, image_key: str) -> tuple[str, str]:
+    """(grouping, slide) of an image: what the manifest says, else the folder it lies in."""
+    return ("folder", image_key.rpartition("/")[0] or ".") if slide_id is None else ("manifest", slide_id)
 
 
 def rank_slides(rows: Iterable[dict[str, Any]]) -> pa.Table:

@@ -122,7 +122,7 @@ def build_report(root: str, manifest: RunManifest | None) -> str:
     totals = _from_manifest(storage, manifest) if manifest else _from_receipts(storage, progress, receipts)
     shards = [r.shard.name for r in receipts]
     survey = _survey(storage, _part_keys(manifest, "predictions", shards).values())
-    slides = _slides(storage) if manifest else []
+    slides = _slides(storage, "slides.parquet" if manifest else "partial/slides.parquet")
     with ExitStack() as stack:
         painter = _Painter(storage, totals, _part_keys(manifest, "cells", shards), stack)
         suspicious = [painter.card(row) for row in _most_suspicious(survey, slides)]
@@ -292,10 +292,10 @@ def _slide_of(row: dict[str, Any]) -> str:
     return row["slide_id"] or row["image_key"].rpartition("/")[0] or "."
 
 
-def _slides(storage: Storage) -> list[dict[str, Any]]:
-    """The most urgent slides of a finished run."""
+def _slides(storage: Storage, key: str) -> list[dict[str, Any]]:
+    """The most urgent slides of a ranking; of an unfinished run, of what it handed over at its deadline, if it did."""
     try:
-        with storage.open("slides.parquet") as file:
+        with storage.open(key) as file:
             for batch in pq.ParquetFile(file).iter_batches(batch_size=SLIDES_SHOWN):
                 return list(batch.to_pylist())
     except FileNotFoundError:
@@ -660,7 +660,7 @@ def _verdict(t: _Totals, finished: bool, progress: RunProgress) -> str:
         left = t.members - t.done
         text = (
             f"<b>Not a final result: the run is {progress.state}.</b> {_number(t.done)} of {_number(t.members)} "
-            f"members are accounted for so far ({sums}), {_number(left)} are not. Slides are ranked when all are."
+            f"members are accounted for so far ({sums}), {_number(left)} are not."
         )
         if progress.state != "running":
             text += f" To continue: <code>{_text(progress.command, 400)}</code>"
@@ -701,9 +701,14 @@ def _tiles(t: _Totals) -> str:
     return f'<div class="tiles">{tiles}</div><div class="stack">{bar}</div>'
 
 
+def _unranked(slides: Sequence[dict[str, Any]]) -> str:
+    whole = sum(s["n_images"] == s["n_planned"] for s in slides)
+    return f"{_number(whole)} of the {_number(len(slides))} slides shown are complete."
+
+
 def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
-    if not finished:
-        return '<p class="quiet">Slides are ranked when the run has finished.</p>'
+    if not finished and not slides:
+        return '<p class="quiet">Slides are ranked when the run has finished, or at its deadline.</p>'
     head = (
         ("#", "n"), ("slide", "key"), ("site", ""), ("patient", "key"), ("urgency", "n"), ("", "chart"), ("label", ""),
         ("malignant fields", "n"), ("predicted", "n"), ("abst.", "n"), ("rej.", "n"), ("quar.", "n"), ("cells", "n"),
@@ -719,7 +724,7 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
             _bar(s["urgency"], "var(--accent)"),
             _label(s["label"]),
             _number(s["n_malignant"]),
-            f"{_number(s['n_predicted'])} of {_number(s['n_images'])}",
+            f"{_number(s['n_predicted'])} of {_number(s.get('n_planned', s['n_images']))}",
             _number(s["n_abstained"]),
             _number(s["n_rejected"]),
             _number(s["n_quarantined"]),
@@ -745,6 +750,11 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
     )
     first, rest = rows[:SLIDES_OPEN], rows[SLIDES_OPEN:]
     folded = f"<details><summary>{len(rest)} more</summary>{_table(head, rest)}</details>" if rest else ""
+    if not finished:
+        explained = (
+            '<p class="verdict warn"><b>A partial ranking</b> of the images that were done at the deadline: the order '
+            f"will change, and a slide that is absent here has no image done. {_unranked(slides)}</p>" + explained
+        )
     return explained + note + _table(head, first, "No slide.") + folded + more
 
 

@@ -75,7 +75,7 @@ DIED = "its processing kills the worker process"
 ACTIVATIONS = "activations"
 """The stage that no other is made from: a shard may lack it and yet be whole. It is made while the pixels are there."""
 STAGES = ("masks", "features", ACTIVATIONS, "predictions")
-REVISIONS = {"masks": 2, "features": 1, ACTIVATIONS: 1, "predictions": 1}
+REVISIONS = {"masks": 3, "features": 1, ACTIVATIONS: 1, "predictions": 1}
 """Raised when a stage's code changes what it writes; part of every content key."""
 
 ZARR_CHUNK, ZARR_SHARD = 10, 250
@@ -723,6 +723,9 @@ FACTS = pa.schema(
         pa.field("saturated", pa.float64()),
         pa.field("foreground", pa.float64()),
         pa.field("stain", pa.float64()),
+        pa.field("stain_red", pa.float64()),
+        pa.field("stain_blue", pa.float64()),
+        pa.field("stain_density", pa.float64()),
         pa.field("flags", pa.list_(pa.string())),
         pa.field("reasons", pa.list_(pa.string())),
         pa.field("n_tiles", pa.int32(), nullable=False),
@@ -749,6 +752,9 @@ def _write_facts(job: ShardJob, facts: Sequence[Fact]) -> None:
                 "saturated": q and q.saturated,
                 "foreground": q and q.foreground,
                 "stain": q and q.stain,
+                "stain_red": q and q.stain_red,
+                "stain_blue": q and q.stain_blue,
+                "stain_density": q and q.stain_density,
                 "flags": q and list(q.flags),
                 "reasons": q and list(q.reasons),
                 "n_tiles": f.n_tiles,
@@ -766,8 +772,8 @@ def read_facts(root: str, shard: Shard) -> list[Fact]:
         quality = None
         if r["focus"] is not None:
             quality = Quality(
-                r["focus"], r["exposure"], r["saturated"], r["foreground"], r["stain"],
-                tuple(r["flags"]), tuple(r["reasons"]),
+                r["focus"], r["exposure"], r["saturated"], r["foreground"], r["stain"], r["stain_red"], r["stain_blue"],
+                r["stain_density"], tuple(r["flags"]), tuple(r["reasons"]),
             )  # fmt: skip
         status = Status(r["status"]) if r["status"] else None
         out.append(

@@ -47,6 +47,22 @@ PORTS = {  # preferred ones; a free one is taken where another program has it
 }
 
 
+_SITE = """\
+# The site of this stack: what its deployments nightly, rerun and retention work on. Paths are relative to this file.
+name = "stack"
+inbox = "inbox"
+out = "results"
+time_zone = "UTC"
+
+[arrival]
+settle_seconds = 30 # or NAME.done beside an archive
+
+[run]
+bundle = "pocket"
+shard_size = 32
+"""
+
+
 @dataclass(frozen=True, slots=True)
 class Service:
     """One process of the stack, and how to tell that it does its work."""
@@ -364,6 +380,9 @@ class Stack:
         write_private(self.folder / "env.sh", "\n".join(lines) + "\n")
         for name in ("inbox", "results", "logs", "dask", "prefect-server", "prefect-client"):
             (self.folder / name).mkdir(exist_ok=True)
+        site = self.folder / "site.toml"
+        if not site.exists():  # people may change it
+            site.write_text(_SITE, encoding="utf-8")
         if self.nginx:
             folder = self.folder / "nginx"
             folder.mkdir(exist_ok=True)
@@ -393,6 +412,7 @@ class Stack:
             self.run(command, {})
             shutil.copy(sample / "smears.zip", self.folder / "inbox" / "smears.zip.part")
             (self.folder / "inbox" / "smears.zip.part").rename(self.folder / "inbox" / "smears.zip")
+            (self.folder / "inbox" / "smears.zip.done").touch()
 
     def _create_bucket(self) -> None:
         import boto3
@@ -407,7 +427,8 @@ class Stack:
         return [
             f"dashboard          {self.public_url}   (PREFECT_AUTH in {self.folder / 'secrets.env'})",
             f"use it in a shell  . {self.folder / 'env.sh'}",
-            f"a run by hand      leukoflow run {self.folder / 'sample' / 'smears.zip'} --out {self.results}",
+            "a night at once    prefect deployment run 'leukoflow night/nightly'   (takes what is in the inbox)",
+            f"its inbox          {self.folder / 'inbox'}, results in {self.results}",
             f"logs               {self.folder / 'logs'}",
             "stop               make stack-down",
         ]

@@ -413,7 +413,7 @@ def shards(summary: PlanSummary) -> Iterator[Shard]:
 def urgent_first(plan_file: pq.ParquetFile, summary: PlanSummary, rule: UrgentSettings) -> list[Shard]:
     """All shards, those with most urgent images first, else in order. Raises ConfigError for an unknown column."""
     listed = list(shards(summary))
-    if not rule.keys and rule.column is None:
+    if not rule.image_keys and rule.column is None:
         return listed
     names = {name.removeprefix(META_PREFIX): name for name in plan_file.schema_arrow.names}
     if rule.column is not None and rule.column not in (*MANIFEST_COLUMNS, *names):
@@ -430,7 +430,7 @@ def _count_urgent(table: pa.Table, rule: UrgentSettings) -> int:
     keys = table["image_key"].to_pylist()
     values = table.column(1).to_pylist() if rule.column else [None] * len(keys)
     return sum(
-        any(fnmatchcase(key, pattern) for pattern in rule.keys)
+        any(fnmatchcase(key, pattern) for pattern in rule.image_keys)
         or (value is not None and any(fnmatchcase(str(value), pattern) for pattern in rule.values))
         for key, value in zip(keys, values, strict=True)
     )

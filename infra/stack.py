@@ -26,6 +26,7 @@ from typing import Any
 
 import psutil
 
+from infra.backup import create, put_back
 from infra.postgres import Postgres, find_binaries
 from infra.processes import Processes, StackError, end, free_port, unprivileged_user, wait_until
 
@@ -143,6 +144,33 @@ class Stack:
             report.rows.append((service.name, self._works(service), service.address, service.note))
         report.hints = self._hints()
         return report
+
+    def backup(self, dest: Path) -> Path:
+        """A backup of the running stack; returns its folder."""
+        self.status()
+        return create(dest, self.postgres.url("prefect"), self.results)[0]
+
+    def restore(self, source: Path) -> None:
+        """Fills a new stack from a backup; `up` then brings the database to the installed version and starts it.
+
+        Passwords are not part of a backup: put the old `secrets.env` into the folder before, or new ones are made up
+        (the patient key is among them).
+        """
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o711)
+        with self._alone():
+            if (self.folder / "postgres").exists():
+                raise StackError(f"{self.folder} holds a stack already: restore into a new folder (LEUKOFLOW_STACK)")
+            self._load()
+            self._write_files()
+            service = next(iter(self.services()))
+            self.postgres.create()
+            try:
+                self._start(service, lambda _: None)
+                self._await(service)
+                self.postgres.create_database("prefect")
+                put_back(source, self.postgres.url("prefect"), self.results)
+            finally:
+                self.processes.stop("postgres", signal.SIGINT)
 
     # --- addresses and environments --------------------------------------------------------------------------------
 
@@ -549,7 +577,7 @@ def _nginx() -> tuple[str, ...]:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m infra.stack up|down|status`."""
+    """`python -m infra.stack up | down | status | backup DEST | restore DEST/TIME`."""
     from rich.console import Console
     from rich.table import Table
 
@@ -562,12 +590,19 @@ def main(arguments: list[str]) -> int:
                 report = stack.up(lambda words: console.print(f"  {words}"))
             case ["status"]:
                 report = stack.status()
+            case ["backup", dest]:
+                console.print(f"{stack.backup(Path(dest).absolute())}")
+                return 0
+            case ["restore", source]:
+                stack.restore(Path(source).absolute())
+                console.print("restored; `make stack` starts it")
+                return 0
             case ["down"]:
                 ended = stack.down()
                 console.print(f"stopped; {ended} processes ended" if ended else "nothing was running")
                 return 0
             case _:
-                console.print("usage: python -m infra.stack up|down|status")
+                console.print("usage: python -m infra.stack up | down | status | backup DEST | restore DEST/TIME")
                 return 1
     except StackError as error:
         Console(stderr=True, soft_wrap=True, highlight=False).print(f"error: {error}", style="red", markup=False)

@@ -1,4 +1,4 @@
-"""The automations of deployments/automations.yaml on a real Prefect server: they fire, act, and tell whom they should."""
+"""The automations of deployments/automations.yaml on a real Prefect server: they fire, act, and tell the right people."""
 
 from __future__ import annotations
 
@@ -89,8 +89,9 @@ def told() -> Iterator[Told]:
 @pytest.fixture(scope="module")
 def automations(server: str, told: Told) -> Iterator[dict[str, str]]:
     """The file applied with short times; gone from the shared server afterwards."""
-    from apps.automations import PREFIX, apply_automations
     from prefect.client.orchestration import get_client
+
+    from apps.automations import PREFIX, apply_automations
 
     environment = {
         "LEUKOFLOW_WEBHOOK_URL": told.url,
@@ -129,8 +130,9 @@ def heartbeats(run_id: Any) -> int:
 
 
 def test_a_second_time_changes_nothing(automations: dict[str, str]) -> None:
-    from apps.automations import apply_automations
     from prefect.client.orchestration import get_client
+
+    from apps.automations import apply_automations
 
     again = apply_automations(FILE, automations)
     assert len(again.unchanged) == 8

@@ -146,7 +146,8 @@ def _show_inbox(target: Console, site: Site, found: InboxView, pending: list[str
         e = found.expected
         target.print(
             f"expected and not there: {e.absent_images} images of {len(e.absent)} items without a trace, "
-            f"{e.missing_images} of items that were taken; {e.arriving_images} wait in the inbox"
+            f"{e.missing_images} of items that were taken; {e.arriving_images} wait in the inbox",
+            soft_wrap=True,
         )
         for name in e.absent[:_SHOWN]:
             target.print(f"  absent  {name}", soft_wrap=True, markup=False)

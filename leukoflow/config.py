@@ -47,6 +47,7 @@ class ClusterSettings(Settings):
 class UrgentSettings(Settings):
     """Which images are urgent: their shards are worked first. Neither the plan nor any number depends on it."""
 
+    # not `keys`: what has an attribute of that name is taken for a mapping by Prefect, which looks through parameters
     image_keys: tuple[str, ...] = Field((), description="patterns of image keys, as a shell has them: STAT-*")
     column: str | None = Field(None, description="a manifest column, such as slide_id, or one of meta_columns")
     values: tuple[str, ...] = Field((), description="patterns of that column's values")

@@ -347,4 +347,4 @@ def nights_json(found: Nights) -> bytes:
     for night, shown in zip(body["nights"], found.nights, strict=True):
         night["level"], night["balanced"] = shown.level, shown.balanced
         night["images_per_second"] = shown.images_per_second
-    return (json.dumps(body, ensure_ascii=False, indent=1, default=str) + "\n").encode()
+    return (json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=str) + "\n").encode()

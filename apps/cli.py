@@ -323,16 +323,35 @@ def status(
 
 
 @app.command()
-def report(out: Out, run_id: RunId, debug: Debug = False) -> None:
-    """Write report.html of a run anew, also while it is running or after it was killed.
+def report(
+    out: Out,
+    run_id: Annotated[
+        str | None, typer.Argument(metavar="[RUN_ID]", help="One run; without it, the last nights of all runs.")
+    ] = None,
+    nights: Annotated[int, typer.Option("--nights", min=1, help="How many nights to show, without RUN_ID.")] = 30,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="FILE", help="Where to write the page of the nights.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the report of a run anew, or without RUN_ID that of the last nights.
 
-    The report is one file without anything external: totals, distributions, timings, the ranking of the slides, and
-    the most suspicious and the least certain fields with their cells outlined. The outlines need the source; where it
-    is gone, the masks are shown alone.
+    With RUN_ID: OUT/RUN_ID/report.html, also while the run is running or after it was killed. One file without anything
+    external: totals, distributions, timings, the ranking of the slides, and the most suspicious and the least certain
+    fields with their cells outlined. The outlines need the source; where it is gone, the masks are shown alone.
 
-    **Example**: `leukoflow report out smears-1f0c63b2`
+    Without: OUT/nights.html, and the same as nights.json. Reconciliation of each night, rates, throughput, and drift
+    against the reference (`leukoflow drift reference`) and the week before, by site and scanner.
+
+    **Examples**: `leukoflow report out smears-1f0c63b2`; `leukoflow report s3://results --nights 30 --to nights.html`
     """
     with _reported(debug):
+        if run_id is None:
+            from apps.cli_nights import report_nights
+
+            return report_nights(out, nights, to)
+        if to is not None:
+            raise ConfigError("--to is for the page of the nights; the report of one run lies beside its data")
         from apps import view
         from leukoflow.progress import ProgressReader
         from tasks.report import build_report
@@ -795,7 +814,8 @@ def version() -> None:
     typer.echo(f"python {sys.version.split()[0]}")
 
 
-import apps.cli_night  # noqa: E402, F401 - its commands register themselves
+import apps.cli_night  # noqa: E402 - its commands register themselves
+import apps.cli_nights  # noqa: E402, F401 - its commands register themselves
 
 if __name__ == "__main__":
     main()

@@ -64,9 +64,11 @@ def bar(share: float, colour: str) -> str:
     return f'<span class="bar"><i style="width:{100 * min(1.0, max(0.0, share)):.1f}%;background:{colour}"></i></span>'
 
 
-def style() -> str:
-    """The style sheet, in one line."""
-    return Path(__file__).with_name("report.css").read_text(encoding="utf-8").partition("*/")[2].replace("\n", "")
+def style(*files: str) -> str:
+    """Style sheets of this folder, in one line, without the comment at the head of each; by default `report.css`."""
+    here = Path(__file__)
+    read = [here.with_name(name).read_text(encoding="utf-8").partition("*/")[2] for name in files or ("report.css",)]
+    return "".join(read).replace("\n", "")
 
 
 def dot(colour: str) -> str:

@@ -50,6 +50,7 @@ from leukoflow.records import (
 from leukoflow.schema import CELLS, predictions_schema
 from leukoflow.sources import Reader, open_reader
 from leukoflow.storage import Storage
+from leukoflow.telemetry import told
 from models.attention_unet import segment_batch
 from models.bundle import Bundle, load_bundle
 from models.hybrid_cn_nas import HybridCNNas, Readout
@@ -395,7 +396,8 @@ def _guard(job: ShardJob, stage: str) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
-        yield
+        with told(job.run_id, job.shard.name, stage):
+            yield
     finally:
         timer.cancel()
 

@@ -1,4 +1,4 @@
-"""The automations of deployments/automations.yaml on a real Prefect server: they fire, act, and tell the right people."""
+"""The automations of deployments/automations.yaml on a real Prefect server: they fire, act, and tell people."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ MIN_MEMORY_GB = 4.0
 _TESTED: dict[str, tuple[str, str]] = {  # at least, below; as pyproject.toml has it
     "prefect": ("3.8", "3.9"),
     "fastapi": ("0.139", "0.151"),
-    "sqlalchemy": ("2.0", "2.1"),
+    "sqlalchemy": ("2.0.40", "2.1"),
     "dask": ("2026.1", ""),
     "distributed": ("2026.1", ""),
     "torch": ("2.6", ""),
@@ -177,11 +177,23 @@ def check_decoding() -> Iterator[Check]:
 
 def check_prefect(start: bool) -> Iterator[Check]:
     """The Prefect server that a run would use answers, or one can be started."""
-    from apps.prefect_server import configured_api_url, default_home, require_server, running_server, start_server
+    from apps.prefect_server import (
+        PrefectServerError,
+        configured_api_url,
+        default_home,
+        require_server,
+        running_server,
+        start_server,
+    )
 
     if url := configured_api_url():
-        require_server(url)  # its error names the remedy
-        yield Check("prefect", "ok", f"{url} answers and lets us in")
+        try:
+            require_server(url)
+        except PrefectServerError as error:
+            found, _, remedy = str(error).partition(": ")
+            yield Check("prefect", "fail", found, remedy)
+        else:
+            yield Check("prefect", "ok", f"{url} answers and lets us in")
         return
     if (server := running_server()) is not None:
         yield Check("prefect", "ok", f"a local server runs at {server.ui_url}")

@@ -152,7 +152,7 @@ def require_server(api_url: str | None, timeout: float = 5.0) -> None:
                 ) from None
             if error.code == 404:
                 raise PrefectServerError(
-                    f"there is no Prefect API at {api_url}; is the path of PREFECT_API_URL right? It ends with /api"
+                    f"there is no Prefect API at {api_url}: correct the path of PREFECT_API_URL, which ends with /api"
                 ) from None
         except (urllib.error.URLError, OSError, ValueError):
             continue

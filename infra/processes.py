@@ -34,6 +34,7 @@ class Processes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self.record = folder / "processes.json"
+        self._mine: dict[str, subprocess.Popen[bytes]] = {}  # those that this object started
 
     def log(self, name: str) -> Path:
         """Where a process writes to."""
@@ -65,6 +66,7 @@ class Processes:
                 start_new_session=True,
                 **identity,  # type: ignore[call-overload]
             )
+        self._mine[name] = process
         self._write(self._read() | {name: (process.pid, psutil.Process(process.pid).create_time())})
         return int(process.pid)
 
@@ -84,6 +86,8 @@ class Processes:
             family = [process, *_children(process)]
             process.send_signal(number)
             end(family, seconds)
+        if name in self._mine:
+            self._mine.pop(name).wait()
         record = self._read()
         record.pop(name, None)
         self._write(record)

@@ -34,6 +34,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "/prefect"
 """Path below which the reverse proxy serves dashboard and API; `prefect-server.env` says the same."""
 
+LEUKOFLOW = str(Path(sys.executable).with_name("leukoflow"))
 POOL = "leukoflow"
 BUCKET = "leukoflow"
 PORTS = {  # preferred ones; a free one is taken where another program has it
@@ -298,7 +299,7 @@ class Stack:
             )  # fmt: skip
         yield Service(
             "metrics",
-            (python, "-m", "apps.cli", "metrics", str(self.results), "--port", str(self.ports["metrics"])),
+            (LEUKOFLOW, "metrics", str(self.results), "--port", str(self.ports["metrics"])),
             base, lambda: _get(self.url("metrics", "/metrics")) is not None, self.url("metrics", "/metrics"),
             "figures of all runs",
         )  # fmt: skip
@@ -464,7 +465,7 @@ class Stack:
         sample = self.folder / "sample"
         if not (sample / "smears.zip").is_file():
             say("a sample for the inbox")
-            command = [sys.executable, "-m", "apps.cli", "sample", str(sample), "--images", "32", "--seed", "7"]
+            command = [LEUKOFLOW, "sample", str(sample), "--images", "32", "--seed", "7"]
             self.run(command, {})
             shutil.copy(sample / "smears.zip", self.folder / "inbox" / "smears.zip.part")
             (self.folder / "inbox" / "smears.zip.part").rename(self.folder / "inbox" / "smears.zip")

@@ -121,18 +121,20 @@ class Postgres:
                         f"Postgres runs as user {user.pw_name}, who may not enter {parent}: set LEUKOFLOW_STACK to a "
                         "folder that everybody may enter, or start the stack as another user than root"
                     )
-        shutil.rmtree(self.folder, ignore_errors=True)  # a half-made one
-        self.folder.mkdir(mode=0o700)
+        draft = self.folder.with_name(self.folder.name + ".part")  # initdb may be killed in the middle
+        shutil.rmtree(draft, ignore_errors=True)
+        draft.mkdir(mode=0o700)
         with tempfile.NamedTemporaryFile("w", dir=self.folder.parent, prefix=".pw-") as secret:
             secret.write(self.password)
             secret.flush()
             if user is not None:
-                os.chown(self.folder, user.pw_uid, user.pw_gid)
+                os.chown(draft, user.pw_uid, user.pw_gid)
                 os.chown(secret.name, user.pw_uid, user.pw_gid)
             _run(
-                [self.binaries.folder / "initdb", "-D", self.folder, "-U", ROLE, "--auth=scram-sha-256",
+                [self.binaries.folder / "initdb", "-D", draft, "-U", ROLE, "--auth=scram-sha-256",
                  f"--pwfile={secret.name}", "--encoding=UTF8", "--locale=C", "--data-checksums"]
             )  # fmt: skip
+        draft.rename(self.folder)
 
     def answers(self) -> bool:
         """Whether it takes connections."""

@@ -28,6 +28,10 @@ class StackError(LeukoflowError):
     """The stack or one of its services did not start, stop or answer."""
 
 
+STEP = "LEUKOFLOW_STACK_STEP"
+"""A mark besides, of commands that end by themselves: what is left of one belongs to a start that was killed."""
+
+
 class Processes:
     """The processes of one stack, by name. Logs are written to `logs/NAME.log` in the stack's folder."""
 
@@ -92,12 +96,12 @@ class Processes:
         record.pop(name, None)
         self._write(record)
 
-    def strays(self) -> list[psutil.Process]:
+    def strays(self, mark: str = MARK) -> list[psutil.Process]:
         """Living processes that carry this stack's mark, whoever started them."""
         found = []
         for process in psutil.process_iter():
             try:
-                if process.environ().get(MARK) == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
+                if process.environ().get(mark) == str(self.folder) and process.status() != psutil.STATUS_ZOMBIE:
                     found.append(process)
             except psutil.Error:
                 continue

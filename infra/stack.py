@@ -28,7 +28,7 @@ import psutil
 
 from infra.backup import create, put_back
 from infra.postgres import Postgres, find_binaries
-from infra.processes import Processes, StackError, end, free_port, unprivileged_user, wait_until
+from infra.processes import MARK, STEP, Processes, StackError, end, free_port, unprivileged_user, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "/prefect"
@@ -378,7 +378,7 @@ class Stack:
 
     def run(self, command: list[str], environment: Mapping[str, str], seconds: float = 180) -> str:
         """A command that ends by itself; returns what it printed. Raises StackError with its last lines."""
-        marked = {"LEUKOFLOW_STACK_MARK": str(self.folder)}
+        marked = dict.fromkeys((MARK, STEP), str(self.folder))
         done = subprocess.run(
             command, env=self.base_environment() | dict(environment) | marked, cwd=ROOT, timeout=seconds,
             stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
@@ -493,7 +493,8 @@ class Stack:
     # --- down ------------------------------------------------------------------------------------------------------
 
     def _clean_up(self) -> None:
-        """Ends what an interrupted start or a killed service has left: our marks without a living record."""
+        """Ends what a start that was killed has left: its steps, and our marks without a living record."""
+        _end_all(self.processes.strays(STEP))
         recorded = [p for name in self.processes.names() if (p := self.processes.find(name)) is not None]
         if not recorded:
             _end_all(self.processes.strays())

@@ -28,12 +28,16 @@ pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 LEUKOFLOW = ("-c", "from apps.cli import main; main()")
 
 
-def command(folder: Path, *arguments: str, program: tuple[str, ...] = ("-m", "infra.stack")) -> str:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "LEUKOFLOW_"))}
+def environment(folder: Path) -> dict[str, str]:
+    inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "LEUKOFLOW_"))}
     path = os.pathsep.join(filter(None, [os.environ.get("PYTHONPATH"), str(ROOT)]))
     mine = {"LEUKOFLOW_STACK": str(folder), "LEUKOFLOW_STACK_CRON": "* * * * *", "PYTHONPATH": path, "COLUMNS": "160"}
+    return inherited | mine
+
+
+def command(folder: Path, *arguments: str, program: tuple[str, ...] = ("-m", "infra.stack")) -> str:
     done = subprocess.run(
-        [sys.executable, *program, *arguments], env=environment | mine, cwd=ROOT, timeout=600,
+        [sys.executable, *program, *arguments], env=environment(folder), cwd=ROOT, timeout=600,
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
@@ -139,6 +143,13 @@ def test_a_stack_runs_its_nights_by_itself_and_survives_its_worker(folder: Path,
 
 def test_a_backup_restores_into_a_fresh_stack_and_an_older_database_is_upgraded(folder: Path, tmp_path: Path) -> None:
     old, new = folder / "old", folder / "new"
+    # a start that is killed in the middle is taken up by the next one
+    half = subprocess.Popen(
+        [sys.executable, "-m", "infra.stack", "up"], env=environment(old), cwd=ROOT, stdout=subprocess.DEVNULL
+    )
+    until(lambda: Stack(old).processes.find("dask scheduler"), 120, "a start that is half done")
+    half.kill()
+    half.wait()
     command(old, "up")
     stack = loaded(old)
     until(lambda: finished(stack, "smears"), 400, "the sample's manifest")

@@ -17,7 +17,7 @@ import pytest
 from harness import until
 
 from infra import backup, stack
-from infra.processes import MARK, Processes, StackError, free_port
+from infra.processes import MARK, STEP, Processes, StackError, free_port
 from infra.stack import Stack, read_env_file, write_private
 
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
@@ -76,6 +76,19 @@ def test_what_an_interrupted_start_has_left_is_ended(tmp_path: Path) -> None:
     finally:
         left.kill()
         left.wait()
+
+
+def test_a_step_of_a_killed_start_is_ended_and_its_services_stay(tmp_path: Path) -> None:
+    found = Stack(tmp_path)
+    pid = found.processes.start("postgres", SLEEP, dict(os.environ))
+    step = subprocess.Popen(SLEEP, env=os.environ | {MARK: str(tmp_path), STEP: str(tmp_path)})
+    try:
+        Stack(tmp_path)._clean_up()
+        assert [p.pid for p in found.processes.strays()] == [pid]
+    finally:
+        step.kill()
+        step.wait()
+        found.processes.stop("postgres")
 
 
 def test_secrets_are_made_once_and_for_their_owner_alone(tmp_path: Path) -> None:

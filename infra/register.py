@@ -30,8 +30,9 @@ def main(pool: str) -> None:
             client.create_work_pool(WorkPoolCreate(name=pool, type="process"))
     deploy = [sys.executable, "-m", "prefect", "--no-prompt", "deploy", "--prefect-file", "deployments/prefect.yaml"]
     subprocess.run([*deploy, *(word for name in DEPLOYMENTS for word in ("-n", name))], check=True, cwd=ROOT)
-    if cron := os.environ.get("LEUKOFLOW_STACK_CRON"):
-        subprocess.run([*deploy, "-n", "nightly", "--cron", cron, "--timezone", "UTC"], check=True, cwd=ROOT)
+    if cron := os.environ.get("LEUKOFLOW_STACK_CRON"):  # `prefect deploy --cron` would add one to those of the file
+        create = [sys.executable, "-m", "prefect", "deployment", "schedule", "create", "leukoflow night/nightly"]
+        subprocess.run([*create, "--cron", cron, "--timezone", "UTC", "--replace", "-y"], check=True, cwd=ROOT)
     applied = apply_automations(ROOT / "deployments" / "automations.yaml")
     print(f"automations: {len(applied.created)} created, {len(applied.updated)} updated")
 

@@ -182,18 +182,23 @@ def check_decoding() -> Iterator[Check]:
 
 def check_prefect(start: bool) -> Iterator[Check]:
     """The Prefect server that a run would use answers, or one can be started."""
-    from apps.prefect_server import configured_api_url, default_home, is_healthy, running_server, start_server
+    from apps.prefect_server import (
+        PrefectServerError,
+        configured_api_url,
+        default_home,
+        require_server,
+        running_server,
+        start_server,
+    )
 
     if url := configured_api_url():
-        if is_healthy(url, timeout=5.0):
-            yield Check("prefect", "ok", f"{url} answers")
+        try:
+            require_server(url)
+        except PrefectServerError as error:
+            found, _, remedy = str(error).partition(": ")
+            yield Check("prefect", "fail", found, remedy)
         else:
-            yield Check(
-                "prefect",
-                "fail",
-                f"{url} does not answer",
-                "start that server, or unset PREFECT_API_URL so that a run starts its own",
-            )
+            yield Check("prefect", "ok", f"{url} answers and lets us in")
         return
     if (server := running_server()) is not None:
         yield Check("prefect", "ok", f"a local server runs at {server.ui_url}")

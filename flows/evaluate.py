@@ -373,7 +373,7 @@ def together(what: str, pool: ProcessPoolExecutor, calls: Sequence[Callable[[], 
 
 
 @flow(
-    name="evaluate",
+    name="leukoflow evaluate",
     flow_run_name="evaluate {bundle}",
     task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]
     validate_parameters=False,

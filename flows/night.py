@@ -47,7 +47,9 @@ class NightReport:
 
 
 def _night_name() -> str:
-    return f"night of {flow_run.parameters.get('date') or 'today'}"
+    """As the dashboard lists it, with the date on which the run was due."""
+    given = flow_run.parameters.get("date")
+    return f"night of {given or (flow_run.scheduled_start_time or datetime.now(UTC)).astimezone().date()}"
 
 
 @flow(name="leukoflow night", flow_run_name=_night_name)
@@ -251,8 +253,14 @@ def in_words(report: NightReport) -> list[str]:
 
 def summary(site: Site, report: NightReport) -> str:
     """The summary artifact, Markdown. Names of images and slides stay out of the dashboard: they may name patients."""
-    lines = [f"## Night of {report.night}, {site.name}", "", "| run | exit code | images | |", "|---|---:|---:|---|"]
-    lines += [f"| {r.run_id} | {r.exit_code} | {r.members} | {_cell(r.message)} |" for r in report.runs]
+    lines = [f"## Night of {report.night}, {site.name}", ""]
+    if report.runs:
+        lines += ["| run | exit code | images |", "|---|---:|---:|"]
+        lines += [f"| {r.run_id} | {r.exit_code} | {r.members} |" for r in report.runs]
+        # beside a table, since the dashboard cuts off what is wide
+        lines += ["", *(f"- **{r.run_id}**: {_line(r.message)}" for r in report.runs)]
+    else:
+        lines += ["Nothing in the inbox was complete."]
     taken, complete, arriving = (len(report.view.of(state)) for state in ("taken", "complete", "arriving"))
     lines += ["", f"Inbox: {taken} taken, {complete} complete, {arriving} still arriving."]
     if report.view.expected is not None:
@@ -266,5 +274,5 @@ def summary(site: Site, report: NightReport) -> str:
     return "\n".join([*lines, "", "Research use only."])
 
 
-def _cell(text: str) -> str:
-    return text.replace("|", "/").replace("\n", " ")
+def _line(text: str) -> str:
+    return text.replace("\n", " ")

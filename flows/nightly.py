@@ -13,15 +13,17 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import psutil
 from distributed import KilledWorker
 from distributed.client import ClosedClientError
 from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
@@ -33,12 +35,14 @@ from prefect.utilities.annotations import quote
 
 from flows.dashboard import Dashboard
 from flows.deadline import watching
+from flows.events import drift_rows, emit, run_events
 from leukoflow.cluster import Cluster, code_digest, open_cluster
 from leukoflow.codec import dumps
 from leukoflow.config import RunConfig
 from leukoflow.errors import (
     AttemptError,
     ClusterError,
+    ConfigError,
     DeadlineError,
     LeukoflowError,
     RunCancelledError,
@@ -50,9 +54,14 @@ from leukoflow.records import CLASSES, RunManifest, Shard, ShardReceipt
 from leukoflow.runlog import run_log
 from leukoflow.sources import spool
 from leukoflow.storage import Storage, is_full
+from leukoflow.telemetry import worker_messages
 from leukoflow.workers import local_sizes
 from tasks.bisect import find_culprits
+from tasks.drift import NAME as DRIFT
+from tasks.drift import facts_bytes, find_reference, run_facts
 from tasks.handover import FOLDER as PARTIAL
+from tasks.metrics import RunsCollector, metrics_endpoint
+from tasks.nights import GroupDrift, compare_groups
 from tasks.open_run import Run, open_run, spooled, stem
 from tasks.plan import shards, urgent_first
 from tasks.preflight import preflight
@@ -111,7 +120,13 @@ def nightly(config: RunConfig) -> State[Any]:
         if run.finished is not None:
             return Completed(message=f"run {run.run_id} was finished already: {headline(run.finished)}")
         stop = threading.Event()
-        with run_log(run.root), _Heart(run) as heart, _draining(stop), _dashboard(run, stop) as dashboard:
+        with (
+            run_log(run.root, run.run_id),
+            _metrics(run),
+            _Heart(run) as heart,
+            _draining(stop),
+            _dashboard(run, stop) as dashboard,
+        ):
             log.info("run %s: %s images in %s shards", run.run_id, run.summary.members, run.summary.shards)
             with _no_uploads_left(run):
                 with watching(run, stop, heart.note):
@@ -122,6 +137,7 @@ def nightly(config: RunConfig) -> State[Any]:
             _report(run, manifest)
             if config.shadow_of is None:  # a shadow run is not the night's result
                 dashboard.summary(summary(run, manifest), f"What became of {stem(config.source)}")
+                _tell(run, manifest, answers=not dashboard.away)
             log.info("run %s: %s", run.run_id, headline(manifest))
             heart.say("finished", headline(manifest))
             if dashboard.cancelled():  # too late, but Prefect lets a run that is being cancelled end as nothing else
@@ -326,7 +342,8 @@ def _process(run: Run, stop: threading.Event, dashboard: Dashboard) -> tuple[flo
         started = time.time()
         work = _Work(run, cluster)
         try:
-            images = _dispatch(work, first, pending, stop, dashboard)
+            with worker_messages(cluster.client, run.run_id):
+                images = _dispatch(work, first, pending, stop, dashboard)
         finally:
             Storage(run.root).delete(work.spool)
     return started - born, time.time() - started, images
@@ -569,6 +586,56 @@ def _report(run: Run, manifest: RunManifest) -> None:
             "the report could not be built (%s: %s); build it again with: leukoflow report %s %s",
             type(error).__name__, error, run.config.out, run.run_id,
         )  # fmt: skip
+
+
+# --- what others are told ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _metrics(run: Run) -> Iterator[None]:
+    """Serves the run's figures to Prometheus where a port is set. A port that is taken must not cost the night."""
+    config = run.config
+    if config.metrics_port is None:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            collector = RunsCollector(config.out, only=run.run_id)
+            port = stack.enter_context(metrics_endpoint(collector, config.metrics_port, config.metrics_address))
+            get_run_logger().info("metrics: http://%s:%s/metrics", config.metrics_address, port)
+        except ConfigError as error:
+            get_run_logger().warning("%s; the run goes on without", error)
+        yield
+
+
+def _tell(run: Run, manifest: RunManifest, answers: bool) -> None:
+    """Sums the run up for drift, then artifacts and events. None of it may turn a finished night into a failed one."""
+    drifts: tuple[GroupDrift, ...] = ()
+    try:
+        facts = run_facts(run.root, run.run_id, manifest, manifest.bundle_digest)
+        Storage(run.root).write(DRIFT, facts_bytes(facts))
+        reference = find_reference(run.config.out, str(run.bundle.path), run.config.drift_reference)
+        if reference is not None:
+            drifts = compare_groups([facts], [reference[0]], "reference")
+    except Exception as error:
+        get_run_logger().warning("drift could not be told (%s: %s)", type(error).__name__, error)
+    if not answers:
+        get_run_logger().warning("the table of drift and the link to the report are not in Prefect, which is away")
+        return
+    try:
+        if drifts:
+            create_table_artifact(drift_rows(drifts), key="nightly-drift", description="Drift against the reference")
+        create_link_artifact(
+            _link(Storage(run.root).uri("report.html")), key="nightly-report", link_text=f"Report of {run.run_id}"
+        )
+    except Exception as error:
+        get_run_logger().warning("artifacts could not be written (%s: %s)", type(error).__name__, error)
+    for event, payload in run_events(manifest, drifts, run.config.alerts):
+        emit(event, run.run_id, payload)
+
+
+def _link(uri: str) -> str:
+    return uri if "://" in uri else Path(uri).as_uri()
 
 
 # --- what people read ------------------------------------------------------------------------------------------------

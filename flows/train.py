@@ -108,7 +108,7 @@ def train_bundle(config: TrainConfig, data_dir: Path, work_dir: Path, out_dir: P
 
 
 @flow(
-    name="train",
+    name="leukoflow train",
     flow_run_name="train {preset_name}",
     task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
     validate_parameters=False,

@@ -142,6 +142,14 @@ class UrgentSettings(Settings):
         return self
 
 
+class AlertSettings(Settings):
+    """From when on a finished run calls somebody: a Prefect event each, for automations to act on."""
+
+    quarantined_share: float = Field(0.05, ge=0, le=1, description="share of quarantined images above which to tell")
+    abstained_share: float = Field(0.25, ge=0, le=1, description="share of abstained images above which to tell")
+    drift: float = Field(0.25, gt=0, description="stability index above chance from which on to tell")
+
+
 class RunConfig(BaseSettings):
     """All settings of a nightly run. Anything that changes a number is part of `fingerprint()`; the rest is not."""
 
@@ -174,6 +182,10 @@ class RunConfig(BaseSettings):
     urgent: UrgentSettings = UrgentSettings()
     limits: LimitSettings = LimitSettings()
     cluster: ClusterSettings = ClusterSettings()
+    alerts: AlertSettings = AlertSettings()
+    drift_reference: str | None = Field(None, description="file of the drift reference; else the bundle's, or OUT's")
+    metrics_port: int | None = Field(None, ge=0, le=65535, description="port of the flow's own Prometheus metrics")
+    metrics_address: str = Field("127.0.0.1", description="address at which the flow's metrics are served")
 
     @field_validator("shard_size")
     @classmethod

@@ -105,6 +105,9 @@ class Quality:
     saturated: float  # share of pixels clipped black or white
     foreground: float  # share of pixels that are not background
     stain: float  # how far the stained pixels' hue is from blood stains, 0 (typical) upwards
+    stain_red: float = 0.0  # optical density of the stained pixels in red over that in green, 0 where none is stained
+    stain_blue: float = 0.0  # and in blue over green
+    stain_density: float = 0.0  # their mean optical density in green: how strongly the slide is stained
     flags: tuple[str, ...] = ()  # remarks that do not reject
     reasons: tuple[str, ...] = ()  # why the field is rejected
 

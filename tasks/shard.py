@@ -52,6 +52,7 @@ from leukoflow.records import (
 from leukoflow.schema import CELLS, predictions_schema
 from leukoflow.sources import Reader, open_reader
 from leukoflow.storage import Storage
+from leukoflow.telemetry import told
 from models.attention_unet import segment_batch
 from models.bundle import Bundle, load_bundle
 from models.hybrid_cn_nas import HybridCNNas, Readout
@@ -77,7 +78,7 @@ DIED = "its processing kills the worker process"
 ACTIVATIONS = "activations"
 """The stage that no other is made from: a shard may lack it and yet be whole. It is made while the pixels are there."""
 STAGES = ("masks", "features", ACTIVATIONS, "predictions")
-REVISIONS = {"masks": 2, "features": 1, ACTIVATIONS: 1, "predictions": 1}
+REVISIONS = {"masks": 3, "features": 1, ACTIVATIONS: 1, "predictions": 1}
 """Raised when a stage's code changes what it writes; part of every content key."""
 
 ARRAYS = {
@@ -436,7 +437,8 @@ def _guard(job: ShardJob, stage: str) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
-        yield
+        with told(job.run_id, job.shard.name, stage):
+            yield
     finally:
         timer.cancel()
         _sweep_up(job)
@@ -795,6 +797,9 @@ FACTS = pa.schema(
         pa.field("saturated", pa.float64()),
         pa.field("foreground", pa.float64()),
         pa.field("stain", pa.float64()),
+        pa.field("stain_red", pa.float64()),
+        pa.field("stain_blue", pa.float64()),
+        pa.field("stain_density", pa.float64()),
         pa.field("flags", pa.list_(pa.string())),
         pa.field("reasons", pa.list_(pa.string())),
         pa.field("n_tiles", pa.int32(), nullable=False),
@@ -821,6 +826,9 @@ def _write_facts(job: ShardJob, facts: Sequence[Fact]) -> None:
                 "saturated": q and q.saturated,
                 "foreground": q and q.foreground,
                 "stain": q and q.stain,
+                "stain_red": q and q.stain_red,
+                "stain_blue": q and q.stain_blue,
+                "stain_density": q and q.stain_density,
                 "flags": q and list(q.flags),
                 "reasons": q and list(q.reasons),
                 "n_tiles": f.n_tiles,
@@ -838,8 +846,8 @@ def read_facts(root: str, shard: Shard) -> list[Fact]:
         quality = None
         if r["focus"] is not None:
             quality = Quality(
-                r["focus"], r["exposure"], r["saturated"], r["foreground"], r["stain"],
-                tuple(r["flags"]), tuple(r["reasons"]),
+                r["focus"], r["exposure"], r["saturated"], r["foreground"], r["stain"], r["stain_red"], r["stain_blue"],
+                r["stain_density"], tuple(r["flags"]), tuple(r["reasons"]),
             )  # fmt: skip
         status = Status(r["status"]) if r["status"] else None
         out.append(

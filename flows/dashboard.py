@@ -17,16 +17,14 @@ from contextlib import contextmanager
 from contextvars import copy_context
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Self
 
 import httpx
 from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.actions import ArtifactCreate, ArtifactUpdate
-from prefect.events.clients import RETRYABLE_EXCEPTIONS, PrefectEventsClient
+from prefect.events.clients import PrefectEventsClient
 from prefect.events.schemas.events import Event
-from prefect.events.worker import EventsWorker
 from prefect.exceptions import PrefectException
-from prefect.settings import PREFECT_API_URL, PREFECT_CLIENT_MAX_RETRIES, temporary_settings
+from prefect.settings import PREFECT_CLIENT_MAX_RETRIES, temporary_settings
 
 ASK_SECONDS = 5.0
 """How often the server is asked, which is also how soon Cancel is noticed and an outage begins or ends."""
@@ -38,22 +36,21 @@ LAST_WORD_SECONDS = 15.0
 _AWAY = (httpx.HTTPError, PrefectException, OSError)
 
 
-class _Events(PrefectEventsClient):
-    """Prefect's own client, until the server is given up: it would try about ten seconds for each event."""
+_given_up = threading.Event()
 
-    given_up = threading.Event()
 
-    async def __aenter__(self) -> Self:
-        """Without a connection if need be: sending the first event connects, or tries to."""
-        try:
-            return await super().__aenter__()
-        except RETRYABLE_EXCEPTIONS:
-            self._start_checkpoint_task()
-            return self
+def _let_events_be_given_up() -> None:
+    """Has Prefect's events client drop what is left once `_given_up` is set: it would try ten seconds for each."""
+    emit = PrefectEventsClient._emit
+    if emit.__module__ == __name__:
+        return
 
-    async def _emit(self, event: Event) -> None:
-        if not self.given_up.is_set():
-            await super()._emit(event)
+    async def unless_given_up(client: PrefectEventsClient, event: Event) -> None:
+        if not _given_up.is_set():
+            await emit(client, event)
+
+    # not a subclass: Prefect sends events only by the very classes that it knows
+    PrefectEventsClient._emit = unless_given_up  # type: ignore[method-assign,assignment]
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,9 +92,8 @@ class Dashboard:
         )
 
     def __enter__(self) -> Dashboard:
-        _Events.given_up.clear()
-        if PREFECT_API_URL.value():
-            EventsWorker.set_client_override(_Events)
+        _given_up.clear()
+        _let_events_be_given_up()
         self._thread.start()
         return self
 
@@ -106,8 +102,7 @@ class Dashboard:
         self._wake.set()
         self._thread.join(timeout=2 * ANSWER_SECONDS + LAST_WORD_SECONDS)
         if self.away:
-            _Events.given_up.set()
-        EventsWorker.set_client_override(None)
+            _given_up.set()
 
     @property
     def away(self) -> bool:

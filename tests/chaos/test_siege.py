@@ -358,7 +358,7 @@ def siege(kind: str, runs: int, faults: int, folder: Path, seed: int, show: Call
     left = world.strays()
     assert left == [], left
     counts = ", ".join(f"{name} {count}" for name, count in sorted(total.items()))
-    weather = f", {sum(here.proxy.made().values())} requests met one" if here.proxy else ""
+    weather = f", {sum(here.proxy.made().values())} requests met a fault" if here.proxy else ""
     show(
         f"chaos on {kind}: {runs} runs, {total.total()} faults ({counts}{weather}), {restarts} services started again, "
         f"exit codes {dict(sorted(codes.items()))}, {counted['rows']} rows, "

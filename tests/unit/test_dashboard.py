@@ -12,16 +12,13 @@ from typing import Any
 
 import pytest
 from prefect.events.clients import NullEventsClient
+from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import dashboard
 from flows.dashboard import Dashboard
 
 FLOW_RUN = uuid.UUID(int=7)
-
-
-class Silent(NullEventsClient):
-    given_up = threading.Event()
 
 
 class Api:
@@ -82,7 +79,7 @@ class Api:
 
 @pytest.fixture
 def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
-    monkeypatch.setattr(dashboard, "_Events", Silent)
+    EventsWorker.set_client_override(NullEventsClient)
     monkeypatch.setattr(dashboard, "ASK_SECONDS", 0.1)
     monkeypatch.setattr(dashboard, "LAST_WORD_SECONDS", 1.0)
     found = Api()
@@ -90,6 +87,7 @@ def api(monkeypatch: pytest.MonkeyPatch) -> Iterator[Api]:
     with temporary_settings({PREFECT_API_URL: found.url}):
         yield found
     found.stop()
+    EventsWorker.set_client_override(None)
 
 
 def soon(what: Callable[[], Any]) -> None:
@@ -146,7 +144,7 @@ def test_a_server_that_comes_back_gets_the_newest_and_the_time_is_noted(api: Api
         "the Prefect server does not answer",
         "the Prefect server answers again",
     ]
-    assert not Silent.given_up.is_set()
+    assert not dashboard._given_up.is_set()
 
 
 def test_a_server_that_stays_away_is_given_up_soon(api: Api) -> None:
@@ -156,5 +154,5 @@ def test_a_server_that_stays_away_is_given_up_soon(api: Api) -> None:
         soon(lambda: told.away)
         started = time.monotonic()
     assert time.monotonic() - started < 25
-    assert Silent.given_up.is_set()
+    assert dashboard._given_up.is_set()
     assert api.artifacts == {}

@@ -22,7 +22,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flows.nightly import STATE_NAMES, headline, nightly
 from leukoflow.config import RunConfig
-from leukoflow.errors import ConfigError, LeukoflowError, RunCancelledError, SourceError, StorageError
+from leukoflow.errors import ConfigError, DeadlineError, LeukoflowError, RunCancelledError, SourceError, StorageError
 from leukoflow.ledger import ClaimHead, ClaimOutcome, Ledger, RunOutcome, read_selection
 from leukoflow.progress import HEARTBEAT_SECONDS, ProgressReader, now, read_manifest
 from leukoflow.records import RunManifest
@@ -129,7 +129,11 @@ def _do_claim(site: Site, ledger: Ledger, head: ClaimHead, deadline: datetime | 
     outcomes = []
     for run_id in head.runs:
         try:
+            if deadline is not None and site.at_deadline == "stop" and datetime.now(UTC) >= deadline:
+                raise DeadlineError("not begun, since the deadline has passed; the next night does it first")
             outcome = _do_run(site, ledger, head, run_id, deadline)
+        except DeadlineError as late:
+            outcome = RunOutcome(run_id, late.exit_code, str(late), settled=False)
         except RunCancelledError:
             raise
         except LeukoflowError as error:
@@ -233,8 +237,9 @@ def in_words(report: NightReport) -> list[str]:
         lines.append("nothing in the inbox was complete")
     for run in report.runs:
         lines.append(f"{run.run_id}: {run.message}")
-    arriving = len(report.view.of("arriving"))
-    if arriving:
+    if complete := len(report.view.of("complete")):
+        lines.append(f"{complete} have arrived meanwhile, for the next night")
+    if arriving := len(report.view.of("arriving")):
         lines.append(f"{arriving} still arriving, for the next night")
     if changed := sum(item.changed for item in report.view.items):
         lines.append(

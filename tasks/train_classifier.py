@@ -147,8 +147,6 @@ def fit(
     features: Features,
     labels: Labels,
     rows: NDArray[np.int64],
-    checkpoint: Path | None = None,
-    log: Callable[[str], None] = print,
 ) -> Fitted:
     """z-score, mRMR, evidence, attention and out-of-distribution statistics from the given fields alone.
 
@@ -180,7 +178,7 @@ def fit(
     weights = balanced_weights(labels, rows)
     fit_evidence(model.evidence, packed.field, y, weights)
     if method.classify.attention:
-        model = _train_attention(model, packed, y, recipe, weights, checkpoint, log)
+        model = _train_attention(model, packed, y, recipe, weights)
     statistics = Statistics(mean, std, *fit_ood(packed.field))
     return Fitted(model.eval(), statistics, selected, method.classify.max_cells)
 
@@ -209,10 +207,8 @@ def _train_attention(
     y: NDArray[np.int64],
     recipe: Recipe,
     weights: NDArray[np.float64],
-    checkpoint: Path | None,
-    log: Callable[[str], None],
 ) -> AttentionClassifier:
-    """Everything but the evidence, on bags of fields drawn with the given weights."""
+    """Everything but the evidence, on bags of fields drawn with the given weights; seconds, so begun anew each time."""
     model.evidence.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
 
@@ -231,7 +227,7 @@ def _train_attention(
             return F.cross_entropy(model(cells, area, valid).logits, torch.from_numpy(y[rows]))
 
         budget = Budget(steps=recipe.steps, minutes=30)
-        best = run_steps(model, loss_of, budget, checkpoint, rate=RATE, decay=0.98, weight_decay=0.1, log=log)
+        best = run_steps(model, loss_of, budget, None, rate=RATE, decay=0.98, weight_decay=0.1)
     assert isinstance(best, AttentionClassifier)
     return best
 
@@ -249,15 +245,11 @@ def cross_fit(recipe: Recipe, features: Features, labels: Labels, rows: NDArray[
     logits, distance = np.zeros((len(rows), len(CLASSES))), np.zeros(len(rows))
     groups = np.array([labels.cluster[int(i)] for i in rows])
     for train, test in grouped_folds(labels.y[rows], groups, CROSS_FITS, recipe.seed):
-        fitted = fit(recipe, features, labels, rows[train], log=_silent)
+        fitted = fit(recipe, features, labels, rows[train])
         packed = fitted.tokens(features, rows[test])
         logits[test] = forward(fitted.classifier, packed)[0]
         distance[test] = ood_scores(packed, fitted.statistics)
     return Unseen(logits, distance)
-
-
-def _silent(line: str) -> None:
-    """Inner fits are too many to be told of."""
 
 
 def calibrate(unseen: Unseen, labels: Labels, rows: NDArray[np.int64]) -> Calibration:
@@ -301,7 +293,7 @@ def make_bundle(
     calibration = calibrate(unseen, labels, rows)
     accuracy = float((unseen.logits.argmax(1) == labels.y).mean())
     log(f"classifier: temperature {calibration.temperature:.2f}, accuracy {accuracy:.3f} out of fold")
-    fitted = fit(recipe, features, labels, rows, work / "classifier.pt", log)
+    fitted = fit(recipe, features, labels, rows)
     modules: dict[str, nn.Module] = {b.name: build_backbone(b, work / f"{b.name}.safetensors") for b in backbones}
     unet = chosen.unet if data.method.segment.enabled else None
     if unet is not None:
@@ -346,7 +338,7 @@ def _notes(config: TrainConfig, backbones: Mapping[str, nn.Module]) -> str:
 def _minutes(work: Path) -> dict[str, float]:
     """Minutes of each network's training, from its checkpoint."""
     out = {}
-    for name in ("segmenter", "convnext", "nasnet", "classifier"):
+    for name in ("segmenter", "convnext", "nasnet"):
         path = work / f"{name}.pt"
         if path.is_file():
             out[name] = round(torch.load(path, weights_only=True, map_location="cpu")["seconds"] / 60, 1)

@@ -23,7 +23,7 @@ import pyarrow.parquet as pq
 from leukoflow.codec import dumps, loads
 from leukoflow.errors import LeukoflowError, StorageError
 from leukoflow.progress import RunBinding
-from leukoflow.records import CLASSES, Marker, PartRef, RunManifest, ShardReceipt, StageTiming, Status
+from leukoflow.records import CLASSES, Marker, PartRef, RunManifest, Shard, ShardReceipt, StageTiming, Status
 from leukoflow.schema import CELLS, SCHEMA_VERSION, predictions_schema
 from leukoflow.storage import Storage
 from tasks.plan import META_PREFIX, read_summary
@@ -474,7 +474,8 @@ def _markers(storage: Storage, m: RunManifest, again: str, book: _Book) -> list[
     """Holds the markers against the manifest; returns the number of cells of every shard."""
     parts = {(part.stage, ordinal): part for part in m.parts for ordinal in span(part)}
     stages = {stage for stage, _ in parts}
-    totals, cells = _Totals(), [0] * len(shard_counts(m))
+    counts = shard_counts(m)
+    totals, cells = _Totals(), [0] * len(counts)
     keys: dict[str, list[str]] = {}
     remedy = (
         "the manifest vouches for the files, so results may be used; to have the marker anew, delete manifest.json and "
@@ -504,8 +505,12 @@ def _markers(storage: Storage, m: RunManifest, again: str, book: _Book) -> list[
         wrong = check_marker(marker, part, data, stages)
         if wrong is None and marker.part.shard != shard_name(place[1]):
             wrong = "it belongs to another shard"
-        if wrong is None and place[0] == "predictions" and marker.receipt is None:
-            wrong = "it has no receipt"
+        if wrong is None and place[0] == "predictions":
+            shard = Shard(place[1], place[1] * m.shard_size, counts[place[1]])
+            if marker.receipt is None:
+                wrong = "it has no receipt"
+            elif marker.receipt.shard != shard:
+                wrong = "it speaks of other members"
         if wrong is not None:
             book.add([Finding(where, f"altered: {wrong}", f"delete it. Then: {remedy}")])
             complete = False

@@ -139,7 +139,7 @@ def left(
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("LEUKOFLOW_PATIENT_KEY", "a key for tests")
         manifest = write_manifest(folder / "slides.csv", members)
-        settings = {"manifest": str(manifest), "alerts": {"quarantined_share": 0.1, "abstained_share": 0.0}}
+        settings = {"manifest": str(manifest), "alerts": {"quarantined_share": 0.1}, "metrics_port": 0}
         state = screen(write_archive(folder / "night.zip", members), out, "zip", **settings)
         assert state.is_completed(), state.message
         source = write_folder(folder / "night", members)
@@ -234,6 +234,7 @@ def test_the_search_would_find_what_it_looks_for(
     for name in ("exif", "xmp", "iptc", "comment", "png", "tiff", "dicom", "text"):
         assert NEVER[name].encode() in packed, name
     assert b"nightly-summary" in elsewhere["the Prefect database"]
+    assert f"({(out / 'zip' / 'report.html').as_uri()})".encode() in elsewhere["the Prefect database"]
     assert b"leukoflow.run.finished" in elsewhere["the Prefect database"]
     assert b"failed" in elsewhere["the Prefect database"]
     table = pa.concat_tables(pq.read_table(p) for p in (out / "zip" / "predictions").iterdir())
@@ -242,3 +243,4 @@ def test_the_search_would_find_what_it_looks_for(
     assert (out / "fails" / "failures" / "00000.json").is_file()
     lines = [json.loads(line) for p in (out / "zip" / "logs").glob("*.jsonl") for line in p.read_text().splitlines()]
     assert {line["stage"] for line in lines} >= {"prepare", "segment", "extract", "classify"}
+    assert any(line["message"].startswith("metrics: http://127.0.0.1:") for line in lines)

@@ -1,0 +1,92 @@
+"""A run's log: plain text for people and JSON lines for programs, workers included."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+from leukoflow.runlog import run_log
+from leukoflow.telemetry import TOPIC, WORKER_LOGGER, worker_messages
+
+
+class Client:
+    """Takes a subscription as Dask's client does."""
+
+    def __init__(self) -> None:
+        self.handlers: dict[str, Any] = {}
+
+    def subscribe_topic(self, topic: str, handler: Any) -> None:
+        self.handlers[topic] = handler
+
+    def unsubscribe_topic(self, topic: str) -> None:
+        del self.handlers[topic]
+
+    def tell(self, message: str, level: int = logging.INFO, run: str = "night") -> None:
+        told = {"run": run, "shard": "00003", "stage": "segment", "level": level, "message": message, "worker": 2}
+        self.handlers[TOPIC]((0.0, told))
+
+
+def logs(root: Path) -> tuple[str, list[dict[str, Any]]]:
+    (plain,), (lines,) = (list((root / "logs").glob(f"*{ending}")) for ending in (".log", ".jsonl"))
+    return plain.read_text(), [json.loads(line) for line in lines.read_text().splitlines()]
+
+
+def test_both_files_tell_what_the_flow_says(tmp_path: Path) -> None:
+    flow = logging.getLogger("prefect.flow_runs")
+    with run_log(str(tmp_path), "night"):
+        flow.warning("48 images in %s shards", 3)
+        flow.warning("shard 00002: 16 predicted")
+        record = logging.LogRecord("prefect.task_runs", logging.ERROR, "", 1, "it is tried again", (), None)
+        record.task_run_name = "shard 00007, images 113 to 128"
+        logging.getLogger("prefect.task_runs").handle(record)
+    flow.warning("after the run")
+    plain, lines = logs(tmp_path)
+    assert "WARNING 48 images in 3 shards" in plain
+    assert [line["message"] for line in lines] == [
+        "48 images in 3 shards", "shard 00002: 16 predicted", "it is tried again"
+    ]  # fmt: skip
+    assert [line["shard"] for line in lines] == [None, "00002", "00007"]
+    assert lines[2]["level"] == "ERROR"
+    assert {line["run"] for line in lines} == {"night"}
+    assert all(line["time"].endswith("+00:00") for line in lines)
+    assert set(lines[0]) == {"time", "level", "run", "shard", "stage", "message"}
+
+
+def test_an_error_is_one_line_with_its_kind(tmp_path: Path) -> None:
+    with run_log(str(tmp_path), "night"):
+        try:
+            raise ValueError("two\nlines")
+        except ValueError:
+            logging.getLogger("leukoflow").exception("it failed")
+    _, (line,) = logs(tmp_path)
+    assert line["exception"] == "ValueError: two\nlines"
+
+
+def test_stages_of_workers_fill_the_json_lines_and_only_warnings_the_text(tmp_path: Path) -> None:
+    client = Client()
+    with run_log(str(tmp_path), "night"), worker_messages(client, "night"):
+        client.tell("finished in 4.10 s")
+        client.tell("failed (MemoryError)", logging.WARNING)
+        client.tell("started", run="another night on the same cluster")
+    assert client.handlers == {}
+    plain, lines = logs(tmp_path)
+    assert "finished" not in plain
+    assert "WARNING shard 00003: segment failed (MemoryError)" in plain
+    assert [(line["shard"], line["stage"], line["worker"], line["message"]) for line in lines] == [
+        ("00003", "segment", "2", "shard 00003: segment finished in 4.10 s"),
+        ("00003", "segment", "2", "shard 00003: segment failed (MemoryError)"),
+    ]
+
+
+def test_loggers_are_left_as_they_were(tmp_path: Path) -> None:
+    names = ("leukoflow", "prefect.flow_runs", "prefect.task_runs", WORKER_LOGGER)
+
+    def state() -> list[Any]:
+        return [(list(g.handlers), g.level, g.propagate) for g in map(logging.getLogger, names)]
+
+    before = state()
+    with run_log(str(tmp_path), "night"):
+        assert state() != before
+    assert state() == before

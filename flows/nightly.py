@@ -600,7 +600,7 @@ def _metrics(run: Run) -> Iterator[None]:
         return
     with ExitStack() as stack:
         try:
-            collector = RunsCollector(config.out, only=run.run_id)
+            collector = RunsCollector(config.out, only=run.run_id, deadline=config.deadline)
             port = stack.enter_context(metrics_endpoint(collector, config.metrics_port, config.metrics_address))
             get_run_logger().info("metrics: http://%s:%s/metrics", config.metrics_address, port)
         except ConfigError as error:

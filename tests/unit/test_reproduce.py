@@ -140,9 +140,9 @@ def test_a_run_computed_again_is_the_same_to_the_last_bit(night: Run, copy: Path
     assert {"features.zarr/hybrid", "activations.zarr/maps", "cells/attention", "fields/focus"} <= set(values)
     assert digests(copy) == before
     compact_run(str(copy))
-    assert again(copy).same
-    one = again(copy, shards=1, seed=4)
-    assert (one.same, len(one.shards), one.of_shards) == (True, 1, 3)
+    last = next(seed for seed in range(100) if sample(3, 1, seed) == [2])  # the rows that begin within the merged file
+    one = again(copy, shards=1, seed=last)
+    assert (one.same, one.shards, one.of_shards) == (True, ("00002",), 3)
 
 
 def test_every_run_records_what_it_was_computed_with(night: Run) -> None:

@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from apps.cli import app
 from leukoflow.codec import dumps, loads
+from leukoflow.config import RunConfig
 from leukoflow.errors import ConfigError
 from leukoflow.progress import RunBinding, read_manifest, read_progress, read_state
 from leukoflow.storage import Storage
@@ -133,3 +134,30 @@ def test_what_cannot_be_accompanied_is_said(accompanied: tuple[Path, Run], candi
         shadow_config(out, "night", bundle)
     refused = CliRunner().invoke(app, ["shadow", out, "night"], env={"COLUMNS": "200"})
     assert (refused.exit_code, "--bundle names the candidate" in refused.stderr) == (1, True)
+
+
+def test_the_flow_screens_compares_and_tells(copy: Path, candidate: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the flow itself does; the nightly flow that it calls is stood in for, and so is Prefect's server."""
+    import logging
+
+    from prefect.states import Completed
+
+    import flows.shadow
+
+    told: list[str] = []
+
+    def screened(config: RunConfig) -> Any:
+        finish_here(config)
+        return Completed(message="done")
+
+    monkeypatch.setattr(flows.shadow.nightly, "fn", screened)
+    monkeypatch.setattr(flows.shadow, "_be_nice", lambda: told.append("nice"))
+    monkeypatch.setattr(flows.shadow, "get_run_logger", lambda: logging.getLogger("leukoflow"))
+    monkeypatch.setattr(flows.shadow, "create_markdown_artifact", lambda text, key, description: told.append(text))
+    state = flows.shadow.shadow.fn(str(copy.parent), None, str(candidate.path))
+    assert state.is_completed()
+    assert told[0] == "nice"
+    assert "Not the night's result" in told[1]
+    assert (copy.parent / f"night-shadow-{candidate.digest[:8]}" / "shadow.json").exists()
+    refused = flows.shadow.shadow.fn(str(copy.parent), "nothing", str(candidate.path))
+    assert (refused.is_failed(), "there is no run nothing" in str(refused.message)) == (True, True)

@@ -2,44 +2,31 @@
 
 from __future__ import annotations
 
-import importlib
-import os
-import signal
 import sys
-import threading
-import traceback
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
-from typer.core import TyperGroup
 
+from apps import cli_bundles, cli_night, cli_nights
 from apps.cli_automations import automations_app
+from apps.common import (
+    Commands,
+    Debug,
+    Out,
+    RunId,
+    execute,
+    prefect_api,
+    reached,
+    refuse_remote,
+    reported,
+    root_of,
+    use_configured_prefect,
+)
 from leukoflow.errors import ConfigError, LeukoflowError
 
-if TYPE_CHECKING:
-    from leukoflow.config import RunConfig
-
-_USAGE = 1  # a mistyped command; 2 is taken by an unusable source
-
-
-class _Commands(TyperGroup):
-    """Exits with 1 for a command that cannot be understood, since 2 says that the source is unusable."""
-
-    def invoke(self, ctx: Any) -> Any:
-        try:
-            return super().invoke(ctx)
-        except Exception as error:
-            if hasattr(error, "show") and hasattr(error, "exit_code"):  # the usage errors of typer's parser
-                error.exit_code = _USAGE
-            raise
-
-
 app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     pretty_exceptions_enable=False,
@@ -49,7 +36,7 @@ app = typer.Typer(
     "Start with `leukoflow sample demo` and `leukoflow run demo/smears.zip --out out`.",
 )
 prefect_app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="A local Prefect server that stays, for its dashboard.\n\n"
@@ -59,46 +46,10 @@ prefect_app = typer.Typer(
 app.add_typer(prefect_app, name="prefect")
 app.add_typer(automations_app, name="automations")
 
-Debug = Annotated[bool, typer.Option("--debug", help="Show Prefect's log and the traceback of an error.")]
-Out = Annotated[str, typer.Argument(metavar="OUT", help="The folder or s3:// prefix that was given to `run --out`.")]
-RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="The run, as `leukoflow status OUT` lists it.")]
-
 
 def main() -> None:
     """Entry point of the `leukoflow` command."""
     app(prog_name="leukoflow")
-
-
-@contextmanager
-def _reported(debug: bool = False) -> Iterator[None]:
-    """Turns an error into one line that names the thing and the remedy, and into the exit code of the design."""
-    try:
-        yield
-    except (typer.Exit, typer.Abort):
-        raise
-    except KeyboardInterrupt:
-        _fail("stopped; the same command continues where it was", 130)
-    except LeukoflowError as error:
-        if debug:
-            traceback.print_exc()
-        _fail(str(error), error.exit_code)
-    except Exception as error:
-        if debug:
-            traceback.print_exc()
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        _fail(
-            f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno}); "
-            "this is a fault of the program: --debug shows the whole traceback",
-            1,
-        )
-
-
-def _fail(message: str, code: int) -> NoReturn:
-    from rich.console import Console
-    from rich.text import Text
-
-    Console(stderr=True, soft_wrap=True).print(Text.assemble(("error: ", "bold red"), (message, "red")))
-    raise typer.Exit(code)
 
 
 # --- run -------------------------------------------------------------------------------------------------------------
@@ -176,7 +127,7 @@ def run(
     **Exit codes**: 0 every image accounted for; 2 source unusable or empty; 3 some members quarantined; 4 members
     missing or source truncated; 130 stopped, and can be resumed; 1 anything else.
     """
-    with _reported(debug):
+    with reported(debug):
         from leukoflow.config import load_config
 
         settings = load_config(
@@ -192,126 +143,7 @@ def run(
             device=device,
             cluster={"workers": workers, "address": cluster},
         )
-        raise typer.Exit(_run(settings, keep_prefect, debug))
-
-
-def _run(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
-    """Plans, finds or starts a Prefect server, runs the flow under a progress display, and shows the outcome."""
-    from apps import view
-
-    console = view.console()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the flow takes over, stopping is just stopping
-    _use_configured_prefect(debug)  # a patient key may come from a block of that server
-    with console.status("planning", spinner="dots"):
-        from leukoflow.progress import read_manifest
-        from leukoflow.storage import Storage
-        from tasks.open_run import open_run
-
-        opened = open_run(settings)
-    if opened.finished is not None:
-        console.print(f"[green]{opened.run_id} is finished already[/]; nothing was started.")
-        view.show_outcome(console, opened.root, opened.finished)
-        return opened.finished.exit_code
-    view.show_plan(console, opened.run_id, opened.root, opened.summary)
-    # What the flow will import takes its seconds on one core while the server starts on the other; Prefect itself must
-    # not be among it yet.
-    threading.Thread(target=importlib.import_module, args=("tasks.shard",), daemon=True).start()
-    with _prefect(keep_prefect, debug), view.live_progress(console, opened.root):
-        from flows.nightly import nightly
-
-        state, silent = None, None
-        try:
-            state = nightly(settings, return_state=True)
-        except Exception as error:
-            if type(error).__module__.partition(".")[0] != "httpx":
-                raise
-            silent = error  # what Prefect was to be told last does not decide what became of the run
-        manifest = read_manifest(Storage(opened.root))
-    if silent is not None:
-        _without_prefect(console, opened.root, silent)
-    elif state is not None and (manifest is None or not _well(state)):
-        outcome = state.result(raise_on_failure=False)
-        if isinstance(outcome, BaseException):
-            raise outcome
-    if manifest is None:
-        words = (state.message or state.name) if state is not None else "no reason was given"
-        raise LeukoflowError(f"run {opened.run_id} ended without a manifest: {words}")
-    view.show_outcome(console, opened.root, manifest)
-    return manifest.exit_code
-
-
-def _well(state: Any) -> bool:
-    """Whether Prefect's last state is that of a run which ended as it should, or was cancelled too late."""
-    return bool(state.is_completed() or state.is_cancelled() or state.is_cancelling())
-
-
-def _without_prefect(console: Any, root: str, error: Exception) -> None:
-    """The run's own last word, when Prefect's server did not take it. Raises LeukoflowError unless it finished."""
-    from leukoflow.errors import RunCancelledError
-    from leukoflow.progress import ProgressReader
-
-    beat = ProgressReader(root).heartbeat()
-    state = beat.state if beat is not None and beat.pid == os.getpid() else "not begun"
-    words = beat.message if beat is not None else ""
-    where = "the Prefect server does not answer, so its dashboard does not know how the run ended"
-    if state == "finished":
-        console.print(f"[yellow]{where}; the results are complete[/]", soft_wrap=True)
-    elif state == "cancelled":
-        raise RunCancelledError(words)
-    elif state == "failed":
-        raise LeukoflowError(f"{words} ({where})")
-    else:
-        raise LeukoflowError(
-            f"the Prefect server does not answer ({error}); start it again, or leave out PREFECT_API_URL, and the run "
-            "starts one of its own. What is committed stays, and the same command continues where the run was"
-        ) from error
-
-
-@contextmanager
-def _prefect(keep: bool, debug: bool) -> Iterator[None]:
-    """A Prefect API for the block: the configured one, or a local server that ends with the block unless it is kept.
-
-    To be entered from the main thread, before anything has imported Prefect, which reads its settings at import.
-    """
-    from apps import prefect_server, view
-
-    console = view.console()
-    if url := _use_configured_prefect(debug):
-        prefect_server.require_server(url)
-        console.print(f"dashboard  {url.removesuffix('/').removesuffix('/api')}", soft_wrap=True)
-        yield
-        return
-    with console.status("starting a Prefect server", spinner="dots"):
-        server = prefect_server.start_server(keep)
-    os.environ.update(prefect_server.client_environment(server))
-    console.print(f"dashboard  {server.ui_url}", soft_wrap=True)
-    try:
-        yield
-    finally:
-        if "prefect" in sys.modules:  # what its log still holds back must be sent while there is somebody to take it
-            from prefect.events.worker import EventsWorker
-            from prefect.logging.handlers import APILogWorker
-
-            APILogWorker.drain_all(timeout=5)
-            EventsWorker.drain_all(timeout=5)
-        server.stop()
-        if server.keep and server.process is not None:
-            console.print(
-                f"the Prefect server stays at {server.ui_url}; `leukoflow prefect stop` ends it", soft_wrap=True
-            )
-
-
-def _use_configured_prefect(debug: bool) -> str | None:
-    """Points this process to the user's own Prefect API, and returns its address; None when there is none."""
-    from apps import prefect_server
-
-    if debug:
-        os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
-    url = prefect_server.configured_api_url()
-    if url is not None:
-        os.environ.update(prefect_server.client_environment(None))
-        os.environ["PREFECT_API_URL"] = url
-    return url
+        raise typer.Exit(execute(settings, keep_prefect, debug))
 
 
 # --- status, report --------------------------------------------------------------------------------------------------
@@ -333,24 +165,24 @@ def status(
 
     **Examples**: `leukoflow status out`; `leukoflow status out smears-1f0c63b2`
     """
-    with _reported(debug):
+    with reported(debug):
         from apps import view
         from leukoflow.progress import list_runs, read_progress
 
         console = view.console()
         if run_id is None:
-            runs = list_runs(_reached(out))
+            runs = list_runs(reached(out))
             if not runs:
                 raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {out}` makes one")
             found, damaged = [], []
             for name in runs:
                 try:
-                    found.append(read_progress(_root(out, name)))
+                    found.append(read_progress(root_of(out, name)))
                 except LeukoflowError as error:  # one damaged run must not hide the others
                     damaged.append((name, str(error)))
             view.show_runs(console, out, found, damaged)
         else:
-            view.show_status(console, _root(out, run_id), read_progress(_root(out, run_id)))
+            view.show_status(console, root_of(out, run_id), read_progress(root_of(out, run_id)))
 
 
 @app.command()
@@ -376,7 +208,7 @@ def report(
 
     **Examples**: `leukoflow report out smears-1f0c63b2`; `leukoflow report s3://results --nights 30 --to nights.html`
     """
-    with _reported(debug):
+    with reported(debug):
         if run_id is None:
             from apps.cli_nights import report_nights
 
@@ -387,33 +219,11 @@ def report(
         from leukoflow.progress import ProgressReader
         from tasks.report import build_report
 
-        root = _root(out, run_id)
+        root = root_of(out, run_id)
         reader = ProgressReader(root)
         progress = reader.read()
         reader.storage.write("report.html", build_report(root, reader.manifest()).encode())
         view.console().print(f"{reader.storage.uri('report.html')}  ({progress.state})", soft_wrap=True)
-
-
-def _root(out: str, run_id: str) -> str:
-    return f"{_reached(out)}/{run_id}"
-
-
-@lru_cache(maxsize=4)
-def _reached(out: str) -> str:
-    """`out` without a slash at its end. A store that cannot be used is reported at once, not after many retries."""
-    from leukoflow.storage import Storage
-
-    Storage(out).probe()
-    return out.rstrip("/")
-
-
-def _local(**places: Path | None) -> None:
-    """Refuses s3:// where only the local disk will do; else a folder named `s3:` would be made."""
-    for name, path in places.items():
-        if path is not None and str(path).startswith("s3:/"):
-            raise ConfigError(
-                f"{name} {path}: it must be on the local disk; copy it to or from the object store yourself"
-            )
 
 
 # --- the life of a finished run --------------------------------------------------------------------------------------
@@ -437,20 +247,20 @@ def verify(
 
     **Exit codes**: 0 all is as it was committed; 1 something is not.
     """
-    with _reported(debug):
+    with reported(debug):
         from apps import view
         from tasks.audit import verify_log
         from tasks.verify import finished_runs, verify_run
 
         console = view.console()
-        names, unfinished = ([run_id], []) if run_id is not None else finished_runs(_reached(out))
+        names, unfinished = ([run_id], []) if run_id is not None else finished_runs(reached(out))
         if not names and not unfinished and verify_log(out) is None:
             raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {out}` makes one")
         bad = 0
         for name in names:
             try:
                 with view.bytes_progress(console, f"verifying {name}") as report:
-                    found = verify_run(_root(out, name), report)
+                    found = verify_run(root_of(out, name), report)
             except LeukoflowError as error:
                 if run_id is not None:
                     raise
@@ -492,15 +302,15 @@ def diff(
 
     **Exit codes**: 0 every image has the same outcome in both; 3 something differs; 1 anything else.
     """
-    with _reported(debug):
+    with reported(debug):
         from apps import view
         from tasks.diff import ChangeFiles, diff_runs
 
         console = view.console()
-        _local(**{"--json": json_file, "--csv": csv_file})
+        refuse_remote(**{"--json": json_file, "--csv": csv_file})
         with ChangeFiles(csv_file, json_file) as files:
             with console.status("comparing", spinner="dots"):
-                found = diff_runs(_reached(run_a), _reached(run_b), files.add, tolerance)
+                found = diff_runs(reached(run_a), reached(run_b), files.add, tolerance)
             files.finish(found)
         view.show_diff(console, found)
         for path in (csv_file, json_file):
@@ -523,13 +333,13 @@ def compact(
 
     **Example**: `leukoflow compact out smears-1f0c63b2`
     """
-    with _reported(debug):
+    with reported(debug):
         from apps import view
         from tasks.compact import compact_run
 
         console = view.console()
         with view.bytes_progress(console, f"compacting {run_id}") as report:
-            done = compact_run(_root(out, run_id), file_mb << 20, report)
+            done = compact_run(root_of(out, run_id), file_mb << 20, report)
         view.show_compaction(console, done)
 
 
@@ -549,13 +359,13 @@ def retention(
     **Examples**: `leukoflow retention out --keep-days 90 --dry-run`;
     `leukoflow retention s3://results --keep-days 365 --keep-last 10`
     """
-    with _reported(debug):
+    with reported(debug):
         from apps import view
         from tasks.retention import plan_retention, retain
 
         console = view.console()
         with console.status("looking through the runs" if dry_run else "deleting", spinner="dots"):
-            found = (plan_retention if dry_run else retain)(_reached(out), keep_days, keep_last)
+            found = (plan_retention if dry_run else retain)(reached(out), keep_days, keep_last)
         view.show_retention(console, found, dry_run)
 
 
@@ -577,17 +387,17 @@ def erase(
 
     **Examples**: `leukoflow erase out --patient 1234 --dry-run`
     """
-    with _reported(debug):
+    with reported(debug):
         from apps import view
         from tasks.amend import patient_name
         from tasks.erase import erase_patient
         from tasks.open_run import patient_key
 
         console = view.console()
-        _use_configured_prefect(debug)  # the key may come from a block of that server
+        use_configured_prefect(debug)  # the key may come from a block of that server
         name = patient_name(patient, patient_key())
         with console.status("looking" if dry_run else "erasing", spinner="dots"):
-            found = erase_patient(_reached(out), name, dry_run)
+            found = erase_patient(reached(out), name, dry_run)
         view.show_amended(console, found, "erased", dry_run)
 
 
@@ -615,7 +425,7 @@ def doctor(
 
     **Examples**: `leukoflow doctor`; `leukoflow doctor --out s3://results --cluster tcp://gpu1:8786`
     """
-    with _reported(debug):
+    with reported(debug):
         from apps import view
         from apps.doctor import diagnose
 
@@ -647,11 +457,11 @@ def sample(
 
     **Example**: `leukoflow sample demo --images 96 --seed 7`
     """
-    with _reported(debug):
+    with reported(debug):
         from apps import view
         from tasks.sample import write_sample
 
-        _local(DIR=directory)
+        refuse_remote(DIR=directory)
         console = view.console()
         with console.status(f"rendering {images:,} fields", spinner="dots"):
             made = write_sample(directory, images, seed, side)
@@ -710,10 +520,10 @@ def train(
 
     **Example**: `leukoflow train data --out bundles/mine`
     """
-    with _reported(debug):
-        _local(DATA=data, **{"--out": out, "--work": work})
+    with reported(debug):
+        refuse_remote(DATA=data, **{"--out": out, "--work": work})
         work_dir = work or out.with_name(out.name + ".work")
-        with _prefect(keep_prefect, debug):
+        with prefect_api(keep_prefect, debug):
             from flows.train import FULL_MINUTES
             from flows.train import train as flow
 
@@ -778,13 +588,13 @@ def evaluate(
 
     **Example**: `leukoflow evaluate pocket data --out evaluation`
     """
-    with _reported(debug):
+    with reported(debug):
         if unknown := sorted(set(protocol or ()) - set(PROTOCOL_NAMES)):
             raise ConfigError(f"no protocol named {unknown[0]!r}; there are cluster, slide and random")
-        _local(DATA=data, **{"--out": out, "--work": work})
+        refuse_remote(DATA=data, **{"--out": out, "--work": work})
         if record and bundle.startswith("s3://"):
             raise ConfigError(f"figures cannot be put into {bundle}: give --no-record, or a copy on the local disk")
-        with _prefect(keep_prefect, debug):
+        with prefect_api(keep_prefect, debug):
             from flows.evaluate import evaluate as flow
 
             found = flow(
@@ -816,7 +626,7 @@ def prefect_start(debug: Debug = False) -> None:
     It listens on the loopback address only, keeps its database below the user's state directory
     (`LEUKOFLOW_PREFECT_HOME` names another place), and sends nothing anywhere.
     """
-    with _reported(debug):
+    with reported(debug):
         from apps import prefect_server, view
 
         console = view.console()
@@ -829,7 +639,7 @@ def prefect_start(debug: Debug = False) -> None:
 @prefect_app.command("status")
 def prefect_status(debug: Debug = False) -> None:
     """Say which Prefect server a run would use. Exits with 1 when one is configured and does not answer."""
-    with _reported(debug):
+    with reported(debug):
         from apps import prefect_server, view
 
         console = view.console()
@@ -849,7 +659,7 @@ def prefect_status(debug: Debug = False) -> None:
 @prefect_app.command("stop")
 def prefect_stop(debug: Debug = False) -> None:
     """Stop the server that `leukoflow prefect start` or `run --keep-prefect` left running."""
-    with _reported(debug):
+    with reported(debug):
         from apps import prefect_server, view
 
         view.console().print("stopped" if prefect_server.stop() else "none was running")
@@ -872,11 +682,8 @@ def version() -> None:
     typer.echo(f"python {sys.version.split()[0]}")
 
 
-import apps.cli_night  # noqa: E402 - its commands register themselves
-import apps.cli_nights  # noqa: E402, F401 - its commands register themselves
-from apps import cli_bundles  # noqa: E402 - it uses the helpers above
-
-cli_bundles.add_to(app)
+for _module in (cli_night, cli_nights, cli_bundles):
+    _module.add_to(app)
 
 if __name__ == "__main__":
     main()

@@ -7,6 +7,8 @@ from typing import Annotated
 
 import typer
 
+from apps.common import Debug, reported, use_configured_prefect
+
 automations_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
@@ -17,7 +19,7 @@ automations_app = typer.Typer(
 @automations_app.command("apply")
 def apply(
     file: Annotated[Path, typer.Argument(metavar="FILE", help="The YAML file.")] = Path("deployments/automations.yaml"),
-    debug: Annotated[bool, typer.Option("--debug", help="Show the traceback of an error.")] = False,
+    debug: Debug = False,
 ) -> None:
     """Make the Prefect server of `PREFECT_API_URL` have the automations of a file.
 
@@ -28,11 +30,10 @@ def apply(
     **Example**: `LEUKOFLOW_WEBHOOK_URL=https://chat.example.org/hook leukoflow automations apply`
     """
     from apps import view
-    from apps.cli import _reported, _use_configured_prefect
     from apps.prefect_server import require_server
 
-    with _reported(debug):
-        require_server(_use_configured_prefect(debug))
+    with reported(debug):
+        require_server(use_configured_prefect(debug))
         from apps.automations import apply_automations
 
         applied = apply_automations(file)

@@ -7,11 +7,22 @@ from typing import Annotated, Any
 
 import typer
 
-from apps.cli import Debug, Out, RunId, _Commands, _prefect, _reached, _reported, _root, _run, _use_configured_prefect
+from apps.common import (
+    Commands,
+    Debug,
+    Out,
+    RunId,
+    execute,
+    prefect_api,
+    reached,
+    reported,
+    root_of,
+    use_configured_prefect,
+)
 from leukoflow.errors import ConfigError, LeukoflowError
 
 bundles_app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="The bundle registry: what there is, what is approved for production, and who decided so.\n\n"
@@ -70,7 +81,7 @@ def register(
 
     **Example**: `leukoflow bundles register bundles/mine --name pocket-2`
     """
-    with _reported(debug):
+    with reported(debug):
         found = _registry(registry).register(directory, _who(by), name, without_metrics)
         _line(found, found.state)
 
@@ -78,7 +89,7 @@ def register(
 @bundles_app.command("list")
 def list_bundles(registry: RegistryOption = None, debug: Debug = False) -> None:
     """List the bundles: name, digest, state, when and by whom, and the figures that were measured."""
-    with _reported(debug):
+    with reported(debug):
         from rich.table import Table
 
         from apps import view
@@ -107,7 +118,7 @@ def approve(
 
     **Example**: `leukoflow bundles approve pocket-2 --by "Dr Moreau" --why "shadow runs of two weeks agree"`
     """
-    with _reported(debug):
+    with reported(debug):
         _line(_registry(registry).approve(wanted, by, why), "is approved")
 
 
@@ -122,14 +133,14 @@ def rollback(
     debug: Debug = False,
 ) -> None:
     """Approve again the bundle that was approved before the present one."""
-    with _reported(debug):
+    with reported(debug):
         _line(_registry(registry).rollback(_who(by), why, to), "is approved again")
 
 
 @bundles_app.command("history")
 def history(registry: RegistryOption = None, debug: Debug = False) -> None:
     """Print everything that was ever done to the registry. Fails when the history was tampered with."""
-    with _reported(debug):
+    with reported(debug):
         from rich.table import Table
 
         from apps import view
@@ -159,7 +170,7 @@ def prune(
 
     **Example**: `leukoflow bundles prune --keep-days 180 --out s3://results --dry-run`
     """
-    with _reported(debug):
+    with reported(debug):
         from apps import view
         from tasks.prune import prune as remove
 
@@ -191,13 +202,13 @@ def shadow(
 
     **Example**: `leukoflow shadow out smears-1f0c63b2 --bundle registry:pocket-2`
     """
-    with _reported(debug):
+    with reported(debug):
         from apps import view
 
         if not bundle:
             raise ConfigError("--bundle names the candidate; `leukoflow bundles list` shows those of the registry")
         console = view.console()
-        _use_configured_prefect(debug)
+        use_configured_prefect(debug)
         from leukoflow.progress import read_manifest
         from leukoflow.storage import Storage
         from tasks.open_run import open_run
@@ -206,7 +217,7 @@ def shadow(
         config = shadow_config(out, run_id, bundle, workers, cluster)
         opened = open_run(config)
         view.show_plan(console, opened.run_id, opened.root, opened.summary)
-        with _prefect(keep_prefect, debug), view.live_progress(console, opened.root):
+        with prefect_api(keep_prefect, debug), view.live_progress(console, opened.root):
             from flows.shadow import shadow as flow
 
             state = flow(out, config.shadow_of, bundle, workers, cluster, return_state=True)
@@ -228,7 +239,7 @@ def shadow(
         for before, after, n in found.transitions:
             if before != after:
                 console.print(f"  {n:>7,}  {before} -> {after}", soft_wrap=True)
-        console.print(f"images  leukoflow diff {_root(out, found.shadow_of)} {opened.root}", soft_wrap=True)
+        console.print(f"images  leukoflow diff {root_of(out, found.shadow_of)} {opened.root}", soft_wrap=True)
 
 
 def rerun(
@@ -268,13 +279,13 @@ def rerun(
 
     **Exit codes**: as `leukoflow run`; with --verify 0 the same to the last bit, 3 something differs, 1 anything else.
     """
-    with _reported(debug):
+    with reported(debug):
         if not verify:
             if shards is not None or bundle is not None or scratch is not None or json_file is not None:
                 raise ConfigError("--shards, --bundle, --scratch and --json belong to --verify")
             from flows.rerun import rerun_config
 
-            raise typer.Exit(_run(rerun_config(out, run_id), keep_prefect, debug))
+            raise typer.Exit(execute(rerun_config(out, run_id), keep_prefect, debug))
         from apps import view
         from tasks.reproduce import reproduce_run, to_json
 
@@ -285,7 +296,7 @@ def rerun(
                 status.update(f"computing again: {done} of {total} shards")
 
             found = reproduce_run(
-                _root(out, run_id), shards, seed, workers, bundle, registry, str(scratch) if scratch else None, report
+                root_of(out, run_id), shards, seed, workers, bundle, registry, str(scratch) if scratch else None, report
             )
         if json_file is not None:
             json_file.write_text(to_json(found), encoding="utf-8")
@@ -353,7 +364,7 @@ def correct(
     **Examples**: `leukoflow correct out --patient 1234 --to 4321 --dry-run`;
     `leukoflow correct out --slide S-77 --patient 4321`
     """
-    with _reported(debug):
+    with reported(debug):
         from apps import view
         from tasks.amend import patient_name
         from tasks.correct import correct_patient
@@ -363,10 +374,10 @@ def correct(
         if right is None:
             raise ConfigError("who is right? --patient WRONG --to RIGHT, or --slide SLIDE --patient RIGHT")
         console = view.console()
-        _use_configured_prefect(debug)  # the key may come from a block of that server
+        use_configured_prefect(debug)  # the key may come from a block of that server
         key = patient_key()
         named = [None if p is None else patient_name(p, key) for p in (right, wrong)]
         assert named[0] is not None
         with console.status("looking" if dry_run else "correcting", spinner="dots"):
-            found = correct_patient(_reached(out), named[0], named[1], slide, dry_run)
+            found = correct_patient(reached(out), named[0], named[1], slide, dry_run)
         view.show_amended(console, found, "corrected", dry_run)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from apps.cli import Debug, _prefect, _reported, app
+from apps.common import Debug, prefect_api, reported
 from leukoflow.errors import LeukoflowError
 
 if TYPE_CHECKING:
@@ -25,7 +25,12 @@ SitePath = Annotated[
 _SHOWN = 20
 
 
-@app.command()
+def add_to(app: typer.Typer) -> None:
+    """Adds the commands of this module to the command line."""
+    for command in (inbox, night):
+        app.command()(command)
+
+
 def inbox(site: SitePath = None, debug: Debug = False) -> None:
     """Say what the inbox of a site holds: complete, still arriving, taken, and expected but absent.
 
@@ -34,7 +39,7 @@ def inbox(site: SitePath = None, debug: Debug = False) -> None:
 
     **Example**: `leukoflow inbox deployments/sites/workstation.toml`
     """
-    with _reported(debug):
+    with reported(debug):
         import time
 
         from apps import view
@@ -49,7 +54,6 @@ def inbox(site: SitePath = None, debug: Debug = False) -> None:
         _show_inbox(view.console(), place, found, pending)
 
 
-@app.command()
 def night(
     site: SitePath = None,
     date: Annotated[
@@ -69,13 +73,13 @@ def night(
 
     **Exit codes**: as `leukoflow run`; of several runs the worst. 4 also when the manifest expects what is not there.
     """
-    with _reported(debug):
+    with reported(debug):
         from apps import view
         from leukoflow.site import load_site
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # until a run takes over, stopping is just stopping
         place = load_site(site)
-        with _prefect(keep_prefect, debug):
+        with prefect_api(keep_prefect, debug):
             from flows.night import NightReport
             from flows.night import night as flow
 

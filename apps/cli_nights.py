@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from apps.cli import Debug, Out, _Commands, _reported, app
+from apps.common import Commands, Debug, Out, reported
 from leukoflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -17,14 +17,19 @@ if TYPE_CHECKING:
     from tasks.drift import DriftFacts
 
 drift_app = typer.Typer(
-    cls=_Commands,
+    cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
     help="What nights are compared with.\n\n"
     "A reference is the summary of one or more finished runs that somebody has looked at and found good. A bundle's "
     "own (`drift.json` beside its `bundle.json`) is preferred to that of OUT.",
 )
-app.add_typer(drift_app, name="drift")
+
+
+def add_to(app: typer.Typer) -> None:
+    """Adds the commands of this module to the command line."""
+    app.add_typer(drift_app, name="drift")
+    app.command()(metrics)
 
 
 @drift_app.command("reference")
@@ -45,7 +50,7 @@ def drift_reference(
     **Examples**: `leukoflow drift reference out night-2026-03-01 night-2026-03-02`;
     `leukoflow drift reference out night-2026-03-01 --to bundles/mine/drift.json`
     """
-    with _reported(debug):
+    with reported(debug):
         from apps import view
         from leukoflow.storage import Storage
         from tasks.drift import BASELINE, facts_bytes, merge_reference
@@ -70,7 +75,7 @@ def drift_show(
 
     **Example**: `leukoflow drift show out`
     """
-    with _reported(debug):
+    with reported(debug):
         from apps import view
         from tasks.drift import find_reference
         from tasks.nights import bundle_dir
@@ -131,7 +136,6 @@ def report_nights(out: str, nights: int, to: str | None) -> None:
         console.print(f"note: {note}", style="yellow", soft_wrap=True, highlight=False, markup=False)
 
 
-@app.command()
 def metrics(
     out: Out,
     port: Annotated[
@@ -152,7 +156,7 @@ def metrics(
     **Examples**: `leukoflow metrics s3://results --port 9109`;
     `leukoflow metrics out --textfile /var/lib/node_exporter/leukoflow.prom`
     """
-    with _reported(debug):
+    with reported(debug):
         import threading
 
         from apps import view

@@ -255,7 +255,7 @@ def test_patients_are_given_by_name_or_pseudonym() -> None:
 
 def test_the_command(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", KEY.decode())
-    monkeypatch.setattr("apps.cli._use_configured_prefect", lambda debug: None)
+    monkeypatch.setattr("apps.cli.use_configured_prefect", lambda debug: None)
 
     def invoke(*arguments: str) -> Any:
         settings = {"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}

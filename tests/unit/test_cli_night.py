@@ -93,4 +93,4 @@ def test_rerun_needs_a_run_that_kept_its_settings(tmp_path: Path) -> None:
 
 def test_a_run_of_a_claim_is_resumed_by_its_id() -> None:
     config = load_config(source="inbox", out="out dir", selection="out/inbox/ward/claims/00001.parquet", run_id="n")
-    assert resume_command(config, "n") == "leukoflow rerun 'out dir' n"
+    assert resume_command(config, "n", "pocket") == "leukoflow rerun 'out dir' n"

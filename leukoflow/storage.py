@@ -6,11 +6,14 @@ with an object store is a StorageError in words; only a key that is absent is a 
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
@@ -20,6 +23,8 @@ import zarr.storage
 from leukoflow.errors import StorageError
 
 CHUNK = 1 << 20
+READERS = 8
+"""Objects that are read at the same time, where each is waited for."""
 
 
 def _objects() -> Any:
@@ -27,6 +32,25 @@ def _objects() -> Any:
     from leukoflow import objectstore
 
     return objectstore
+
+
+def is_full(words: str) -> bool:
+    """Whether an error's words say that a disk, or somebody's share of it, is full."""
+    return any(os.strerror(number) in words for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def _cannot_write(target: Path, error: OSError) -> StorageError:
+    words = f"cannot write {target}: {error.strerror}"
+    if is_full(words):
+        return StorageError(f"{words}; make room on that disk, then give the same command again")
+    return StorageError(f"{words}; run the same command again")
+
+
+def _make_parent(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
 
 
 class Storage:
@@ -101,7 +125,7 @@ class Storage:
                 self.fs.pipe_file(self.uri(key), data)
             return
         target = Path(self.uri(key))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(target)
         scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
             with scratch.open("wb") as file:
@@ -110,8 +134,9 @@ class Storage:
                 os.fsync(file.fileno())
             scratch.replace(target)
         except OSError as error:
-            scratch.unlink(missing_ok=True)
-            raise StorageError(f"cannot write {target}: {error.strerror}") from error
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            raise _cannot_write(target, error) from error
 
     def create(self, key: str, data: bytes) -> bool:
         """Writes a key only if it is absent, atomically; False when somebody was first, and not this very call."""
@@ -119,7 +144,7 @@ class Storage:
             with self._errors(key):
                 return cast(bool, _objects().create(self.fs, *self._address(key), data))
         target = Path(self.uri(key))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(target)
         scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
             with scratch.open("wb") as file:
@@ -130,9 +155,10 @@ class Storage:
         except FileExistsError:
             return False
         except OSError as error:
-            raise StorageError(f"cannot write {target}: {error.strerror}") from error
+            raise _cannot_write(target, error) from error
         finally:
-            scratch.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
         return True
 
     def delete(self, key: str) -> None:
@@ -155,6 +181,13 @@ class Storage:
                 self.delete(f"_attempts/{name}")
         if names and not self.names("_attempts"):
             self.delete("_attempts")
+
+    def prune(self, key: str) -> None:
+        """Removes a folder and those above it, up to the root, while they are empty; an object store has none."""
+        parts = key.split("/") if self.is_local else []
+        with contextlib.suppress(OSError):
+            for n in range(len(parts), 0, -1):
+                os.rmdir(self.uri("/".join(parts[:n])))
 
     def files(self, prefix: str, hidden: bool = False) -> list[str]:
         """Keys below a prefix, sorted. For what this process wrote itself, and for people; never for what is done.
@@ -223,14 +256,18 @@ class Storage:
         return key, size, digest.hexdigest()
 
     def intact(self, files: Iterable[tuple[str, int, str]]) -> bool:
-        """Whether every (key, bytes, sha256) is there and unaltered."""
-        for key, size, sha256 in files:
+        """Whether every (key, bytes, sha256) is there and unaltered. Objects are read several at a time."""
+
+        def holds(file: tuple[str, int, str]) -> bool:
             try:
-                if self.digest(key) != (key, size, sha256):
-                    return False
+                return self.digest(file[0]) == tuple(file)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return False
-        return True
+
+        if self.is_local:
+            return all(map(holds, files))
+        with ThreadPoolExecutor(READERS) as pool:
+            return all(pool.map(holds, files))
 
     def promote(self, attempt: str, files: Iterable[tuple[str, int, str]]) -> None:
         """Moves an attempt's files from below `attempt` to their final keys; repeating it after a crash is harmless.
@@ -269,7 +306,7 @@ class Storage:
                 target.rename(grave)
             mine.replace(target)
         except OSError as error:
-            raise StorageError(f"cannot write {target}: {error.strerror}; run the same command again") from error
+            raise _cannot_write(target, error) from error
         finally:
             shutil.rmtree(bench, ignore_errors=True)
 

@@ -9,7 +9,6 @@ from pathlib import Path
 import boto3
 import pytest
 
-import leukoflow.storage
 from leukoflow.ledger import Ledger, encode, read_selection
 from leukoflow.site import load_site
 from tasks.inbox import judge, look, take
@@ -24,7 +23,6 @@ def test_an_inbox_on_an_object_store(tmp_path: Path, endpoint: str, monkeypatch:
         "AWS_DEFAULT_REGION": "us-east-1",
     }.items():  # fmt: skip
         monkeypatch.setenv(name, value)
-    leukoflow.storage._s3.cache_clear()
     client = boto3.client("s3")
     client.create_bucket(Bucket="lab")
     (tmp_path / "site.toml").write_text('name = "ward"\ninbox = "s3://lab/inbox"\nout = "s3://lab/out"\n[run]\n')
@@ -46,4 +44,3 @@ def test_an_inbox_on_an_object_store(tmp_path: Path, endpoint: str, monkeypatch:
     assert not ledger.storage.create("claims/00001.parquet", encode(taken.heads[0], selection.table))
     items, _ = judge([], taken, site.arrival, time.time())
     assert items == []
-    leukoflow.storage._s3.cache_clear()

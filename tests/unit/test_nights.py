@@ -303,9 +303,7 @@ def test_nights_on_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
         for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
             monkeypatch.setenv(name, "test")
         monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-        import leukoflow.storage
 
-        leukoflow.storage._s3.cache_clear()
         Storage("s3://nights/x").fs.mkdir("nights")
         for day in (1, 2):
             put("s3://nights/out", f"night-{day}", day)
@@ -317,5 +315,4 @@ def test_nights_on_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
         assert "2026-03-01 to 2026-03-02" in page
         assert "s3://nights/out/_baseline/drift.json" in page
     finally:
-        leukoflow.storage._s3.cache_clear()
         server.stop()

@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: install demo test chaos chaos-short check bench lock clean
+.PHONY: install demo test chaos chaos-short check bench stack stack-status stack-down lock clean
 
 install: $(STAMP)
 
@@ -37,6 +37,17 @@ check: install
 
 bench: install
 	$(BIN)/python -m pytest benchmarks -q -s -o python_files='bench_*.py'
+
+# The whole of production as plain processes on this machine: Postgres, Prefect server and worker, reverse proxy, Dask,
+# object store. Needs no containers; data, logs and generated passwords are in stack-out (LEUKOFLOW_STACK).
+stack: install
+	$(BIN)/python -m infra.stack up
+
+stack-status:
+	$(BIN)/python -m infra.stack status
+
+stack-down:
+	$(BIN)/python -m infra.stack down
 
 # Only maintainers run this: pins the versions that were tested, without naming any index.
 lock:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 import typer
 from typer.core import TyperGroup
 
+from apps.cli_automations import automations_app
 from leukoflow.errors import ConfigError, LeukoflowError
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ prefect_app = typer.Typer(
     "here is used instead and keeps running, so that its dashboard shows all runs.",
 )
 app.add_typer(prefect_app, name="prefect")
+app.add_typer(automations_app, name="automations")
 
 Debug = Annotated[bool, typer.Option("--debug", help="Show Prefect's log and the traceback of an error.")]
 Out = Annotated[str, typer.Argument(metavar="OUT", help="The folder or s3:// prefix that was given to `run --out`.")]
@@ -275,6 +277,7 @@ def _prefect(keep: bool, debug: bool) -> Iterator[None]:
 
     console = view.console()
     if url := _use_configured_prefect(debug):
+        prefect_server.require_server(url)
         console.print(f"dashboard  {url.removesuffix('/').removesuffix('/api')}", soft_wrap=True)
         yield
         return
@@ -351,16 +354,35 @@ def status(
 
 
 @app.command()
-def report(out: Out, run_id: RunId, debug: Debug = False) -> None:
-    """Write report.html of a run anew, also while it is running or after it was killed.
+def report(
+    out: Out,
+    run_id: Annotated[
+        str | None, typer.Argument(metavar="[RUN_ID]", help="One run; without it, the last nights of all runs.")
+    ] = None,
+    nights: Annotated[int, typer.Option("--nights", min=1, help="How many nights to show, without RUN_ID.")] = 30,
+    to: Annotated[
+        str | None, typer.Option("--to", metavar="FILE", help="Where to write the page of the nights.")
+    ] = None,
+    debug: Debug = False,
+) -> None:
+    """Write the report of a run anew, or without RUN_ID that of the last nights.
 
-    The report is one file without anything external: totals, distributions, timings, the ranking of the slides, and
-    the most suspicious and the least certain fields with their cells outlined. The outlines need the source; where it
-    is gone, the masks are shown alone.
+    With RUN_ID: OUT/RUN_ID/report.html, also while the run is running or after it was killed. One file without anything
+    external: totals, distributions, timings, the ranking of the slides, and the most suspicious and the least certain
+    fields with their cells outlined. The outlines need the source; where it is gone, the masks are shown alone.
 
-    **Example**: `leukoflow report out smears-1f0c63b2`
+    Without: OUT/nights.html, and the same as nights.json. Reconciliation of each night, rates, throughput, and drift
+    against the reference (`leukoflow drift reference`) and the week before, by site and scanner.
+
+    **Examples**: `leukoflow report out smears-1f0c63b2`; `leukoflow report s3://results --nights 30 --to nights.html`
     """
     with _reported(debug):
+        if run_id is None:
+            from apps.cli_nights import report_nights
+
+            return report_nights(out, nights, to)
+        if to is not None:
+            raise ConfigError("--to is for the page of the nights; the report of one run lies beside its data")
         from apps import view
         from leukoflow.progress import ProgressReader
         from tasks.report import build_report
@@ -557,7 +579,8 @@ def erase(
     """
     with _reported(debug):
         from apps import view
-        from tasks.erase import erase_patient, patient_name
+        from tasks.amend import patient_name
+        from tasks.erase import erase_patient
         from tasks.open_run import patient_key
 
         console = view.console()
@@ -565,7 +588,7 @@ def erase(
         name = patient_name(patient, patient_key())
         with console.status("looking" if dry_run else "erasing", spinner="dots"):
             found = erase_patient(_reached(out), name, dry_run)
-        view.show_erasure(console, found, dry_run)
+        view.show_amended(console, found, "erased", dry_run)
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------
@@ -848,6 +871,12 @@ def version() -> None:
             typer.echo(f"{name} not installed")
     typer.echo(f"python {sys.version.split()[0]}")
 
+
+import apps.cli_night  # noqa: E402 - its commands register themselves
+import apps.cli_nights  # noqa: E402, F401 - its commands register themselves
+from apps import cli_bundles  # noqa: E402 - it uses the helpers above
+
+cli_bundles.add_to(app)
 
 if __name__ == "__main__":
     main()

@@ -28,6 +28,7 @@ MIN_MEMORY_GB = 4.0
 _TESTED: dict[str, tuple[str, str]] = {  # at least, below; as pyproject.toml has it
     "prefect": ("3.8", "3.9"),
     "fastapi": ("0.139", "0.151"),
+    "sqlalchemy": ("2.0.40", "2.1"),
     "dask": ("2026.1", ""),
     "distributed": ("2026.1", ""),
     "torch": ("2.6", ""),
@@ -150,8 +151,13 @@ def check_gpu() -> Iterator[Check]:
 def check_bundle(name: str) -> Iterator[Check]:
     """The bundle loads, and its weights are those that its digest names."""
     from models.bundle import load_bundle
+    from models.registry import VARIABLE, is_reference, opened
 
-    bundle = load_bundle(name)
+    place = name
+    if is_reference(name):
+        registry = opened(os.environ.get(VARIABLE))
+        place = registry.location(registry.resolve(name).digest)
+    bundle = load_bundle(place)
     yield Check("bundle", "ok", f"{name}, digest {bundle.digest[:12]}")
 
 
@@ -176,18 +182,23 @@ def check_decoding() -> Iterator[Check]:
 
 def check_prefect(start: bool) -> Iterator[Check]:
     """The Prefect server that a run would use answers, or one can be started."""
-    from apps.prefect_server import configured_api_url, default_home, is_healthy, running_server, start_server
+    from apps.prefect_server import (
+        PrefectServerError,
+        configured_api_url,
+        default_home,
+        require_server,
+        running_server,
+        start_server,
+    )
 
     if url := configured_api_url():
-        if is_healthy(url, timeout=5.0):
-            yield Check("prefect", "ok", f"{url} answers")
+        try:
+            require_server(url)
+        except PrefectServerError as error:
+            found, _, remedy = str(error).partition(": ")
+            yield Check("prefect", "fail", found, remedy)
         else:
-            yield Check(
-                "prefect",
-                "fail",
-                f"{url} does not answer",
-                "start that server, or unset PREFECT_API_URL so that a run starts its own",
-            )
+            yield Check("prefect", "ok", f"{url} answers and lets us in")
         return
     if (server := running_server()) is not None:
         yield Check("prefect", "ok", f"a local server runs at {server.ui_url}")
@@ -200,7 +211,10 @@ def check_prefect(start: bool) -> Iterator[Check]:
 
 
 def check_cluster(address: str) -> Iterator[Check]:
-    """Something listens at the scheduler's address; a run then checks its workers and their code."""
+    """Something listens at the scheduler's address, or workers can be asked for; a run then checks their code."""
+    if address in ("local", "slurm", "kubernetes"):
+        yield _check_started(address)
+        return
     parts = urlsplit(address)
     try:
         host, port = parts.hostname, parts.port
@@ -221,6 +235,19 @@ def check_cluster(address: str) -> Iterator[Check]:
             f"{address}: {error.strerror or error}",
             "start it with `dask scheduler`, or open the port; without --cluster local processes are used",
         )
+
+
+def _check_started(kind: str) -> Check:
+    """What it takes to start workers of that kind from here."""
+    import importlib.util
+    import shutil
+
+    package = {"slurm": "dask_jobqueue", "kubernetes": "dask_kubernetes"}.get(kind)
+    if package is not None and importlib.util.find_spec(package) is None:
+        return Check("cluster", "fail", f"{kind} needs a package", f"pip install 'leukoflow[{kind}]'")
+    if kind == "slurm" and shutil.which("sbatch") is None:
+        return Check("cluster", "fail", "sbatch is not on the PATH", "use a machine from which Slurm takes jobs")
+    return Check("cluster", "ok", f"{kind}: a run can ask for its workers from here")
 
 
 def check_storage(out: str) -> Iterator[Check]:

@@ -67,10 +67,18 @@ class Dashboard:
     `wish` is set when Cancel was pressed, `complain` is told when an outage begins and ends.
     """
 
-    def __init__(self, run_id: str, flow_run_id: str, wish: threading.Event, complain: Callable[[str], None]) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        flow_run_id: str,
+        wish: threading.Event,
+        complain: Callable[[str], None],
+        progress_key: str = "nightly-progress",
+    ) -> None:
         self.outages: list[Outage] = []
         self._run_id = run_id
         self._flow_run_id = uuid.UUID(flow_run_id)
+        self._progress_key = progress_key
         self._wish = wish
         self._complain = complain
         self._progress: tuple[float, str] | None = None
@@ -169,7 +177,7 @@ class Dashboard:
             if self._artifact is None:
                 made = client.create_artifact(
                     ArtifactCreate(
-                        type="progress", key="nightly-progress", description=words, data=percent,
+                        type="progress", key=self._progress_key, description=words, data=percent,
                         flow_run_id=self._flow_run_id,
                     )
                 )  # fmt: skip

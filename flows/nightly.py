@@ -13,15 +13,17 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import psutil
 from distributed import KilledWorker
 from distributed.client import ClosedClientError
 from prefect import flow, get_run_logger, task
+from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
@@ -32,19 +34,36 @@ from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 
 from flows.dashboard import Dashboard
+from flows.deadline import watching
+from flows.events import drift_rows, emit, run_events
 from leukoflow.cluster import Cluster, code_digest, open_cluster
 from leukoflow.codec import dumps
 from leukoflow.config import RunConfig
-from leukoflow.errors import AttemptError, ClusterError, LeukoflowError, RunCancelledError, ShardError, StorageError
+from leukoflow.errors import (
+    AttemptError,
+    ClusterError,
+    ConfigError,
+    DeadlineError,
+    LeukoflowError,
+    RunCancelledError,
+    ShardError,
+    StorageError,
+)
 from leukoflow.progress import HEARTBEAT_SECONDS, Heartbeat, now
 from leukoflow.records import CLASSES, RunManifest, Shard, ShardReceipt
 from leukoflow.runlog import run_log
 from leukoflow.sources import spool
 from leukoflow.storage import Storage, is_full
+from leukoflow.telemetry import worker_messages
 from leukoflow.workers import local_sizes
 from tasks.bisect import find_culprits
+from tasks.drift import NAME as DRIFT
+from tasks.drift import facts_bytes, find_reference, run_facts
+from tasks.handover import FOLDER as PARTIAL
+from tasks.metrics import RunsCollector, metrics_endpoint
+from tasks.nights import GroupDrift, compare_groups
 from tasks.open_run import Run, open_run, spooled, stem
-from tasks.plan import shards
+from tasks.plan import shards, urgent_first
 from tasks.preflight import preflight
 from tasks.publish import publish
 from tasks.report import build_report
@@ -60,6 +79,7 @@ from tasks.shard import (
     known_culprits,
     load_models,
     next_of,
+    open_plan,
     planned,
     prepare,
     recall,
@@ -71,6 +91,12 @@ from tasks.shard import (
 
 LOSSES = 20
 """How often a shard is done anew because its worker died of something else, before that is taken for a fault."""
+
+STATE_NAMES = {0: "Completed", 3: "CompletedWithQuarantined", 4: "CompletedWithMissing"}
+"""Names of the completed state by exit code, so that a night with gaps shows them in the dashboard's lists."""
+
+SHADOW_PRIORITY = -10
+"""Dask's priority of the tasks of a shadow run; those of other runs have 0."""
 
 DEATHS_BEFORE_SEARCH = 2
 """A worker may die of a reboot; a shard that saw two die is searched for the member that kills them."""
@@ -94,18 +120,32 @@ def nightly(config: RunConfig) -> State[Any]:
         if run.finished is not None:
             return Completed(message=f"run {run.run_id} was finished already: {headline(run.finished)}")
         stop = threading.Event()
-        with run_log(run.root), _Heart(run) as heart, _draining(stop), _dashboard(run, stop) as dashboard:
+        with (
+            run_log(run.root, run.run_id),
+            _metrics(run),
+            _Heart(run) as heart,
+            _draining(stop),
+            _dashboard(run, stop) as dashboard,
+        ):
             log.info("run %s: %s images in %s shards", run.run_id, run.summary.members, run.summary.shards)
             with _no_uploads_left(run):
-                manifest = publish(run, *_process(run, stop, dashboard), notes=dashboard.notes())
+                with watching(run, stop, heart.note):
+                    done = _process(run, stop, dashboard)
+                manifest = publish(run, *done, notes=dashboard.notes())
             Storage(run.root).delete("_attempts")
+            Storage(run.root).delete(PARTIAL)
             _report(run, manifest)
-            dashboard.summary(summary(run, manifest), f"What became of {stem(config.source)}")
+            if config.shadow_of is None:  # a shadow run is not the night's result
+                dashboard.summary(summary(run, manifest), f"What became of {stem(config.source)}")
+                _tell(run, manifest, answers=not dashboard.away)
             log.info("run %s: %s", run.run_id, headline(manifest))
             heart.say("finished", headline(manifest))
             if dashboard.cancelled():  # too late, but Prefect lets a run that is being cancelled end as nothing else
                 return Cancelled(message=f"it was finished when Cancel was pressed: {headline(manifest)}")
-        return Completed(message=headline(manifest))
+        return Completed(name=STATE_NAMES[manifest.exit_code], message=headline(manifest))
+    except DeadlineError as late:
+        log.error("%s", late)
+        return Failed(name="DeadlineMissed", message=str(late), data=late)
     except RunCancelledError as cancelled:
         log.warning("%s", cancelled)
         return Cancelled(message=str(cancelled), data=cancelled)
@@ -159,7 +199,7 @@ def _attempt(work: _Work, shard: Shard) -> ShardReceipt | None:
         else:
             job = replace(job, culprits=known)
     try:
-        receipt = _chain(work.cluster, job, tuple(done))
+        receipt = _chain(work.cluster, job, tuple(done), SHADOW_PRIORITY if work.run.config.shadow_of else 0)
     except AttemptError:
         return None
     except ClusterError:  # a worker with other code that has just joined, and will be sent away
@@ -174,11 +214,11 @@ def _attempt(work: _Work, shard: Shard) -> ShardReceipt | None:
     return receipt
 
 
-def _chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...]) -> ShardReceipt:
+def _chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...], priority: int = 0) -> ShardReceipt:
     """The shard's chain of Dask tasks, block after block; only the receipt comes back here.
 
     Where GPUs compute, images are read and normalised by the workers without one, while there are some: a GPU that
-    waits for a decoder stands still.
+    waits for a decoder stands still. On workers that several runs share, tasks of higher priority come first.
     """
     gpu = {"GPU": 1} if job.device == "cuda" else None
     client, helpers = cluster.client, list(cluster.crew.cpu) if gpu else []
@@ -188,7 +228,7 @@ def _chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...]) -> ShardRecei
     def submit(function: Any, *args: Any, **where: Any) -> Any:
         name = f"{function.__name__}-{job.shard.name}-{job.attempt}-{next(numbers)}"
         try:
-            held.append(client.submit(function, *args, key=name, pure=False, **where))
+            held.append(client.submit(function, *args, key=name, priority=priority, pure=False, **where))
         except ClosedClientError:
             raise AttemptError(f"shard {job.shard.name}: the connection to the scheduler was lost") from None
         return held[-1]
@@ -255,7 +295,7 @@ class _Work:
             source=run.source,
             shard=shard,
             attempt=uuid.uuid4().hex[:12],
-            bundle=run.config.bundle,
+            bundle=run.bundle_uri,
             bundle_digest=run.bundle.digest,
             device=run.device,
             code=code_digest(),
@@ -298,11 +338,12 @@ def _process(run: Run, stop: threading.Event, dashboard: Dashboard) -> tuple[flo
     settings, gpu = run.config.cluster, run.device == "cuda"
     preflight(run, local_sizes(settings, gpu)[-1] if settings.address == "local" else 0)
     with open_cluster(settings, gpu) as cluster:
-        cluster.ready(partial(load_models, run.config.bundle, run.bundle.digest, run.device))
+        cluster.ready(partial(load_models, run.bundle_uri, run.bundle.digest, run.device))
         started = time.time()
         work = _Work(run, cluster)
         try:
-            images = _dispatch(work, first, pending, stop, dashboard)
+            with worker_messages(cluster.client, run.run_id):
+                images = _dispatch(work, first, pending, stop, dashboard)
         finally:
             Storage(run.root).delete(work.spool)
     return started - born, time.time() - started, images
@@ -409,11 +450,18 @@ def _pending(run: Run) -> Iterator[Shard]:
         found = committed(storage, shard, stage_keys(run.bundle, planned(run.root, shard), run.device))
         return "predictions" in found
 
-    listed = list(shards(run.summary))
+    listed = _in_order(run)
     with ThreadPoolExecutor(max_workers=4) as pool:
         for shard, done in zip(listed, pool.map(is_done, listed), strict=True):
             if not done:
                 yield shard
+
+
+def _in_order(run: Run) -> list[Shard]:
+    """Shards with urgent images first. Of a compressed tar, which is unpacked in one pass, in the order of the plan."""
+    if spooled(run.source):
+        return list(shards(run.summary))
+    return urgent_first(open_plan(run.root), run.summary, run.config.urgent)
 
 
 def _with_spool(work: _Work, pending: Iterator[Shard]) -> Iterator[Shard]:
@@ -445,12 +493,17 @@ class _Heart:
         self.storage = Storage(run.root)
         self._over = threading.Event()
         self._last = ("failed", "it ended without a word")
+        self._note = ""
         self._thread = threading.Thread(target=self._beat, name="leukoflow-heart", daemon=True)
 
     def __enter__(self) -> _Heart:
         self._write("running", "")
         self._thread.start()
         return self
+
+    def note(self, words: str) -> None:
+        """What `leukoflow status` says of a running run, from the next beat on."""
+        self._note = words
 
     def say(self, state: str, message: str) -> None:
         """The last word, written when the run ends."""
@@ -477,14 +530,20 @@ class _Heart:
     def _beat(self) -> None:
         while not self._over.wait(HEARTBEAT_SECONDS / 2):
             try:
-                self._write("running", "")
+                self._write("running", self._note)
             except Exception as error:  # a missed beat must not end a night's work
                 get_logger().warning("heartbeat: %s", error)
 
 
 def _dashboard(run: Run, stop: threading.Event) -> Dashboard:
     """What Prefect is told beside the task runs; `stop` is set when somebody presses Cancel there."""
-    return Dashboard(run.run_id, str(flow_run.id), stop, lambda words: get_logger().warning("%s", words))
+    return Dashboard(
+        run.run_id,
+        str(flow_run.id),
+        stop,
+        lambda words: get_logger().warning("%s", words),
+        "nightly-progress" if run.config.shadow_of is None else "shadow-progress",
+    )
 
 
 def get_logger() -> Any:
@@ -527,6 +586,56 @@ def _report(run: Run, manifest: RunManifest) -> None:
             "the report could not be built (%s: %s); build it again with: leukoflow report %s %s",
             type(error).__name__, error, run.config.out, run.run_id,
         )  # fmt: skip
+
+
+# --- what others are told ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _metrics(run: Run) -> Iterator[None]:
+    """Serves the run's figures to Prometheus where a port is set. A port that is taken must not cost the night."""
+    config = run.config
+    if config.metrics_port is None:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            collector = RunsCollector(config.out, only=run.run_id)
+            port = stack.enter_context(metrics_endpoint(collector, config.metrics_port, config.metrics_address))
+            get_run_logger().info("metrics: http://%s:%s/metrics", config.metrics_address, port)
+        except ConfigError as error:
+            get_run_logger().warning("%s; the run goes on without", error)
+        yield
+
+
+def _tell(run: Run, manifest: RunManifest, answers: bool) -> None:
+    """Sums the run up for drift, then artifacts and events. None of it may turn a finished night into a failed one."""
+    drifts: tuple[GroupDrift, ...] = ()
+    try:
+        facts = run_facts(run.root, run.run_id, manifest, manifest.bundle_digest)
+        Storage(run.root).write(DRIFT, facts_bytes(facts))
+        reference = find_reference(run.config.out, str(run.bundle.path), run.config.drift_reference)
+        if reference is not None:
+            drifts = compare_groups([facts], [reference[0]], "reference")
+    except Exception as error:
+        get_run_logger().warning("drift could not be told (%s: %s)", type(error).__name__, error)
+    if not answers:
+        get_run_logger().warning("the table of drift and the link to the report are not in Prefect, which is away")
+        return
+    try:
+        if drifts:
+            create_table_artifact(drift_rows(drifts), key="nightly-drift", description="Drift against the reference")
+        create_link_artifact(
+            _link(Storage(run.root).uri("report.html")), key="nightly-report", link_text=f"Report of {run.run_id}"
+        )
+    except Exception as error:
+        get_run_logger().warning("artifacts could not be written (%s: %s)", type(error).__name__, error)
+    for event, payload in run_events(manifest, drifts, run.config.alerts):
+        emit(event, run.run_id, payload)
+
+
+def _link(uri: str) -> str:
+    return uri if "://" in uri else Path(uri).as_uri()
 
 
 # --- what people read ------------------------------------------------------------------------------------------------

@@ -172,8 +172,8 @@ class Cluster:
     def settle(self) -> None:
         """Waits until scheduler and workers have been seen in order from now on. Raises ClusterError."""
         with self._news:
-            before = self._good_looks
-            while self._good_looks <= before:
+            wanted = self._good_looks + 2  # the next one may have begun before
+            while self._good_looks < wanted:
                 self.check()
                 self._news.wait(LOOK_SECONDS)
 

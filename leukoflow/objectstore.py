@@ -10,7 +10,7 @@ import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Any, Self, cast
 
 import botocore.session
@@ -28,9 +28,10 @@ from botocore.exceptions import (
     TokenRetrievalError,
     UnauthorizedSSOTokenError,
 )
+from botocore.exceptions import ConnectionError as NoConnectionError
 from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
-from s3fs import S3FileSystem
+from s3fs import S3FileSystem, core
 from zarr.storage import FsspecStore
 
 from leukoflow.errors import LeukoflowError, StorageError
@@ -94,7 +95,7 @@ class ObjectStore(S3FileSystem):  # type: ignore[misc]
     async def _call_s3(self, method: str, *akwarglist: Any, **kwargs: Any) -> Any:
         try:
             answer = await super()._call_s3(method, *akwarglist, **kwargs)
-        except (HTTPClientError, ResponseParserError, TimeoutError) as error:
+        except (HTTPClientError, NoConnectionError, ResponseParserError, TimeoutError) as error:
             raise _ExhaustedError(str(error)) from error
         if method == "get_object" and "ContentRange" in answer:
             first, _, last = answer["ContentRange"].removeprefix("bytes ").partition("/")[0].partition("-")
@@ -133,9 +134,11 @@ class ObjectStore(S3FileSystem):  # type: ignore[misc]
             raise
 
 
-@lru_cache(maxsize=16)
+@cache  # one that is dropped is not closed
 def filesystem(whose: tuple[tuple[str, str], ...], asynchronous: bool = False) -> ObjectStore:
     """The file system of this process for `environment()`: never made before a fork, never with cached listings."""
+    if NoConnectionError not in core.S3_RETRYABLE_ERRORS:  # s3fs knows broken connections, and none that is refused
+        core.add_retryable_error(NoConnectionError)
     return ObjectStore(
         use_listings_cache=False,
         skip_instance_cache=True,
@@ -240,7 +243,8 @@ def explain(error: BaseException, uri: str) -> str:
         return f"{uri}: no secure connection to {endpoint} ({_line(root)}); set AWS_CA_BUNDLE to its authority's file"
     if isinstance(root, ResponseParserError):
         return f"{uri}: {endpoint} does not answer as an S3 store does; correct AWS_ENDPOINT_URL"
-    if isinstance(root, HTTPClientError | ConnectionError | TimeoutError) or "aiohttp" in type(root).__module__:
+    broken = isinstance(root, HTTPClientError | NoConnectionError | ConnectionError | TimeoutError)
+    if broken or "aiohttp" in type(root).__module__:
         return (
             f"{uri}: {endpoint} cannot be reached or breaks connections ({_line(root)}); check AWS_ENDPOINT_URL and "
             "the network, and try again"
@@ -262,12 +266,9 @@ def probe(uri: str) -> None:
     A listing is asked for, since an answer to it says what is wrong, which one to HEAD does not.
     """
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
-    settings = {**_config(), "connect_timeout": 5, "read_timeout": 20}
-    settings["retries"] = {"mode": "legacy", "total_max_attempts": 3}
     with store_errors(uri):
-        client = botocore.session.Session().create_client("s3", config=Config(**settings))
         try:
-            client.list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+            _prober(environment()).list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
         except ClientError as error:
             if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (500, 502, 503, 504):
                 return  # a bad moment, which those who come after are patient with
@@ -276,8 +277,13 @@ def probe(uri: str) -> None:
                     f"{uri}: {_endpoint()} does not answer as an S3 store does; correct AWS_ENDPOINT_URL"
                 ) from error
             raise
-        finally:
-            client.close()
+
+
+@lru_cache(maxsize=8)
+def _prober(whose: tuple[tuple[str, str], ...]) -> Any:
+    settings = {**_config(), "connect_timeout": 5, "read_timeout": 20}
+    settings["retries"] = {"mode": "legacy", "total_max_attempts": 3}
+    return botocore.session.Session().create_client("s3", config=Config(**settings))
 
 
 # ---------------------------------------------------------------- files
@@ -359,15 +365,20 @@ class StoreWriter:
 class ZarrStore(FsspecStore):
     """A Zarr store whose errors come as StorageError, and never as a chunk that seems absent."""
 
+    def __init__(self, fs: Any, read_only: bool = False, path: str = "/", allowed_exceptions: Any = ()) -> None:
+        super().__init__(fs, read_only, path, allowed_exceptions=())  # a bucket that is gone is no absent chunk
+
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
         """As of any Zarr store."""
-        with store_errors(self._uri(key)):
-            return await super().get(key, prototype, byte_range)
+        try:
+            with store_errors(self._uri(key)):
+                return await super().get(key, prototype, byte_range)
+        except FileNotFoundError:
+            return None
 
     async def get_partial_values(self, prototype: Any, key_ranges: Any) -> Any:
         """As of any Zarr store."""
-        with store_errors(self._uri("")):
-            return await super().get_partial_values(prototype, key_ranges)
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
 
     async def set(self, key: str, value: Any, byte_range: Any = None) -> None:
         """As of any Zarr store."""

@@ -14,6 +14,7 @@ import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, Protocol, Self, cast
@@ -28,6 +29,8 @@ DEFAULT_MEMBER_BYTES = 512 << 20
 _COMPRESSIONS = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
 _IMAGES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
 _NESTED = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
+_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
+_ARCHIVE_ENDINGS = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _LITTER = frozenset({"Thumbs.db", "ehthumbs.db", "desktop.ini", "Desktop.ini", ".DS_Store"})
 _COPY_BYTES = 1 << 20
 _PASSING = frozenset(
@@ -187,12 +190,18 @@ def _s3_file(filesystem: Any, uri: str) -> Any:
 
 def _s3_listing(uri: str) -> Iterator[tuple[str, int, str]]:
     """(key below the prefix, size, ETag) page by page, in the store's order; the client's own listing keeps all."""
+    for key, item in _s3_objects(uri):
+        yield key, int(item["Size"]), item["ETag"].strip('"')
+
+
+def _s3_objects(uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Key below the prefix and what the store says of the object."""
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     prefix = prefix + "/" if prefix else ""
     with _objects().store_errors(uri):
         for page in _objects().pages(_s3(), bucket, prefix, size=_S3_PAGE):
             for item in page.get("Contents", ()):
-                yield item["Key"][len(prefix) :], int(item["Size"]), item["ETag"].strip('"')
+                yield item["Key"][len(prefix) :], item
 
 
 # ---------------------------------------------------------------- opening
@@ -258,15 +267,18 @@ def _stream(source: Source, file: BinaryIO) -> ByteStream:
 
 
 class Listing:
-    """Members of a source in its own order, as a stream that can be walked once.
+    """Members of a source in its own order, as a stream that can be walked once; with `entries` only these.
 
     `ignored` (folders and litter of operating systems) and `truncated` (why the source is known to be incomplete, or
     None) are complete once the iteration has ended. Of a compressed tar the members' `offset` is left at 0: it
     depends on the shards (see `spool`).
     """
 
-    def __init__(self, source: Source, member_bytes: int = DEFAULT_MEMBER_BYTES) -> None:
+    def __init__(
+        self, source: Source, member_bytes: int = DEFAULT_MEMBER_BYTES, entries: Iterable[Entry] | None = None
+    ) -> None:
         self._source = source
+        self._entries = entries
         self._limit = member_bytes
         self._keys = UniqueKeys()
         self._ordinal = 0
@@ -274,6 +286,8 @@ class Listing:
         self.truncated: str | None = None
 
     def __iter__(self) -> Iterator[Member]:
+        if self._entries is not None:
+            return self._chosen(self._entries)
         match self._source.kind:
             case SourceKind.ZIP:
                 return self._zip()
@@ -357,11 +371,7 @@ class Listing:
             if is_litter(path):
                 self.ignored += 1
                 continue
-            refusal = None
-            if stat.S_ISLNK(status.st_mode):
-                refusal = "symbolic link: links are not followed"
-            elif not stat.S_ISREG(status.st_mode):
-                refusal = "special file: not a regular file"
+            refusal = _special(status)
             size = 0 if refusal else status.st_size
             yield self._member(
                 path, size, f"{size}-{status.st_mtime_ns}", locator=locator_of(relative), refusal=refusal
@@ -381,9 +391,97 @@ class Listing:
                 "give the same command again"
             )
 
+    def _chosen(self, entries: Iterable[Entry]) -> Iterator[Member]:
+        """Members as they were when somebody chose them: what has changed or gone since is found when it is read."""
+        for e in entries:
+            yield self._member(e.key, e.size_bytes, e.identity, locator=e.locator, refusal=e.refusal)
+
     def _image(self) -> Iterator[Member]:
         name = self._source.uri.rpartition("/")[2]
         yield self._member(key_of(os.fsencode(name)), self._source.size_bytes, self._source.identity)
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """A file or object below a folder or prefix that others may still be writing to.
+
+    `identity` is what a `Member` of it has. `changed_at` is when it last changed, in seconds since the epoch by the
+    clock of the store; a copy that keeps modification times does not deceive it on a local disk.
+    """
+
+    key: str
+    locator: str
+    size_bytes: int
+    identity: str
+    changed_at: float
+    refusal: str | None = None
+
+
+def survey(uri: str) -> Iterator[Entry]:
+    """Everything below a folder or prefix but folders and litter, in order of path; what cannot be read has a refusal.
+
+    Raises SourceError where the folder itself is absent or cannot be read, StorageError where a retry may help.
+    """
+    if uri.startswith("s3://"):
+        for key, item in _s3_objects(uri.rstrip("/")):
+            if key and not key.endswith("/") and not is_litter(key):
+                size, tag = int(item["Size"]), item["ETag"].strip('"')
+                changed = item["LastModified"].timestamp()
+                yield Entry(key, locator_of(key.encode()), size, f"{size}-{tag}", changed)
+        return
+    for relative, status in _walk(os.path.abspath(uri)):
+        if isinstance(status, OSError):
+            if not relative:
+                raise SourceError(f"{uri} cannot be read: {status.strerror}; is it mounted?") from status
+            if status.errno != errno.ENOENT:  # else it was taken away while we looked
+                yield Entry(key_of(relative), locator_of(relative), 0, "", 0.0, f"cannot be read: {status.strerror}")
+            continue
+        if not relative:
+            raise SourceError(f"{uri} is no folder")
+        path = key_of(relative)
+        if is_litter(path):
+            continue
+        refusal = _special(status)
+        size = 0 if refusal else status.st_size
+        changed = max(status.st_mtime, status.st_ctime)
+        yield Entry(path, locator_of(relative), size, f"{size}-{status.st_mtime_ns}", changed, refusal)
+
+
+def unaltered(uri: str, entry: Entry) -> bool:
+    """Whether one entry of a survey is still there as it was. Raises StorageError where a retry may help."""
+    if uri.startswith("s3://"):
+        where = f"{uri.rstrip('/')}/{unquote_to_bytes(entry.locator).decode()}"
+        try:
+            with _objects().store_errors(where):
+                return _s3_identity(_s3().info(where)) == entry.identity
+        except FileNotFoundError:
+            return False
+    try:
+        status = os.lstat(os.path.join(os.fsencode(os.path.abspath(uri)), unquote_to_bytes(entry.locator)))
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise StorageError(f"{uri}: {entry.key} cannot be looked at ({error.strerror}); check the mount") from error
+    size = 0 if _special(status) else status.st_size
+    return f"{size}-{status.st_mtime_ns}" == entry.identity
+
+
+def _special(status: os.stat_result) -> str | None:
+    if stat.S_ISLNK(status.st_mode):
+        return "symbolic link: links are not followed"
+    return None if stat.S_ISREG(status.st_mode) else "special file: not a regular file"
+
+
+def is_archive(uri: str, name: str) -> bool:
+    """Whether a file of an inbox is an archive: by its ending, else by its first bytes."""
+    if name.lower().endswith(_IMAGE_ENDINGS):
+        return False
+    if name.lower().endswith(_ARCHIVE_ENDINGS):
+        return True
+    try:
+        return identify(uri).kind in (SourceKind.ZIP, SourceKind.TAR, SourceKind.COMPRESSED_TAR)
+    except SourceError:
+        return False
 
 
 def key_of(name: bytes) -> str:

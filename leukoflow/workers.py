@@ -143,7 +143,7 @@ def slurm_cluster(settings: ClusterSettings, gpu: bool, security: Any) -> Any:
     where = {"interface": slurm.interface, "security": security, "protocol": "tls://" if security else None}
     cluster = SLURMCluster(
         name="leukoflow",
-        scheduler_options={"port": slurm.port, "dashboard_address": ":0"},
+        scheduler_options={"port": slurm.port, "dashboard_address": "127.0.0.1:0"},
         **where,
         **slurm_job(settings, gpu),
     )

@@ -219,7 +219,7 @@ class FaultyProxy:
         answer = await self._forward(request)
         if request.listing:
             self._listings[target] = answer
-        if fault == "lost":
+        if fault == "lost" or (fault == "cut_response" and not answer.body):
             return self._cut(request, writer, fault, answer.status)
         if fault == "cut_response":
             writer.write(_head(answer, len(answer.body)) + answer.body[: len(answer.body) // 2])

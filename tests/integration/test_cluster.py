@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 
+import psutil
 import pytest
 import trustme
 from dask_processes import DaskProcesses, dask_processes
@@ -15,10 +16,11 @@ from harness import ROOT, until
 from on_workers import nap, note, surroundings
 
 from leukoflow.cluster import PACKAGES, code_digest, open_cluster
-from leukoflow.config import ClusterSettings, TlsSettings
+from leukoflow.config import ClusterSettings, SlurmSettings, TlsSettings
 from leukoflow.errors import AttemptError, ClusterError
 from leukoflow.workers import cores
 
+SBATCH = 'job=job.$$; cp "$1" "$job"; setsid bash "$job" >>output 2>&1 & echo $! >>jobs; echo "Submitted batch job $!"'
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 
 
@@ -151,6 +153,30 @@ def test_workers_with_other_code_are_sent_away_and_a_lost_scheduler_is_found_aga
         cluster.settle()
         assert cluster.result(cluster.client.submit(nap, 0.0, pure=False)) > 0
         until(lambda: len(list(loaded.iterdir())) >= 3, 30, "the new worker has loaded the models")
+
+
+def test_workers_are_jobs_of_slurm(authority: TlsSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Slurm itself is played by two scripts that run a job here; the jobs are the real ones, with a GPU and without."""
+    words = {"sbatch": SBATCH, "scancel": 'for job in "$@"; do kill -- "-$job"; done'}
+    for name, body in words.items():
+        (tmp_path / name).write_text(f"#!/bin/bash\ncd {tmp_path}\n{body}\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}{os.pathsep}{os.environ['PATH']}")
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    slurm = SlurmSettings(interface="lo", local_directory=str(tmp_path), prologue=(f"export PYTHONPATH={paths}",))
+    settings = ClusterSettings(address="slurm", workers=1, gpu_workers=1, tls=authority, slurm=slurm)
+    with open_cluster(settings, gpu=True) as cluster:
+        assert cluster.client.scheduler.address.startswith("tls://127.0.0.1:")
+        cluster.ready(partial(nap, 0.0))
+        until(lambda: (len(cluster.crew.gpu), len(cluster.crew.cpu)) == (1, 1), 60, "both jobs have arrived")
+        where = cluster.client.submit(surroundings, resources={"GPU": 1}, pure=False)
+        _, _, born_with = cluster.result(where)
+        assert "DASK_DISTRIBUTED__SCHEDULER__ALLOWED_FAILURES=0" in born_with
+        assert "MALLOC_TRIM_THRESHOLD_=268435456" in born_with
+    asked = sorted("--gres=gpu:1" in job.read_text() for job in tmp_path.glob("job.*"))
+    assert asked == [False, True]
+    pids = [int(pid) for pid in (tmp_path / "jobs").read_text().split()]
+    until(lambda: not any(psutil.pid_exists(pid) for pid in pids), 30, "the jobs are cancelled at the end")
 
 
 def test_what_stays_lost_is_told_to_whoever_waits(dask: DaskProcesses, authority: TlsSettings) -> None:

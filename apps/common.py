@@ -102,7 +102,7 @@ def execute(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
         try:
             state = nightly(settings, return_state=True)
         except Exception as error:
-            if type(error).__module__.partition(".")[0] != "httpx":
+            if type(error).__module__.partition(".")[0] != "httpx" and "Failed to reach API" not in str(error):
                 raise
             silent = error  # what Prefect was to be told last does not decide what became of the run
         manifest = read_manifest(Storage(opened.root))

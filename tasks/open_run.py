@@ -201,12 +201,18 @@ def patient_key() -> bytes | None:
         return value.encode()
     if not os.environ.get("PREFECT_API_URL"):
         return None
+    import httpx
     from prefect.blocks.system import Secret
 
     try:
         block = cast(Any, Secret.load)("leukoflow-patient-key", _sync=True)
     except ValueError:  # there is no such block
         return None
+    except httpx.HTTPError as error:
+        raise ConfigError(
+            f"the Prefect server at {os.environ['PREFECT_API_URL']} does not answer ({error}), and it may hold the key "
+            f"for the patients in the manifest; start it, or set {PATIENT_KEY}"
+        ) from None
     return str(block.get()).encode()
 
 
@@ -319,7 +325,7 @@ def _frozen_plan(
             um_per_px=config.um_per_px,
             manifest=manifest,
             meta_columns=config.meta_columns,
-            patient_key=patient_key(),
+            patient_key=patient_key() if config.manifest else None,  # nothing else names patients
             member_bytes=config.limits.max_member_mb << 20,
             missing_out=missing,
             selection=selection,

@@ -200,6 +200,13 @@ class Storage:
                 size += len(piece)
         return key, size, digest.hexdigest()
 
+    def digests(self, keys: Iterable[str]) -> list[tuple[str, int, str]]:
+        """`digest` of each key, in order; objects are read several at a time. Raises FileNotFoundError."""
+        if self.is_local:
+            return list(map(self.digest, keys))
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(self.digest, keys))
+
     def intact(self, files: Iterable[tuple[str, int, str]]) -> bool:
         """Whether every (key, bytes, sha256) is there and unaltered. Objects are read several at a time."""
 

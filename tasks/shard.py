@@ -257,7 +257,7 @@ def commit(job: ShardJob, stage: str, key: str, roots: Sequence[str], receipt: S
     prefix = attempt_prefix(job.shard, job.attempt)
     attempt = storage.child(prefix)
     names = [name for root in roots for name in (attempt.files(root) if not root.endswith(".parquet") else [root])]
-    part = PartRef(stage, job.shard.name, job.attempt, key, tuple(attempt.digest(name) for name in names))
+    part = PartRef(stage, job.shard.name, job.attempt, key, tuple(attempt.digests(names)))
     marker = Marker(part, receipt)
     if storage.create(marker_key(stage, job.shard), dumps(marker)):
         storage.promote(prefix, part.files)

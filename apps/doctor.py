@@ -28,6 +28,7 @@ MIN_MEMORY_GB = 4.0
 _TESTED: dict[str, tuple[str, str]] = {  # at least, below; as pyproject.toml has it
     "prefect": ("3.8", "3.9"),
     "fastapi": ("0.139", "0.151"),
+    "sqlalchemy": ("2.0.40", "2.1"),
     "dask": ("2026.1", ""),
     "distributed": ("2026.1", ""),
     "torch": ("2.6", ""),
@@ -150,8 +151,13 @@ def check_gpu() -> Iterator[Check]:
 def check_bundle(name: str) -> Iterator[Check]:
     """The bundle loads, and its weights are those that its digest names."""
     from models.bundle import load_bundle
+    from models.registry import VARIABLE, is_reference, opened
 
-    bundle = load_bundle(name)
+    place = name
+    if is_reference(name):
+        registry = opened(os.environ.get(VARIABLE))
+        place = registry.location(registry.resolve(name).digest)
+    bundle = load_bundle(place)
     yield Check("bundle", "ok", f"{name}, digest {bundle.digest[:12]}")
 
 
@@ -176,18 +182,23 @@ def check_decoding() -> Iterator[Check]:
 
 def check_prefect(start: bool) -> Iterator[Check]:
     """The Prefect server that a run would use answers, or one can be started."""
-    from apps.prefect_server import configured_api_url, default_home, is_healthy, running_server, start_server
+    from apps.prefect_server import (
+        PrefectServerError,
+        configured_api_url,
+        default_home,
+        require_server,
+        running_server,
+        start_server,
+    )
 
     if url := configured_api_url():
-        if is_healthy(url, timeout=5.0):
-            yield Check("prefect", "ok", f"{url} answers")
+        try:
+            require_server(url)
+        except PrefectServerError as error:
+            found, _, remedy = str(error).partition(": ")
+            yield Check("prefect", "fail", found, remedy)
         else:
-            yield Check(
-                "prefect",
-                "fail",
-                f"{url} does not answer",
-                "start that server, or unset PREFECT_API_URL so that a run starts its own",
-            )
+            yield Check("prefect", "ok", f"{url} answers and lets us in")
         return
     if (server := running_server()) is not None:
         yield Check("prefect", "ok", f"a local server runs at {server.ui_url}")
@@ -246,11 +257,15 @@ def check_storage(out: str) -> Iterator[Check]:
     storage = Storage(out)
     existed = not storage.is_local or Path(storage.root).exists()
     key = f"_doctor-{uuid.uuid4().hex[:8]}"
-    remedy = "choose another --out, or correct its permissions (for s3: the AWS_... variables and the bucket's policy)"
+    remedy = "choose another --out, or correct its permissions"
     try:
+        storage.probe()
         first, second = storage.create(key, b"1"), storage.create(key, b"2")
         intact = storage.read(key) == b"1"
-    except (LeukoflowError, OSError) as error:
+    except LeukoflowError as error:
+        yield Check("storage", "fail", *_halves(str(error)))
+        return
+    except OSError as error:
         yield Check("storage", "fail", f"{out}: {error}", remedy)
         return
     finally:
@@ -264,7 +279,9 @@ def check_storage(out: str) -> Iterator[Check]:
         )
         return
     yield Check("storage", "ok", f"{out} takes writes and conditional writes")
-    if storage.is_local:
+    if not storage.is_local:
+        yield from _check_store(storage, out)
+    else:
         folder = Path(storage.root)
         while not folder.exists():
             folder = folder.parent
@@ -275,10 +292,41 @@ def check_storage(out: str) -> Iterator[Check]:
             yield Check("disk", "ok", f"{free:.1f} GB free at {out}")
 
 
+def _check_store(storage: Storage, out: str) -> Iterator[Check]:
+    """What else a run does on an object store: copies, listings, deletions, and looking for unfinished uploads."""
+    place = f"_doctor-{uuid.uuid4().hex[:8]}"
+    try:
+        storage.write(f"{place}/aside/parts/a", b"1")
+        part = storage.child(f"{place}/aside").digest("parts/a")
+        storage.child(place).promote("aside", [part])
+        copied = storage.child(place).intact([part])
+        storage.delete(place)
+        left = storage.files(place)
+    except (LeukoflowError, OSError) as error:
+        yield Check("store", "fail", *_halves(str(error)))
+        return
+    if not copied or left:
+        what = "does not copy objects" if not copied else "does not delete objects"
+        yield Check("store", "fail", f"{out} {what}", "use another object store")
+        return
+    yield Check("store", "ok", f"{out} copies, lists and deletes")
+    try:
+        storage.abort_uploads(place)
+    except LeukoflowError as error:
+        remedy = "give the rights that the operating guide lists (Object storage), or set a lifecycle rule for them"
+        yield Check("uploads", "warn", f"unfinished uploads cannot be listed: {_halves(str(error))[0]}", remedy)
+
+
+def _halves(message: str) -> tuple[str, str]:
+    """What was found and the remedy, as our messages separate them."""
+    found, _, remedy = message.partition("; ")
+    return found, remedy
+
+
 def _remove(storage: Storage, key: str, existed: bool) -> None:
     try:
         storage.delete(key)
         if not existed:
             os.rmdir(storage.root)  # leave no trace of a folder that was not there
-    except OSError:
+    except (LeukoflowError, OSError):
         return

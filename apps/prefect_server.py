@@ -7,11 +7,13 @@ started it, even when that is killed. All of Prefect's own settings in the envir
 
 from __future__ import annotations
 
+import base64
 import fcntl
 import json
 import os
 import signal
 import socket
+import ssl
 import subprocess
 import sys
 import threading
@@ -79,8 +81,13 @@ def configured_api_url() -> str | None:
 
     Read without importing Prefect, which fixes its settings when it is imported.
     """
-    if url := os.environ.get("PREFECT_API_URL"):
-        return url
+    return _configured("PREFECT_API_URL")
+
+
+def _configured(name: str) -> str | None:
+    """A setting of Prefect's client: from the environment, else from the active profile."""
+    if value := os.environ.get(name):
+        return value
     home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
     path = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml").expanduser()
     try:
@@ -88,8 +95,8 @@ def configured_api_url() -> str | None:
     except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
         return None
     active = os.environ.get("PREFECT_PROFILE") or profiles.get("active")
-    url = profiles.get("profiles", {}).get(active, {}).get("PREFECT_API_URL")
-    return str(url) if url else None
+    value = profiles.get("profiles", {}).get(active, {}).get(name)
+    return str(value) if value else None
 
 
 def client_environment(server: LocalServer | None) -> dict[str, str]:
@@ -102,6 +109,8 @@ def client_environment(server: LocalServer | None) -> dict[str, str]:
         "DO_NOT_TRACK": "1",
         "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
         "PREFECT_CLOUD_ENABLE_ORCHESTRATION_TELEMETRY": "false",
+        # each event and log line that waits for a server which is away would be an error on the terminal
+        "PREFECT_LOGGING_INTERNAL_LEVEL": os.environ.get("PREFECT_LOGGING_INTERNAL_LEVEL", "CRITICAL"),
         "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": os.environ.get("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "CRITICAL"),
     }
     if server is None:
@@ -123,12 +132,65 @@ def is_healthy(api_url: str, timeout: float = 2.0) -> bool:
     return _ask(f"{api_url.rstrip('/')}/health", timeout) is not None
 
 
+def require_server(api_url: str | None, timeout: float = 5.0) -> None:
+    """Makes sure that the configured server answers and lets us in, before work depends on it.
+
+    Tried three times, since a server may be restarting. Raises PrefectServerError with the remedy.
+    """
+    if api_url is None:
+        raise PrefectServerError("no Prefect server is configured: set PREFECT_API_URL to its address, .../api")
+    base = api_url.rstrip("/")
+    for attempt in range(3):
+        if attempt:
+            time.sleep(1.0)
+        try:
+            _open(f"{base}/admin/version", timeout, _credentials())
+        except urllib.error.HTTPError as error:
+            if error.code in (401, 403):
+                said = "refuses" if _configured("PREFECT_API_AUTH_STRING") else "asks for"
+                raise PrefectServerError(
+                    f"the Prefect server at {api_url} {said} user and password: set PREFECT_API_AUTH_STRING to the "
+                    "USER:PASSWORD that it was started with (PREFECT_SERVER_API_AUTH_STRING)"
+                ) from None
+            if error.code == 404:
+                raise PrefectServerError(
+                    f"there is no Prefect API at {api_url}: correct the path of PREFECT_API_URL, which ends with /api"
+                ) from None
+        except (urllib.error.URLError, OSError, ValueError):
+            continue
+        else:
+            return
+    raise PrefectServerError(
+        f"the Prefect server at {api_url} does not answer: start that server, or unset PREFECT_API_URL so that a run "
+        "starts its own"
+    )
+
+
+def _credentials() -> dict[str, str]:
+    """The header that a server with basic authentication wants, if user and password are configured."""
+    secret = _configured("PREFECT_API_AUTH_STRING")
+    return {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"} if secret else {}
+
+
+def _open(url: str, timeout: float, headers: dict[str, str]) -> bytes:
+    """Body of an answer. Raises urllib's errors. Certificates are checked as Prefect's client checks them."""
+    handlers: list[urllib.request.BaseHandler] = []
+    if "//127.0.0.1" in url or "//localhost" in url:
+        handlers.append(urllib.request.ProxyHandler({}))
+    if url.startswith("https:"):
+        context = ssl.create_default_context(cafile=_configured("PREFECT_API_SSL_CERT_FILE"))
+        if (_configured("PREFECT_API_TLS_INSECURE_SKIP_VERIFY") or "").lower() in ("1", "true"):
+            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        handlers.append(urllib.request.HTTPSHandler(context=context))
+    request = urllib.request.Request(url, headers=headers)
+    with urllib.request.build_opener(*handlers).open(request, timeout=timeout) as answer:
+        return bytes(answer.read())
+
+
 def _ask(url: str, timeout: float = 2.0) -> bytes | None:
     """Body of a successful answer, else None."""
-    handlers = [urllib.request.ProxyHandler({})] if "//127.0.0.1" in url or "//localhost" in url else []
     try:
-        with urllib.request.build_opener(*handlers).open(url, timeout=timeout) as answer:
-            return bytes(answer.read()) if answer.status == 200 else None
+        return _open(url, timeout, {})
     except (urllib.error.URLError, OSError, ValueError):
         return None
 

@@ -373,7 +373,7 @@ def together(what: str, pool: ProcessPoolExecutor, calls: Sequence[Callable[[], 
 
 
 @flow(
-    name="evaluate",
+    name="leukoflow evaluate",
     flow_run_name="evaluate {bundle}",
     task_runner=ThreadPoolTaskRunner(max_workers=1),  # type: ignore[arg-type]
     validate_parameters=False,
@@ -408,9 +408,10 @@ def evaluate(
         threads: worker processes.
         record: put the figures into `bundle.json`; its digest does not change.
     """
+    data_dir, out = Path(data_dir), Path(out)  # a deployment's parameters are strings
     measured = load_bundle(bundle)
     labels = read_labels(data_dir)
-    work = work or out.with_name(out.name + ".work")
+    work = Path(work) if work else out.with_name(out.name + ".work")
     work.mkdir(parents=True, exist_ok=True)
     _bind(work, measured, labels, steps)
     setting = Setting(str(bundle), data_dir, work, steps)

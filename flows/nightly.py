@@ -13,18 +13,18 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import psutil
 from distributed import KilledWorker
 from distributed.client import ClosedClientError
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_markdown_artifact, create_progress_artifact, update_progress_artifact
+from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
@@ -33,19 +33,37 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 
+from flows.dashboard import Dashboard
+from flows.deadline import watching
+from flows.events import drift_rows, emit, run_events
 from leukoflow.cluster import Cluster, code_digest, open_cluster
 from leukoflow.codec import dumps
 from leukoflow.config import RunConfig
-from leukoflow.errors import AttemptError, ClusterError, LeukoflowError, RunCancelledError, ShardError
+from leukoflow.errors import (
+    AttemptError,
+    ClusterError,
+    ConfigError,
+    DeadlineError,
+    LeukoflowError,
+    RunCancelledError,
+    ShardError,
+    StorageError,
+)
 from leukoflow.progress import HEARTBEAT_SECONDS, Heartbeat, now
 from leukoflow.records import CLASSES, RunManifest, Shard, ShardReceipt
 from leukoflow.runlog import run_log
 from leukoflow.sources import spool
-from leukoflow.storage import Storage
+from leukoflow.storage import Storage, is_full
+from leukoflow.telemetry import worker_messages
 from leukoflow.workers import local_sizes
 from tasks.bisect import find_culprits
+from tasks.drift import NAME as DRIFT
+from tasks.drift import facts_bytes, find_reference, run_facts
+from tasks.handover import FOLDER as PARTIAL
+from tasks.metrics import RunsCollector, metrics_endpoint
+from tasks.nights import GroupDrift, compare_groups
 from tasks.open_run import Run, open_run, spooled, stem
-from tasks.plan import shards
+from tasks.plan import shards, urgent_first
 from tasks.preflight import preflight
 from tasks.publish import publish
 from tasks.report import build_report
@@ -61,6 +79,7 @@ from tasks.shard import (
     known_culprits,
     load_models,
     next_of,
+    open_plan,
     planned,
     prepare,
     recall,
@@ -72,6 +91,12 @@ from tasks.shard import (
 
 LOSSES = 20
 """How often a shard is done anew because its worker died of something else, before that is taken for a fault."""
+
+STATE_NAMES = {0: "Completed", 3: "CompletedWithQuarantined", 4: "CompletedWithMissing"}
+"""Names of the completed state by exit code, so that a night with gaps shows them in the dashboard's lists."""
+
+SHADOW_PRIORITY = -10
+"""Dask's priority of the tasks of a shadow run; those of other runs have 0."""
 
 DEATHS_BEFORE_SEARCH = 2
 """A worker may die of a reboot; a shard that saw two die is searched for the member that kills them."""
@@ -94,19 +119,33 @@ def nightly(config: RunConfig) -> State[Any]:
         run = open_run(config)
         if run.finished is not None:
             return Completed(message=f"run {run.run_id} was finished already: {headline(run.finished)}")
-        with run_log(run.root), _Heart(run) as heart, _draining(heart) as stop:
+        stop = threading.Event()
+        with (
+            run_log(run.root, run.run_id),
+            _metrics(run),
+            _Heart(run) as heart,
+            _draining(stop),
+            _dashboard(run, stop) as dashboard,
+        ):
             log.info("run %s: %s images in %s shards", run.run_id, run.summary.members, run.summary.shards)
-            manifest = publish(run, *_process(run, stop))
+            with _no_uploads_left(run):
+                with watching(run, stop, heart.note):
+                    done = _process(run, stop, dashboard)
+                manifest = publish(run, *done, notes=dashboard.notes())
             Storage(run.root).delete("_attempts")
+            Storage(run.root).delete(PARTIAL)
             _report(run, manifest)
-            create_markdown_artifact(
-                summary(run, manifest), key="nightly-summary", description=f"What became of {stem(config.source)}"
-            )
+            if config.shadow_of is None:  # a shadow run is not the night's result
+                dashboard.summary(summary(run, manifest), f"What became of {stem(config.source)}")
+                _tell(run, manifest, answers=not dashboard.away)
             log.info("run %s: %s", run.run_id, headline(manifest))
             heart.say("finished", headline(manifest))
-            if heart.asked_to_cancel():  # too late, but Prefect lets a run that is being cancelled end as nothing else
+            if dashboard.cancelled():  # too late, but Prefect lets a run that is being cancelled end as nothing else
                 return Cancelled(message=f"it was finished when Cancel was pressed: {headline(manifest)}")
-        return Completed(message=headline(manifest))
+        return Completed(name=STATE_NAMES[manifest.exit_code], message=headline(manifest))
+    except DeadlineError as late:
+        log.error("%s", late)
+        return Failed(name="DeadlineMissed", message=str(late), data=late)
     except RunCancelledError as cancelled:
         log.warning("%s", cancelled)
         return Cancelled(message=str(cancelled), data=cancelled)
@@ -160,7 +199,7 @@ def _attempt(work: _Work, shard: Shard) -> ShardReceipt | None:
         else:
             job = replace(job, culprits=known)
     try:
-        receipt = _chain(work.cluster, job, tuple(done))
+        receipt = _chain(work.cluster, job, tuple(done), SHADOW_PRIORITY if work.run.config.shadow_of else 0)
     except AttemptError:
         return None
     except ClusterError:  # a worker with other code that has just joined, and will be sent away
@@ -175,11 +214,11 @@ def _attempt(work: _Work, shard: Shard) -> ShardReceipt | None:
     return receipt
 
 
-def _chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...]) -> ShardReceipt:
+def _chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...], priority: int = 0) -> ShardReceipt:
     """The shard's chain of Dask tasks, block after block; only the receipt comes back here.
 
     Where GPUs compute, images are read and normalised by the workers without one, while there are some: a GPU that
-    waits for a decoder stands still.
+    waits for a decoder stands still. On workers that several runs share, tasks of higher priority come first.
     """
     gpu = {"GPU": 1} if job.device == "cuda" else None
     client, helpers = cluster.client, list(cluster.crew.cpu) if gpu else []
@@ -189,7 +228,7 @@ def _chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...]) -> ShardRecei
     def submit(function: Any, *args: Any, **where: Any) -> Any:
         name = f"{function.__name__}-{job.shard.name}-{job.attempt}-{next(numbers)}"
         try:
-            held.append(client.submit(function, *args, key=name, pure=False, **where))
+            held.append(client.submit(function, *args, key=name, priority=priority, pure=False, **where))
         except ClosedClientError:
             raise AttemptError(f"shard {job.shard.name}: the connection to the scheduler was lost") from None
         return held[-1]
@@ -256,7 +295,7 @@ class _Work:
             source=run.source,
             shard=shard,
             attempt=uuid.uuid4().hex[:12],
-            bundle=run.config.bundle,
+            bundle=run.bundle_uri,
             bundle_digest=run.bundle.digest,
             device=run.device,
             code=code_digest(),
@@ -286,7 +325,7 @@ class _Work:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def _process(run: Run, stop: threading.Event) -> tuple[float, float, int]:
+def _process(run: Run, stop: threading.Event, dashboard: Dashboard) -> tuple[float, float, int]:
     """Does what is missing; returns seconds of start-up, seconds of processing and how many members it did.
 
     Raises RunCancelledError, ShardError, PreflightError, ClusterError.
@@ -299,28 +338,40 @@ def _process(run: Run, stop: threading.Event) -> tuple[float, float, int]:
     settings, gpu = run.config.cluster, run.device == "cuda"
     preflight(run, local_sizes(settings, gpu)[-1] if settings.address == "local" else 0)
     with open_cluster(settings, gpu) as cluster:
-        cluster.ready(partial(load_models, run.config.bundle, run.bundle.digest, run.device))
+        cluster.ready(partial(load_models, run.bundle_uri, run.bundle.digest, run.device))
         started = time.time()
         work = _Work(run, cluster)
         try:
-            images = _dispatch(work, first, pending, stop)
+            with worker_messages(cluster.client, run.run_id):
+                images = _dispatch(work, first, pending, stop, dashboard)
         finally:
             Storage(run.root).delete(work.spool)
     return started - born, time.time() - started, images
 
 
-def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], stop: threading.Event) -> int:
+@contextmanager
+def _no_uploads_left(run: Run) -> Iterator[None]:
+    """Aborts, however the block ends, the multipart uploads that lost answers and killed workers have left."""
+    try:
+        yield
+    finally:
+        try:
+            if count := Storage(run.root).abort_uploads():
+                get_run_logger().info("run %s: %s unfinished uploads were aborted", run.run_id, count)
+        except LeukoflowError as error:  # not every store can list them; the operating guide has a rule for those
+            get_run_logger().warning("unfinished uploads could not be looked for: %s", error)
+
+
+def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], stop: threading.Event, dashboard: Dashboard) -> int:
     """Keeps as many shards on their way as the workers want; drains when asked to stop. Returns the members done."""
     run = work.run
     total, done, failures = run.summary.shards, 0, 0
     options = run.config.limits
-    artifact = cast(
-        uuid.UUID, create_progress_artifact(0.0, key="nightly-progress", description=f"{run.run_id}: starting")
-    )
+    dashboard.progress(0.0, "starting")
     started, shown = time.monotonic(), 0.0
     on_the_way: dict[PrefectFuture[ShardReceipt], Shard] = {}
     upcoming: Iterator[Shard] = _with_spool(work, _chained(first, pending))
-    exhausted = False
+    exhausted = full = False
     images = 0
     while True:
         while not exhausted and not stop.is_set() and len(on_the_way) < work.cluster.in_flight:
@@ -350,7 +401,11 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], stop: threadi
             future.wait()  # takes over the final state; without it the server is asked, which may lag behind
             if not future.state.is_completed():
                 failures += 1
-                _remember_failure(run, shard, future.state.message or "it failed")
+                words = future.state.message or "it failed"
+                if is_full(words):  # it would be so for every further shard
+                    full = exhausted = True
+                    continue
+                _remember_failure(run, shard, words)
                 continue
             done += 1
             images += shard.count
@@ -358,11 +413,15 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], stop: threadi
             shown = time.monotonic()
             ahead = total - done - failures
             rate = images / (shown - started)
-            update_progress_artifact(
-                artifact,
+            dashboard.progress(
                 100.0 * (total - max(0, ahead)) / total,
-                f"{run.run_id}: {done} shards done in this session, {failures} failed, {rate:.1f} images/s",
+                f"{done} shards done in this session, {failures} failed, {rate:.1f} images/s",
             )
+    if full:
+        raise StorageError(
+            f"the disk that holds {run.root} is full; {done} shards were finished in this session and stay. Make room "
+            f"there, then take it up again: {run.binding.command}"
+        )
     if stop.is_set() and not exhausted:
         raise RunCancelledError(
             f"run {run.run_id} was asked to stop and has drained; {done} shards were finished in this session. "
@@ -374,7 +433,7 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], stop: threadi
             f"the others are committed. What failed and why: leukoflow status {run.config.out} {run.run_id}. "
             f"Once mended: {run.binding.command}"
         )
-    update_progress_artifact(artifact, 100.0, f"{run.run_id}: all {total} shards are committed")
+    dashboard.progress(100.0, f"all {total} shards are committed")
     return images
 
 
@@ -391,11 +450,18 @@ def _pending(run: Run) -> Iterator[Shard]:
         found = committed(storage, shard, stage_keys(run.bundle, planned(run.root, shard), run.device))
         return "predictions" in found
 
-    listed = list(shards(run.summary))
+    listed = _in_order(run)
     with ThreadPoolExecutor(max_workers=4) as pool:
         for shard, done in zip(listed, pool.map(is_done, listed), strict=True):
             if not done:
                 yield shard
+
+
+def _in_order(run: Run) -> list[Shard]:
+    """Shards with urgent images first. Of a compressed tar, which is unpacked in one pass, in the order of the plan."""
+    if spooled(run.source):
+        return list(shards(run.summary))
+    return urgent_first(open_plan(run.root), run.summary, run.config.urgent)
 
 
 def _with_spool(work: _Work, pending: Iterator[Shard]) -> Iterator[Shard]:
@@ -421,20 +487,23 @@ def _remember_failure(run: Run, shard: Shard, message: str) -> None:
 
 
 class _Heart:
-    """Writes the heartbeat file and asks Prefect whether somebody pressed Cancel, in a thread of its own."""
+    """Writes the heartbeat file, in a thread of its own."""
 
     def __init__(self, run: Run) -> None:
         self.storage = Storage(run.root)
-        self.cancelled = threading.Event()
         self._over = threading.Event()
         self._last = ("failed", "it ended without a word")
-        self._flow_run_id = flow_run.id
+        self._note = ""
         self._thread = threading.Thread(target=self._beat, name="leukoflow-heart", daemon=True)
 
     def __enter__(self) -> _Heart:
         self._write("running", "")
         self._thread.start()
         return self
+
+    def note(self, words: str) -> None:
+        """What `leukoflow status` says of a running run, from the next beat on."""
+        self._note = words
 
     def say(self, state: str, message: str) -> None:
         """The last word, written when the run ends."""
@@ -445,31 +514,36 @@ class _Heart:
         self._thread.join(timeout=30)
         if isinstance(error, RunCancelledError):
             self._last = ("cancelled", str(error))
+        elif isinstance(error, KeyboardInterrupt):
+            self._last = ("cancelled", "it was stopped at once, by a second signal")
         elif error is not None:
             self._last = ("failed", str(error) or type(error).__name__)
-        self._write(*self._last)
+        try:
+            self._write(*self._last)
+        except Exception as trouble:  # what ended the run is what people must read
+            get_logger().warning("heartbeat: %s", trouble)
 
     def _write(self, state: Any, message: str) -> None:
         beat = Heartbeat(os.getpid(), socket.gethostname(), now(), state, message, PREFECT_UI_URL.value() or "")
         self.storage.write("heartbeat.json", dumps(beat))
 
-    def asked_to_cancel(self, client: SyncPrefectClient | None = None) -> bool:
-        """Whether somebody pressed Cancel in Prefect."""
-        if client is None:
-            with get_client(sync_client=True) as own:
-                return self.asked_to_cancel(own)
-        state = client.read_flow_run(uuid.UUID(str(self._flow_run_id))).state
-        return state is not None and (state.is_cancelling() or state.is_cancelled())
-
     def _beat(self) -> None:
-        with get_client(sync_client=True) as client:
-            while not self._over.wait(HEARTBEAT_SECONDS / 2):
-                try:
-                    self._write("running", "")
-                    if self.asked_to_cancel(client):
-                        self.cancelled.set()
-                except Exception as error:  # a missed beat must not end a night's work
-                    get_logger().warning("heartbeat: %s", error)
+        while not self._over.wait(HEARTBEAT_SECONDS / 2):
+            try:
+                self._write("running", self._note)
+            except Exception as error:  # a missed beat must not end a night's work
+                get_logger().warning("heartbeat: %s", error)
+
+
+def _dashboard(run: Run, stop: threading.Event) -> Dashboard:
+    """What Prefect is told beside the task runs; `stop` is set when somebody presses Cancel there."""
+    return Dashboard(
+        run.run_id,
+        str(flow_run.id),
+        stop,
+        lambda words: get_logger().warning("%s", words),
+        "nightly-progress" if run.config.shadow_of is None else "shadow-progress",
+    )
 
 
 def get_logger() -> Any:
@@ -480,12 +554,11 @@ def get_logger() -> Any:
 
 
 @contextmanager
-def _draining(heart: _Heart) -> Iterator[threading.Event]:
-    """An event that is set when the run should stop taking up shards: SIGTERM, Ctrl-C, or Cancel in Prefect.
+def _draining(stop: threading.Event) -> Iterator[None]:
+    """Sets the event that tells the run to take up no more shards on SIGTERM and Ctrl-C, as Cancel in Prefect does.
 
     A second signal ends the flow at once; what was committed stays.
     """
-    stop = heart.cancelled
 
     def ask(number: int, frame: Any) -> None:
         if stop.is_set():
@@ -494,11 +567,11 @@ def _draining(heart: _Heart) -> Iterator[threading.Event]:
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -513,6 +586,56 @@ def _report(run: Run, manifest: RunManifest) -> None:
             "the report could not be built (%s: %s); build it again with: leukoflow report %s %s",
             type(error).__name__, error, run.config.out, run.run_id,
         )  # fmt: skip
+
+
+# --- what others are told ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _metrics(run: Run) -> Iterator[None]:
+    """Serves the run's figures to Prometheus where a port is set. A port that is taken must not cost the night."""
+    config = run.config
+    if config.metrics_port is None:
+        yield
+        return
+    with ExitStack() as stack:
+        try:
+            collector = RunsCollector(config.out, only=run.run_id)
+            port = stack.enter_context(metrics_endpoint(collector, config.metrics_port, config.metrics_address))
+            get_run_logger().info("metrics: http://%s:%s/metrics", config.metrics_address, port)
+        except ConfigError as error:
+            get_run_logger().warning("%s; the run goes on without", error)
+        yield
+
+
+def _tell(run: Run, manifest: RunManifest, answers: bool) -> None:
+    """Sums the run up for drift, then artifacts and events. None of it may turn a finished night into a failed one."""
+    drifts: tuple[GroupDrift, ...] = ()
+    try:
+        facts = run_facts(run.root, run.run_id, manifest, manifest.bundle_digest)
+        Storage(run.root).write(DRIFT, facts_bytes(facts))
+        reference = find_reference(run.config.out, str(run.bundle.path), run.config.drift_reference)
+        if reference is not None:
+            drifts = compare_groups([facts], [reference[0]], "reference")
+    except Exception as error:
+        get_run_logger().warning("drift could not be told (%s: %s)", type(error).__name__, error)
+    if not answers:
+        get_run_logger().warning("the table of drift and the link to the report are not in Prefect, which is away")
+        return
+    try:
+        if drifts:
+            create_table_artifact(drift_rows(drifts), key="nightly-drift", description="Drift against the reference")
+        create_link_artifact(
+            _link(Storage(run.root).uri("report.html")), key="nightly-report", link_text=f"Report of {run.run_id}"
+        )
+    except Exception as error:
+        get_run_logger().warning("artifacts could not be written (%s: %s)", type(error).__name__, error)
+    for event, payload in run_events(manifest, drifts, run.config.alerts):
+        emit(event, run.run_id, payload)
+
+
+def _link(uri: str) -> str:
+    return uri if "://" in uri else Path(uri).as_uri()
 
 
 # --- what people read ------------------------------------------------------------------------------------------------

@@ -108,7 +108,7 @@ def train_bundle(config: TrainConfig, data_dir: Path, work_dir: Path, out_dir: P
 
 
 @flow(
-    name="train",
+    name="leukoflow train",
     flow_run_name="train {preset_name}",
     task_runner=ThreadPoolTaskRunner(max_workers=2),  # type: ignore[arg-type]
     validate_parameters=False,
@@ -116,7 +116,7 @@ def train_bundle(config: TrainConfig, data_dir: Path, work_dir: Path, out_dir: P
 def train(
     data_dir: Path,
     out_dir: Path,
-    work_dir: Path,
+    work_dir: Path | None = None,
     preset_name: str = "pocket",
     seed: int = 0,
     minutes: float = FULL_MINUTES,
@@ -133,7 +133,7 @@ def train(
     Args:
         data_dir: folder with the labelled fields and masked cells.
         out_dir: where the bundle is written.
-        work_dir: checkpoints and prepared arrays, bound to this configuration.
+        work_dir: checkpoints and prepared arrays, bound to this configuration; default OUT_DIR.work.
         preset_name: `pocket` or `full`.
         seed: of every random draw.
         minutes: about how long the networks may train on two cores.
@@ -145,6 +145,8 @@ def train(
         device: `auto`, `cpu` or `cuda`.
         name: of the bundle; by default that of the directory.
     """
+    data_dir, out_dir = Path(data_dir), Path(out_dir)  # a deployment's parameters are strings
+    work_dir = Path(work_dir) if work_dir else out_dir.with_name(out_dir.name + ".work")
     config = train_config(preset_name, seed, minutes, without, weights, teacher, limit)
     open_work(config, work_dir)
     device = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device

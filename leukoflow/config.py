@@ -5,11 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import tomllib
+from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, Literal, Self
 
-from pydantic import Field, ValidationError, field_validator, model_validator
+from pydantic import AwareDatetime, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
@@ -126,6 +127,29 @@ class ClusterSettings(Settings):
         return self
 
 
+class UrgentSettings(Settings):
+    """Which images are urgent: their shards are worked first. Neither the plan nor any number depends on it."""
+
+    # not `keys`: what has an attribute of that name is taken for a mapping by Prefect, which looks through parameters
+    image_keys: tuple[str, ...] = Field((), description="patterns of image keys, as a shell has them: STAT-*")
+    column: str | None = Field(None, description="a manifest column, such as slide_id, or one of meta_columns")
+    values: tuple[str, ...] = Field((), description="patterns of that column's values")
+
+    @model_validator(mode="after")
+    def _whole(self) -> UrgentSettings:
+        if (self.column is None) != (not self.values):
+            raise ValueError("column and values go together: a column of the manifest, and the values that are urgent")
+        return self
+
+
+class AlertSettings(Settings):
+    """From when on a finished run calls somebody: a Prefect event each, for automations to act on."""
+
+    quarantined_share: float = Field(0.05, ge=0, le=1, description="share of quarantined images above which to tell")
+    abstained_share: float = Field(0.25, ge=0, le=1, description="share of abstained images above which to tell")
+    drift: float = Field(0.25, gt=0, description="stability index above chance from which on to tell")
+
+
 class RunConfig(BaseSettings):
     """All settings of a nightly run. Anything that changes a number is part of `fingerprint()`; the rest is not."""
 
@@ -141,14 +165,27 @@ class RunConfig(BaseSettings):
     out: str
     run_id: str | None = None
     manifest: str | None = None
-    bundle: str = "pocket"
+    manifest_sha256: str | None = Field(
+        None, description="digest of the manifest that the run was planned with; a later one is not looked at"
+    )
+    selection: str | None = Field(None, description="the claim of an inbox that says what to take of the source")
+    bundle: str = Field("pocket", description="name or place of a bundle; `approved` or `registry:NAME` of a registry")
+    bundles: str | None = Field(None, description="folder or s3:// prefix of the bundle registry")
     reuse: str | None = None
+    shadow_of: str | None = Field(None, description="the finished run in `out` that this one only accompanies")
     shard_size: int = Field(128, ge=MICRO_BATCH, le=4096)
     um_per_px: float | None = Field(None, gt=0, description="scale of all images whose manifest row gives none")
     meta_columns: tuple[str, ...] = Field((), description="further manifest columns to carry along, as meta_<name>")
     device: str = Field("auto", description="`auto`, `cpu` or `cuda`")
+    deadline: AwareDatetime | None = Field(None, description="when people want to read the results")
+    at_deadline: Literal["continue", "stop"] = Field("continue", description="what an unfinished run does then")
+    urgent: UrgentSettings = UrgentSettings()
     limits: LimitSettings = LimitSettings()
     cluster: ClusterSettings = ClusterSettings()
+    alerts: AlertSettings = AlertSettings()
+    drift_reference: str | None = Field(None, description="file of the drift reference; else the bundle's, or OUT's")
+    metrics_port: int | None = Field(None, ge=0, le=65535, description="port of the flow's own Prometheus metrics")
+    metrics_address: str = Field("127.0.0.1", description="address at which the flow's metrics are served")
 
     @field_validator("shard_size")
     @classmethod
@@ -177,7 +214,18 @@ class RunConfig(BaseSettings):
         """The command line wins over the environment, the environment over the file (see `load_config`)."""
         return (init_settings, env_settings, _FileSource(settings_cls))
 
-    def fingerprint(self, source_identity: str, bundle_digest: str, device: str, manifest_digest: str) -> str:
+    def bound_as(self, bound: RunConfig) -> RunConfig:
+        """These settings with everything that decides the output as `bound`, under which a run was begun, has it."""
+        limits = self.limits.model_copy(update={k: getattr(bound.limits, k) for k in _DECIDING_LIMITS})
+        return self.model_copy(update={k: getattr(bound, k) for k in _DECIDING} | {"limits": limits})
+
+    def canonical(self) -> str:
+        """All settings as JSON, always written alike."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
+    def fingerprint(
+        self, source_identity: str, bundle_digest: str, device: str, manifest_digest: str, selection_digest: str = ""
+    ) -> str:
         """Hex digest (16 digits) over everything that decides the output: equal ones mean the same run."""
         binding = {
             "source": self.source.rstrip("/"),
@@ -190,10 +238,18 @@ class RunConfig(BaseSettings):
             "meta_columns": list(self.meta_columns),
             "limits": {k: v for k, v in self.limits.model_dump().items() if k in _DECIDING_LIMITS},
         }
+        if selection_digest:
+            binding["selection"] = selection_digest
+        if self.shadow_of is not None:
+            binding["shadow_of"] = self.shadow_of
         return hashlib.sha256(json.dumps(binding, sort_keys=True).encode()).hexdigest()[:16]
 
 
 _DECIDING_LIMITS = ("max_member_mb", "max_megapixels", "min_side_px")
+_DECIDING = (
+    "source", "run_id", "manifest", "manifest_sha256", "selection", "bundle", "reuse", "shard_size", "um_per_px",
+    "meta_columns", "device",
+)  # fmt: skip
 _file: ContextVar[dict[str, Any] | None] = ContextVar("configuration file", default=None)
 
 
@@ -214,21 +270,31 @@ def load_config(file: str | Path | None = None, **overrides: Any) -> RunConfig:
 
     Nested tables merge key by key. Raises ConfigError naming each wrong setting.
     """
-    table: dict[str, Any] = {}
-    if file is not None:
-        try:
-            table = tomllib.loads(Path(file).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"configuration file {file} does not exist") from None
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise ConfigError(f"configuration file {file} is not valid TOML: {error}") from None
-    token = _file.set(table)
+    return config_from(read_toml(file) if file is not None else {}, **overrides)
+
+
+def config_from(table: Mapping[str, Any], **overrides: Any) -> RunConfig:
+    """As `load_config`, with the file's content at hand."""
+    token = _file.set(dict(table))
     try:
         return RunConfig(**_without_none(overrides))
     except ValidationError as error:
-        raise ConfigError(_explain(error)) from None
+        raise ConfigError(explain(error)) from None
     finally:
         _file.reset(token)
+
+
+def read_toml(file: str | Path) -> dict[str, Any]:
+    """The tables of a TOML file. Raises ConfigError."""
+    if str(file).startswith("s3:/"):
+        raise ConfigError(f"configuration file {file}: it must be on the local disk")
+    try:
+        return tomllib.loads(Path(file).read_text(encoding="utf-8"))
+    except OSError as error:
+        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        raise ConfigError(f"configuration file {file} {why}") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"configuration file {file} is not valid TOML: {error}") from None
 
 
 def _without_none(table: dict[str, Any]) -> dict[str, Any]:
@@ -236,6 +302,7 @@ def _without_none(table: dict[str, Any]) -> dict[str, Any]:
     return {k: v for k, v in cleaned.items() if v != {}}
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError) -> str:
+    """Each wrong setting with what is wrong about it."""
     lines = [f"{'.'.join(str(p) for p in e['loc']) or 'settings'}: {e['msg']}" for e in error.errors()]
     return "the configuration is not usable: " + "; ".join(lines)

@@ -55,5 +55,9 @@ class RunCancelledError(LeukoflowError):
     exit_code = 130
 
 
+class DeadlineError(RunCancelledError):
+    """The run has reached its deadline, has handed over what is done, and stops there as its settings say."""
+
+
 class MemberError(LeukoflowError):
     """One member of the source cannot be used; becomes a quarantined row whose `reason` is this message."""

@@ -1,39 +1,112 @@
-"""A run's own log file, beside its data: what happened, for whoever comes in the morning."""
+"""A run's own log, beside its data: plain text for whoever comes in the morning, and JSON lines for programs."""
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 
+from leukoflow.errors import StorageError
 from leukoflow.storage import Storage
+from leukoflow.telemetry import WORKER_LOGGER
 
 LOGGERS = ("leukoflow", "prefect.flow_runs", "prefect.task_runs")
+_SHARD = re.compile(r"shard (\d{5,})")
+
+
+class JsonLines(logging.Formatter):
+    """One object a line: time (UTC), level, run, shard, stage, message, and worker or exception where there is one."""
+
+    def __init__(self, run_id: str) -> None:
+        super().__init__()
+        self.run_id = run_id
+
+    def format(self, record: logging.LogRecord) -> str:
+        """The line, without its end."""
+        message = record.getMessage()
+        shard = getattr(record, "shard", None)
+        if shard is None:  # Prefect's own words about a task run, such as that it will be tried again
+            found = _SHARD.match(getattr(record, "task_run_name", None) or message)
+            shard = found[1] if found else None
+        line = {
+            "time": datetime.fromtimestamp(record.created, UTC).isoformat(timespec="milliseconds"),
+            "level": record.levelname,
+            "run": self.run_id,
+            "shard": shard,
+            "stage": getattr(record, "stage", None),
+            "message": message,
+        }
+        if worker := getattr(record, "worker", None):
+            line["worker"] = worker
+        if record.exc_info and record.exc_info[0] is not None:
+            line["exception"] = f"{record.exc_info[0].__name__}: {record.exc_info[1]}"
+        return json.dumps(line, ensure_ascii=False)
+
+
+class _LogFile(logging.FileHandler):
+    """A log on a full disk loses lines; that must not put a traceback for each of them on the terminal."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: what fills the disk is told by those who need it."""
 
 
 @contextmanager
-def run_log(root: str) -> Iterator[None]:
-    """Appends what the flow and its tasks log to `logs/`, one file for each time the run was taken up."""
+def run_log(root: str, run_id: str) -> Iterator[None]:
+    """Keeps what the flow, its tasks and the workers log in `logs/`, two files for each time the run was taken up.
+
+    `.log` has what the flow and its tasks say and the workers' warnings; `.jsonl` has that and every stage of the
+    workers.
+    """
     storage = Storage(root)
-    name = f"logs/run-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}.log"
-    with tempfile.TemporaryDirectory(prefix="leukoflow-log-") as scratch:
-        path = Path(storage.uri(name)) if storage.is_local else Path(scratch) / "run.log"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handler = logging.FileHandler(path, encoding="utf-8", delay=False)
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s"))
-        for logger in LOGGERS:
-            logging.getLogger(logger).addHandler(handler)
-        level = logging.getLogger("leukoflow").level
-        logging.getLogger("leukoflow").setLevel(logging.INFO)  # who comes and goes among the workers
-        try:
-            yield
-        finally:
-            logging.getLogger("leukoflow").setLevel(level)
-            for logger in LOGGERS:
-                logging.getLogger(logger).removeHandler(handler)
-            handler.close()
+    name = f"logs/run-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    ours, workers = logging.getLogger("leukoflow"), logging.getLogger(WORKER_LOGGER)
+    plain = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
+    with ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="leukoflow-log-")))
+        for ending, formatter, level in ((".log", plain, logging.WARNING), (".jsonl", JsonLines(run_id), logging.INFO)):
+            path = Path(storage.uri(name + ending)) if storage.is_local else scratch / f"run{ending}"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handler = _LogFile(path, encoding="utf-8", delay=False)
+            handler.setFormatter(formatter)
             if not storage.is_local:
-                storage.write(name, path.read_bytes())
+                stack.callback(_upload, storage, name + ending, path)
+            stack.callback(handler.close)
+            for logger in LOGGERS:
+                logging.getLogger(logger).addHandler(handler)
+                stack.callback(logging.getLogger(logger).removeHandler, handler)
+            relay = _Relay(handler, level)
+            workers.addHandler(relay)
+            stack.callback(workers.removeHandler, relay)
+        before = ours.level, workers.level, workers.propagate
+        ours.setLevel(logging.INFO)  # who comes and goes among the workers
+        stack.callback(ours.setLevel, before[0])
+        workers.setLevel(logging.INFO)
+        workers.propagate = False  # they are many: they belong into the files, not on a terminal
+        stack.callback(workers.setLevel, before[1])
+        stack.callback(setattr, workers, "propagate", before[2])
+        yield
+
+
+class _Relay(logging.Handler):
+    """Hands on records from a level upwards to a handler that takes others from lower levels."""
+
+    def __init__(self, handler: logging.Handler, level: int) -> None:
+        super().__init__(level)
+        self.handler = handler
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Hands one record on."""
+        self.handler.handle(record)
+
+
+def _upload(storage: Storage, key: str, path: Path) -> None:
+    try:
+        storage.write(key, path.read_bytes())
+    except StorageError as error:  # what the run itself has come to counts
+        logging.getLogger("leukoflow").warning("the log of this run is lost: %s", error)

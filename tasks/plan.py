@@ -10,10 +10,12 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
+from fnmatch import fnmatchcase
 from itertools import islice
 from pathlib import Path
 from typing import Any, BinaryIO, TypeAlias, cast
@@ -23,7 +25,9 @@ import pyarrow.compute as pc
 import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
+from leukoflow.config import UrgentSettings
 from leukoflow.errors import ConfigError, SourceError
+from leukoflow.ledger import Selection
 from leukoflow.records import Member, PlanSummary, Shard, Source, SourceKind
 from leukoflow.sources import DEFAULT_MEMBER_BYTES, Listing
 
@@ -34,6 +38,7 @@ _EXAMPLES = 3
 _SHORTEST_PATIENT_ID = 4  # a shorter one is found inside keys by chance
 
 Sink: TypeAlias = str | Path | BinaryIO
+PathLike: TypeAlias = str | os.PathLike[str]
 
 log = logging.getLogger(__name__)
 
@@ -87,7 +92,7 @@ class Manifest:
         return row
 
 
-def read_manifest(path: str | Path, meta_columns: Sequence[str] = (), patient_key: bytes | None = None) -> Manifest:
+def read_manifest(path: PathLike, meta_columns: Sequence[str] = (), patient_key: bytes | None = None) -> Manifest:
     """Read a CSV (comma, semicolon or tab; UTF-8) or Parquet manifest; columns nobody asked for are dropped.
 
     Raises ConfigError naming the line or the keys where a key is absent or repeated, a scale is no positive number,
@@ -126,19 +131,19 @@ def pseudonym(patient_id: str, key: bytes) -> str:
     return "p_" + hmac.new(key, patient_id.encode(), hashlib.sha256).hexdigest()[:32]
 
 
-def _is_parquet(path: str | Path) -> bool:
+def _is_parquet(path: PathLike) -> bool:
     with open(path, "rb") as file:
         return file.read(4) == b"PAR1"
 
 
-def _csv_dialect(path: str | Path) -> pa_csv.ParseOptions:
+def _csv_dialect(path: PathLike) -> pa_csv.ParseOptions:
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         header = file.readline()
     return pa_csv.ParseOptions(delimiter=max(",;\t", key=header.count), newlines_in_values=True)
 
 
 @contextmanager
-def _manifest_errors(path: str | Path) -> Iterator[None]:
+def _manifest_errors(path: PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -147,7 +152,7 @@ def _manifest_errors(path: str | Path) -> Iterator[None]:
         raise ConfigError(f"the manifest {path} is neither UTF-8 CSV nor Parquet: {error}") from error
 
 
-def _column_names(path: str | Path) -> list[str]:
+def _column_names(path: PathLike) -> list[str]:
     with _manifest_errors(path):
         if _is_parquet(path):
             return list(pq.read_schema(path).names)
@@ -155,7 +160,7 @@ def _column_names(path: str | Path) -> list[str]:
             return list(reader.schema.names)
 
 
-def _read_columns(path: str | Path, names: list[str]) -> pa.Table:
+def _read_columns(path: PathLike, names: list[str]) -> pa.Table:
     with _manifest_errors(path):
         if _is_parquet(path):
             table = pq.read_table(path, columns=names)
@@ -168,7 +173,14 @@ def _read_columns(path: str | Path, names: list[str]) -> pa.Table:
         return pa_csv.read_csv(path, parse_options=_csv_dialect(path), convert_options=options)
 
 
-def _index(path: str | Path, keys: pa.ChunkedArray) -> dict[str, int]:
+def manifest_keys(path: PathLike) -> list[str]:
+    """The images that a manifest names; what else it says is not looked at. Raises ConfigError."""
+    if "image_key" not in _column_names(path):
+        raise ConfigError(f"{path} has no column image_key: name the images in one")
+    return list(_index(path, _read_columns(path, ["image_key"])["image_key"]))
+
+
+def _index(path: PathLike, keys: pa.ChunkedArray) -> dict[str, int]:
     rows: dict[str, int] = {}
     for chunk in keys.chunks:
         base = len(rows)
@@ -185,7 +197,7 @@ def _index(path: str | Path, keys: pa.ChunkedArray) -> dict[str, int]:
     return rows
 
 
-def _scales(path: str | Path, values: pa.ChunkedArray) -> pa.ChunkedArray:
+def _scales(path: PathLike, values: pa.ChunkedArray) -> pa.ChunkedArray:
     try:
         if pa.types.is_string(values.type):
             values = pc.utf8_trim_whitespace(values)
@@ -228,17 +240,20 @@ def plan(
     *,
     shard_size: int,
     um_per_px: float | None = None,
-    manifest: str | Path | None = None,
+    manifest: PathLike | None = None,
     meta_columns: Sequence[str] = (),
     patient_key: bytes | None = None,
     member_bytes: int = DEFAULT_MEMBER_BYTES,
     missing_out: Sink | None = None,
+    selection: Selection | None = None,
 ) -> PlanSummary:
     """List the source once and write its plan.
 
     `um_per_px` applies where the manifest gives no scale. `member_bytes` is the largest member that will be read.
     Images that the manifest names and the source does not hold go to `missing_out`, which is left alone if there are
-    none. Memory is bounded by the names (about 0.5 KB a member), not by the images.
+    none. With a `selection`, only what it has taken is a member, and of the manifest, whose keys then begin with the
+    name of an item of the inbox, only what it says of the items that were taken counts. Memory is bounded by the names
+    (about 0.5 KB a member), not by the images.
 
     Raises SourceError where there is no member at all, ConfigError for a manifest that cannot be used. Whoever calls
     publishes the file only after this has returned.
@@ -246,7 +261,11 @@ def plan(
     if shard_size < 1:
         raise ConfigError(f"shard_size is {shard_size}: it must be at least 1")
     known = read_manifest(manifest, meta_columns, patient_key) if manifest is not None else None
-    listing = Listing(source, member_bytes)
+    entries = None
+    if selection is not None:
+        known = known and _manifest_of(known, selection)
+        entries = selection.entries() if selection.archive is None else None
+    listing = Listing(source, member_bytes, entries)
     members = iter(listing)
     schema = plan_schema(meta_columns)
     found = bytearray(len(known.rows)) if known else bytearray()
@@ -262,6 +281,8 @@ def plan(
         if not count:
             why = f"; {listing.truncated}" if listing.truncated else ""
             raise SourceError(f"{source.uri} holds no images ({listing.ignored:,} folders and litter){why}")
+        if selection is not None and known is not None:
+            _excuse(known, selection, found)
         missing = len(found) - sum(found)
         summary = PlanSummary(
             source, count, listing.ignored, missing, listing.truncated, shard_size, digest.hexdigest()
@@ -271,6 +292,33 @@ def plan(
         absent = known.table.filter(pa.array([not here for here in found], pa.bool_()))
         pq.write_table(absent, missing_out, compression="zstd", use_dictionary=False)
     return summary
+
+
+def item_of(key: str) -> str:
+    """The entry of the inbox that an image belongs to: the first part of its path."""
+    return key.partition("/")[0]
+
+
+def _manifest_of(known: Manifest, selection: Selection) -> Manifest:
+    """What the manifest of an inbox says of the items of one run; of an archive, keys are those inside of it."""
+    items, archive = set(selection.table["item"].to_pylist()), selection.archive
+    kept = [(key, row) for key, row in known.rows.items() if item_of(key) in items]
+    if archive is not None:
+        kept = [(key.removeprefix(archive + "/"), row) for key, row in kept if key != archive]
+    table = known.table.take(pa.array([row for _, row in kept], pa.int64()))
+    keys = [key for key, _ in kept]
+    table = table.set_column(0, known.table.schema.field(0), pa.array(keys, pa.string()))
+    return Manifest(table, {key: row for row, key in enumerate(keys)})
+
+
+def _excuse(known: Manifest, selection: Selection, found: bytearray) -> None:
+    """Of an item that was taken before, this run has the rest, and what it lacks is not missing."""
+    if selection.archive is not None:
+        return
+    expected = selection.expected_items()
+    for key, row in known.rows.items():
+        if item_of(key) not in expected:
+            found[row] = 1
 
 
 def _digested(schema: pa.Schema) -> list[str]:
@@ -362,6 +410,32 @@ def shards(summary: PlanSummary) -> Iterator[Shard]:
     for ordinal in range(summary.shards):
         first = ordinal * summary.shard_size
         yield Shard(ordinal, first, min(summary.shard_size, summary.members - first))
+
+
+def urgent_first(plan_file: pq.ParquetFile, summary: PlanSummary, rule: UrgentSettings) -> list[Shard]:
+    """All shards, those with most urgent images first, else in order. Raises ConfigError for an unknown column."""
+    listed = list(shards(summary))
+    if not rule.image_keys and rule.column is None:
+        return listed
+    names = {name.removeprefix(META_PREFIX): name for name in plan_file.schema_arrow.names}
+    if rule.column is not None and rule.column not in (*MANIFEST_COLUMNS, *names):
+        raise ConfigError(
+            f"urgent.column is {rule.column!r}, which the plan does not have: name one of "
+            f"{', '.join(MANIFEST_COLUMNS)}, or one that meta_columns lists"
+        )
+    columns = ["image_key"] + ([names[rule.column]] if rule.column else [])
+    counts = [_count_urgent(plan_file.read_row_group(s.ordinal, columns=columns), rule) for s in listed]
+    return sorted(listed, key=lambda shard: -counts[shard.ordinal])
+
+
+def _count_urgent(table: pa.Table, rule: UrgentSettings) -> int:
+    keys = table["image_key"].to_pylist()
+    values = table.column(1).to_pylist() if rule.column else [None] * len(keys)
+    return sum(
+        any(fnmatchcase(key, pattern) for pattern in rule.image_keys)
+        or (value is not None and any(fnmatchcase(str(value), pattern) for pattern in rule.values))
+        for key, value in zip(keys, values, strict=True)
+    )
 
 
 def read_shard(plan_file: pq.ParquetFile, ordinal: int) -> list[Member]:

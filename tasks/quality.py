@@ -40,7 +40,7 @@ def assess(rgb: NDArray[np.uint8], settings: QualitySettings) -> Quality:
     levels = cv2.calcHist([grey], [0], None, [256], [0, 256]).ravel() / grey.size
     exposure = float(levels @ np.arange(256)) / 255
     saturated = float(levels[: CLIPPED_BLACK + 1].sum() + levels[CLIPPED_WHITE:].sum())
-    foreground, stain = _stain(rgb)
+    foreground, stain, tint = _stain(rgb)
     checks = (
         (exposure < settings.min_exposure, f"too dark: mean lightness {exposure:.2f} < {settings.min_exposure:g}"),
         (exposure > settings.max_exposure, f"too bright: mean lightness {exposure:.3f} > {settings.max_exposure:g}"),
@@ -50,15 +50,16 @@ def assess(rgb: NDArray[np.uint8], settings: QualitySettings) -> Quality:
         (stain > settings.max_stain, f"colours are not those of a blood stain: {stain:.2f} > {settings.max_stain:g}"),
     )
     return Quality(
-        focus, exposure, saturated, foreground, stain, reasons=tuple(words for failed, words in checks if failed)
+        focus, exposure, saturated, foreground, stain, *tint, reasons=tuple(words for failed, words in checks if failed)
     )
 
 
-def _stain(rgb: NDArray[np.uint8]) -> tuple[float, float]:
-    """Share of stained pixels, and how far their mean hue lies outside that of blood stains.
+def _stain(rgb: NDArray[np.uint8]) -> tuple[float, float, tuple[float, float, float]]:
+    """Share of stained pixels, how far their mean hue lies outside that of blood stains, and the stain itself.
 
     The hue is that of the summed densities: red and blue relative to green. In Romanowsky stains bluish red cells lie
     near (1.6, 0.4), pinkish ones near (0.3, 0.9), white cells below; grey is (1, 1). Distance 0 is typical, 1 the edge.
+    The stain is red over green, blue over green, and the mean density in green.
     """
     height, width = rgb.shape[:2]
     # Averaging first makes grey of colour noise.
@@ -70,7 +71,8 @@ def _stain(rgb: NDArray[np.uint8]) -> tuple[float, float]:
     stained = red + green + blue > FOREGROUND_DENSITY
     share = float(np.mean(stained))
     if share == 0.0:
-        return 0.0, 0.0
+        return 0.0, 0.0, (0.0, 0.0, 0.0)
     total = max(float(green[stained].sum()), 1e-6)
     r, b = float(red[stained].sum()) / total, float(blue[stained].sum()) / total
-    return share, max(0.0, (r + 1.58 * b - 2.2) / 0.2, (r - 1.5) / 0.2, (b - 0.95) / 0.1)
+    distance = max(0.0, (r + 1.58 * b - 2.2) / 0.2, (r - 1.5) / 0.2, (b - 0.95) / 0.1)
+    return share, distance, (r, b, total / float(np.count_nonzero(stained)))

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 import base64
 import heapq
-import html
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from datetime import datetime
-from pathlib import Path
 from typing import Any
 
 import cv2
@@ -33,6 +30,18 @@ from leukoflow.records import CLASSES, Marker, Member, RunManifest, ShardReceipt
 from leukoflow.sources import open_reader
 from leukoflow.storage import Storage
 from tasks.ingest import Decoder
+from tasks.page import LABEL_COLOURS as _LABEL_COLOURS
+from tasks.page import POLICY as _POLICY
+from tasks.page import STATUS_COLOURS as _STATUS_COLOURS
+from tasks.page import bar as _bar
+from tasks.page import dot as _dot
+from tasks.page import moment as _moment
+from tasks.page import number as _number
+from tasks.page import seconds as _seconds
+from tasks.page import share as _share
+from tasks.page import style as _style
+from tasks.page import table as _table
+from tasks.page import text as _text
 from tasks.plan import read_shard, read_summary
 from tasks.tables import shard_name, table_files
 
@@ -43,15 +52,12 @@ BOXED = 3
 KEYS_SHOWN = 50
 SLIDES_SHOWN, SLIDES_OPEN = 50, 15
 
-_POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"  # even a hostile key could load nothing
 _BINS = 15  # of the confidence histogram, from 0.25 (a guess among four) to 1
 _SLIDES_KEPT = 200
 _COLUMNS = (
     "image_key", "slide_id", "status", "reason", "label", "confidence", "prob_benign", "prob_early", "prob_pre",
     "prob_pro", "prediction_set", "n_cells", "shard", "zarr_index", "n_tiles", "um_per_px",
 )  # fmt: skip
-_LABEL_COLOURS = {"Benign": "#3f8f83", "Early": "#c79a1e", "Pre": "#d9692b", "Pro": "#b0396b"}
-_STATUS_COLOURS = {"predicted": "#3b78b5", "abstained": "#8d8f99", "rejected": "#d09a2d", "quarantined": "#c0392b"}
 _FOR, _AGAINST = "#ffe11a", "#12c9ff"  # seen well on violet nuclei, and of no hue that outlines have
 _STATUS_MEANING = {
     "predicted": "a label with its confidence",
@@ -122,7 +128,7 @@ def build_report(root: str, manifest: RunManifest | None) -> str:
     totals = _from_manifest(storage, manifest) if manifest else _from_receipts(storage, progress, receipts)
     shards = [r.shard.name for r in receipts]
     survey = _survey(storage, _part_keys(manifest, "predictions", shards).values())
-    slides = _slides(storage) if manifest else []
+    slides = _slides(storage, "slides.parquet" if manifest else "partial/slides.parquet")
     with ExitStack() as stack:
         painter = _Painter(storage, totals, _part_keys(manifest, "cells", shards), stack)
         suspicious = [painter.card(row) for row in _most_suspicious(survey, slides)]
@@ -292,10 +298,10 @@ def _slide_of(row: dict[str, Any]) -> str:
     return row["slide_id"] or row["image_key"].rpartition("/")[0] or "."
 
 
-def _slides(storage: Storage) -> list[dict[str, Any]]:
-    """The most urgent slides of a finished run."""
+def _slides(storage: Storage, key: str) -> list[dict[str, Any]]:
+    """The most urgent slides of a ranking; of an unfinished run, of what it handed over at its deadline, if it did."""
     try:
-        with storage.open("slides.parquet") as file:
+        with storage.open(key) as file:
             for batch in pq.ParquetFile(file).iter_batches(batch_size=SLIDES_SHOWN):
                 return list(batch.to_pylist())
     except FileNotFoundError:
@@ -564,57 +570,6 @@ def _colour(weight: float) -> str:
 # --- the page --------------------------------------------------------------------------------------------------------
 
 
-def _text(value: object, limit: int = 140) -> str:
-    """Foreign text, safe to show: escaped, without control or direction-changing characters, of bounded length."""
-    shown = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in str(value))
-    if len(shown) > limit:
-        shown = f"{shown[: limit // 2]}…{shown[-limit // 2 :]}"
-    return html.escape(shown)
-
-
-def _number(value: float, digits: int = 0) -> str:
-    return f"{value:,.{digits}f}"
-
-
-def _share(part: float, whole: float) -> str:
-    return f"{100 * part / whole:.1f} %" if whole else "–"
-
-
-def _seconds(value: float) -> str:
-    if value < 60:
-        return f"{value:.1f} s"
-    if value < 3600:
-        return f"{int(value) // 60} min {int(value) % 60:02d} s"
-    return f"{int(value) // 3600} h {int(value) % 3600 // 60:02d} min"
-
-
-def _moment(value: str) -> str:
-    try:
-        return datetime.fromisoformat(value).strftime("%Y-%m-%d %H:%M UTC")
-    except ValueError:
-        return _text(value)
-
-
-def _table(head: Sequence[tuple[str, str]], rows: Iterable[Sequence[str]], empty: str = "none") -> str:
-    """A table; `head` is (title, class of the column), cells are HTML already."""
-    body = "".join(
-        "<tr>" + "".join(f'<td class="{head[i][1]}">{cell}</td>' for i, cell in enumerate(row)) + "</tr>"
-        for row in rows
-    )
-    if not body:
-        return f'<p class="quiet">{empty}</p>'
-    titles = "".join(f'<th class="{kind}">{title}</th>' for title, kind in head)
-    return f'<div class="scroll"><table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table></div>'
-
-
-def _bar(share: float, colour: str) -> str:
-    return f'<span class="bar"><i style="width:{100 * min(1.0, max(0.0, share)):.1f}%;background:{colour}"></i></span>'
-
-
-def _style() -> str:
-    return Path(__file__).with_name("report.css").read_text(encoding="utf-8").partition("*/")[2].replace("\n", "")
-
-
 def _page(
     t: _Totals,
     finished: bool,
@@ -660,7 +615,7 @@ def _verdict(t: _Totals, finished: bool, progress: RunProgress) -> str:
         left = t.members - t.done
         text = (
             f"<b>Not a final result: the run is {progress.state}.</b> {_number(t.done)} of {_number(t.members)} "
-            f"members are accounted for so far ({sums}), {_number(left)} are not. Slides are ranked when all are."
+            f"members are accounted for so far ({sums}), {_number(left)} are not."
         )
         if progress.state != "running":
             text += f" To continue: <code>{_text(progress.command, 400)}</code>"
@@ -681,6 +636,9 @@ def _verdict(t: _Totals, finished: bool, progress: RunProgress) -> str:
             f"{_number(t.conflicts)} rows show identical images under different patients (duplicates.parquet): "
             "clear this mix-up before anything is acted upon."
         )
+    if progress.shadow_of is not None:
+        more.insert(0, f"<b>A shadow run of {_text(progress.shadow_of)}, not the night's result:</b> a candidate "
+                       "bundle saw what that run saw, and nobody may act upon this page.")  # fmt: skip
     if progress.failed_shards and not finished:
         more += [f"Shard {_text(shard)} failed: {_text(why, 400)}" for shard, why in progress.failed_shards[:10]]
     warnings = "".join(f'<p class="verdict warn">{line}</p>' for line in more)
@@ -701,9 +659,14 @@ def _tiles(t: _Totals) -> str:
     return f'<div class="tiles">{tiles}</div><div class="stack">{bar}</div>'
 
 
+def _unranked(slides: Sequence[dict[str, Any]]) -> str:
+    whole = sum(s["n_images"] == s["n_planned"] for s in slides)
+    return f"{_number(whole)} of the {_number(len(slides))} slides shown are complete."
+
+
 def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
-    if not finished:
-        return '<p class="quiet">Slides are ranked when the run has finished.</p>'
+    if not finished and not slides:
+        return '<p class="quiet">Slides are ranked when the run has finished, or at its deadline.</p>'
     head = (
         ("#", "n"), ("slide", "key"), ("site", ""), ("patient", "key"), ("urgency", "n"), ("", "chart"), ("label", ""),
         ("malignant fields", "n"), ("predicted", "n"), ("abst.", "n"), ("rej.", "n"), ("quar.", "n"), ("cells", "n"),
@@ -719,7 +682,7 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
             _bar(s["urgency"], "var(--accent)"),
             _label(s["label"]),
             _number(s["n_malignant"]),
-            f"{_number(s['n_predicted'])} of {_number(s['n_images'])}",
+            f"{_number(s['n_predicted'])} of {_number(s.get('n_planned', s['n_images']))}",
             _number(s["n_abstained"]),
             _number(s["n_rejected"]),
             _number(s["n_quarantined"]),
@@ -745,6 +708,11 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
     )
     first, rest = rows[:SLIDES_OPEN], rows[SLIDES_OPEN:]
     folded = f"<details><summary>{len(rest)} more</summary>{_table(head, rest)}</details>" if rest else ""
+    if not finished:
+        explained = (
+            '<p class="verdict warn"><b>A partial ranking</b> of the images that were done at the deadline: the order '
+            f"will change, and a slide that is absent here has no image done. {_unranked(slides)}</p>" + explained
+        )
     return explained + note + _table(head, first, "No slide.") + folded + more
 
 
@@ -752,10 +720,6 @@ def _label(label: str | None) -> str:
     if label is None:
         return "–"
     return f"{_dot(_LABEL_COLOURS.get(label, '#888'))}{_text(label)}"
-
-
-def _dot(colour: str) -> str:
-    return f'<span class="dot" style="background:{colour}"></span>'
 
 
 def _gallery(name: str, cards: Sequence[_Card], notes: Sequence[str], empty: str) -> str:

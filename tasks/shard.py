@@ -17,7 +17,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -35,6 +35,7 @@ from leukoflow.codec import dumps, loads
 from leukoflow.config import LimitSettings
 from leukoflow.errors import AttemptError, ClusterError, ShardError, StorageError
 from leukoflow.geometry import field_geometry
+from leukoflow.host import this_host
 from leukoflow.method import FeatureSettings, SegmentSettings
 from leukoflow.records import (
     CLASSES,
@@ -51,6 +52,7 @@ from leukoflow.records import (
 from leukoflow.schema import CELLS, predictions_schema
 from leukoflow.sources import Reader, open_reader
 from leukoflow.storage import Storage
+from leukoflow.telemetry import told
 from models.attention_unet import segment_batch
 from models.bundle import Bundle, load_bundle
 from models.hybrid_cn_nas import HybridCNNas, Readout
@@ -76,8 +78,15 @@ DIED = "its processing kills the worker process"
 ACTIVATIONS = "activations"
 """The stage that no other is made from: a shard may lack it and yet be whole. It is made while the pixels are there."""
 STAGES = ("masks", "features", ACTIVATIONS, "predictions")
-REVISIONS = {"masks": 2, "features": 1, ACTIVATIONS: 1, "predictions": 1}
+REVISIONS = {"masks": 3, "features": 1, ACTIVATIONS: 1, "predictions": 1}
 """Raised when a stage's code changes what it writes; part of every content key."""
+
+ARRAYS = {
+    "masks.zarr": ("semantic", "cells", "to_source", "cell_table", "cell_offsets"),
+    "features.zarr": ("hybrid", "cells", "cell_offsets"),
+    "activations.zarr": ("maps",),
+}
+"""What a shard's group holds in each store."""
 
 ZARR_CHUNK, ZARR_SHARD = 10, 250
 
@@ -256,8 +265,9 @@ def commit(job: ShardJob, stage: str, key: str, roots: Sequence[str], receipt: S
     storage = Storage(job.root)
     prefix = attempt_prefix(job.shard, job.attempt)
     attempt = storage.child(prefix)
-    names = [name for root in roots for name in (attempt.files(root) if not root.endswith(".parquet") else [root])]
-    part = PartRef(stage, job.shard.name, job.attempt, key, tuple(attempt.digests(names)))
+    files = tuple(file for root in roots for file in digests_below(attempt, root))
+    part = PartRef(stage, job.shard.name, job.attempt, key, files)
+    _sign(job.root)
     marker = Marker(part, receipt)
     if storage.create(marker_key(stage, job.shard), dumps(marker)):
         storage.promote(prefix, part.files)
@@ -268,6 +278,33 @@ def commit(job: ShardJob, stage: str, key: str, roots: Sequence[str], receipt: S
             f"shard {job.shard.name}: the marker of stage {stage} does not match its files; it is redone"
         )
     return first
+
+
+@lru_cache(maxsize=32)
+def _sign(root: str) -> None:
+    """Leaves a note in the run of what machine commits here, once per process; alike machines leave the same one."""
+    note = dumps(this_host())
+    Storage(root).create(f"hosts/{hashlib.sha256(note).hexdigest()[:16]}.json", note)
+
+
+def digests_below(storage: Storage, root: str) -> list[tuple[str, int, str]]:
+    """(key, bytes, sha256) of one Parquet file, or of all files of a shard's Zarr group that was written just now.
+
+    An object store's listing may lag behind what was written, and a chunk that is left out would be read as zeros. So
+    there the keys follow from the arrays' metadata; a chunk that holds nothing but zeros is not written.
+    """
+    if root.endswith(".parquet"):
+        return [storage.digest(root)]
+    if storage.is_local:
+        return [storage.digest(key) for key in storage.files(root)]
+    group = zarr.open_group(storage.zarr(root, read_only=True), mode="r")
+    needed, chunks = {f"{root}/zarr.json"}, set()
+    for name in ARRAYS[root.split("/")[0]]:
+        array = array_of(group, name)
+        needed.add(f"{root}/{name}/zarr.json")
+        grid = [-(-n // c) for n, c in zip(array.shape, array.shards or array.chunks, strict=True)]
+        chunks |= {f"{root}/{name}/{array.metadata.encode_chunk_key(place)}" for place in np.ndindex(*grid)}
+    return sorted([*storage.digests(needed), *storage.digests(chunks, absent=True)])
 
 
 def adopt_stages(job: ShardJob, other: Storage, keys: dict[str, str], done: dict[str, Marker]) -> dict[str, Marker]:
@@ -306,7 +343,7 @@ def _readout(bundle: str, digest: str, device: str) -> Readout:
 @lru_cache(maxsize=4)
 def opened_bundle(name: str, digest: str) -> Bundle:
     """The bundle, checked once per process. Raises ShardError when this machine has another one under the name."""
-    bundle = load_bundle(name)
+    bundle = load_bundle(name, digest)
     if bundle.digest != digest:
         raise ShardError(
             f"bundle {name} is {bundle.digest[:12]} on this worker, the run wants {digest[:12]}; install the same one"
@@ -396,9 +433,22 @@ def _guard(job: ShardJob, stage: str) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
-        yield
+        with told(job.run_id, job.shard.name, stage):
+            yield
     finally:
         timer.cancel()
+        _sweep_up(job)
+
+
+def _sweep_up(job: ShardJob) -> None:
+    """Removes the attempt if the run is finished: the task of a flow that was killed may end after another one's."""
+    if job.only is not None:
+        return
+    storage = Storage(job.root)
+    with suppress(StorageError):
+        if storage.exists("manifest.json"):
+            storage.delete(attempt_prefix(job.shard, job.attempt))
+            storage.prune(f"_attempts/{job.shard.name}")
 
 
 # --- prepare ---------------------------------------------------------------------------------------------------------
@@ -743,6 +793,9 @@ FACTS = pa.schema(
         pa.field("saturated", pa.float64()),
         pa.field("foreground", pa.float64()),
         pa.field("stain", pa.float64()),
+        pa.field("stain_red", pa.float64()),
+        pa.field("stain_blue", pa.float64()),
+        pa.field("stain_density", pa.float64()),
         pa.field("flags", pa.list_(pa.string())),
         pa.field("reasons", pa.list_(pa.string())),
         pa.field("n_tiles", pa.int32(), nullable=False),
@@ -769,6 +822,9 @@ def _write_facts(job: ShardJob, facts: Sequence[Fact]) -> None:
                 "saturated": q and q.saturated,
                 "foreground": q and q.foreground,
                 "stain": q and q.stain,
+                "stain_red": q and q.stain_red,
+                "stain_blue": q and q.stain_blue,
+                "stain_density": q and q.stain_density,
                 "flags": q and list(q.flags),
                 "reasons": q and list(q.reasons),
                 "n_tiles": f.n_tiles,
@@ -786,8 +842,8 @@ def read_facts(root: str, shard: Shard) -> list[Fact]:
         quality = None
         if r["focus"] is not None:
             quality = Quality(
-                r["focus"], r["exposure"], r["saturated"], r["foreground"], r["stain"],
-                tuple(r["flags"]), tuple(r["reasons"]),
+                r["focus"], r["exposure"], r["saturated"], r["foreground"], r["stain"], r["stain_red"], r["stain_blue"],
+                r["stain_density"], tuple(r["flags"]), tuple(r["reasons"]),
             )  # fmt: skip
         status = Status(r["status"]) if r["status"] else None
         out.append(

@@ -67,8 +67,8 @@ def test_packing_changes_nothing(runs: dict[str, Path], kind: str) -> None:
 def test_a_run_leaves_what_the_data_format_says(runs: dict[str, Path]) -> None:
     root = runs["zip"]
     assert {p.name for p in root.iterdir()} == {
-        "activations.zarr", "cells", "features.zarr", "fields", "heartbeat.json", "logs", "manifest.json", "markers",
-        "masks.zarr", "plan.parquet", "predictions", "report.html", "run.json", "slides.parquet",
+        "activations.zarr", "cells", "drift.json", "features.zarr", "fields", "heartbeat.json", "logs", "manifest.json",
+        "markers", "masks.zarr", "plan.parquet", "predictions", "report.html", "run.json", "slides.parquet",
     }  # fmt: skip
     for name, schema in (("predictions", PREDICTIONS), ("cells", CELLS)):
         for part in (root / name).iterdir():
@@ -78,7 +78,7 @@ def test_a_run_leaves_what_the_data_format_says(runs: dict[str, Path]) -> None:
             encodings = {e for i in range(group.num_columns) for e in group.column(i).encodings}
             assert not {"PLAIN_DICTIONARY", "RLE_DICTIONARY"} & encodings
     assert pq.read_schema(root / "slides.parquet").equals(SLIDES)
-    log = next((root / "logs").iterdir()).read_text()
+    log = next((root / "logs").glob("*.log")).read_text()
     assert "48 images in 3 shards" in log
     assert "shard 00002" in log
     assert "48 of 48 images accounted for" in log

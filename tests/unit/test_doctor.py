@@ -128,7 +128,7 @@ def test_a_configured_server_must_answer(monkeypatch: pytest.MonkeyPatch) -> Non
     check = _only(check_prefect(start=True))
     assert check.verdict == "fail"
     assert "PREFECT_API_URL" in check.remedy
-    monkeypatch.setattr(prefect_server, "is_healthy", lambda url, timeout=0: True)
+    monkeypatch.setattr(prefect_server, "require_server", lambda url: None)
     assert _only(check_prefect(start=True)).verdict == "ok"
 
 

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import base64
 import http.server
 import json
 import os
 import sys
 import threading
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +21,14 @@ from apps.prefect_server import LocalServer, PrefectServerError, client_environm
 
 @pytest.fixture(autouse=True)
 def _nothing_configured(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    for name in ("PREFECT_API_URL", "PREFECT_PROFILE", "PREFECT_PROFILES_PATH", "NO_PROXY", "no_proxy"):
+    for name in (
+        "PREFECT_API_URL",
+        "PREFECT_API_AUTH_STRING",
+        "PREFECT_PROFILE",
+        "PREFECT_PROFILES_PATH",
+        "NO_PROXY",
+        "no_proxy",
+    ):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path / "dot-prefect"))
 
@@ -197,3 +207,47 @@ def test_importing_the_module_does_not_import_prefect() -> None:
 
     code = "import sys, apps.prefect_server; sys.exit('prefect' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.fixture
+def guarded() -> Iterator[str]:
+    """Address of a server that wants user and password for everything but its health."""
+
+    class Guard(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            wanted = f"Basic {base64.b64encode(b'night:secret').decode()}"
+            ok = self.path == "/api/health" or (
+                self.path == "/api/admin/version" and self.headers.get("Authorization") == wanted
+            )
+            self.send_response(200 if ok else 404 if not self.path.startswith("/api/") else 401)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Guard) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_address[1]}/api"
+        server.shutdown()
+
+
+def test_user_and_password_are_sent_to_a_server_that_asks(guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert prefect_server.is_healthy(guarded)
+    with pytest.raises(prefect_server.PrefectServerError, match="asks for user and password: set PREFECT_API_AUTH"):
+        prefect_server.require_server(guarded)
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "night:wrong")
+    with pytest.raises(prefect_server.PrefectServerError, match="refuses user and password"):
+        prefect_server.require_server(guarded)
+    monkeypatch.setenv("PREFECT_API_AUTH_STRING", "night:secret")
+    prefect_server.require_server(guarded)
+    with pytest.raises(prefect_server.PrefectServerError, match="which ends with /api"):
+        prefect_server.require_server(guarded.removesuffix("/api"))
+
+
+def test_user_and_password_may_be_in_the_profile(guarded: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    profile = f'[profiles.site]\nPREFECT_API_URL = "{guarded}"\nPREFECT_API_AUTH_STRING = "night:secret"\n'
+    (tmp_path / "profiles.toml").write_text('active = "site"\n' + profile)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.delenv("PREFECT_PROFILE", raising=False)
+    prefect_server.require_server(prefect_server.configured_api_url())

@@ -29,6 +29,19 @@ def field(red: tuple[int, int, int] = (178, 190, 214), cells: int = 60, side: in
     return np.clip(cv2.GaussianBlur(image, (0, 0), 1.0) + rng.normal(0, 2, image.shape), 0, 255).astype(np.uint8)
 
 
+def test_the_stain_is_the_densities_of_what_is_stained() -> None:
+    """One half is background of 199, the other has densities ln(200/100), ln(200/50) and ln(200/160)."""
+    image = np.full((64, 64, 3), 199, np.uint8)
+    image[:, :32] = (99, 49, 159)
+    found = assess(image, QualitySettings(max_stain=1e9))
+    assert found.foreground == 0.5
+    assert found.stain_density == pytest.approx(np.log(4), rel=1e-5)
+    assert found.stain_red == pytest.approx(np.log(2) / np.log(4), rel=1e-5)
+    assert found.stain_blue == pytest.approx(np.log(1.25) / np.log(4), rel=1e-5)
+    blank = assess(np.full((64, 64, 3), 230, np.uint8), SETTINGS)
+    assert (blank.stain_red, blank.stain_blue, blank.stain_density) == (0.0, 0.0, 0.0)
+
+
 @pytest.mark.parametrize("red", [(178, 190, 214), (225, 170, 175), (200, 195, 200), (170, 190, 222)])
 def test_fields_of_several_stains_pass(red: tuple[int, int, int]) -> None:
     quality = assess(field(red), SETTINGS)

@@ -286,7 +286,7 @@ def test_rows_are_written_at_their_place_and_may_be_written_again() -> None:
 
 
 def test_facts_survive_the_way_through_parquet(job: ShardJob) -> None:
-    quality = Quality(5.5, 0.8, 0.01, 0.2, 0.1, ("a flag",), ("too dark: 0.1 < 0.25",))
+    quality = Quality(5.5, 0.8, 0.01, 0.2, 0.1, 1.2, 0.6, 0.4, ("a flag",), ("too dark: 0.1 < 0.25",))
     facts = [
         Fact(16, None, None, "ab", 640, 480, replace(quality, reasons=()), 4, 0),
         Fact(17, Status.REJECTED, "too dark: 0.1 < 0.25", "cd", 640, 480, quality, 0, None),

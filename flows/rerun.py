@@ -1,0 +1,43 @@
+"""One run again, by its id alone: only what is missing or failed is done."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from prefect import flow, get_run_logger
+from prefect.client.schemas.objects import State
+from prefect.states import Failed
+
+from flows.nightly import nightly
+from leukoflow.config import RunConfig
+from leukoflow.errors import LeukoflowError
+from leukoflow.progress import ProgressReader
+from leukoflow.storage import Storage
+from tasks.open_run import bound_config
+
+
+@flow(name="leukoflow rerun", flow_run_name="rerun of {run_id}")
+def rerun(out: str, run_id: str) -> State[Any]:
+    """Takes a run up again with the settings that it was begun with; a finished and whole one returns at once.
+
+    Args:
+        out: the folder or s3:// prefix that holds the run.
+        run_id: which one.
+    """
+    try:
+        config = rerun_config(out, run_id)
+    except LeukoflowError as error:
+        get_run_logger().error("%s", error)
+        return Failed(message=str(error), data=error)
+    state: State[Any] = nightly(config, return_state=True)
+    return state
+
+
+def rerun_config(out: str, run_id: str) -> RunConfig:
+    """The settings that a run was begun with, where it lies now; its deadline has passed or belongs to another night.
+
+    Raises StorageError when there is no such run, ConfigError when it did not keep its settings.
+    """
+    storage = Storage(out)
+    config = bound_config(ProgressReader(storage.uri(run_id)).binding())
+    return config.model_copy(update={"out": storage.root, "deadline": None})

@@ -255,6 +255,25 @@ class Storage:
                 size += len(piece)
         return key, size, digest.hexdigest()
 
+    def digests(self, keys: Iterable[str], absent: bool = False) -> list[tuple[str, int, str]]:
+        """`digest` of each key, in order; objects are read several at a time.
+
+        Raises FileNotFoundError, unless keys may be `absent`; those are left out then.
+        """
+
+        def one(key: str) -> tuple[str, int, str] | None:
+            try:
+                return self.digest(key)
+            except FileNotFoundError:
+                if absent:
+                    return None
+                raise
+
+        if self.is_local:
+            return [found for key in keys if (found := one(key)) is not None]
+        with ThreadPoolExecutor(READERS) as pool:
+            return [found for found in pool.map(one, keys) if found is not None]
+
     def intact(self, files: Iterable[tuple[str, int, str]]) -> bool:
         """Whether every (key, bytes, sha256) is there and unaltered. Objects are read several at a time."""
 

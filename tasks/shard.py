@@ -304,11 +304,7 @@ def digests_below(storage: Storage, root: str) -> list[tuple[str, int, str]]:
         needed.add(f"{root}/{name}/zarr.json")
         grid = [-(-n // c) for n, c in zip(array.shape, array.shards or array.chunks, strict=True)]
         chunks |= {f"{root}/{name}/{array.metadata.encode_chunk_key(place)}" for place in np.ndindex(*grid)}
-    found = [storage.digest(key) for key in needed]
-    for key in chunks:
-        with suppress(FileNotFoundError):
-            found.append(storage.digest(key))
-    return sorted(found)
+    return sorted([*storage.digests(needed), *storage.digests(chunks, absent=True)])
 
 
 def adopt_stages(job: ShardJob, other: Storage, keys: dict[str, str], done: dict[str, Marker]) -> dict[str, Marker]:

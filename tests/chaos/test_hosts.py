@@ -33,7 +33,7 @@ from hosts import (
 
 LONG = bool(os.environ.get("LEUKOFLOW_HOSTS_LONG"))
 CUT_SECONDS = 60 if LONG else 25
-IMAGES = 160 if LONG else 80
+IMAGES = 160 if LONG else 96
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 
@@ -56,12 +56,10 @@ class Night:
         }
         return start_run(self.lab, "flow", *words, **{f"LEUKOFLOW_{key}": value for key, value in settings.items()})
 
-    def committed(self, run_id: str) -> int:
-        def count() -> int:
-            found = bucket(self.lab).list_objects_v2(Bucket="lab", Prefix=f"out/{run_id}/markers/predictions/")
-            return int(found["KeyCount"])
-
-        return int(self.lab.inside("store", count))
+    def objects(self, prefix: str) -> int:
+        """How many there are, up to 1,000."""
+        found = self.lab.inside("store", lambda: bucket(self.lab).list_objects_v2(Bucket="lab", Prefix=prefix))
+        return int(found["KeyCount"])
 
     def until_logged(self, run: Command, words: str) -> None:
         """Waits for a line of the run's log, which lies on its host until the run ends."""
@@ -74,7 +72,8 @@ class Night:
         until(logged, 240, words, run)
 
     def until_committed(self, run: Command, run_id: str, shards: int) -> None:
-        until(lambda: self.committed(run_id) >= shards, 240, f"{shards} shards are committed", run)
+        prefix = f"out/{run_id}/markers/predictions/"
+        until(lambda: self.objects(prefix) >= shards, 240, f"{shards} shards are committed", run)
 
     def finish(self, run: Command, run_id: str) -> list[int]:
         """Exit codes until it is through; whoever fails says how to go on. Then the tables are compared."""
@@ -117,11 +116,11 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Night]:
         wheel = build_wheel(folder)
         try:
             lab = stack.enter_context(
-                laboratory(folder, wheel, ["store", "prefect", "sched", "w1", "w2", "w3", "flow"])
+                laboratory(folder, wheel, ["store", "prefect", "sched", "w1", "w2", "w3", "w4", "flow"])
             )
         except Unavailable as reason:
             pytest.skip(str(reason))
-        lab.environment["TEST_DELAY_SECONDS"] = "0.15"
+        lab.environment["TEST_DELAY_SECONDS"] = "0.3"
         if not LONG:
             lab.environment["DASK_DISTRIBUTED__COMM__TIMEOUTS__TCP"] = "15s"
         bundle = small_bundle(folder / "bundle")
@@ -129,6 +128,8 @@ def night(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Night]:
         start_store(lab, "store")
         start_prefect(lab, "prefect")
         start_scheduler(lab, "sched")
+        for name in ("w3", "w4"):
+            lab.stop(name)
         for name in ("w1", "w2"):
             start_worker(lab, name, "sched")
         data = source.read_bytes()
@@ -190,16 +191,17 @@ def test_workers_are_replaced_while_a_run_goes_on(night: Night) -> None:
     lab = night.lab
     run = night.run("rolling")
     try:
-        night.until_committed(run, "rolling", 1)
+        until(lambda: night.objects("out/rolling/_attempts/0"), 240, "the first shard has begun", run)
         paths = lab.environment["PYTHONPATH"].replace(str(lab.wheel), str(other))
         start_worker(lab, "w3", "sched", PYTHONPATH=paths, LAB_WHEEL=str(other))
-        night.until_logged(run, "is refused: it runs other code")
-        lab.stop("w3")
-        start_worker(lab, "w3", "sched")
+        start_worker(lab, "w4", "sched")
         night.until_logged(run, "3 workers")
+        night.until_logged(run, "is refused: it runs other code")
         lab.stop("w1", 15)
         lab.stop("w2", 15)
         assert night.finish(run, "rolling") == [0]
     finally:
+        for name in ("w3", "w4"):
+            lab.stop(name)
         for name in ("w1", "w2"):
             start_worker(lab, name, "sched")

@@ -328,7 +328,8 @@ class Stack:
         return any(w["name"] == "stack" and w["status"] == "ONLINE" for w in found)
 
     def _works(self, service: Service) -> bool:
-        return self.processes.find(service.name) is not None and service.healthy()
+        """Asked up to three times: an answer may be slow on a busy machine."""
+        return any(self.processes.find(service.name) is not None and service.healthy() for _ in range(3))
 
     # --- up --------------------------------------------------------------------------------------------------------
 
@@ -362,7 +363,8 @@ class Stack:
             self.deploy()
         if worker in missing:
             self._start(worker, say)
-        self._await(worker)
+        for service in self.services():  # once more: what answered a while ago may have died since
+            self._await(service)
         return self.status()
 
     def migrate(self) -> None:
@@ -398,7 +400,7 @@ class Stack:
         def alive() -> bool:
             return self.processes.find(service.name) is not None
 
-        if not wait_until(service.healthy, service.seconds, alive):
+        if not wait_until(lambda: alive() and service.healthy(), service.seconds, alive):
             what = f"does not answer within {service.seconds:.0f} s" if alive() else "ended at once"
             raise StackError(
                 f"{service.name} {what}; the end of {self.processes.log(service.name)}:\n"

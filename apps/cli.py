@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NoReturn
 
@@ -120,11 +121,13 @@ def run(
     manifest: Annotated[
         str | None,
         typer.Option(
-            "--manifest", help="CSV or Parquet: image_key and any of slide_id patient_id site scanner um_per_px."
+            "--manifest",
+            help="CSV or Parquet, local or s3://: image_key and any of slide_id patient_id site scanner um_per_px.",
         ),
     ] = None,
     bundle: Annotated[
-        str | None, typer.Option("--bundle", help="Name or directory of the model bundle. Default: pocket.")
+        str | None,
+        typer.Option("--bundle", help="Name, directory or s3:// prefix of the model bundle. Default: pocket."),
     ] = None,
     config: Annotated[Path | None, typer.Option("--config", help="TOML file with any of the settings.")] = None,
     workers: Annotated[
@@ -216,24 +219,52 @@ def _run(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
     with _prefect(keep_prefect, debug), view.live_progress(console, opened.root):
         from flows.nightly import nightly
 
+        state, silent = None, None
         try:
             state = nightly(settings, return_state=True)
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "httpx":
                 raise
-            raise LeukoflowError(
-                f"the Prefect server does not answer any more ({error}); what is committed stays, and the same command "
-                "continues where the run was"
-            ) from error
+            silent = error  # what Prefect was to be told last does not decide what became of the run
         manifest = read_manifest(Storage(opened.root))
-    if manifest is None or not (state.is_completed() or state.is_cancelled() or state.is_cancelling()):
+    if silent is not None:
+        _without_prefect(console, opened.root, silent)
+    elif state is not None and (manifest is None or not _well(state)):
         outcome = state.result(raise_on_failure=False)
         if isinstance(outcome, BaseException):
             raise outcome
     if manifest is None:
-        raise LeukoflowError(f"run {opened.run_id} ended without a manifest: {state.message or state.name}")
+        words = (state.message or state.name) if state is not None else "no reason was given"
+        raise LeukoflowError(f"run {opened.run_id} ended without a manifest: {words}")
     view.show_outcome(console, opened.root, manifest)
     return manifest.exit_code
+
+
+def _well(state: Any) -> bool:
+    """Whether Prefect's last state is that of a run which ended as it should, or was cancelled too late."""
+    return bool(state.is_completed() or state.is_cancelled() or state.is_cancelling())
+
+
+def _without_prefect(console: Any, root: str, error: Exception) -> None:
+    """The run's own last word, when Prefect's server did not take it. Raises LeukoflowError unless it finished."""
+    from leukoflow.errors import RunCancelledError
+    from leukoflow.progress import ProgressReader
+
+    beat = ProgressReader(root).heartbeat()
+    state = beat.state if beat is not None and beat.pid == os.getpid() else "not begun"
+    words = beat.message if beat is not None else ""
+    where = "the Prefect server does not answer, so its dashboard does not know how the run ended"
+    if state == "finished":
+        console.print(f"[yellow]{where}; the results are complete[/]", soft_wrap=True)
+    elif state == "cancelled":
+        raise RunCancelledError(words)
+    elif state == "failed":
+        raise LeukoflowError(f"{words} ({where})")
+    else:
+        raise LeukoflowError(
+            f"the Prefect server does not answer ({error}); start it again, or leave out PREFECT_API_URL, and the run "
+            "starts one of its own. What is committed stays, and the same command continues where the run was"
+        ) from error
 
 
 @contextmanager
@@ -308,7 +339,7 @@ def status(
 
         console = view.console()
         if run_id is None:
-            runs = list_runs(out)
+            runs = list_runs(_reached(out))
             if not runs:
                 raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {out}` makes one")
             found, damaged = [], []
@@ -364,7 +395,25 @@ def report(
 
 
 def _root(out: str, run_id: str) -> str:
-    return f"{out.rstrip('/')}/{run_id}"
+    return f"{_reached(out)}/{run_id}"
+
+
+@lru_cache(maxsize=4)
+def _reached(out: str) -> str:
+    """`out` without a slash at its end. A store that cannot be used is reported at once, not after many retries."""
+    from leukoflow.storage import Storage
+
+    Storage(out).probe()
+    return out.rstrip("/")
+
+
+def _local(**places: Path | None) -> None:
+    """Refuses s3:// where only the local disk will do; else a folder named `s3:` would be made."""
+    for name, path in places.items():
+        if path is not None and str(path).startswith("s3:/"):
+            raise ConfigError(
+                f"{name} {path}: it must be on the local disk; copy it to or from the object store yourself"
+            )
 
 
 # --- the life of a finished run --------------------------------------------------------------------------------------
@@ -394,7 +443,7 @@ def verify(
         from tasks.verify import finished_runs, verify_run
 
         console = view.console()
-        names, unfinished = ([run_id], []) if run_id is not None else finished_runs(out)
+        names, unfinished = ([run_id], []) if run_id is not None else finished_runs(_reached(out))
         if not names and not unfinished and verify_log(out) is None:
             raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {out}` makes one")
         bad = 0
@@ -448,9 +497,10 @@ def diff(
         from tasks.diff import ChangeFiles, diff_runs
 
         console = view.console()
+        _local(**{"--json": json_file, "--csv": csv_file})
         with ChangeFiles(csv_file, json_file) as files:
             with console.status("comparing", spinner="dots"):
-                found = diff_runs(run_a.rstrip("/"), run_b.rstrip("/"), files.add, tolerance)
+                found = diff_runs(_reached(run_a), _reached(run_b), files.add, tolerance)
             files.finish(found)
         view.show_diff(console, found)
         for path in (csv_file, json_file):
@@ -505,7 +555,7 @@ def retention(
 
         console = view.console()
         with console.status("looking through the runs" if dry_run else "deleting", spinner="dots"):
-            found = plan_retention(out, keep_days, keep_last) if dry_run else retain(out, keep_days, keep_last)
+            found = (plan_retention if dry_run else retain)(_reached(out), keep_days, keep_last)
         view.show_retention(console, found, dry_run)
 
 
@@ -529,15 +579,16 @@ def erase(
     """
     with _reported(debug):
         from apps import view
-        from tasks.erase import erase_patient, patient_name
+        from tasks.amend import patient_name
+        from tasks.erase import erase_patient
         from tasks.open_run import patient_key
 
         console = view.console()
         _use_configured_prefect(debug)  # the key may come from a block of that server
         name = patient_name(patient, patient_key())
         with console.status("looking" if dry_run else "erasing", spinner="dots"):
-            found = erase_patient(out, name, dry_run)
-        view.show_erasure(console, found, dry_run)
+            found = erase_patient(_reached(out), name, dry_run)
+        view.show_amended(console, found, "erased", dry_run)
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------
@@ -546,7 +597,9 @@ def erase(
 @app.command()
 def doctor(
     out: Annotated[str | None, typer.Option("--out", "-o", help="Where runs are to be written.")] = None,
-    bundle: Annotated[str, typer.Option("--bundle", help="Name or directory of the model bundle.")] = "pocket",
+    bundle: Annotated[
+        str, typer.Option("--bundle", help="Name, directory or s3:// prefix of the model bundle.")
+    ] = "pocket",
     cluster: Annotated[
         str | None, typer.Option("--cluster", metavar="ADDRESS", help="The Dask scheduler to use.")
     ] = None,
@@ -598,6 +651,7 @@ def sample(
         from apps import view
         from tasks.sample import write_sample
 
+        _local(DIR=directory)
         console = view.console()
         with console.status(f"rendering {images:,} fields", spinner="dots"):
             made = write_sample(directory, images, seed, side)
@@ -657,6 +711,7 @@ def train(
     **Example**: `leukoflow train data --out bundles/mine`
     """
     with _reported(debug):
+        _local(DATA=data, **{"--out": out, "--work": work})
         work_dir = work or out.with_name(out.name + ".work")
         with _prefect(keep_prefect, debug):
             from flows.train import FULL_MINUTES
@@ -688,7 +743,7 @@ PROTOCOL_NAMES: tuple[Literal["random", "slide", "cluster"], ...] = ("random", "
 
 @app.command()
 def evaluate(
-    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Name or folder of a bundle.")],
+    bundle: Annotated[str, typer.Argument(metavar="BUNDLE", help="Name, folder or s3:// prefix of a bundle.")],
     data: Annotated[Path, typer.Argument(metavar="DATA", help="Folder with the labelled fields.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="Folder of evaluation.html and evaluation.json.")],
     work: Annotated[
@@ -726,6 +781,9 @@ def evaluate(
     with _reported(debug):
         if unknown := sorted(set(protocol or ()) - set(PROTOCOL_NAMES)):
             raise ConfigError(f"no protocol named {unknown[0]!r}; there are cluster, slide and random")
+        _local(DATA=data, **{"--out": out, "--work": work})
+        if record and bundle.startswith("s3://"):
+            raise ConfigError(f"figures cannot be put into {bundle}: give --no-record, or a copy on the local disk")
         with _prefect(keep_prefect, debug):
             from flows.evaluate import evaluate as flow
 
@@ -816,6 +874,9 @@ def version() -> None:
 
 import apps.cli_night  # noqa: E402 - its commands register themselves
 import apps.cli_nights  # noqa: E402, F401 - its commands register themselves
+from apps import cli_bundles  # noqa: E402 - it uses the helpers above
+
+cli_bundles.add_to(app)
 
 if __name__ == "__main__":
     main()

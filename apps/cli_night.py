@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from apps.cli import Debug, Out, RunId, _prefect, _reported, _run, app
+from apps.cli import Debug, _prefect, _reported, app
 from leukoflow.errors import LeukoflowError
 
 if TYPE_CHECKING:
@@ -89,27 +89,6 @@ def night(
         raise LeukoflowError(f"the night ended without a word: {state.message or state.name}")
 
 
-@app.command()
-def rerun(
-    out: Out,
-    run_id: RunId,
-    keep_prefect: Annotated[
-        bool, typer.Option("--keep-prefect", help="Leave the Prefect server that this run starts running.")
-    ] = False,
-    debug: Debug = False,
-) -> None:
-    """Take up a run by its id: only what is missing or failed is done, with the settings that it was begun with.
-
-    **Example**: `leukoflow rerun out ward-2026-03-01`
-
-    **Exit codes**: as `leukoflow run`.
-    """
-    with _reported(debug):
-        from flows.rerun import rerun_config
-
-        raise typer.Exit(_run(rerun_config(out, run_id), keep_prefect, debug))
-
-
 # --- what they show --------------------------------------------------------------------------------------------------
 
 
@@ -158,9 +137,9 @@ def _show_inbox(target: Console, site: Site, found: InboxView, pending: list[str
 
 
 def _show_night(target: Console, site: Site, report: NightReport) -> None:
-    from flows.night import in_short
+    from flows.night import in_words
 
-    for line in in_short(report).split("; "):
+    for line in in_words(report):
         target.print(line, soft_wrap=True, markup=False)
     for run in report.runs:
         target.print(f"report  {site.out}/{run.run_id}/report.html", soft_wrap=True, markup=False)

@@ -118,7 +118,7 @@ def check_machine() -> Iterator[Check]:
     """Cores and memory of this machine."""
     import psutil
 
-    from leukoflow.cluster import cores
+    from leukoflow.workers import cores
 
     n = cores()
     yield Check("cores", "ok", f"{n} usable, so {n} local worker{'s' if n > 1 else ''} by default")
@@ -151,8 +151,13 @@ def check_gpu() -> Iterator[Check]:
 def check_bundle(name: str) -> Iterator[Check]:
     """The bundle loads, and its weights are those that its digest names."""
     from models.bundle import load_bundle
+    from models.registry import VARIABLE, is_reference, opened
 
-    bundle = load_bundle(name)
+    place = name
+    if is_reference(name):
+        registry = opened(os.environ.get(VARIABLE))
+        place = registry.location(registry.resolve(name).digest)
+    bundle = load_bundle(place)
     yield Check("bundle", "ok", f"{name}, digest {bundle.digest[:12]}")
 
 
@@ -206,7 +211,10 @@ def check_prefect(start: bool) -> Iterator[Check]:
 
 
 def check_cluster(address: str) -> Iterator[Check]:
-    """Something listens at the scheduler's address; a run then checks its workers and their code."""
+    """Something listens at the scheduler's address, or workers can be asked for; a run then checks their code."""
+    if address in ("local", "slurm", "kubernetes"):
+        yield _check_started(address)
+        return
     parts = urlsplit(address)
     try:
         host, port = parts.hostname, parts.port
@@ -229,6 +237,19 @@ def check_cluster(address: str) -> Iterator[Check]:
         )
 
 
+def _check_started(kind: str) -> Check:
+    """What it takes to start workers of that kind from here."""
+    import importlib.util
+    import shutil
+
+    package = {"slurm": "dask_jobqueue", "kubernetes": "dask_kubernetes"}.get(kind)
+    if package is not None and importlib.util.find_spec(package) is None:
+        return Check("cluster", "fail", f"{kind} needs a package", f"pip install 'leukoflow[{kind}]'")
+    if kind == "slurm" and shutil.which("sbatch") is None:
+        return Check("cluster", "fail", "sbatch is not on the PATH", "use a machine from which Slurm takes jobs")
+    return Check("cluster", "ok", f"{kind}: a run can ask for its workers from here")
+
+
 def check_storage(out: str) -> Iterator[Check]:
     """The destination takes writes, refuses to create a key twice, and has room."""
     from leukoflow.storage import Storage
@@ -236,11 +257,15 @@ def check_storage(out: str) -> Iterator[Check]:
     storage = Storage(out)
     existed = not storage.is_local or Path(storage.root).exists()
     key = f"_doctor-{uuid.uuid4().hex[:8]}"
-    remedy = "choose another --out, or correct its permissions (for s3: the AWS_... variables and the bucket's policy)"
+    remedy = "choose another --out, or correct its permissions"
     try:
+        storage.probe()
         first, second = storage.create(key, b"1"), storage.create(key, b"2")
         intact = storage.read(key) == b"1"
-    except (LeukoflowError, OSError) as error:
+    except LeukoflowError as error:
+        yield Check("storage", "fail", *_halves(str(error)))
+        return
+    except OSError as error:
         yield Check("storage", "fail", f"{out}: {error}", remedy)
         return
     finally:
@@ -254,7 +279,9 @@ def check_storage(out: str) -> Iterator[Check]:
         )
         return
     yield Check("storage", "ok", f"{out} takes writes and conditional writes")
-    if storage.is_local:
+    if not storage.is_local:
+        yield from _check_store(storage, out)
+    else:
         folder = Path(storage.root)
         while not folder.exists():
             folder = folder.parent
@@ -265,10 +292,41 @@ def check_storage(out: str) -> Iterator[Check]:
             yield Check("disk", "ok", f"{free:.1f} GB free at {out}")
 
 
+def _check_store(storage: Storage, out: str) -> Iterator[Check]:
+    """What else a run does on an object store: copies, listings, deletions, and looking for unfinished uploads."""
+    place = f"_doctor-{uuid.uuid4().hex[:8]}"
+    try:
+        storage.write(f"{place}/aside/parts/a", b"1")
+        part = storage.child(f"{place}/aside").digest("parts/a")
+        storage.child(place).promote("aside", [part])
+        copied = storage.child(place).intact([part])
+        storage.delete(place)
+        left = storage.files(place)
+    except (LeukoflowError, OSError) as error:
+        yield Check("store", "fail", *_halves(str(error)))
+        return
+    if not copied or left:
+        what = "does not copy objects" if not copied else "does not delete objects"
+        yield Check("store", "fail", f"{out} {what}", "use another object store")
+        return
+    yield Check("store", "ok", f"{out} copies, lists and deletes")
+    try:
+        storage.abort_uploads(place)
+    except LeukoflowError as error:
+        remedy = "give the rights that the operating guide lists (Object storage), or set a lifecycle rule for them"
+        yield Check("uploads", "warn", f"unfinished uploads cannot be listed: {_halves(str(error))[0]}", remedy)
+
+
+def _halves(message: str) -> tuple[str, str]:
+    """What was found and the remedy, as our messages separate them."""
+    found, _, remedy = message.partition("; ")
+    return found, remedy
+
+
 def _remove(storage: Storage, key: str, existed: bool) -> None:
     try:
         storage.delete(key)
         if not existed:
             os.rmdir(storage.root)  # leave no trace of a folder that was not there
-    except OSError:
+    except (LeukoflowError, OSError):
         return

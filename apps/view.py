@@ -31,10 +31,10 @@ if TYPE_CHECKING:
     from apps.doctor import Check
     from leukoflow.progress import RunProgress
     from leukoflow.records import PlanSummary, RunManifest
+    from tasks.amend import Amended
     from tasks.audit import AuditVerdict
     from tasks.compact import Compaction
     from tasks.diff import RunDiff
-    from tasks.erase import Erasure
     from tasks.retention import Decision
     from tasks.verify import Verification
 
@@ -232,6 +232,8 @@ def show_outcome(target: Console, root: str, manifest: RunManifest) -> None:
         pace.add_row("reason", Text(f"{count:,} × {reason}"))
     if m.source_truncated:
         pace.add_row("source", Text(f"incomplete: {m.source_truncated}", style="yellow"))
+    for note in m.notes:
+        pace.add_row("note", Text(note, style="yellow"))
     target.print(Group(Padding(both, (1, 0)), pace))
     table = root.replace("'", "''") + "/predictions/*.parquet"
     for name, line in (  # printed unwrapped, to be copied
@@ -257,7 +259,7 @@ def show_runs(target: Console, out: str, runs: Sequence[RunProgress], damaged: S
         table.add_column(name, justify=justify)  # type: ignore[arg-type]
     for p in sorted(runs, key=lambda p: p.started_at, reverse=True):
         table.add_row(
-            Text(p.run_id, style="bold"),
+            Text.assemble((p.run_id, "bold" if p.shadow_of is None else "dim"), "  shadow" if p.shadow_of else ""),
             Text(p.state, style=_STATE_STYLE.get(p.state, "yellow")),
             f"{p.done:,}/{p.members:,}",
             f"{p.shards_done:,}/{p.shards:,}",
@@ -276,6 +278,8 @@ def show_status(target: Console, root: str, p: RunProgress) -> None:
     reader = ProgressReader(root)
     table = _facts()
     table.add_row("run", Text(p.run_id, style="bold"))
+    if p.shadow_of is not None:
+        table.add_row("shadow of", Text(f"{p.shadow_of}: not the night's result", style="yellow"))
     table.add_row(
         "state", Text(f"{p.state}{': ' + p.message if p.message else ''}", style=_STATE_STYLE.get(p.state, "yellow"))
     )
@@ -424,17 +428,17 @@ def show_retention(target: Console, found: Sequence[Decision], dry_run: bool) ->
     target.print(f"{len(gone):,} of {len(found):,} runs {word}: {files:,} files, {size(total)}", soft_wrap=True)
 
 
-def show_erasure(target: Console, found: Sequence[Erasure], dry_run: bool) -> None:
-    """From which runs a patient is erased."""
+def show_amended(target: Console, found: Sequence[Amended], done: str, dry_run: bool) -> None:
+    """In which runs a patient is erased or corrected."""
     if not found:
-        target.print("no run knows this patient; nothing was changed")
+        target.print("no run knows this patient (or slide) as that; nothing was changed")
         return
     for e in found:
         words = f"{e.images:,} images" + (f" and {e.missing:,} missing ones" if e.missing else "")
         if dry_run:
-            target.print(Text.assemble((e.run_id, "bold"), f"  {words} would be erased"), soft_wrap=True)
+            target.print(Text.assemble((e.run_id, "bold"), f"  {words} would be {done}"), soft_wrap=True)
             continue
-        line = f"  {words} erased, {e.files:,} files rewritten; manifest SHA-256 {e.manifest_after}"
+        line = f"  {words} {done}, {e.files:,} files rewritten; manifest SHA-256 {e.manifest_after}"
         target.print(Text.assemble((e.run_id, "bold"), line), soft_wrap=True)
     if not dry_run:
         target.print("reports were deleted; `leukoflow report OUT RUN_ID` builds one anew, from the source as it is")

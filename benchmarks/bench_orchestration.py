@@ -9,6 +9,7 @@ one compute thread each. The plain side has no Prefect, no Dask and writes nothi
 from __future__ import annotations
 
 import argparse
+import itertools
 import multiprocessing
 import os
 import subprocess
@@ -20,7 +21,9 @@ from pathlib import Path
 SHARD = 128
 
 
-def plain_worker(source: str, bundle_name: str, first: int, count: int, ready: object, go: object, out: object) -> None:
+def plain_worker(
+    source: str, bundle_name: str, size: int, first: int, count: int, ready: object, go: object, out: object
+) -> None:
     """The stage functions over some members, in this process alone."""
     import cv2
     import numpy as np
@@ -39,12 +42,12 @@ def plain_worker(source: str, bundle_name: str, first: int, count: int, ready: o
 
     with tempfile.TemporaryDirectory() as root:
         found = identify(source)
-        plan(found, Path(root) / "plan.parquet", shard_size=SHARD)
+        plan(found, Path(root) / "plan.parquet", shard_size=size)
         bundle = load_bundle(bundle_name)
         unet, hybrid, classifier = bundle.segmenter("cpu"), bundle.hybrid("cpu"), bundle.classifier("cpu")
         shown, jobs = readout(bundle, classifier), []
         for ordinal in range(first, first + count):
-            piece = Shard(ordinal, ordinal * SHARD, chain.open_plan(root).metadata.row_group(ordinal).num_rows)
+            piece = Shard(ordinal, ordinal * size, chain.open_plan(root).metadata.row_group(ordinal).num_rows)
             jobs.append(
                 chain.ShardJob(
                     root=root, run_id="plain", source=found, shard=piece, attempt="plain", bundle=bundle_name,
@@ -68,14 +71,16 @@ def plain_worker(source: str, bundle_name: str, first: int, count: int, ready: o
         out.put((served, time.perf_counter() - started))  # type: ignore[attr-defined]
 
 
-def plain(source: str, bundle: str, members: int) -> float:
-    """Seconds of two plain processes that share the shards evenly, start-up excluded."""
-    shards = -(-members // SHARD)
-    half = shards // 2
+def plain(source: str, bundle: str, members: int, size: int = SHARD, processes: int = 2) -> float:
+    """Seconds of plain processes that share the shards evenly, start-up excluded."""
+    shards = -(-members // size)
+    ends = [shards * i // processes for i in range(processes + 1)]
     context = multiprocessing.get_context("spawn")
     ready, out, go = context.Queue(), context.Queue(), context.Event()
-    spans = ((0, half), (half, shards - half))
-    workers = [context.Process(target=plain_worker, args=(source, bundle, *span, ready, go, out)) for span in spans]
+    spans = [(first, end - first) for first, end in itertools.pairwise(ends)]
+    workers = [
+        context.Process(target=plain_worker, args=(source, bundle, size, *span, ready, go, out)) for span in spans
+    ]
     for worker in workers:
         worker.start()
     for _ in workers:
@@ -92,14 +97,14 @@ def plain(source: str, bundle: str, members: int) -> float:
     return elapsed
 
 
-def whole(source: str, bundle: str) -> float:
+def whole(source: str, bundle: str, size: int = SHARD, workers: int = 2) -> float:
     """Seconds that the run itself reports for its processing."""
     from leukoflow.progress import list_runs, read_manifest
     from leukoflow.storage import Storage
 
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "apps.cli", "run", source, "--out", out, "--bundle", bundle, "--workers", "2"]
-        command += ["--shard-size", str(SHARD)]
+        command = [sys.executable, "-m", "apps.cli", "run", source, "--out", out, "--bundle", bundle]
+        command += ["--shard-size", str(size), "--workers", str(workers)]
         started = time.perf_counter()
         subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         elapsed = time.perf_counter() - started
@@ -113,7 +118,7 @@ def whole(source: str, bundle: str) -> float:
         )
         for timing in manifest.timings:
             print(f"  {timing.stage}: {timing.seconds:.1f} worker seconds")
-        print(f"  stages on two workers: {sum(t.seconds for t in manifest.timings) / 2:.1f} s")
+        print(f"  stages, each of {workers} workers: {sum(t.seconds for t in manifest.timings) / workers:.1f} s")
         return manifest.processing_seconds
 
 

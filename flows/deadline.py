@@ -13,6 +13,7 @@ from typing import Any
 from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
+from flows.events import emit
 from leukoflow.errors import DeadlineError, RunCancelledError
 from leukoflow.progress import ProgressReader, RunProgress
 from tasks.handover import FOLDER, Pace, hand_over, lateness
@@ -47,7 +48,7 @@ def watching(run: Run, stop: threading.Event, note: Callable[[str], None]) -> It
         raise
     finally:
         watch.over.set()
-        thread.join(timeout=60)
+        thread.join(timeout=600)  # what it hands over must not appear after the run has ended
 
 
 class _Watch:
@@ -101,6 +102,16 @@ class _Watch:
             self._warned = True
             self.log.warning("run %s: %s; what is urgent is worked first", self.run.run_id, words)
             self._artifact(f"**Run {self.run.run_id} is late:** {words}.")
+            emit(
+                "leukoflow.run.deadline-at-risk",
+                self.run.run_id,
+                {
+                    "deadline": self.deadline.isoformat(),
+                    "minutes_late": round(late.total_seconds() / 60, 1),
+                    "images_per_second": round(pace.rate, 2),
+                    "images_left": progress.members - progress.done,
+                },
+            )
 
     def reached(self, may_stop: bool) -> None:
         """Hands over what is done, and stops the run where its settings say so."""

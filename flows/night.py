@@ -22,7 +22,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flows.nightly import STATE_NAMES, headline, nightly
 from leukoflow.config import RunConfig
-from leukoflow.errors import ConfigError, LeukoflowError, RunCancelledError, SourceError, StorageError
+from leukoflow.errors import ConfigError, DeadlineError, LeukoflowError, RunCancelledError, SourceError, StorageError
 from leukoflow.ledger import ClaimHead, ClaimOutcome, Ledger, RunOutcome, read_selection
 from leukoflow.progress import HEARTBEAT_SECONDS, ProgressReader, now, read_manifest
 from leukoflow.records import RunManifest
@@ -70,7 +70,7 @@ def night(site: str | None = None, date: str | None = None) -> State[Any]:
     except LeukoflowError as error:
         log.error("%s", error)
         return Failed(message=str(error), data=error)
-    words = in_short(report)
+    words = "; ".join(in_words(report))
     log.info("%s", words)
     create_markdown_artifact(
         summary(place, report), key="night-summary", description=f"The night of {report.night} at {place.name}"
@@ -129,7 +129,11 @@ def _do_claim(site: Site, ledger: Ledger, head: ClaimHead, deadline: datetime | 
     outcomes = []
     for run_id in head.runs:
         try:
+            if deadline is not None and site.at_deadline == "stop" and datetime.now(UTC) >= deadline:
+                raise DeadlineError("not begun, since the deadline has passed; the next night does it first")
             outcome = _do_run(site, ledger, head, run_id, deadline)
+        except DeadlineError as late:
+            outcome = RunOutcome(run_id, late.exit_code, str(late), settled=False)
         except RunCancelledError:
             raise
         except LeukoflowError as error:
@@ -226,15 +230,16 @@ def _again(site: Site) -> str:
     return f"`leukoflow night` with the file of site {site.name}"
 
 
-def in_short(report: NightReport) -> str:
-    """What a night has done, in one paragraph with the remedies. Names no image and no slide."""
+def in_words(report: NightReport) -> list[str]:
+    """What a night has done, with the remedies, line by line. Names no image and no slide."""
     lines = []
     if not report.runs:
         lines.append("nothing in the inbox was complete")
     for run in report.runs:
         lines.append(f"{run.run_id}: {run.message}")
-    arriving = len(report.view.of("arriving"))
-    if arriving:
+    if complete := len(report.view.of("complete")):
+        lines.append(f"{complete} have arrived meanwhile, for the next night")
+    if arriving := len(report.view.of("arriving")):
         lines.append(f"{arriving} still arriving, for the next night")
     if changed := sum(item.changed for item in report.view.items):
         lines.append(
@@ -248,7 +253,7 @@ def in_short(report: NightReport) -> str:
             f"the manifest expects {expected.absent_images} images of {len(expected.absent)} items without a "
             f"trace, and {expected.missing_images} that were not in theirs"
         )
-    return "; ".join(lines)
+    return lines
 
 
 def summary(site: Site, report: NightReport) -> str:

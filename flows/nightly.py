@@ -13,23 +13,18 @@ import uuid
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import psutil
-from distributed import Client, KilledWorker
+from distributed import KilledWorker
+from distributed.client import ClosedClientError
 from prefect import flow, get_run_logger, task
-from prefect.artifacts import (
-    create_link_artifact,
-    create_markdown_artifact,
-    create_progress_artifact,
-    create_table_artifact,
-    update_progress_artifact,
-)
+from prefect.artifacts import create_link_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
-from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
 from prefect.runtime import flow_run
@@ -38,18 +33,29 @@ from prefect.states import Cancelled, Completed, Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 from prefect.utilities.annotations import quote
 
+from flows.dashboard import Dashboard
 from flows.deadline import watching
 from flows.events import drift_rows, emit, run_events
-from leukoflow.cluster import code_digest, cores, open_cluster, visible_gpus
+from leukoflow.cluster import Cluster, code_digest, open_cluster
 from leukoflow.codec import dumps
 from leukoflow.config import RunConfig
-from leukoflow.errors import AttemptError, ConfigError, DeadlineError, LeukoflowError, RunCancelledError, ShardError
+from leukoflow.errors import (
+    AttemptError,
+    ClusterError,
+    ConfigError,
+    DeadlineError,
+    LeukoflowError,
+    RunCancelledError,
+    ShardError,
+    StorageError,
+)
 from leukoflow.progress import HEARTBEAT_SECONDS, Heartbeat, now
 from leukoflow.records import CLASSES, RunManifest, Shard, ShardReceipt
 from leukoflow.runlog import run_log
 from leukoflow.sources import spool
-from leukoflow.storage import Storage
+from leukoflow.storage import Storage, is_full
 from leukoflow.telemetry import worker_messages
+from leukoflow.workers import local_sizes
 from tasks.bisect import find_culprits
 from tasks.drift import NAME as DRIFT
 from tasks.drift import facts_bytes, find_reference, run_facts
@@ -83,14 +89,14 @@ from tasks.shard import (
     trail_of,
 )
 
-IN_FLIGHT_PER_WORKER = 2
-"""Shards on their way at once: one that computes, one that waits behind it, so that no worker runs dry."""
-
 LOSSES = 20
 """How often a shard is done anew because its worker died of something else, before that is taken for a fault."""
 
 STATE_NAMES = {0: "Completed", 3: "CompletedWithQuarantined", 4: "CompletedWithMissing"}
 """Names of the completed state by exit code, so that a night with gaps shows them in the dashboard's lists."""
+
+SHADOW_PRIORITY = -10
+"""Dask's priority of the tasks of a shadow run; those of other runs have 0."""
 
 DEATHS_BEFORE_SEARCH = 2
 """A worker may die of a reboot; a shard that saw two die is searched for the member that kills them."""
@@ -113,21 +119,28 @@ def nightly(config: RunConfig) -> State[Any]:
         run = open_run(config)
         if run.finished is not None:
             return Completed(message=f"run {run.run_id} was finished already: {headline(run.finished)}")
-        with run_log(run.root, run.run_id), _metrics(run), _Heart(run) as heart, _draining(heart) as stop:
+        stop = threading.Event()
+        with (
+            run_log(run.root, run.run_id),
+            _metrics(run),
+            _Heart(run) as heart,
+            _draining(stop),
+            _dashboard(run, stop) as dashboard,
+        ):
             log.info("run %s: %s images in %s shards", run.run_id, run.summary.members, run.summary.shards)
-            with watching(run, stop, heart.note):
-                done = _process(run, stop)
-            manifest = publish(run, *done)
+            with _no_uploads_left(run):
+                with watching(run, stop, heart.note):
+                    done = _process(run, stop, dashboard)
+                manifest = publish(run, *done, notes=dashboard.notes())
             Storage(run.root).delete("_attempts")
             Storage(run.root).delete(PARTIAL)
             _report(run, manifest)
-            create_markdown_artifact(
-                summary(run, manifest), key="nightly-summary", description=f"What became of {stem(config.source)}"
-            )
-            _tell(run, manifest)
+            if config.shadow_of is None:  # a shadow run is not the night's result
+                dashboard.summary(summary(run, manifest), f"What became of {stem(config.source)}")
+                _tell(run, manifest, answers=not dashboard.away)
             log.info("run %s: %s", run.run_id, headline(manifest))
             heart.say("finished", headline(manifest))
-            if heart.asked_to_cancel():  # too late, but Prefect lets a run that is being cancelled end as nothing else
+            if dashboard.cancelled():  # too late, but Prefect lets a run that is being cancelled end as nothing else
                 return Cancelled(message=f"it was finished when Cancel was pressed: {headline(manifest)}")
         return Completed(name=STATE_NAMES[manifest.exit_code], message=headline(manifest))
     except DeadlineError as late:
@@ -151,11 +164,12 @@ def process_shard(work: _Work, shard: Shard) -> ShardReceipt:
     for _ in range(LOSSES):
         if (receipt := _attempt(work, shard)) is not None:
             break
-        log.info("shard %s: a worker died of something else; the shard is done anew", shard.name)
+        log.info("shard %s: its worker was lost to something else; the shard is done anew", shard.name)
+        work.cluster.settle()
     else:
         raise ShardError(
-            f"shard {shard.name}: {LOSSES} workers died before they began with it; something on the workers' machines "
-            "kills them: look for the out-of-memory killer in the system's log, and use fewer --workers"
+            f"shard {shard.name}: {LOSSES} workers were lost before they began with it; something on the workers' "
+            "machines ends them: look for the out-of-memory killer in the system's log, and use fewer --workers"
         )
     storage = Storage(work.run.root)
     storage.delete(f"failures/{shard.name}.json")
@@ -185,8 +199,11 @@ def _attempt(work: _Work, shard: Shard) -> ShardReceipt | None:
         else:
             job = replace(job, culprits=known)
     try:
-        receipt = _chain(work.client, job, tuple(done))
+        receipt = _chain(work.cluster, job, tuple(done), SHADOW_PRIORITY if work.run.config.shadow_of else 0)
     except AttemptError:
+        return None
+    except ClusterError:  # a worker with other code that has just joined, and will be sent away
+        work.cluster.check()
         return None
     except KilledWorker as death:
         if not storage.exists(started_key(job, str(death.task))):
@@ -197,36 +214,52 @@ def _attempt(work: _Work, shard: Shard) -> ShardReceipt | None:
     return receipt
 
 
-def _chain(client: Client, job: ShardJob, done: tuple[str, ...]) -> ShardReceipt:
-    """The shard's chain of Dask tasks, block after block; only the receipt comes back here."""
+def _chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...], priority: int = 0) -> ShardReceipt:
+    """The shard's chain of Dask tasks, block after block; only the receipt comes back here.
+
+    Where GPUs compute, images are read and normalised by the workers without one, while there are some: a GPU that
+    waits for a decoder stands still. On workers that several runs share, tasks of higher priority come first.
+    """
     gpu = {"GPU": 1} if job.device == "cuda" else None
+    client, helpers = cluster.client, list(cluster.crew.cpu) if gpu else []
     held: list[Any] = []
     numbers = itertools.count()
 
-    def submit(function: Any, *args: Any, on: dict[str, int] | None = None) -> Any:
+    def submit(function: Any, *args: Any, **where: Any) -> Any:
         name = f"{function.__name__}-{job.shard.name}-{job.attempt}-{next(numbers)}"
-        held.append(client.submit(function, *args, key=name, resources=on, pure=False))
+        try:
+            held.append(client.submit(function, *args, key=name, priority=priority, pure=False, **where))
+        except ClosedClientError:
+            raise AttemptError(f"shard {job.shard.name}: the connection to the scheduler was lost") from None
         return held[-1]
 
+    on_gpu: dict[str, Any] = {"resources": gpu}
+    on_helper: dict[str, Any] = {"workers": helpers, "allow_other_workers": True} if helpers else {}
     try:
         features: Any = None
         if "features" not in done:
             first, seen = job.shard.first, None
             while first < job.shard.first + job.shard.count:
-                block = submit(prepare, job, first)
-                segmented = submit(recall if "masks" in done else segment, job, block, seen, on=gpu)
+                block = submit(prepare, job, first, **on_helper)
+                segmented = submit(recall if "masks" in done else segment, job, block, seen, **on_gpu)
                 seen, earlier = submit(trail_of, segmented), features
-                features = submit(extract, job, segmented, earlier, on=gpu)
-                first = submit(next_of, block).result()
+                features = submit(extract, job, segmented, earlier, **on_gpu)
+                first = cluster.result(submit(next_of, block, **on_helper))
                 # The pixels of this block are let go as soon as its features are computed; at most two are held.
                 del block, segmented
                 held[:] = [f for f in held if f in (seen, features)]
                 if earlier is not None:
-                    earlier.result()
-        return cast(ShardReceipt, submit(classify, job, features, done, on=gpu).result())
+                    cluster.result(earlier)
+        return cast(ShardReceipt, cluster.result(submit(classify, job, features, done, **on_gpu)))
     except BaseException:
-        client.cancel(held, force=True)
+        with suppress(ClosedClientError):
+            client.cancel(held, force=True)
         raise
+
+
+def _worth_a_retry(task: Any, task_run: Any, state: State[Any]) -> bool:
+    """Not when the cluster is lost for good: every further attempt would end the same way."""
+    return not isinstance(state.data, ClusterError)
 
 
 def _obituary(storage: Storage, job: ShardJob) -> str:
@@ -243,7 +276,7 @@ class _Work:
     """What the shard tasks of one run share."""
 
     run: Run
-    client: Client
+    cluster: Cluster
     deaths: Counter[int] = field(default_factory=Counter)
     culprits: dict[int, tuple[tuple[int, str], ...]] = field(default_factory=dict)
     spool: str = field(default_factory=lambda: f"_attempts/spool-{uuid.uuid4().hex[:8]}")
@@ -262,7 +295,7 @@ class _Work:
             source=run.source,
             shard=shard,
             attempt=uuid.uuid4().hex[:12],
-            bundle=run.config.bundle,
+            bundle=run.bundle_uri,
             bundle_digest=run.bundle.digest,
             device=run.device,
             code=code_digest(),
@@ -279,9 +312,11 @@ class _Work:
         for number in range(LOSSES):
             name = f"find-culprits-{shard.name}-{job.attempt}-{number}"
             try:
-                self.culprits[shard.ordinal] = self.client.submit(find_culprits, job, key=name, pure=False).result()
-            except KilledWorker:
+                search = self.cluster.client.submit(find_culprits, job, key=name, pure=False)
+                self.culprits[shard.ordinal] = self.cluster.result(search)
+            except (KilledWorker, AttemptError, ClosedClientError):
                 log.info("shard %s: the search was lost with its worker and begins anew", shard.name)
+                self.cluster.settle()
             else:
                 return self.job(shard)
         raise ShardError(f"shard {shard.name}: {LOSSES} workers died while they searched it; it is tried again")
@@ -290,7 +325,7 @@ class _Work:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def _process(run: Run, stop: threading.Event) -> tuple[float, float, int]:
+def _process(run: Run, stop: threading.Event, dashboard: Dashboard) -> tuple[float, float, int]:
     """Does what is missing; returns seconds of start-up, seconds of processing and how many members it did.
 
     Raises RunCancelledError, ShardError, PreflightError, ClusterError.
@@ -300,44 +335,46 @@ def _process(run: Run, stop: threading.Event) -> tuple[float, float, int]:
     born = psutil.Process().create_time()
     if first is None:
         return time.time() - born, 0.0, 0
-    workers = run.config.cluster.workers or cores()
-    local = run.config.cluster.address == "local"
-    preflight(run, workers if local else 0)
-    with open_cluster(run.config.cluster, gpus=visible_gpus() if run.device == "cuda" else 0) as client:
-        workers = len(client.scheduler_info(n_workers=-1)["workers"])
-        _load_models(run, client)
+    settings, gpu = run.config.cluster, run.device == "cuda"
+    preflight(run, local_sizes(settings, gpu)[-1] if settings.address == "local" else 0)
+    with open_cluster(settings, gpu) as cluster:
+        cluster.ready(partial(load_models, run.bundle_uri, run.bundle.digest, run.device))
         started = time.time()
-        work = _Work(run, client)
+        work = _Work(run, cluster)
         try:
-            with worker_messages(client, run.run_id):
-                images = _dispatch(work, first, pending, workers * IN_FLIGHT_PER_WORKER, stop)
+            with worker_messages(cluster.client, run.run_id):
+                images = _dispatch(work, first, pending, stop, dashboard)
         finally:
             Storage(run.root).delete(work.spool)
     return started - born, time.time() - started, images
 
 
-def _load_models(run: Run, client: Client) -> None:
-    """Has every worker that will compute load its models, all at the same time; one started later loads them then."""
-    infos = client.scheduler_info(n_workers=-1)["workers"]
-    wanted = [a for a, info in infos.items() if run.device != "cuda" or info["resources"].get("GPU")]
-    client.run(load_models, run.config.bundle, run.bundle.digest, run.device, workers=wanted)
+@contextmanager
+def _no_uploads_left(run: Run) -> Iterator[None]:
+    """Aborts, however the block ends, the multipart uploads that lost answers and killed workers have left."""
+    try:
+        yield
+    finally:
+        try:
+            if count := Storage(run.root).abort_uploads():
+                get_run_logger().info("run %s: %s unfinished uploads were aborted", run.run_id, count)
+        except LeukoflowError as error:  # not every store can list them; the operating guide has a rule for those
+            get_run_logger().warning("unfinished uploads could not be looked for: %s", error)
 
 
-def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: int, stop: threading.Event) -> int:
-    """Keeps a bounded number of shards on their way, and drains when asked to stop; returns the members done."""
+def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], stop: threading.Event, dashboard: Dashboard) -> int:
+    """Keeps as many shards on their way as the workers want; drains when asked to stop. Returns the members done."""
     run = work.run
     total, done, failures = run.summary.shards, 0, 0
     options = run.config.limits
-    artifact = cast(
-        uuid.UUID, create_progress_artifact(0.0, key="nightly-progress", description=f"{run.run_id}: starting")
-    )
+    dashboard.progress(0.0, "starting")
     started, shown = time.monotonic(), 0.0
     on_the_way: dict[PrefectFuture[ShardReceipt], Shard] = {}
     upcoming: Iterator[Shard] = _with_spool(work, _chained(first, pending))
-    exhausted = False
+    exhausted = full = False
     images = 0
     while True:
-        while not exhausted and not stop.is_set() and len(on_the_way) < in_flight:
+        while not exhausted and not stop.is_set() and len(on_the_way) < work.cluster.in_flight:
             shard = next(upcoming, None)
             if shard is None:
                 exhausted = True
@@ -346,10 +383,16 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
                 task_run_name=f"shard {shard.name}, images {shard.first + 1} to {shard.first + shard.count}",
                 retries=options.shard_retries,
                 retry_delay_seconds=options.retry_delay_seconds,
+                retry_condition_fn=_worth_a_retry,
             )
             on_the_way[named.submit(quote(work), shard)] = shard  # type: ignore[call-overload]
         if not on_the_way:
             break
+        try:
+            work.cluster.check()
+        except ClusterError as lost:
+            wait(list(on_the_way), timeout=60)  # they are told the same, and end
+            raise ClusterError(f"run {run.run_id}: {lost}: {run.binding.command}") from None
         finished = wait(list(on_the_way), timeout=0.2).done
         for future in finished:
             shard = on_the_way.pop(future)
@@ -358,7 +401,11 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
             future.wait()  # takes over the final state; without it the server is asked, which may lag behind
             if not future.state.is_completed():
                 failures += 1
-                _remember_failure(run, shard, future.state.message or "it failed")
+                words = future.state.message or "it failed"
+                if is_full(words):  # it would be so for every further shard
+                    full = exhausted = True
+                    continue
+                _remember_failure(run, shard, words)
                 continue
             done += 1
             images += shard.count
@@ -366,11 +413,15 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
             shown = time.monotonic()
             ahead = total - done - failures
             rate = images / (shown - started)
-            update_progress_artifact(
-                artifact,
+            dashboard.progress(
                 100.0 * (total - max(0, ahead)) / total,
-                f"{run.run_id}: {done} shards done in this session, {failures} failed, {rate:.1f} images/s",
+                f"{done} shards done in this session, {failures} failed, {rate:.1f} images/s",
             )
+    if full:
+        raise StorageError(
+            f"the disk that holds {run.root} is full; {done} shards were finished in this session and stay. Make room "
+            f"there, then take it up again: {run.binding.command}"
+        )
     if stop.is_set() and not exhausted:
         raise RunCancelledError(
             f"run {run.run_id} was asked to stop and has drained; {done} shards were finished in this session. "
@@ -382,7 +433,7 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], in_flight: in
             f"the others are committed. What failed and why: leukoflow status {run.config.out} {run.run_id}. "
             f"Once mended: {run.binding.command}"
         )
-    update_progress_artifact(artifact, 100.0, f"{run.run_id}: all {total} shards are committed")
+    dashboard.progress(100.0, f"all {total} shards are committed")
     return images
 
 
@@ -436,15 +487,13 @@ def _remember_failure(run: Run, shard: Shard, message: str) -> None:
 
 
 class _Heart:
-    """Writes the heartbeat file and asks Prefect whether somebody pressed Cancel, in a thread of its own."""
+    """Writes the heartbeat file, in a thread of its own."""
 
     def __init__(self, run: Run) -> None:
         self.storage = Storage(run.root)
-        self.cancelled = threading.Event()
         self._over = threading.Event()
         self._last = ("failed", "it ended without a word")
         self._note = ""
-        self._flow_run_id = flow_run.id
         self._thread = threading.Thread(target=self._beat, name="leukoflow-heart", daemon=True)
 
     def __enter__(self) -> _Heart:
@@ -465,31 +514,36 @@ class _Heart:
         self._thread.join(timeout=30)
         if isinstance(error, RunCancelledError):
             self._last = ("cancelled", str(error))
+        elif isinstance(error, KeyboardInterrupt):
+            self._last = ("cancelled", "it was stopped at once, by a second signal")
         elif error is not None:
             self._last = ("failed", str(error) or type(error).__name__)
-        self._write(*self._last)
+        try:
+            self._write(*self._last)
+        except Exception as trouble:  # what ended the run is what people must read
+            get_logger().warning("heartbeat: %s", trouble)
 
     def _write(self, state: Any, message: str) -> None:
         beat = Heartbeat(os.getpid(), socket.gethostname(), now(), state, message, PREFECT_UI_URL.value() or "")
         self.storage.write("heartbeat.json", dumps(beat))
 
-    def asked_to_cancel(self, client: SyncPrefectClient | None = None) -> bool:
-        """Whether somebody pressed Cancel in Prefect."""
-        if client is None:
-            with get_client(sync_client=True) as own:
-                return self.asked_to_cancel(own)
-        state = client.read_flow_run(uuid.UUID(str(self._flow_run_id))).state
-        return state is not None and (state.is_cancelling() or state.is_cancelled())
-
     def _beat(self) -> None:
-        with get_client(sync_client=True) as client:
-            while not self._over.wait(HEARTBEAT_SECONDS / 2):
-                try:
-                    self._write("running", self._note)
-                    if self.asked_to_cancel(client):
-                        self.cancelled.set()
-                except Exception as error:  # a missed beat must not end a night's work
-                    get_logger().warning("heartbeat: %s", error)
+        while not self._over.wait(HEARTBEAT_SECONDS / 2):
+            try:
+                self._write("running", self._note)
+            except Exception as error:  # a missed beat must not end a night's work
+                get_logger().warning("heartbeat: %s", error)
+
+
+def _dashboard(run: Run, stop: threading.Event) -> Dashboard:
+    """What Prefect is told beside the task runs; `stop` is set when somebody presses Cancel there."""
+    return Dashboard(
+        run.run_id,
+        str(flow_run.id),
+        stop,
+        lambda words: get_logger().warning("%s", words),
+        "nightly-progress" if run.config.shadow_of is None else "shadow-progress",
+    )
 
 
 def get_logger() -> Any:
@@ -500,12 +554,11 @@ def get_logger() -> Any:
 
 
 @contextmanager
-def _draining(heart: _Heart) -> Iterator[threading.Event]:
-    """An event that is set when the run should stop taking up shards: SIGTERM, Ctrl-C, or Cancel in Prefect.
+def _draining(stop: threading.Event) -> Iterator[None]:
+    """Sets the event that tells the run to take up no more shards on SIGTERM and Ctrl-C, as Cancel in Prefect does.
 
     A second signal ends the flow at once; what was committed stays.
     """
-    stop = heart.cancelled
 
     def ask(number: int, frame: Any) -> None:
         if stop.is_set():
@@ -514,11 +567,11 @@ def _draining(heart: _Heart) -> Iterator[threading.Event]:
         stop.set()
 
     if threading.current_thread() is not threading.main_thread():
-        yield stop
+        yield
         return
     before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield stop
+        yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
@@ -555,7 +608,7 @@ def _metrics(run: Run) -> Iterator[None]:
         yield
 
 
-def _tell(run: Run, manifest: RunManifest) -> None:
+def _tell(run: Run, manifest: RunManifest, answers: bool) -> None:
     """Sums the run up for drift, then artifacts and events. None of it may turn a finished night into a failed one."""
     drifts: tuple[GroupDrift, ...] = ()
     try:
@@ -566,6 +619,9 @@ def _tell(run: Run, manifest: RunManifest) -> None:
             drifts = compare_groups([facts], [reference[0]], "reference")
     except Exception as error:
         get_run_logger().warning("drift could not be told (%s: %s)", type(error).__name__, error)
+    if not answers:
+        get_run_logger().warning("the table of drift and the link to the report are not in Prefect, which is away")
+        return
     try:
         if drifts:
             create_table_artifact(drift_rows(drifts), key="nightly-drift", description="Drift against the reference")

@@ -8,7 +8,7 @@ import tomllib
 from collections.abc import Mapping
 from contextvars import ContextVar
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 from pydantic import AwareDatetime, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
@@ -35,13 +35,96 @@ class LimitSettings(Settings):
     retry_delay_seconds: float = Field(2.0, ge=0, description="pause before a shard is tried again")
 
 
-class ClusterSettings(Settings):
-    """Where Dask comes from."""
+class TlsSettings(Settings):
+    """PEM files for `tls://`. What is left out comes from Dask's own configuration (`distributed.comm.tls`)."""
 
-    address: str = Field("local", description="`local`, or the tcp:// or tls:// address of a scheduler")
-    workers: int = Field(0, ge=0, description="local worker processes; 0 = one per core")
+    ca_file: str | None = Field(None, description="certificate of the authority that signed all others")
+    cert: str | None = Field(None, description="this side's certificate")
+    key: str | None = Field(None, description="its private key; may also be part of `cert`")
+
+
+class SlurmSettings(Settings):
+    """What a worker's job asks Slurm for. One job is one worker process; the scheduler runs beside the flow."""
+
+    partition: str | None = None
+    account: str | None = None
+    walltime: str = Field("08:00:00", description="time limit of a job, as Slurm spells it")
+    cores: int = Field(1, ge=1, description="cores of a worker")
+    memory: str = Field("4GB", description="memory of a worker")
+    gpu_cores: int = Field(4, ge=1, description="cores of a worker with a GPU")
+    gpu_memory: str = Field("16GB", description="memory of a worker with a GPU")
+    gpu_directive: str = Field("--gres=gpu:1", description="how a job asks for its one GPU")
+    directives: tuple[str, ...] = Field((), description="further #SBATCH lines, as in `--qos=night`")
+    prologue: tuple[str, ...] = Field((), description="shell lines before the worker starts: modules, exports")
+    python: str | None = Field(None, description="interpreter on the nodes; the flow's own when left out")
+    interface: str | None = Field(None, description="network interface between the flow and the nodes")
+    port: int = Field(0, ge=0, le=65535, description="the scheduler's port on the flow's machine; 0 = any free one")
+    log_directory: str | None = Field(None, description="where jobs write their output")
+    local_directory: str | None = Field(None, description="scratch of a worker on its node")
+
+
+class KubernetesSettings(Settings):
+    """What the pods of the Dask operator look like; scheduler and workers use one image."""
+
+    image: str = Field("leukoflow:latest", description="an image that holds the very wheel the flow runs")
+    name: str = Field("leukoflow-{uuid}", description="of the DaskCluster; {user} and {uuid} are filled in")
+    namespace: str | None = Field(None, description="the current context's when left out")
+    cores: str = Field("1", description="CPU of a worker, as Kubernetes spells it")
+    memory: str = Field("4Gi", description="memory of a worker")
+    gpu_cores: str = Field("4", description="CPU of a worker with a GPU")
+    gpu_memory: str = Field("16Gi", description="memory of a worker with a GPU")
+    gpu_resource: str = Field("nvidia.com/gpu", description="the resource of which such a worker gets one")
+    env: dict[str, str] = Field({}, description="further environment variables; nothing secret")
+    env_secrets: tuple[str, ...] = Field((), description="Secrets whose entries become environment variables")
+    node_selector: dict[str, str] = Field({}, description="labels of the nodes for pods without a GPU")
+    gpu_node_selector: dict[str, str] = Field({}, description="labels of the nodes for pods with a GPU")
+    gpu_tolerations: tuple[str, ...] = Field((), description="taint keys that pods with a GPU tolerate")
+    service_account: str | None = None
+    image_pull_secret: str | None = None
+
+
+class ClusterSettings(Settings):
+    """Where Dask comes from.
+
+    A run on GPUs has two kinds of workers: `gpu_workers` with one GPU each, and `workers` without, which read and
+    normalise images for them. Between `min_workers` and `max_workers` is scaled what limits a run: the workers with a
+    GPU where it uses some (not locally, where the GPUs are what they are), else those without.
+    """
+
+    address: str = Field(
+        "local", description="`local`, the tcp:// or tls:// address of a scheduler, `slurm`, or `kubernetes`"
+    )
+    workers: int = Field(0, ge=0, description="worker processes without a GPU; locally 0 = one per core")
+    gpu_workers: int = Field(0, ge=0, description="worker processes with a GPU; locally 0 = one for each that is there")
+    min_workers: int = Field(1, ge=1, description="workers that stay when the number is scaled")
+    max_workers: int = Field(0, ge=0, description="scale the number of workers up to this one; 0 = it is fixed")
     memory_limit: str = Field("auto", description="memory limit of a local worker, as Dask spells it")
-    wait_seconds: float = Field(60.0, gt=0, description="how long to wait for workers or a resource")
+    wait_seconds: float = Field(60.0, gt=0, description="how long to wait for the first workers or a resource")
+    lost_seconds: float = Field(300.0, gt=0, description="how long a run waits for a scheduler or workers that it lost")
+    tls: TlsSettings = TlsSettings()
+    slurm: SlurmSettings = SlurmSettings()
+    kubernetes: KubernetesSettings = KubernetesSettings()
+
+    @field_validator("address")
+    @classmethod
+    def _known_address(cls, value: str) -> str:
+        if value not in ("local", "slurm", "kubernetes") and not value.startswith(("tcp://", "tls://")):
+            raise ValueError(
+                "must be local, slurm, kubernetes, or a scheduler's address: tcp://HOST:8786, tls://HOST:8786"
+            )
+        return value
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.max_workers and self.max_workers < self.min_workers:
+            raise ValueError(f"max_workers ({self.max_workers}) is below min_workers ({self.min_workers})")
+        if self.max_workers and "://" in self.address:
+            raise ValueError("max_workers: whoever started the scheduler at an address also decides about its workers")
+        if self.tls != TlsSettings() and self.address.startswith("tcp://"):
+            raise ValueError(f"tls: {self.address} is a scheduler without TLS; write tls:// where it has certificates")
+        if self.tls != TlsSettings() and self.address == "kubernetes":
+            raise ValueError("tls: the Dask operator starts its scheduler without TLS; give a tls:// address instead")
+        return self
 
 
 class UrgentSettings(Settings):
@@ -86,8 +169,10 @@ class RunConfig(BaseSettings):
         None, description="digest of the manifest that the run was planned with; a later one is not looked at"
     )
     selection: str | None = Field(None, description="the claim of an inbox that says what to take of the source")
-    bundle: str = "pocket"
+    bundle: str = Field("pocket", description="name or place of a bundle; `approved` or `registry:NAME` of a registry")
+    bundles: str | None = Field(None, description="folder or s3:// prefix of the bundle registry")
     reuse: str | None = None
+    shadow_of: str | None = Field(None, description="the finished run in `out` that this one only accompanies")
     shard_size: int = Field(128, ge=MICRO_BATCH, le=4096)
     um_per_px: float | None = Field(None, gt=0, description="scale of all images whose manifest row gives none")
     meta_columns: tuple[str, ...] = Field((), description="further manifest columns to carry along, as meta_<name>")
@@ -134,6 +219,10 @@ class RunConfig(BaseSettings):
         limits = self.limits.model_copy(update={k: getattr(bound.limits, k) for k in _DECIDING_LIMITS})
         return self.model_copy(update={k: getattr(bound, k) for k in _DECIDING} | {"limits": limits})
 
+    def canonical(self) -> str:
+        """All settings as JSON, always written alike."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+
     def fingerprint(
         self, source_identity: str, bundle_digest: str, device: str, manifest_digest: str, selection_digest: str = ""
     ) -> str:
@@ -151,6 +240,8 @@ class RunConfig(BaseSettings):
         }
         if selection_digest:
             binding["selection"] = selection_digest
+        if self.shadow_of is not None:
+            binding["shadow_of"] = self.shadow_of
         return hashlib.sha256(json.dumps(binding, sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -195,6 +286,8 @@ def config_from(table: Mapping[str, Any], **overrides: Any) -> RunConfig:
 
 def read_toml(file: str | Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises ConfigError."""
+    if str(file).startswith("s3:/"):
+        raise ConfigError(f"configuration file {file}: it must be on the local disk")
     try:
         return tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:

@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 from leukoflow.codec import dumps, loads
 from leukoflow.errors import SourceError, StorageError
 from leukoflow.records import Source, SourceKind
-from leukoflow.sources import Entry, identify, unaltered
+from leukoflow.sources import Entry, identify, survey, unaltered
 from leukoflow.storage import Storage
 
 CLAIM = pa.schema(
@@ -214,14 +214,18 @@ class Selection:
         return frozenset(self.table.filter(pc.invert(self.table["supplement"]))["item"].to_pylist())
 
     def source(self, uri: str) -> Source:
-        """The source of the run, given where it lies. Raises SourceError where nothing is as it was taken."""
+        """The source of the run, given where it lies.
+
+        Single files that are gone or have changed become rows that say so. Raises SourceError where an archive is
+        another one by now, or the inbox is empty, which looks more like a mount that is missing.
+        """
         if self.archive is not None:
             found = identify(uri)
             if found.identity != self.table["identity"][0].as_py():
                 raise SourceError(f"{uri} has changed since it was taken: what it is now goes into the next night")
             return found
-        if not any(unaltered(uri, entry) for entry in self.entries()):
-            raise SourceError(f"{uri}: none of the {len(self.table):,} files that were taken is there; is it mounted?")
+        if not any(unaltered(uri, entry) for entry in self.entries()) and not any(True for _ in survey(uri)):
+            raise SourceError(f"{uri} is empty, and {len(self.table):,} files were taken from it; is it mounted?")
         return Source(uri, SourceKind.DIRECTORY, self.digest, sum(self.table["size_bytes"].to_pylist()))
 
 

@@ -36,7 +36,9 @@ class RunBinding:
     command: str  # resumes the run
     plan_sha256: str = ""  # of plan.parquet as it was frozen
     reuse: str | None = None  # the run whose stages this one takes over; retention keeps it
-    settings: str = ""  # the RunConfig that the run was begun with, as JSON
+    config: str = ""  # all settings, as canonical JSON
+    bundle_reference: str = ""  # as it was asked for, where a registry told which bundle that is
+    shadow_of: str | None = None  # the run that this one only accompanies: not the night's result
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,6 +73,7 @@ class RunProgress:
     last_activity: str
     failed_shards: tuple[tuple[str, str], ...]  # (shard, what happened)
     command: str
+    shadow_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,7 @@ class RunState:
     in_progress: bool  # or may be: a beat so fresh that its process cannot be ruled out, a run that has just begun
     last_activity: str
     reuse: str | None
+    shadow_of: str | None = None
 
 
 BEGINNING_SECONDS = 3600.0
@@ -131,6 +135,7 @@ class ProgressReader:
             last_activity=beat.at if beat else binding.started_at,
             failed_shards=failures,
             command=binding.command,
+            shadow_of=binding.shadow_of,
         )
 
     def binding(self) -> RunBinding:
@@ -197,6 +202,7 @@ def read_state(root: str) -> RunState:
         in_progress=manifest is None and (state == "running" or fresh or beginning),
         last_activity=last,
         reuse=binding.reuse,
+        shadow_of=binding.shadow_of,
     )
 
 

@@ -163,6 +163,24 @@ class Marker:
 
 
 @dataclass(frozen=True, slots=True)
+class Host:
+    """A machine as its computing processes see it. It has no name: alike machines compute alike."""
+
+    cpu: str
+    capability: str  # the vector instructions that torch chose
+    cores: int  # that this process may use
+    threads: int  # that torch computes with
+    thread_variables: tuple[tuple[str, str], ...]  # OMP_NUM_THREADS and its like, where they are set
+    gpus: tuple[str, ...]
+    cuda: str  # of torch, with that of cuDNN; empty without
+    blas: str  # of torch
+    system: str
+    python: str
+    code: str  # digest of leukoflow's own files
+    software: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
 class RunManifest:
     """`manifest.json`, written last of all: what the run was, what became of every member, and digests of all parts."""
 
@@ -197,6 +215,10 @@ class RunManifest:
     tables: tuple[tuple[str, int, str], ...]  # (path below the run, bytes, sha256) of plan, slides, duplicates, missing
     software: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = field(default=())  # what the numbers do not say, for people
+    hosts: tuple[Host, ...] = field(default=())  # the kinds of machines that computed parts
+    config: str = ""  # all settings of the session that finished the run, as canonical JSON
+    bundle_reference: str = ""  # as it was asked for, where a registry told which bundle that is
+    shadow_of: str | None = None  # the run that this one only accompanies: not the night's result
 
     @property
     def exit_code(self) -> int:

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
 
+from leukoflow.errors import StorageError
 from leukoflow.storage import Storage
 from leukoflow.telemetry import WORKER_LOGGER
 
@@ -48,6 +49,13 @@ class JsonLines(logging.Formatter):
         return json.dumps(line, ensure_ascii=False)
 
 
+class _LogFile(logging.FileHandler):
+    """A log on a full disk loses lines; that must not put a traceback for each of them on the terminal."""
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Nothing: what fills the disk is told by those who need it."""
+
+
 @contextmanager
 def run_log(root: str, run_id: str) -> Iterator[None]:
     """Keeps what the flow, its tasks and the workers log in `logs/`, two files for each time the run was taken up.
@@ -57,14 +65,14 @@ def run_log(root: str, run_id: str) -> Iterator[None]:
     """
     storage = Storage(root)
     name = f"logs/run-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
-    workers = logging.getLogger(WORKER_LOGGER)
+    ours, workers = logging.getLogger("leukoflow"), logging.getLogger(WORKER_LOGGER)
     plain = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="leukoflow-log-")))
         for ending, formatter, level in ((".log", plain, logging.WARNING), (".jsonl", JsonLines(run_id), logging.INFO)):
             path = Path(storage.uri(name + ending)) if storage.is_local else scratch / f"run{ending}"
             path.parent.mkdir(parents=True, exist_ok=True)
-            handler = logging.FileHandler(path, encoding="utf-8", delay=False)
+            handler = _LogFile(path, encoding="utf-8", delay=False)
             handler.setFormatter(formatter)
             if not storage.is_local:
                 stack.callback(_upload, storage, name + ending, path)
@@ -75,11 +83,13 @@ def run_log(root: str, run_id: str) -> Iterator[None]:
             relay = _Relay(handler, level)
             workers.addHandler(relay)
             stack.callback(workers.removeHandler, relay)
-        before = workers.level, workers.propagate
+        before = ours.level, workers.level, workers.propagate
+        ours.setLevel(logging.INFO)  # who comes and goes among the workers
+        stack.callback(ours.setLevel, before[0])
         workers.setLevel(logging.INFO)
         workers.propagate = False  # they are many: they belong into the files, not on a terminal
-        stack.callback(workers.setLevel, before[0])
-        stack.callback(setattr, workers, "propagate", before[1])
+        stack.callback(workers.setLevel, before[1])
+        stack.callback(setattr, workers, "propagate", before[2])
         yield
 
 
@@ -96,4 +106,7 @@ class _Relay(logging.Handler):
 
 
 def _upload(storage: Storage, key: str, path: Path) -> None:
-    storage.write(key, path.read_bytes())
+    try:
+        storage.write(key, path.read_bytes())
+    except StorageError as error:  # what the run itself has come to counts
+        logging.getLogger("leukoflow").warning("the log of this run is lost: %s", error)

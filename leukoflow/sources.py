@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Protocol, Self, cast
 from urllib.parse import unquote_to_bytes
 
 from leukoflow.errors import MemberError, SourceError, StorageError
@@ -33,6 +33,13 @@ _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
 _ARCHIVE_ENDINGS = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
 _LITTER = frozenset({"Thumbs.db", "ehthumbs.db", "desktop.ini", "Desktop.ini", ".DS_Store"})
 _COPY_BYTES = 1 << 20
+_PASSING = frozenset(
+    {
+        errno.ESTALE, errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETDOWN, errno.ENETUNREACH,
+        errno.ENOTCONN, errno.ECONNRESET, errno.ECONNREFUSED, errno.ENFILE, errno.EMFILE, errno.ENOMEM, errno.EAGAIN,
+    }
+)  # fmt: skip
+"""What a network share says when it is out of reach, or this machine when it is short of something."""
 _SURROGATE = re.compile("[\udc80-\udcff]")
 _S3_BLOCK = 4 << 20
 _S3_PAGE = 1000
@@ -103,12 +110,16 @@ def _folder_digest(path: str) -> Iterator[tuple[bytes, int, str]]:
 
 def _identify_folder(uri: str, listing: Iterable[tuple[bytes, int, str]]) -> Source:
     digest, total, count = hashlib.blake2b(digest_size=16), 0, 0
-    for name, size, version in listing:
-        digest.update(b"%d:%s %d %s\n" % (len(name), name, size, version.encode()))
-        total, count = total + size, count + 1
+    for entry in listing:
+        digest.update(_digested(*entry))
+        total, count = total + entry[1], count + 1
     if not count:
         raise SourceError(f"{uri} holds no files: nothing was handed over")
     return Source(uri, SourceKind.DIRECTORY, digest.hexdigest(), total)
+
+
+def _digested(name: bytes, size: int, version: str) -> bytes:
+    return b"%d:%s %d %s\n" % (len(name), name, size, version.encode())
 
 
 def _walk(root: str) -> Iterator[tuple[bytes, os.stat_result | OSError]]:
@@ -134,41 +145,32 @@ def _walk(root: str) -> Iterator[tuple[bytes, os.stat_result | OSError]]:
 # ---------------------------------------------------------------- S3
 
 
+def _objects() -> Any:
+    """The module of the S3 client; a slow import that local sources do without."""
+    from leukoflow import objectstore
+
+    return objectstore
+
+
 def _s3() -> Any:
-    """A file system made where it is used: never across a fork, never with cached listings."""
-    import s3fs  # deferred: a slow import that local sources do without
-
-    return s3fs.S3FileSystem(use_listings_cache=False)
-
-
-@contextmanager
-def _storage_errors(uri: str) -> Iterator[None]:
-    try:
-        yield
-    except FileNotFoundError:
-        raise
-    except PermissionError as error:
-        raise StorageError(f"{uri}: access denied ({error}); check the credentials of this worker") from error
-    except Exception as error:
-        if type(error).__module__.partition(".")[0] not in ("botocore", "aiobotocore", "aiohttp") and not isinstance(
-            error, OSError
-        ):
-            raise
-        raise StorageError(f"{uri} cannot be read at the moment ({error}); a retry may help") from error
+    """The file system of this process: never made before a fork, never with cached listings."""
+    store = _objects()
+    return store.filesystem(store.environment())
 
 
 def _identify_s3(uri: str) -> Source:
-    filesystem = _s3()
+    bucket, _, key = uri.removeprefix("s3://").partition("/")
     try:
-        with _storage_errors(uri):
-            bucket, _, key = uri.removeprefix("s3://").partition("/")
+        _objects().probe(uri)
+        with _objects().store_errors(uri):
+            filesystem = _s3()
             info = filesystem.info(f"{bucket}/{key}") if key else {"type": "directory"}
             if info["type"] != "directory":
                 size = int(info["size"])
-                with filesystem.open(f"{bucket}/{key}", "rb", block_size=_S3_BLOCK) as file:
+                with _s3_file(filesystem, uri) as file:
                     kind = _kind_of(file, size, uri)
                 return Source(uri, kind, _s3_identity(info), size)
-            return _identify_folder(uri, ((k.encode(), size, tag) for k, size, tag in _s3_listing(filesystem, uri)))
+            return _identify_folder(uri, ((k.encode(), size, tag) for k, size, tag in _s3_listing(uri)))
     except FileNotFoundError:
         raise SourceError(f"{uri} does not exist: check bucket, key and endpoint") from None
     except StorageError as error:
@@ -179,36 +181,27 @@ def _s3_identity(info: dict[str, Any]) -> str:
     return f"{info['size']}-{str(info.get('ETag', '')).strip(chr(34))}"
 
 
-def _s3_listing(filesystem: Any, uri: str) -> Iterator[tuple[str, int, str]]:
+def _s3_file(filesystem: Any, uri: str) -> Any:
+    """A reader that fails when the object is replaced while it is read."""
+    return _objects().StoreReader(
+        filesystem.open(uri, "rb", block_size=_S3_BLOCK, cache_type="readahead"), uri
+    )  # fmt: skip
+
+
+def _s3_listing(uri: str) -> Iterator[tuple[str, int, str]]:
     """(key below the prefix, size, ETag) page by page, in the store's order; the client's own listing keeps all."""
-    for key, item in _s3_objects(filesystem, uri):
+    for key, item in _s3_objects(uri):
         yield key, int(item["Size"]), item["ETag"].strip('"')
 
 
-def _s3_objects(filesystem: Any, uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
+def _s3_objects(uri: str) -> Iterator[tuple[str, dict[str, Any]]]:
     """Key below the prefix and what the store says of the object."""
     bucket, _, prefix = uri.removeprefix("s3://").partition("/")
     prefix = prefix + "/" if prefix else ""
-    token: dict[str, str] = {}
-    while True:
-        page = filesystem.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=_S3_PAGE, **token)
-        for item in page.get("Contents", ()):
-            yield item["Key"][len(prefix) :], item
-        if not page.get("IsTruncated"):
-            return
-        token = {"ContinuationToken": page["NextContinuationToken"]}
-
-
-def _s3_object(filesystem: Any, bucket: str, key: str, tag: str) -> bytes:
-    """A whole object, only if it still has this ETag; the client's own functions take no such condition."""
-    from fsspec.asyn import sync
-
-    async def fetch() -> bytes:
-        answer = await filesystem._call_s3("get_object", Bucket=bucket, Key=key, IfMatch=f'"{tag}"')
-        async with answer["Body"] as body:
-            return cast(bytes, await body.read())
-
-    return cast(bytes, sync(filesystem.loop, fetch))
+    with _objects().store_errors(uri):
+        for page in _objects().pages(_s3(), bucket, prefix, size=_S3_PAGE):
+            for item in page.get("Contents", ()):
+                yield item["Key"][len(prefix) :], item
 
 
 # ---------------------------------------------------------------- opening
@@ -218,17 +211,15 @@ def _s3_object(filesystem: Any, bucket: str, key: str, tag: str) -> bytes:
 def _open(source: Source) -> Iterator[BinaryIO]:
     """The source's file, after making sure that it is still the one that was identified."""
     if source.uri.startswith("s3://"):
-        filesystem = _s3()
         try:
-            with _storage_errors(source.uri):
-                info = filesystem.info(source.uri)
-                identity = _s3_identity(info)
-                file = filesystem.open(source.uri, "rb", block_size=_S3_BLOCK, cache_type="readahead")
+            with _objects().store_errors(source.uri):
+                file = _s3_file(_s3(), source.uri)
+                identity = _s3_identity(file.details)
         except FileNotFoundError:
             raise SourceError(f"{source.uri} has gone since it was planned: put it back or start a new run") from None
     else:
         try:
-            file = open(source.uri, "rb")  # noqa: SIM115 - closed below
+            file = _LocalFile(open(source.uri, "rb"), source.uri)  # noqa: SIM115 - closed below
         except OSError as error:
             raise SourceError(f"{source.uri} cannot be read: {error.strerror}") from error
         identity = _file_identity(os.fstat(file.fileno()))
@@ -236,6 +227,32 @@ def _open(source: Source) -> Iterator[BinaryIO]:
         if identity != source.identity:
             raise SourceError(f"{source.uri} has changed since it was planned: start a new run for the new content")
         yield cast(BinaryIO, file)
+
+
+class _LocalFile:
+    """A local archive whose failures to be read are told from damage: a retry may mend them."""
+
+    def __init__(self, file: BinaryIO, path: str) -> None:
+        self._file = file
+        self._path = path
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file.close()
+
+    def read(self, count: int = -1) -> bytes:
+        """Up to `count` bytes."""
+        try:
+            return self._file.read(count)
+        except OSError as error:
+            raise StorageError(
+                f"{self._path} cannot be read at the moment ({error.strerror}); a retry may help"
+            ) from error
 
 
 def _stream(source: Source, file: BinaryIO) -> ByteStream:
@@ -361,12 +378,18 @@ class Listing:
             )
 
     def _prefix(self) -> Iterator[Member]:
-        with _storage_errors(self._source.uri):
-            for key, size, tag in _s3_listing(_s3(), self._source.uri):
-                if not key or key.endswith("/") or is_litter(key):
-                    self.ignored += 1
-                    continue
-                yield self._member(key, size, f"{size}-{tag}", locator=locator_of(key.encode()))
+        digest = hashlib.blake2b(digest_size=16)
+        for key, size, tag in _s3_listing(self._source.uri):
+            digest.update(_digested(key.encode(), size, tag))
+            if not key or key.endswith("/") or is_litter(key):
+                self.ignored += 1
+                continue
+            yield self._member(key, size, f"{size}-{tag}", locator=locator_of(key.encode()))
+        if digest.hexdigest() != self._source.identity:  # an upload that goes on, or a listing that lags
+            raise SourceError(
+                f"{self._source.uri} changed while it was being planned: wait until it is handed over completely, and "
+                "give the same command again"
+            )
 
     def _chosen(self, entries: Iterable[Entry]) -> Iterator[Member]:
         """Members as they were when somebody chose them: what has changed or gone since is found when it is read."""
@@ -400,12 +423,11 @@ def survey(uri: str) -> Iterator[Entry]:
     Raises SourceError where the folder itself is absent or cannot be read, StorageError where a retry may help.
     """
     if uri.startswith("s3://"):
-        with _storage_errors(uri):
-            for key, item in _s3_objects(_s3(), uri.rstrip("/")):
-                if key and not key.endswith("/") and not is_litter(key):
-                    size, tag = int(item["Size"]), item["ETag"].strip('"')
-                    changed = item["LastModified"].timestamp()
-                    yield Entry(key, locator_of(key.encode()), size, f"{size}-{tag}", changed)
+        for key, item in _s3_objects(uri.rstrip("/")):
+            if key and not key.endswith("/") and not is_litter(key):
+                size, tag = int(item["Size"]), item["ETag"].strip('"')
+                changed = item["LastModified"].timestamp()
+                yield Entry(key, locator_of(key.encode()), size, f"{size}-{tag}", changed)
         return
     for relative, status in _walk(os.path.abspath(uri)):
         if isinstance(status, OSError):
@@ -430,7 +452,7 @@ def unaltered(uri: str, entry: Entry) -> bool:
     if uri.startswith("s3://"):
         where = f"{uri.rstrip('/')}/{unquote_to_bytes(entry.locator).decode()}"
         try:
-            with _storage_errors(where):
+            with _objects().store_errors(where):
                 return _s3_identity(_s3().info(where)) == entry.identity
         except FileNotFoundError:
             return False
@@ -569,18 +591,17 @@ class _ArchiveReader:
     def read(self, member: Member) -> bytes:
         _check(member, self._limit)
         try:
-            with _storage_errors(self._source.uri):
-                if self._source.kind is SourceKind.ZIP:
-                    return read_entry(
-                        self._file,
-                        member.offset,
-                        member.method,
-                        member.stored_bytes,
-                        member.size_bytes,
-                        _crc_of(member),
-                    )
-                self._file.seek(member.offset)
-                data = self._file.read(member.size_bytes)
+            if self._source.kind is SourceKind.ZIP:
+                return read_entry(
+                    self._file,
+                    member.offset,
+                    member.method,
+                    member.stored_bytes,
+                    member.size_bytes,
+                    _crc_of(member),
+                )
+            self._file.seek(member.offset)
+            data = self._file.read(member.size_bytes)
         except FileNotFoundError as error:
             raise SourceError(f"{self._source.uri} has gone since it was planned: put it back") from error
         if len(data) < member.size_bytes:
@@ -607,7 +628,7 @@ class _FolderReader:
         try:
             descriptor = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
         except OSError as error:
-            raise MemberError(_failure(error)) from error
+            raise self._failed(error) from error
         with open(descriptor, "rb") as file:
             status = os.fstat(descriptor)
             if not stat.S_ISREG(status.st_mode) or f"{status.st_size}-{status.st_mtime_ns}" != member.identity:
@@ -615,10 +636,27 @@ class _FolderReader:
             try:
                 data = file.read(member.size_bytes + 1)
             except OSError as error:
-                raise MemberError(_failure(error)) from error
+                raise self._failed(error) from error
         if len(data) != member.size_bytes:
             raise MemberError(f"truncated: {len(data):,} of {member.size_bytes:,} bytes")
         return data
+
+    def _failed(self, error: OSError) -> MemberError | StorageError:
+        """Blames the member, unless its whole folder is out of reach: a share that is not mounted loses no images."""
+        name = os.fsdecode(self._root)
+        if error.errno == errno.ENOENT and not _holds_anything(self._root):
+            return StorageError(f"{name} is empty or gone: mount or put it back, and give the same command again")
+        if error.errno in _PASSING:
+            return StorageError(f"{name} cannot be read at the moment ({error.strerror}); a retry may help")
+        return MemberError(_failure(error))
+
+
+def _holds_anything(folder: bytes) -> bool:
+    try:
+        with os.scandir(folder) as entries:
+            return any(True for _ in entries)
+    except OSError:
+        return False
 
 
 def _failure(error: OSError) -> str:
@@ -632,7 +670,11 @@ def _failure(error: OSError) -> str:
 
 
 class _PrefixReader:
-    """Objects below an S3 prefix, one request each, only if they are still the planned ones."""
+    """Objects below an S3 prefix, one request each, only if they are still the planned ones.
+
+    A member is blamed only for what the store says of it: that it is gone, was replaced, or has to be restored from an
+    archive. A store that does not answer, or denies access, is no fault of the image.
+    """
 
     def __init__(self, source: Source, limit: int) -> None:
         self._bucket, _, prefix = source.uri.removeprefix("s3://").partition("/")
@@ -642,20 +684,25 @@ class _PrefixReader:
 
     def read(self, member: Member) -> bytes:
         _check(member, self._limit)
+        objects = _objects()
         key = self._prefix + unquote_to_bytes(member.locator).decode()
         tag = member.identity.partition("-")[2]
-        try:
-            with _storage_errors(f"s3://{self._bucket}/{key}"):
-                data = _s3_object(self._filesystem, self._bucket, key, tag)
-        except FileNotFoundError as error:
-            raise MemberError("gone: it was deleted since it was planned") from error
-        except StorageError as error:
-            if "PreconditionFailed" in str(error) or "pre-conditions" in str(error):
-                raise MemberError("changed since it was planned: start a new run for the new content") from error
-            raise
-        if len(data) != member.size_bytes:
-            raise MemberError(f"truncated: {len(data):,} of {member.size_bytes:,} bytes")
-        return data
+        for _ in range(objects.ROUNDS):
+            try:
+                with objects.store_errors(f"s3://{self._bucket}/{key}"):
+                    data = objects.read(self._filesystem, self._bucket, key, IfMatch=f'"{tag}"')
+            except FileNotFoundError as error:
+                raise MemberError("gone: it was deleted since it was planned") from error
+            except StorageError as error:
+                code = objects.code_of(error)
+                if code in ("PreconditionFailed", "412"):
+                    raise MemberError("changed since it was planned: start a new run for the new content") from error
+                if code == "InvalidObjectState":
+                    raise MemberError("in an archive class of the store: restore it, then start a new run") from error
+                raise
+            if len(data) == member.size_bytes:
+                return cast(bytes, data)
+        raise MemberError(f"truncated: {len(data):,} of {member.size_bytes:,} bytes")
 
 
 # ---------------------------------------------------------------- spooling compressed tars

@@ -1,17 +1,20 @@
 """One storage root, a local folder or an `s3://` prefix: atomic writes, create-if-absent, publishing of attempts.
 
-Nothing here trusts a listing or an existence check for what is done; that is what markers are for. S3 file systems are
-opened in the process that uses them, without listing caches, since s3fs shares both across instances otherwise.
+Nothing here trusts a listing or an existence check for what is done; that is what markers are for. Whatever goes wrong
+with an object store is a StorageError in words; only a key that is absent is a FileNotFoundError.
 """
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import hashlib
 import os
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, BinaryIO, cast
 
@@ -20,14 +23,34 @@ import zarr.storage
 from leukoflow.errors import StorageError
 
 CHUNK = 1 << 20
+READERS = 8
+"""Objects that are read at the same time, where each is waited for."""
 
 
-@lru_cache(maxsize=8)
-def _s3(pid: int) -> Any:
-    """An S3 file system of this process (the pid keys the cache, so that a forked child never inherits a session)."""
-    import s3fs
+def _objects() -> Any:
+    """The module of the S3 client, imported only where an address needs it."""
+    from leukoflow import objectstore
 
-    return s3fs.S3FileSystem(use_listings_cache=False, skip_instance_cache=True, default_block_size=8 << 20)
+    return objectstore
+
+
+def is_full(words: str) -> bool:
+    """Whether an error's words say that a disk, or somebody's share of it, is full."""
+    return any(os.strerror(number) in words for number in (errno.ENOSPC, errno.EDQUOT))
+
+
+def _cannot_write(target: Path, error: OSError) -> StorageError:
+    words = f"cannot write {target}: {error.strerror}"
+    if is_full(words):
+        return StorageError(f"{words}; make room on that disk, then give the same command again")
+    return StorageError(f"{words}; run the same command again")
+
+
+def _make_parent(target: Path) -> None:
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _cannot_write(target, error) from error
 
 
 class Storage:
@@ -56,24 +79,41 @@ class Storage:
     @property
     def fs(self) -> Any:
         """The s3fs file system of this process; only for `s3://` roots."""
-        return _s3(os.getpid())
+        store = _objects()
+        return store.filesystem(store.environment())
+
+    def _errors(self, key: str = "") -> AbstractContextManager[None]:
+        return cast(AbstractContextManager[None], _objects().store_errors(self.uri(key).rstrip("/")))
+
+    def probe(self) -> None:
+        """Raises StorageError, within seconds, when an object store cannot be used at all; says what to do."""
+        if not self.is_local:
+            _objects().probe(self.root)
+
+    def _address(self, key: str) -> tuple[str, str]:
+        """Bucket and key of a key below an `s3://` root."""
+        bucket, _, path = self.uri(key).removeprefix("s3://").partition("/")
+        return bucket, path.rstrip("/")
 
     def read(self, key: str) -> bytes:
         """All bytes of a key. Raises FileNotFoundError."""
         if self.is_local:
             return Path(self.uri(key)).read_bytes()
-        return cast(bytes, self.fs.cat_file(self.uri(key)))
+        with self._errors(key):
+            return cast(bytes, _objects().read(self.fs, *self._address(key)))
 
     def open(self, key: str) -> BinaryIO:
         """A seekable reader. Raises FileNotFoundError."""
         if self.is_local:
             return Path(self.uri(key)).open("rb")
-        return cast(BinaryIO, self.fs.open(self.uri(key), "rb"))
+        with self._errors(key):
+            return cast(BinaryIO, _objects().StoreReader(self.fs.open(self.uri(key), "rb"), self.uri(key)))
 
     def writer(self, key: str) -> BinaryIO:
-        """A writer for scratch: what it holds after a crash means nothing."""
+        """A writer for scratch, published when it is closed; a block that fails leaves nothing on an object store."""
         if not self.is_local:
-            return cast(BinaryIO, self.fs.open(self.uri(key), "wb"))
+            with self._errors(key):
+                return cast(BinaryIO, _objects().StoreWriter(self.fs.open(self.uri(key), "wb"), self.uri(key)))
         path = Path(self.uri(key))
         path.parent.mkdir(parents=True, exist_ok=True)
         return path.open("wb")
@@ -81,10 +121,11 @@ class Storage:
     def write(self, key: str, data: bytes) -> None:
         """Replaces a key atomically: readers see the old bytes or the new ones."""
         if not self.is_local:
-            self.fs.pipe_file(self.uri(key), data)
+            with self._errors(key):
+                self.fs.pipe_file(self.uri(key), data)
             return
         target = Path(self.uri(key))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(target)
         scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
             with scratch.open("wb") as file:
@@ -93,19 +134,17 @@ class Storage:
                 os.fsync(file.fileno())
             scratch.replace(target)
         except OSError as error:
-            scratch.unlink(missing_ok=True)
-            raise StorageError(f"cannot write {target}: {error.strerror}") from error
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
+            raise _cannot_write(target, error) from error
 
     def create(self, key: str, data: bytes) -> bool:
-        """Writes a key only if it is absent, atomically; False when somebody was first."""
+        """Writes a key only if it is absent, atomically; False when somebody was first, and not this very call."""
         if not self.is_local:
-            try:
-                self.fs.pipe_file(self.uri(key), data, mode="create")
-            except FileExistsError:
-                return False
-            return True
+            with self._errors(key):
+                return cast(bool, _objects().create(self.fs, *self._address(key), data))
         target = Path(self.uri(key))
-        target.parent.mkdir(parents=True, exist_ok=True)
+        _make_parent(target)
         scratch = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
         try:
             with scratch.open("wb") as file:
@@ -116,9 +155,10 @@ class Storage:
         except FileExistsError:
             return False
         except OSError as error:
-            raise StorageError(f"cannot write {target}: {error.strerror}") from error
+            raise _cannot_write(target, error) from error
         finally:
-            scratch.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):
+                scratch.unlink(missing_ok=True)
         return True
 
     def delete(self, key: str) -> None:
@@ -130,10 +170,8 @@ class Storage:
             else:
                 path.unlink(missing_ok=True)
             return
-        try:
-            self.fs.rm(self.uri(key), recursive=True)
-        except FileNotFoundError:
-            return
+        with self._errors(key):
+            _objects().delete(self.fs, *self._address(key))
 
     def sweep_attempts(self, kind: str) -> None:
         """Removes what was written aside as `_attempts/<kind>-...`; whoever calls holds the lock of that kind."""
@@ -143,6 +181,13 @@ class Storage:
                 self.delete(f"_attempts/{name}")
         if names and not self.names("_attempts"):
             self.delete("_attempts")
+
+    def prune(self, key: str) -> None:
+        """Removes a folder and those above it, up to the root, while they are empty; an object store has none."""
+        parts = key.split("/") if self.is_local else []
+        with contextlib.suppress(OSError):
+            for n in range(len(parts), 0, -1):
+                os.rmdir(self.uri("/".join(parts[:n])))
 
     def files(self, prefix: str, hidden: bool = False) -> list[str]:
         """Keys below a prefix, sorted. For what this process wrote itself, and for people; never for what is done.
@@ -157,15 +202,24 @@ class Storage:
                 for name in names
                 if hidden or not name.startswith(".")
             )
-        found = self.fs.find(self.uri(prefix))
-        strip = len(self.root.removeprefix("s3://")) + 1
-        return sorted(name[strip:] for name in found)
+        return sorted(key for key, _ in self._listed(prefix))
+
+    def _listed(self, prefix: str) -> Iterator[tuple[str, int]]:
+        """(key below the root, bytes) of the objects below a prefix."""
+        bucket, path = self._address(prefix)
+        strip = len(self._address("")[1])
+        strip += strip > 0
+        with self._errors(prefix):
+            for page in _objects().pages(self.fs, bucket, f"{path}/" if path else ""):
+                for item in page.get("Contents", ()):
+                    if not item["Key"].endswith("/"):  # what some programs leave to make a prefix look like a folder
+                        yield item["Key"][strip:], int(item["Size"])
 
     def usage(self, prefix: str) -> tuple[int, int]:
         """Number of files below a prefix and their bytes; for people."""
         if not self.is_local:
-            found = self.fs.find(self.uri(prefix), detail=True)
-            return len(found), sum(int(info["size"]) for info in found.values())
+            sizes = [size for _, size in self._listed(prefix)]
+            return len(sizes), sum(sizes)
         count = size = 0
         for folder, _, names in os.walk(Path(self.root) / prefix):
             for name in names:
@@ -183,10 +237,14 @@ class Storage:
                 return sorted(n for n in os.listdir(self.uri(prefix)) if not n.startswith("."))
             except (FileNotFoundError, NotADirectoryError):
                 return []
-        try:
-            return sorted(str(n).rsplit("/", 1)[-1] for n in self.fs.ls(self.uri(prefix), detail=False, refresh=True))
-        except FileNotFoundError:
-            return []
+        bucket, path = self._address(prefix)
+        top = f"{path}/" if path else ""
+        with self._errors(prefix):
+            found: set[str] = set()
+            for page in _objects().pages(self.fs, bucket, top, "/"):
+                found |= {item["Prefix"][len(top) : -1] for item in page.get("CommonPrefixes", ())}
+                found |= {item["Key"][len(top) :] for item in page.get("Contents", ())}
+        return sorted(found - {""})
 
     def digest(self, key: str) -> tuple[str, int, str]:
         """(key, bytes, sha256) of one object, read in pieces. Raises FileNotFoundError."""
@@ -198,29 +256,40 @@ class Storage:
         return key, size, digest.hexdigest()
 
     def intact(self, files: Iterable[tuple[str, int, str]]) -> bool:
-        """Whether every (key, bytes, sha256) is there and unaltered."""
-        for key, size, sha256 in files:
+        """Whether every (key, bytes, sha256) is there and unaltered. Objects are read several at a time."""
+
+        def holds(file: tuple[str, int, str]) -> bool:
             try:
-                if self.digest(key) != (key, size, sha256):
-                    return False
+                return self.digest(file[0]) == tuple(file)
             except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
                 return False
-        return True
+
+        if self.is_local:
+            return all(map(holds, files))
+        with ThreadPoolExecutor(READERS) as pool:
+            return all(pool.map(holds, files))
 
     def promote(self, attempt: str, files: Iterable[tuple[str, int, str]]) -> None:
         """Moves an attempt's files from below `attempt` to their final keys; repeating it after a crash is harmless.
 
         A unit is the first two parts of a key (`masks.zarr/00003`, `predictions/part-00003.parquet`). On a file system
-        each is one rename; on S3 each object is copied by the server, and the attempt deleted afterwards.
+        each is one rename; on S3 each object is copied by the server, and the attempt deleted afterwards. What the
+        attempt no longer has is passed over: `intact` decides whether the final keys are right.
         """
         listed = list(files)
         if not self.is_local:
-            for key, _, _ in listed:
-                self.fs.copy(self.uri(f"{attempt}/{key}"), self.uri(key))
+            self._copy(self, [(f"{attempt}/{key}", key, size) for key, size, _ in listed])
             return
         for unit in dict.fromkeys("/".join(key.split("/")[:2]) for key, _, _ in listed):
             source, target = Path(self.uri(f"{attempt}/{unit}")), Path(self.uri(unit))
             self._place(source, target)
+
+    def _copy(self, other: Storage, moves: Iterable[tuple[str, str, int]]) -> None:
+        """Copies (key there, key here, bytes) from another storage within the object store."""
+        with self._errors():
+            _objects().copy(
+                self.fs, [("/".join(other._address(a)), "/".join(self._address(b)), size) for a, b, size in moves]
+            )
 
     def _place(self, source: Path, target: Path) -> None:
         """Moves a file or folder to `target`, in place of what is there; of several callers one does it."""
@@ -237,24 +306,36 @@ class Storage:
                 target.rename(grave)
             mine.replace(target)
         except OSError as error:
-            raise StorageError(f"cannot write {target}: {error.strerror}; run the same command again") from error
+            raise _cannot_write(target, error) from error
         finally:
             shutil.rmtree(bench, ignore_errors=True)
 
     def exists(self, key: str) -> bool:
         """Whether a key is there. Never decides what is done."""
-        return Path(self.uri(key)).exists() if self.is_local else bool(self.fs.exists(self.uri(key)))
+        if self.is_local:
+            return Path(self.uri(key)).exists()
+        try:
+            self.stamp(key)
+        except FileNotFoundError:
+            return False
+        return True
 
     def stamp(self, key: str) -> str:
         """Differs when the key was written anew. Raises FileNotFoundError."""
         if self.is_local:
             found = os.stat(self.uri(key))
             return f"{found.st_ino}-{found.st_mtime_ns}-{found.st_size}"
-        return str(self.fs.info(self.uri(key), refresh=True)["ETag"])
+        bucket, path = self._address(key)
+        with self._errors(key):
+            return str(self.fs.call_s3("head_object", Bucket=bucket, Key=path)["ETag"])
 
     def adopt(self, other: Storage, files: Iterable[tuple[str, int, str]], attempt: str) -> None:
         """Brings files of another run below `attempt` here: hard links on one file system, else copies."""
-        for key, _, _ in files:
+        listed = list(files)
+        if not self.is_local and not other.is_local:
+            self._copy(other, [(key, f"{attempt}/{key}", size) for key, size, _ in listed])
+            return
+        for key, _, _ in listed:
             target = f"{attempt}/{key}"
             if self.is_local and other.is_local:
                 path = Path(self.uri(target))
@@ -263,8 +344,6 @@ class Storage:
                     os.link(other.uri(key), path)
                 except OSError:
                     shutil.copyfile(other.uri(key), path)
-            elif not self.is_local and not other.is_local:
-                self.fs.copy(other.uri(key), self.uri(target))
             else:
                 self.write(target, other.read(key))
 
@@ -272,9 +351,21 @@ class Storage:
         """A zarr store at `key`."""
         if self.is_local:
             return zarr.storage.LocalStore(self.uri(key), read_only=read_only)
-        return zarr.storage.FsspecStore.from_url(
-            self.uri(key), storage_options={"use_listings_cache": False}, read_only=read_only
-        )
+        store = _objects()
+        files = store.filesystem(store.environment(), asynchronous=True)
+        return store.ZarrStore(files, path="/".join(self._address(key)), read_only=read_only)
+
+    def abort_uploads(self, prefix: str = "") -> int:
+        """Aborts multipart uploads below a prefix that a killed process, or a lost answer, has left; their number.
+
+        They are no objects, and no listing of objects shows them, but they are stored and paid for. Whoever calls knows
+        that nobody else is writing there.
+        """
+        if self.is_local:
+            return 0
+        with self._errors(prefix):
+            bucket, path = self._address(prefix)
+            return cast(int, _objects().abort(self.fs, bucket, f"{path}/" if path else ""))
 
     def pieces(self, key: str) -> Iterator[bytes]:
         """The bytes of a key in pieces, for copying large objects."""

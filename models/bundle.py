@@ -33,6 +33,7 @@ from leukoflow.method import (
 from leukoflow.records import CLASSES
 from models.attention_classifier import AttentionClassifier, ClassifierSpec
 from models.attention_unet import AttentionUNet, UNetSpec
+from models.fetch import cache_folder, fetch, read_remote
 from models.hybrid_cn_nas import BackboneSpec, HybridCNNas, build_backbone
 
 SCHEMA_VERSION = 2
@@ -186,6 +187,11 @@ def _digest(value: object) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
+def spec_digest(spec: BundleSpec) -> str:
+    """What `Bundle.digest` is: it names the weights by their digests, so it is known before they are there."""
+    return _digest(spec.model_dump(mode="json", exclude={"metrics"}))
+
+
 @dataclass(frozen=True, slots=True)
 class Bundle:
     """A bundle on disk whose files have been checked against the digests in `bundle.json`."""
@@ -197,7 +203,7 @@ class Bundle:
     @property
     def digest(self) -> str:
         """SHA-256 over `bundle.json` and all weights. Metrics are left out: measuring a bundle does not change it."""
-        return _digest(self.spec.model_dump(mode="json", exclude={"metrics"}))
+        return spec_digest(self.spec)
 
     def component_digest(self, component: Component) -> str:
         """Digest of what one stage depends on; a new classifier leaves segmenter and features unchanged."""
@@ -257,11 +263,15 @@ def _evaluation(model: M, device: str | torch.device) -> M:
     return model
 
 
-def load_bundle(name_or_dir: str | Path) -> Bundle:
-    """Opens a bundle by the name of an embedded one (`pocket`) or by its directory, and checks every file.
+def load_bundle(name_or_dir: str | Path, digest: str | None = None) -> Bundle:
+    """Opens a bundle by the name of an embedded one (`pocket`), its directory or `s3://` prefix; checks every file.
 
-    Raises BundleError when it is absent, incomplete, altered, or of another schema version.
+    One on an object store is fetched into this machine's cache, where the next one finds it; with `digest` (what is
+    wanted, if that is known) the store is not even asked. Raises BundleError when it is absent, incomplete, altered, or
+    of another schema version.
     """
+    if str(name_or_dir).startswith("s3://"):
+        return _load_remote(str(name_or_dir), digest)
     path = Path(name_or_dir)
     if not (path / "bundle.json").is_file() and path.name == str(name_or_dir):
         path = EMBEDDED / path.name
@@ -272,8 +282,17 @@ def load_bundle(name_or_dir: str | Path) -> Bundle:
             f"no bundle {str(name_or_dir)!r}: neither a directory with a bundle.json, nor an embedded one of {known}"
         )
     try:
-        raw = json.loads(document.read_text("utf-8"))
-    except (ValueError, OSError) as error:
+        data = document.read_bytes()
+    except OSError as error:
+        raise BundleError(f"{document} cannot be read: {error}") from error
+    return _opened(path, _parsed(data, str(document)))
+
+
+def _parsed(data: bytes, document: str) -> BundleSpec:
+    """The content of a `bundle.json`."""
+    try:
+        raw = json.loads(data)
+    except ValueError as error:
         raise BundleError(f"{document} cannot be read: {error}") from error
     version = raw.get("schema_version") if isinstance(raw, dict) else None
     if version != SCHEMA_VERSION:
@@ -282,9 +301,13 @@ def load_bundle(name_or_dir: str | Path) -> Bundle:
             "train the bundle again, or use the leukoflow that wrote it"
         )
     try:
-        spec = BundleSpec.model_validate(raw)
+        return BundleSpec.model_validate(raw)
     except ValidationError as error:
         raise BundleError(f"{document} is not a valid bundle: {error}") from error
+
+
+def _opened(path: Path, spec: BundleSpec) -> Bundle:
+    """The bundle at `path`, its files checked."""
     _check_files(path, spec)
     arrays = load_arrays(path / "statistics.safetensors")
     try:
@@ -292,6 +315,29 @@ def load_bundle(name_or_dir: str | Path) -> Bundle:
     except KeyError as error:
         raise BundleError(f"{path / 'statistics.safetensors'} lacks {error}; train the bundle again") from error
     return Bundle(path, spec, statistics)
+
+
+def _load_remote(uri: str, digest: str | None) -> Bundle:
+    """The bundle at an `s3://` prefix, by way of the cache."""
+    if digest is not None:
+        try:
+            kept = load_bundle(cache_folder() / digest)
+            if kept.digest == digest:
+                return kept
+        except BundleError:
+            pass  # not there yet, or damaged: it is fetched
+    document = read_remote(uri)
+    spec = _parsed(document, f"{uri.rstrip('/')}/bundle.json")
+    if strange := [name for name in spec.files if Path(name).name != name or name == "bundle.json"]:
+        raise BundleError(f"bundle {uri} names {strange[0]!r}, which cannot be one of its files")
+    target = cache_folder() / spec_digest(spec)
+    try:
+        if (target / "bundle.json").read_bytes() == document:  # the digest leaves out the metrics
+            return _opened(target, spec)
+    except (OSError, BundleError):
+        pass
+    fetch(uri, document, sorted(spec.files), target)
+    return _opened(target, spec)
 
 
 def _check_files(path: Path, spec: BundleSpec) -> None:

@@ -7,11 +7,8 @@ the last line, to be kept somewhere else.
 
 from __future__ import annotations
 
-import getpass
 import hashlib
 import json
-import os
-import socket
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -19,6 +16,7 @@ from typing import Any
 from pydantic import TypeAdapter, ValidationError
 
 from leukoflow.errors import StorageError
+from leukoflow.host import who
 from leukoflow.progress import now
 from leukoflow.storage import Storage
 
@@ -111,7 +109,7 @@ def append(
     entry = AuditEntry(
         number=verdict.entries + 1,
         at=now(),
-        who=_who(),
+        who=who(),
         action=action,
         run_id=run_id,
         manifest_sha256=manifest_sha256,
@@ -120,11 +118,3 @@ def append(
     )
     storage.write(LOG, data + line_of(entry) + b"\n")  # whole or not at all, so that no line is ever torn
     return entry
-
-
-def _who() -> str:
-    try:
-        user = getpass.getuser()
-    except (OSError, KeyError):  # a container's user without a name
-        user = str(os.getuid())
-    return f"{user}@{socket.gethostname()}"

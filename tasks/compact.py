@@ -233,6 +233,12 @@ def _read(storage: Storage, file: FileRef) -> pa.Table:
     return pq.ParquetFile(io.BytesIO(data)).read()
 
 
+def shard_counts_of(metadata: pq.FileMetaData) -> list[tuple[int, int]] | None:
+    """Ordinal and number of rows of the shards in a merged file, in order; None for a shard's own file."""
+    stored = (metadata.metadata or {}).get(_SHARDS_KEY.encode())
+    return None if stored is None else [(int(shard), int(n)) for shard, n in json.loads(stored)]
+
+
 # --- and back --------------------------------------------------------------------------------------------------------
 
 

@@ -23,7 +23,7 @@ from leukoflow.ledger import CLAIM, ClaimHead, Ledger, Taken
 from leukoflow.progress import now
 from leukoflow.site import ArrivalSettings, Site
 from leukoflow.sources import Entry, is_archive, survey
-from tasks.open_run import stem
+from tasks.open_run import manifest_file, stem
 from tasks.plan import item_of, manifest_keys
 
 ItemState = Literal["complete", "arriving", "taken"]
@@ -210,7 +210,9 @@ def look(site: Site, ledger: Ledger, moment: float) -> InboxView:
     items, leftovers = judge(survey(site.inbox), taken, site.arrival, moment)
     if site.manifest is None:
         return InboxView(tuple(items), None, MISSING.empty_table(), leftovers)
-    missing = compare(manifest_keys(site.manifest), items, taken, ledger.archives())
+    with manifest_file(site.manifest) as manifest:
+        assert manifest is not None
+        missing = compare(manifest_keys(manifest), items, taken, ledger.archives())
     states = missing["state"].to_pylist()
     absent = sorted({i for i, s in zip(missing["item"].to_pylist(), states, strict=True) if s == "absent"})
     expected = Expected(tuple(absent), *(states.count(s) for s in ("absent", "arriving", "missing")))

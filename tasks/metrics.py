@@ -91,6 +91,7 @@ class RunsCollector(Collector):
         self._at = 0.0
         self._families: list[GaugeMetricFamily] = []
         self._finished: dict[str, tuple[str, RunFacts]] = {}  # run -> stamp of its manifest, facts
+        self._shadows: dict[str, bool] = {}
         self._readers: dict[str, ProgressReader] = {}
         self._first: dict[str, tuple[float, int]] = {}  # run in progress -> when it was seen first, and its images then
         self._drift: tuple[tuple[str, ...], tuple[Drift, ...]] = ((), ())
@@ -116,6 +117,8 @@ class RunsCollector(Collector):
         shards = Counter[str]()
         for run_id in [self.only] if self.only else list_runs(self.out):
             try:
+                if not self.only and self._is_shadow(run_id):
+                    continue
                 facts, last = self._run(run_id)
                 runs.append(facts)
                 activity.append(_seconds(last))
@@ -142,6 +145,13 @@ class RunsCollector(Collector):
         yield _gauge("leukoflow_last_activity_timestamp_seconds", max(activity, default=None))
         yield _gauge("leukoflow_unreadable_runs", unreadable)
         yield _gauge("leukoflow_collect_seconds", time.perf_counter() - started)
+
+    def _is_shadow(self, run_id: str) -> bool:
+        """Whether a run only accompanies another one, whose images would count twice."""
+        if run_id not in self._shadows:
+            binding = ProgressReader(f"{self.out}/{run_id}").binding()
+            self._shadows[run_id] = binding.shadow_of is not None
+        return self._shadows[run_id]
 
     def _run(self, run_id: str) -> tuple[RunFacts, str]:
         """A run's facts and its last sign of life."""

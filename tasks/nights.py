@@ -166,7 +166,10 @@ def gather(
     begun: dict[str, str] = {}
     for run_id in list_runs(out):
         try:
-            begun[run_id] = ProgressReader(f"{out.rstrip('/')}/{run_id}").binding().started_at
+            binding = ProgressReader(f"{out.rstrip('/')}/{run_id}").binding()
+            if binding.shadow_of is not None:  # it saw what another run has reported
+                continue
+            begun[run_id] = binding.started_at
             night_of(begun[run_id], zone)
         except (LeukoflowError, ValueError) as error:
             begun.pop(run_id, None)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import os
 import re
 import shlex
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, cast
@@ -18,19 +20,21 @@ from pydantic import ValidationError
 
 from leukoflow.codec import dumps, loads
 from leukoflow.config import RunConfig, explain
-from leukoflow.errors import ConfigError, RunConflictError, StorageError
+from leukoflow.errors import BundleError, ConfigError, RunConflictError, StorageError
 from leukoflow.ledger import Selection, read_selection
 from leukoflow.progress import RunBinding, now, read_manifest
 from leukoflow.records import PlanSummary, RunManifest, Source, SourceKind
 from leukoflow.sources import identify
 from leukoflow.storage import Storage
 from models.bundle import Bundle, load_bundle
+from models.registry import APPROVED, opened, reference
 from tasks.compact import expand_run
 from tasks.plan import plan, read_summary
 from tasks.tables import check_intent
 
 PATIENT_KEY = "LEUKOFLOW_PATIENT_KEY"
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_SHADOW_ID = re.compile(_RUN_ID.pattern + r"-shadow-[0-9a-f]{8}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,7 @@ class Run:
     source: Source
     summary: PlanSummary
     bundle: Bundle
+    bundle_uri: str  # where workers find it
     device: str
     binding: RunBinding
     finished: RunManifest | None
@@ -55,20 +60,39 @@ def open_run(config: RunConfig) -> Run:
     Raises SourceError (nothing usable there), RunConflictError (the id stands for something else), ConfigError,
     BundleError, StorageError.
     """
-    bundle = load_bundle(config.bundle)
-    device = resolve_device(config.device)
-    selection = read_selection(config.selection, config.run_id) if config.selection else None
+    with manifest_file(_wanted_manifest(config)) as manifest:
+        return _open(config, manifest)
+
+
+def _open(config: RunConfig, manifest: Path | _FetchedFile | None) -> Run:
+    out = Storage(config.out)
+    out.probe()
+    asked = reference(config.bundle)
+    bundle = None if asked else load_bundle(config.bundle)
+    device = resolve_device(config.device, config.cluster.address)
+    selection = read_selection(config.selection, config.shadow_of or config.run_id) if config.selection else None
     source = identify(config.source) if selection is None else selection.source(config.source)
     _apart(source, config.out)
-    if config.manifest and config.manifest_sha256 is None:
-        config = config.model_copy(update={"manifest_sha256": _file_digest(config.manifest)})
-    fingerprint = config.fingerprint(
-        source.identity, bundle.digest, device, config.manifest_sha256 or "", selection.digest if selection else ""
-    )
-    run_id = config.run_id or f"{stem(config.source)}-{fingerprint[:8]}"
-    if not _RUN_ID.fullmatch(run_id):
+    main = _accompanied(out, config, source)
+    if manifest is not None and config.manifest_sha256 is None:
+        config = config.model_copy(update={"manifest_sha256": _file_digest(manifest)})
+    manifest_digest = config.manifest_sha256 or "" if main is None else f"run {main.fingerprint}"
+    selection_digest = selection.digest if selection else ""
+
+    def name(digest: str) -> tuple[str, str]:
+        """Fingerprint and id of the run with the bundle of a digest."""
+        fingerprint = config.fingerprint(source.identity, digest, device, manifest_digest, selection_digest)
+        if config.run_id is not None:
+            return fingerprint, config.run_id
+        if config.shadow_of is not None:
+            return fingerprint, shadow_id(config.shadow_of, digest)
+        return fingerprint, f"{stem(config.source)}-{fingerprint[:8]}"
+
+    bundle_uri = config.bundle if bundle is not None else _registered(config, asked, out, lambda d: name(d)[1])
+    bundle = bundle or load_bundle(bundle_uri)
+    fingerprint, run_id = name(bundle.digest)
+    if not (_RUN_ID if config.shadow_of is None else _SHADOW_ID).fullmatch(run_id):
         raise ConfigError(f"run id {run_id!r} is not usable: letters, digits, '.', '_' and '-' only, at most 100")
-    out = Storage(config.out)
     storage = out.child(run_id)
     bound = _binding(storage)
     if bound is not None and bound.fingerprint != fingerprint:
@@ -80,7 +104,9 @@ def open_run(config: RunConfig) -> Run:
         raise ConfigError(f"--reuse {config.reuse}: there is no such run in {config.out}")
     if bound is not None:
         _check_plan(storage, bound)
-    summary = _frozen_plan(storage, config, source, selection)
+    if main is not None:
+        _take_plan(out.child(main.run_id), storage)
+    summary = _frozen_plan(storage, config, source, manifest, selection)
     if bound is None:
         bound = RunBinding(
             run_id=run_id,
@@ -89,44 +115,54 @@ def open_run(config: RunConfig) -> Run:
             members=summary.members,
             shards=summary.shards,
             shard_size=summary.shard_size,
-            bundle=config.bundle,
+            bundle=bundle_uri,
             bundle_digest=bundle.digest,
             device=device,
             started_at=now(),
-            command=resume_command(config, run_id),
+            command=resume_command(config, run_id, bundle_uri),
             plan_sha256=storage.digest("plan.parquet")[2],
             reuse=config.reuse,
-            settings=config.model_copy(update={"run_id": run_id}).model_dump_json(),
+            config=config.canonical(),
+            bundle_reference=asked,
+            shadow_of=config.shadow_of,
         )
         storage.create("run.json", dumps(bound))
     elif config.reuse and config.reuse != bound.reuse:
-        bound = replace(bound, reuse=config.reuse, command=resume_command(config, run_id))
+        bound = replace(bound, reuse=config.reuse, command=resume_command(config, run_id, bundle_uri))
         storage.write("run.json", dumps(bound))
     for group in ("masks.zarr", "features.zarr", "activations.zarr"):
         zarr.open_group(storage.zarr(group), mode="a")
     return Run(
-        config, run_id, storage.root, fingerprint, source, summary, bundle, device, bound, _finished(storage)
+        config, run_id, storage.root, fingerprint, source, summary, bundle, bundle_uri, device, bound,
+        _finished(storage),
     )  # fmt: skip
 
 
 def bound_config(binding: RunBinding) -> RunConfig:
     """The settings that a run was begun with. Raises ConfigError with the remedy for runs that did not keep them."""
-    if not binding.settings:
+    if not binding.config:
         raise ConfigError(f"run {binding.run_id} was begun by an older version; to take it up: {binding.command}")
     try:
-        return RunConfig.model_validate_json(binding.settings)
+        return RunConfig.model_validate_json(binding.config).model_copy(update={"run_id": binding.run_id})
     except ValidationError as error:
         raise ConfigError(f"run {binding.run_id}: {explain(error)}; to take it up: {binding.command}") from None
 
 
-def resume_command(config: RunConfig, run_id: str) -> str:
-    """The command that takes this run up again."""
+def shadow_id(main: str, digest: str) -> str:
+    """Id of the shadow run of run `main` with the bundle of a digest."""
+    return f"{main}-shadow-{digest[:8]}"
+
+
+def resume_command(config: RunConfig, run_id: str, bundle: str) -> str:
+    """The command that takes this run up again, with the bundle that it began with, wherever that was found."""
+    if config.shadow_of is not None:
+        return shlex.join(["leukoflow", "shadow", config.out, config.shadow_of, "--bundle", bundle])
     if config.selection:  # what the inbox held that night is in no other command
         return shlex.join(["leukoflow", "rerun", config.out, run_id])
     words = ["leukoflow", "run", config.source, "--out", config.out, "--run-id", run_id]
     for option, value, default in (
         ("--manifest", config.manifest, None),
-        ("--bundle", config.bundle, "pocket"),
+        ("--bundle", bundle, "pocket"),
         ("--reuse", config.reuse, None),
         ("--shard-size", config.shard_size, RunConfig.model_fields["shard_size"].default),
         ("--um-per-px", config.um_per_px, None),
@@ -138,13 +174,16 @@ def resume_command(config: RunConfig, run_id: str) -> str:
     return shlex.join(words)
 
 
-def resolve_device(device: str) -> str:
-    """`cpu` or `cuda`. Raises ConfigError when cuda is asked for and absent."""
+def resolve_device(device: str, cluster: str = "local") -> str:
+    """`cpu` or `cuda`. Raises ConfigError when cuda is asked for and absent.
+
+    `auto` looks at this machine; workers elsewhere may have GPUs that this one lacks, so `cuda` is taken at its word.
+    """
     import torch
 
     if device == "auto":
         return "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
+    if device == "cuda" and cluster == "local" and not torch.cuda.is_available():
         raise ConfigError("--device cuda: torch sees no GPU here; check `leukoflow doctor`, or use --device cpu")
     return device
 
@@ -178,6 +217,68 @@ def _binding(storage: Storage) -> RunBinding | None:
         return None
 
 
+def _registered(config: RunConfig, asked: str, out: Storage, run_id_of: Callable[[str], str]) -> str:
+    """Where the bundle is that the registry names; of a run that was begun, the one that it was begun with.
+
+    A run that is named keeps its bundle. Without a name, a run of the same source that an earlier approved bundle has
+    begun and not finished is taken up; else the approved bundle gives a run of its own.
+    """
+    registry = opened(config.bundles)
+
+    def begun(run_id: str) -> RunBinding | None:
+        bound = _binding(out.child(run_id))
+        return bound if bound is not None and bound.bundle_reference == asked else None
+
+    bound = begun(config.run_id) if config.run_id is not None else None
+    if bound is None:
+        found = registry.resolve(asked)
+        if asked == APPROVED and config.run_id is None and _binding(out.child(run_id_of(found.digest))) is None:
+            earlier = [b.digest for b in reversed(registry.ledger().bundles) if b.state == "retired"]
+            for run_id in map(run_id_of, earlier):
+                bound = begun(run_id)
+                if bound is not None and read_manifest(out.child(run_id)) is None:
+                    break
+                bound = None
+        if bound is None:
+            return registry.location(found.digest)
+    if not registry.holds(bound.bundle_digest):
+        raise BundleError(
+            f"run {bound.run_id} was begun with bundle {bound.bundle_digest[:12]}, which {registry.storage.root} does "
+            f"not hold any more: register that bundle again, or begin a run with another --run-id"
+        )
+    logging.getLogger("leukoflow").info(
+        "run %s keeps the bundle that it was begun with, %s", bound.run_id, bound.bundle_digest[:12]
+    )
+    return registry.location(bound.bundle_digest)
+
+
+def _accompanied(out: Storage, config: RunConfig, source: Source) -> RunBinding | None:
+    """The finished run that a shadow run accompanies; None for other runs. Raises ConfigError."""
+    if config.shadow_of is None:
+        return None
+    main = out.child(config.shadow_of)
+    bound, manifest = _binding(main), read_manifest(main)
+    if bound is None:
+        raise ConfigError(f"there is no run {config.shadow_of} in {config.out}")
+    check_intent(main)
+    if manifest is None:
+        raise ConfigError(f"run {config.shadow_of} is not finished; a shadow run comes after it")
+    if bound.shadow_of is not None:
+        raise ConfigError(f"run {config.shadow_of} is a shadow run itself; name {bound.shadow_of}")
+    if source.identity != manifest.source.identity:
+        raise ConfigError(
+            f"{source.uri} was changed since run {config.shadow_of}; a shadow run needs what that one saw"
+        )
+    return bound
+
+
+def _take_plan(main: Storage, storage: Storage) -> None:
+    """A shadow run has the plan of the run that it accompanies, patients and all, whatever became of its manifest."""
+    for key in ("missing.parquet", "plan.parquet"):
+        if not storage.exists(key) and main.exists(key):
+            storage.write(key, main.read(key))
+
+
 def _check_plan(storage: Storage, bound: RunBinding) -> None:
     """A plan that is gone is made anew from the same source; one that was altered would mix up members."""
     try:
@@ -191,14 +292,20 @@ def _check_plan(storage: Storage, bound: RunBinding) -> None:
         )
 
 
-def _frozen_plan(storage: Storage, config: RunConfig, source: Source, selection: Selection | None) -> PlanSummary:
+def _frozen_plan(
+    storage: Storage,
+    config: RunConfig,
+    source: Source,
+    manifest: Path | _FetchedFile | None,
+    selection: Selection | None,
+) -> PlanSummary:
     """The plan that exists, else a new one; it is published whole or not at all."""
     try:
         with storage.open("plan.parquet") as file:
             return read_summary(file)
     except FileNotFoundError:
         pass
-    if config.manifest and _file_digest(config.manifest) != config.manifest_sha256:
+    if manifest is not None and _file_digest(manifest) != config.manifest_sha256:
         raise ConfigError(
             f"{config.manifest} is another one than run {config.run_id} was begun with, and its plan is gone: put the "
             "former manifest back"
@@ -210,7 +317,7 @@ def _frozen_plan(storage: Storage, config: RunConfig, source: Source, selection:
             draft,
             shard_size=config.shard_size,
             um_per_px=config.um_per_px,
-            manifest=config.manifest,
+            manifest=manifest,
             meta_columns=config.meta_columns,
             patient_key=patient_key(),
             member_bytes=config.limits.max_member_mb << 20,
@@ -254,9 +361,53 @@ def _apart(source: Source, out: str) -> None:
         raise ConfigError(f"--out {out} lies inside the source {source.uri}; choose a place outside of it")
 
 
-def _file_digest(path: str) -> str:
+@dataclass(frozen=True, slots=True)
+class _FetchedFile(os.PathLike[str]):
+    """A copy on the local disk, which in messages bears the name that the user knows."""
+
+    local: str
+    uri: str
+
+    def __fspath__(self) -> str:
+        return self.local
+
+    def __str__(self) -> str:
+        return self.uri
+
+
+def _wanted_manifest(config: RunConfig) -> str | None:
+    """The manifest, but for a run that has its plan, or takes it from another one: all that it says is in there."""
+    if config.shadow_of is not None:
+        return None
+    begun = config.manifest_sha256 is not None and config.run_id is not None
+    if begun and Storage(config.out).child(str(config.run_id)).exists("plan.parquet"):
+        return None
+    return config.manifest
+
+
+@contextmanager
+def manifest_file(path: str | None) -> Iterator[Path | _FetchedFile | None]:
+    """The manifest as a local file, for as long as the block lasts. Raises ConfigError where it cannot be read."""
+    if path is None or not path.startswith("s3://"):
+        yield Path(path) if path else None
+        return
+    folder, _, name = path.rpartition("/")
+    with tempfile.TemporaryDirectory(prefix="leukoflow-manifest-") as scratch:
+        copy = Path(scratch) / "manifest"
+        try:
+            with copy.open("wb") as file:
+                for piece in Storage(folder).pieces(name):
+                    file.write(piece)
+        except FileNotFoundError:
+            raise ConfigError(f"--manifest {path} does not exist: check bucket, key and endpoint") from None
+        except StorageError as error:
+            raise ConfigError(f"--manifest {error}") from error
+        yield _FetchedFile(str(copy), path)
+
+
+def _file_digest(path: Path | _FetchedFile) -> str:
     try:
-        with Path(path).open("rb") as file:
+        with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
         raise ConfigError(f"--manifest {path} cannot be read: {error.strerror}") from None

@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -37,6 +38,7 @@ _EXAMPLES = 3
 _SHORTEST_PATIENT_ID = 4  # a shorter one is found inside keys by chance
 
 Sink: TypeAlias = str | Path | BinaryIO
+PathLike: TypeAlias = str | os.PathLike[str]
 
 log = logging.getLogger(__name__)
 
@@ -90,7 +92,7 @@ class Manifest:
         return row
 
 
-def read_manifest(path: str | Path, meta_columns: Sequence[str] = (), patient_key: bytes | None = None) -> Manifest:
+def read_manifest(path: PathLike, meta_columns: Sequence[str] = (), patient_key: bytes | None = None) -> Manifest:
     """Read a CSV (comma, semicolon or tab; UTF-8) or Parquet manifest; columns nobody asked for are dropped.
 
     Raises ConfigError naming the line or the keys where a key is absent or repeated, a scale is no positive number,
@@ -129,19 +131,19 @@ def pseudonym(patient_id: str, key: bytes) -> str:
     return "p_" + hmac.new(key, patient_id.encode(), hashlib.sha256).hexdigest()[:32]
 
 
-def _is_parquet(path: str | Path) -> bool:
+def _is_parquet(path: PathLike) -> bool:
     with open(path, "rb") as file:
         return file.read(4) == b"PAR1"
 
 
-def _csv_dialect(path: str | Path) -> pa_csv.ParseOptions:
+def _csv_dialect(path: PathLike) -> pa_csv.ParseOptions:
     with open(path, encoding="utf-8-sig", errors="replace") as file:
         header = file.readline()
     return pa_csv.ParseOptions(delimiter=max(",;\t", key=header.count), newlines_in_values=True)
 
 
 @contextmanager
-def _manifest_errors(path: str | Path) -> Iterator[None]:
+def _manifest_errors(path: PathLike) -> Iterator[None]:
     try:
         yield
     except OSError as error:
@@ -150,7 +152,7 @@ def _manifest_errors(path: str | Path) -> Iterator[None]:
         raise ConfigError(f"the manifest {path} is neither UTF-8 CSV nor Parquet: {error}") from error
 
 
-def _column_names(path: str | Path) -> list[str]:
+def _column_names(path: PathLike) -> list[str]:
     with _manifest_errors(path):
         if _is_parquet(path):
             return list(pq.read_schema(path).names)
@@ -158,7 +160,7 @@ def _column_names(path: str | Path) -> list[str]:
             return list(reader.schema.names)
 
 
-def _read_columns(path: str | Path, names: list[str]) -> pa.Table:
+def _read_columns(path: PathLike, names: list[str]) -> pa.Table:
     with _manifest_errors(path):
         if _is_parquet(path):
             table = pq.read_table(path, columns=names)
@@ -171,14 +173,14 @@ def _read_columns(path: str | Path, names: list[str]) -> pa.Table:
         return pa_csv.read_csv(path, parse_options=_csv_dialect(path), convert_options=options)
 
 
-def manifest_keys(path: str | Path) -> list[str]:
+def manifest_keys(path: PathLike) -> list[str]:
     """The images that a manifest names; what else it says is not looked at. Raises ConfigError."""
     if "image_key" not in _column_names(path):
         raise ConfigError(f"{path} has no column image_key: name the images in one")
     return list(_index(path, _read_columns(path, ["image_key"])["image_key"]))
 
 
-def _index(path: str | Path, keys: pa.ChunkedArray) -> dict[str, int]:
+def _index(path: PathLike, keys: pa.ChunkedArray) -> dict[str, int]:
     rows: dict[str, int] = {}
     for chunk in keys.chunks:
         base = len(rows)
@@ -195,7 +197,7 @@ def _index(path: str | Path, keys: pa.ChunkedArray) -> dict[str, int]:
     return rows
 
 
-def _scales(path: str | Path, values: pa.ChunkedArray) -> pa.ChunkedArray:
+def _scales(path: PathLike, values: pa.ChunkedArray) -> pa.ChunkedArray:
     try:
         if pa.types.is_string(values.type):
             values = pc.utf8_trim_whitespace(values)
@@ -238,7 +240,7 @@ def plan(
     *,
     shard_size: int,
     um_per_px: float | None = None,
-    manifest: str | Path | None = None,
+    manifest: PathLike | None = None,
     meta_columns: Sequence[str] = (),
     patient_key: bytes | None = None,
     member_bytes: int = DEFAULT_MEMBER_BYTES,

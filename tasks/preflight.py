@@ -9,7 +9,7 @@ import uuid
 
 import psutil
 
-from leukoflow.errors import PreflightError
+from leukoflow.errors import PreflightError, StorageError
 from leukoflow.storage import Storage
 from tasks.open_run import Run
 
@@ -43,14 +43,17 @@ def conditional_writes(storage: Storage) -> None:
     """Write access, and that a key can be created only once: the ground that exactly-once stands on."""
     key = f"_attempts/preflight-{uuid.uuid4().hex[:8]}"
     try:
+        storage.probe()
         first, second = storage.create(key, b"first"), storage.create(key, b"second")
         kept = storage.read(key)
+    except StorageError as error:
+        raise PreflightError(str(error)) from None
     except OSError as error:
         raise PreflightError(
             f"{storage.root} cannot be written: {os.strerror(error.errno) if error.errno else error}; check permissions"
         ) from None
     finally:
-        with contextlib.suppress(OSError):
+        with contextlib.suppress(OSError, StorageError):
             storage.delete(key)
     if not first or second or kept != b"first":
         raise PreflightError(

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import io
-import platform
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -15,20 +13,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
-from leukoflow.codec import dumps
+from leukoflow.codec import dumps, loads
 from leukoflow.errors import ReconciliationError
+from leukoflow.host import software
 from leukoflow.progress import now
-from leukoflow.records import CLASSES, Marker, PartRef, RunManifest, ShardReceipt, StageTiming, Status
+from leukoflow.records import CLASSES, Host, Marker, PartRef, RunManifest, ShardReceipt, StageTiming, Status
 from leukoflow.schema import DUPLICATES, SCHEMA_VERSION, SLIDES
 from leukoflow.storage import Storage
 from tasks.open_run import Run
 from tasks.plan import shards
 from tasks.shard import ACTIVATIONS, STAGES, open_plan, read_marker
 
-SOFTWARE = (
-    "leukoflow", "prefect", "dask", "distributed", "torch", "timm", "opencv-python-headless", "numpy", "zarr",
-    "pyarrow",
-)  # fmt: skip
 MALIGNANT = slice(1, 4)
 RANKED = (
     "image_key", "slide_id", "patient_id", "site", "status", "n_cells", "prob_benign", "prob_early", "prob_pre",
@@ -54,8 +49,13 @@ class _Slide:
     top: tuple[float, str] | None = None
 
 
-def publish(run: Run, startup_seconds: float, processing_seconds: float, processed: int) -> RunManifest:
-    """Writes slides, duplicates and manifest. Raises ReconciliationError unless every member has exactly one row."""
+def publish(
+    run: Run, startup_seconds: float, processing_seconds: float, processed: int, notes: tuple[str, ...] = ()
+) -> RunManifest:
+    """Writes slides, duplicates and manifest. Raises ReconciliationError unless every member has exactly one row.
+
+    `notes` are for people, beside those that the parts give rise to.
+    """
     storage = Storage(run.root)
     markers = list(_markers(run, storage))
     receipts = [m.receipt for m in markers if m.receipt is not None]
@@ -101,7 +101,7 @@ def publish(run: Run, startup_seconds: float, processing_seconds: float, process
         fingerprint=run.fingerprint,
         source=run.source,
         source_truncated=run.summary.truncated,
-        bundle=run.config.bundle,
+        bundle=run.binding.bundle,
         bundle_digest=run.bundle.digest,
         device=run.device,
         shard_size=run.summary.shard_size,
@@ -126,21 +126,14 @@ def publish(run: Run, startup_seconds: float, processing_seconds: float, process
         parts=parts,
         tables=tuple(tables),
         software=software(),
-        notes=_notes(run, parts),
+        notes=(*_notes(run, parts), *notes),
+        hosts=_hosts(storage),
+        config=run.config.canonical(),
+        bundle_reference=run.binding.bundle_reference,
+        shadow_of=run.binding.shadow_of,
     )
     storage.write("manifest.json", dumps(manifest))
     return manifest
-
-
-def software() -> tuple[tuple[str, str], ...]:
-    """Versions of what computed the run."""
-    found = [("python", platform.python_version())]
-    for name in SOFTWARE:
-        try:
-            found.append((name, importlib.metadata.version(name)))
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return tuple(found)
 
 
 def _markers(run: Run, storage: Storage) -> Iterator[Marker]:
@@ -163,6 +156,12 @@ def _parts(run: Run, storage: Storage) -> Iterator[PartRef]:
             if marker is None:
                 raise ReconciliationError(f"run {run.run_id}: stage {stage} of shard {shard.name} is not committed")
             yield marker.part
+
+
+def _hosts(storage: Storage) -> tuple[Host, ...]:
+    """The kinds of machines that have committed parts of this run, in all its sessions."""
+    names = storage.names("hosts")
+    return tuple(loads(Host, storage.read(f"hosts/{name}"), storage.uri(f"hosts/{name}")) for name in names)
 
 
 def _notes(run: Run, parts: Sequence[PartRef]) -> tuple[str, ...]:
@@ -214,7 +213,8 @@ def _read_tables(run: Run, storage: Storage) -> tuple[pa.Table, pa.Table, int]:
             hashes.append(array[:, 0])
             patients.append(array[:, 1])
     shared = _shared_hashes(hashes, patients)
-    return _slides_table(slides), _conflicts(run, storage, shared), rows
+    parts = (_read_part(storage, shard.name, CONFLICT_COLUMNS) for shard in shards(run.summary) if shared)
+    return _slides_table(slides), _conflicts(parts, shared), rows
 
 
 def hash_patient(patient_id: str) -> int:
@@ -236,12 +236,13 @@ def _shared_hashes(hashes: list[NDArray[np.uint64]], patients: list[NDArray[np.u
     return {int(v) for v in values[counts > 1]}
 
 
-def _conflicts(run: Run, storage: Storage, shared: set[int]) -> pa.Table:
+CONFLICT_COLUMNS = ("member_sha256", "image_key", "patient_id", "shard")
+
+
+def _conflicts(parts: Iterable[pa.Table], shared: set[int]) -> pa.Table:
     rows: list[dict[str, Any]] = []
-    if shared:
-        for shard in shards(run.summary):
-            part = _read_part(storage, shard.name, ["member_sha256", "image_key", "patient_id", "shard"])
-            rows += [r for r in part.to_pylist() if r["member_sha256"] and int(r["member_sha256"][:16], 16) in shared]
+    for part in parts:
+        rows += [r for r in part.to_pylist() if r["member_sha256"] and int(r["member_sha256"][:16], 16) in shared]
     return pa.Table.from_pylist(sorted(rows, key=lambda r: (r["member_sha256"], r["image_key"])), DUPLICATES)
 
 
@@ -266,6 +267,24 @@ def _count(slides: dict[str, _Slide], row: dict[str, Any]) -> None:
 def slide_of(slide_id: str | None, image_key: str) -> tuple[str, str]:
     """(grouping, slide) of an image: what the manifest says, else the folder it lies in."""
     return ("folder", image_key.rpartition("/")[0] or ".") if slide_id is None else ("manifest", slide_id)
+
+
+def find_conflicts(read: Callable[[Sequence[str]], Iterable[pa.Table]]) -> pa.Table:
+    """`duplicates.parquet` from the rows of `predictions/`, which `read` streams, given columns; it is called twice."""
+    hashes: list[NDArray[np.uint64]] = []
+    patients: list[NDArray[np.uint64]] = []
+    for piece in read(["member_sha256", "patient_id"]):
+        pairs = [
+            (int(row["member_sha256"][:16], 16), hash_patient(row["patient_id"]))
+            for row in piece.to_pylist()
+            if row["member_sha256"] and row["patient_id"]
+        ]
+        if pairs:
+            array = np.array(pairs, np.uint64)
+            hashes.append(array[:, 0])
+            patients.append(array[:, 1])
+    shared = _shared_hashes(hashes, patients)
+    return _conflicts(read(CONFLICT_COLUMNS) if shared else (), shared)
 
 
 def rank_slides(rows: Iterable[dict[str, Any]]) -> pa.Table:

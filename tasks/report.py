@@ -636,6 +636,9 @@ def _verdict(t: _Totals, finished: bool, progress: RunProgress) -> str:
             f"{_number(t.conflicts)} rows show identical images under different patients (duplicates.parquet): "
             "clear this mix-up before anything is acted upon."
         )
+    if progress.shadow_of is not None:
+        more.insert(0, f"<b>A shadow run of {_text(progress.shadow_of)}, not the night's result:</b> a candidate "
+                       "bundle saw what that run saw, and nobody may act upon this page.")  # fmt: skip
     if progress.failed_shards and not finished:
         more += [f"Shard {_text(shard)} failed: {_text(why, 400)}" for shard, why in progress.failed_shards[:10]]
     warnings = "".join(f'<p class="verdict warn">{line}</p>' for line in more)

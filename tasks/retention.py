@@ -25,6 +25,7 @@ class Candidate:
     last_activity: datetime | None
     reuse: str | None
     hindrance: str | None = None
+    shadow_of: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +48,19 @@ def decide(runs: Sequence[Candidate], keep_days: float, keep_last: int, moment: 
     """What is to become of every run, those that reuse others before these, else the oldest first.
 
     Kept are: what is in progress or cannot be read; what was active within `keep_days`; the `keep_last` finished runs
-    that ended last; and whatever a run that is kept takes over stages from.
+    that ended last; and whatever a run that is kept takes over stages from. A shadow run stays and goes with the run
+    that it accompanies: it is none of the last ones, and keeps that run only while it is in progress.
     """
-    finished = [r for r in runs if r.state == "finished" and r.last_activity is not None]
+    names = {run.run_id for run in runs}
+    shadows = {r.run_id: r.shadow_of for r in runs if r.shadow_of is not None and r.shadow_of in names}
+    finished = [r for r in runs if r.state == "finished" and r.last_activity is not None and r.shadow_of is None]
     last = {r.run_id for r in sorted(finished, key=lambda r: (r.last_activity, r.run_id), reverse=True)[:keep_last]}
     kept: dict[str, str] = {}
     for run in runs:
         if run.hindrance is not None:
             kept[run.run_id] = run.hindrance
+        elif run.run_id in shadows:
+            continue
         elif run.last_activity is None or _days(run, moment) < keep_days:
             kept[run.run_id] = f"active within {keep_days:g} days"
         elif run.run_id in last:
@@ -67,17 +73,26 @@ def decide(runs: Sequence[Candidate], keep_days: float, keep_last: int, moment: 
         if used is not None and used in reuse and used not in kept:
             kept[used] = f"run {user} reuses it"
             waiting.append(used)
+    for shadow, main in shadows.items():
+        if main in kept and shadow not in kept:
+            kept[shadow] = f"it accompanies run {main}, which stays"
     found = [
         Decision(
             run_id=run.run_id,
             delete=run.run_id not in kept,
-            why=kept.get(run.run_id, f"{run.state}, not active for {_days(run, moment):.0f} days"),
+            why=kept.get(run.run_id) or _why_not(run, shadows.get(run.run_id), moment),
             state=run.state,
             age_days=None if run.last_activity is None else _days(run, moment),
         )
         for run in sorted(runs, key=lambda r: (r.last_activity or moment, r.run_id))
     ]
     return tuple(sorted(found, key=lambda d: _depth(d.run_id, reuse)))
+
+
+def _why_not(run: Candidate, main: str | None, moment: datetime) -> str:
+    if main is not None:
+        return f"it accompanies run {main}, which goes"
+    return f"{run.state}, not active for {_days(run, moment):.0f} days"
 
 
 def _days(run: Candidate, moment: datetime) -> float:
@@ -120,6 +135,7 @@ def look(out: str, run_id: str) -> Candidate:
         last_activity=_moment(state),
         reuse=state.reuse,
         hindrance=_hindrance(storage, run_id, state),
+        shadow_of=state.shadow_of,
     )
 
 
@@ -188,6 +204,7 @@ def _delete(storage: Storage, decision: Decision) -> None:
             f"{storage.uri(run_id)} could not be deleted wholly ({', '.join(left)} stayed): check the permissions, "
             "then give the same command again"
         )
+    storage.abort_uploads(run_id)
     storage.delete(f"{run_id}/run.json")
     storage.delete(run_id)
     append(storage, "deleted", run_id, sha256)

@@ -16,7 +16,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from typing import Any
@@ -34,6 +35,7 @@ from leukoflow.codec import dumps, loads
 from leukoflow.config import LimitSettings
 from leukoflow.errors import AttemptError, ClusterError, ShardError, StorageError
 from leukoflow.geometry import field_geometry
+from leukoflow.host import this_host
 from leukoflow.method import FeatureSettings, SegmentSettings
 from leukoflow.records import (
     CLASSES,
@@ -78,6 +80,13 @@ ACTIVATIONS = "activations"
 STAGES = ("masks", "features", ACTIVATIONS, "predictions")
 REVISIONS = {"masks": 3, "features": 1, ACTIVATIONS: 1, "predictions": 1}
 """Raised when a stage's code changes what it writes; part of every content key."""
+
+ARRAYS = {
+    "masks.zarr": ("semantic", "cells", "to_source", "cell_table", "cell_offsets"),
+    "features.zarr": ("hybrid", "cells", "cell_offsets"),
+    "activations.zarr": ("maps",),
+}
+"""What a shard's group holds in each store."""
 
 ZARR_CHUNK, ZARR_SHARD = 10, 250
 
@@ -256,8 +265,9 @@ def commit(job: ShardJob, stage: str, key: str, roots: Sequence[str], receipt: S
     storage = Storage(job.root)
     prefix = attempt_prefix(job.shard, job.attempt)
     attempt = storage.child(prefix)
-    names = [name for root in roots for name in (attempt.files(root) if not root.endswith(".parquet") else [root])]
-    part = PartRef(stage, job.shard.name, job.attempt, key, tuple(attempt.digest(name) for name in names))
+    files = tuple(file for root in roots for file in digests_below(attempt, root))
+    part = PartRef(stage, job.shard.name, job.attempt, key, files)
+    _sign(job.root)
     marker = Marker(part, receipt)
     if storage.create(marker_key(stage, job.shard), dumps(marker)):
         storage.promote(prefix, part.files)
@@ -268,6 +278,37 @@ def commit(job: ShardJob, stage: str, key: str, roots: Sequence[str], receipt: S
             f"shard {job.shard.name}: the marker of stage {stage} does not match its files; it is redone"
         )
     return first
+
+
+@lru_cache(maxsize=32)
+def _sign(root: str) -> None:
+    """Leaves a note in the run of what machine commits here, once per process; alike machines leave the same one."""
+    note = dumps(this_host())
+    Storage(root).create(f"hosts/{hashlib.sha256(note).hexdigest()[:16]}.json", note)
+
+
+def digests_below(storage: Storage, root: str) -> list[tuple[str, int, str]]:
+    """(key, bytes, sha256) of one Parquet file, or of all files of a shard's Zarr group that was written just now.
+
+    An object store's listing may lag behind what was written, and a chunk that is left out would be read as zeros. So
+    there the keys follow from the arrays' metadata; a chunk that holds nothing but zeros is not written.
+    """
+    if root.endswith(".parquet"):
+        return [storage.digest(root)]
+    if storage.is_local:
+        return [storage.digest(key) for key in storage.files(root)]
+    group = zarr.open_group(storage.zarr(root, read_only=True), mode="r")
+    needed, chunks = {f"{root}/zarr.json"}, set()
+    for name in ARRAYS[root.split("/")[0]]:
+        array = array_of(group, name)
+        needed.add(f"{root}/{name}/zarr.json")
+        grid = [-(-n // c) for n, c in zip(array.shape, array.shards or array.chunks, strict=True)]
+        chunks |= {f"{root}/{name}/{array.metadata.encode_chunk_key(place)}" for place in np.ndindex(*grid)}
+    found = [storage.digest(key) for key in needed]
+    for key in chunks:
+        with suppress(FileNotFoundError):
+            found.append(storage.digest(key))
+    return sorted(found)
 
 
 def adopt_stages(job: ShardJob, other: Storage, keys: dict[str, str], done: dict[str, Marker]) -> dict[str, Marker]:
@@ -306,7 +347,7 @@ def _readout(bundle: str, digest: str, device: str) -> Readout:
 @lru_cache(maxsize=4)
 def opened_bundle(name: str, digest: str) -> Bundle:
     """The bundle, checked once per process. Raises ShardError when this machine has another one under the name."""
-    bundle = load_bundle(name)
+    bundle = load_bundle(name, digest)
     if bundle.digest != digest:
         raise ShardError(
             f"bundle {name} is {bundle.digest[:12]} on this worker, the run wants {digest[:12]}; install the same one"
@@ -400,6 +441,18 @@ def _guard(job: ShardJob, stage: str) -> Iterator[None]:
             yield
     finally:
         timer.cancel()
+        _sweep_up(job)
+
+
+def _sweep_up(job: ShardJob) -> None:
+    """Removes the attempt if the run is finished: the task of a flow that was killed may end after another one's."""
+    if job.only is not None:
+        return
+    storage = Storage(job.root)
+    with suppress(StorageError):
+        if storage.exists("manifest.json"):
+            storage.delete(attempt_prefix(job.shard, job.attempt))
+            storage.prune(f"_attempts/{job.shard.name}")
 
 
 # --- prepare ---------------------------------------------------------------------------------------------------------
@@ -622,7 +675,7 @@ def recall(job: ShardJob, block: Block, before: Trail | None = None) -> Segmente
         piece = offsets[rows.start : rows.stop + 1]
         table = CellTable(*(getattr(table, f.name)[piece[0] : piece[-1]] for f in fields(CellTable)))
         trail = Trail(facts, rows.stop, before.cells + len(table), before.timings + block.timings)
-        masks = zarr.open_group(Storage(job.root).zarr(f"masks.zarr/{job.shard.name}", read_only=True), mode="r")
+        masks = _stored(job.root, f"masks.zarr/{job.shard.name}")
         cells = np.asarray(array_of(masks, "cells")[rows], np.uint16)
         return Segmented(block, cells, table, piece - piece[0], trail)
 
@@ -660,15 +713,24 @@ def _write_masks(
 ) -> None:
     group = _attempt_group(job, "masks.zarr")
     side = semantic.shape[1:]
-    write_rows(group, "semantic", before.rows, semantic, (ZARR_CHUNK, *side), (ZARR_SHARD, *side))
-    write_rows(group, "cells", before.rows, cells, (ZARR_CHUNK, *side), (ZARR_SHARD, *side))
-    write_rows(group, "to_source", before.rows, block.to_source, (4096, 2, 3))
     rows = np.stack([getattr(table, f.name).astype(np.float32) for f in fields(CellTable)], axis=1)
-    write_rows(group, "cell_table", before.cells, rows, (4096, rows.shape[1]))
-    write_rows(group, "cell_offsets", before.rows, offsets + before.cells, (4096,))
+    write_arrays(
+        group,
+        ("semantic", before.rows, semantic, (ZARR_CHUNK, *side), (ZARR_SHARD, *side)),
+        ("cells", before.rows, cells, (ZARR_CHUNK, *side), (ZARR_SHARD, *side)),
+        ("to_source", before.rows, block.to_source, (4096, 2, 3)),
+        ("cell_table", before.cells, rows, (4096, rows.shape[1])),
+        ("cell_offsets", before.rows, offsets + before.cells, (4096,)),
+    )
     if not before.rows:
         group["semantic"].attrs["classes"] = {"0": "background", "1": "cytoplasm", "2": "nucleus"}
         group["cell_table"].attrs["columns"] = [f.name for f in fields(CellTable)]
+
+
+def write_arrays(group: zarr.Group, *arrays: Any) -> None:
+    """`write_rows` for several arrays at the same time, so that their waits for an object store are one wait."""
+    with ThreadPoolExecutor(len(arrays)) as pool:
+        list(pool.map(lambda words: write_rows(group, *words), arrays))
 
 
 def write_rows(
@@ -683,33 +745,43 @@ def write_rows(
 
     The place is explicit, so that a task which Dask runs a second time writes the same bytes and appends nothing.
     """
-    if name not in group:
-        group.create_array(
+    shape = (start + len(rows), *rows.shape[1:])
+    if (found := group.get(name)) is None:
+        found = group.create_array(
             name,
-            shape=(0, *rows.shape[1:]),
+            shape=shape,
             chunks=chunks,
             shards=shards,
             dtype=rows.dtype,
             compressors=ZstdCodec(level=1),
             fill_value=0,
         )
-    array = array_of(group, name)
-    array.resize((start + len(rows), *rows.shape[1:]))
+    array = _array(group, name, found)
+    if array.shape != shape:
+        array.resize(shape)
     if len(rows):
         array[start:] = rows
 
 
 def array_of(group: zarr.Group, name: str) -> zarr.Array[Any]:
     """An array of a group. Raises StorageError when it is absent."""
-    found = group.get(name)
+    return _array(group, name, group.get(name))
+
+
+def _array(group: zarr.Group, name: str, found: Any) -> zarr.Array[Any]:
     if not isinstance(found, zarr.Array):
         raise StorageError(f"{group.store_path} lacks the array {name}; rerun to have its shard done again")
     return found
 
 
 def _attempt_group(job: ShardJob, name: str) -> zarr.Group:
-    storage = Storage(job.root)
-    return zarr.open_group(storage.zarr(f"{attempt_prefix(job.shard, job.attempt)}/{name}/{job.shard.name}"), mode="a")
+    key = f"{attempt_prefix(job.shard, job.attempt)}/{name}/{job.shard.name}"
+    return zarr.open_group(Storage(job.root).zarr(key), mode="a", zarr_format=3)
+
+
+def _stored(root: str, key: str) -> zarr.Group:
+    """A committed group. Its format is given, or the store would be asked for the files of older formats, too."""
+    return zarr.open_group(Storage(root).zarr(key, read_only=True), mode="r", zarr_format=3)
 
 
 FACTS = pa.schema(
@@ -796,7 +868,7 @@ def read_facts(root: str, shard: Shard) -> list[Fact]:
 
 def read_cells(root: str, shard: Shard) -> tuple[CellTable, NDArray[np.int64]]:
     """The committed cell table of a shard, and the offsets of each tile's rows: int64 [tiles + 1]."""
-    group = zarr.open_group(Storage(root).zarr(f"masks.zarr/{shard.name}", read_only=True), mode="r")
+    group = _stored(root, f"masks.zarr/{shard.name}")
     rows = np.asarray(array_of(group, "cell_table")[:])
     empty = concatenate([])
     columns = {f.name: rows[:, i].astype(getattr(empty, f.name).dtype) for i, f in enumerate(fields(CellTable))}
@@ -832,9 +904,12 @@ def extract(job: ShardJob, segmented: Segmented, before: Trail | None = None) ->
         before = before or Trail()
         if job.only is None:
             group = _attempt_group(job, "features.zarr")
-            write_rows(group, "hybrid", before.rows, whole, (16, columns), (512, columns))
-            write_rows(group, "cells", before.cells, single, (64, columns), (4096, columns))
-            write_rows(group, "cell_offsets", before.rows, offsets + before.cells, (4096,))
+            write_arrays(
+                group,
+                ("hybrid", before.rows, whole, (16, columns), (512, columns)),
+                ("cells", before.cells, single, (64, columns), (4096, columns)),
+                ("cell_offsets", before.rows, offsets + before.cells, (4096,)),
+            )
             if not before.rows:
                 for name in ("hybrid", "cells"):
                     group[name].attrs["columns"] = [
@@ -932,7 +1007,7 @@ def classify(job: ShardJob, trail: Trail | None, resumed: tuple[str, ...] = ()) 
         classifier = _models(job.bundle, job.bundle_digest, job.device, "classifier")
         members, facts = members_of(job), read_facts(job.root, job.shard)
         table, _ = read_cells(job.root, job.shard)
-        group = zarr.open_group(Storage(job.root).zarr(f"features.zarr/{job.shard.name}", read_only=True), mode="r")
+        group = _stored(job.root, f"features.zarr/{job.shard.name}")
         offsets = np.asarray(array_of(group, "cell_offsets")[:], np.int64)
         diagnosis = diagnose(
             bundle,

@@ -25,8 +25,8 @@ _WINDOW = 256
 MERGED_STAGE = "predictions"
 """The stage whose parts are merged by compacting; they are Parquet and nothing else."""
 
-INTENT = "erase.json"
-"""Lies in a run while a patient is erased from it: the run is not to be repaired before that is finished."""
+INTENT = "amend.json"
+"""Lies in a run while a patient is erased from it or corrected in it: nobody repairs the run before that is done."""
 
 _PART_NAME = re.compile(r"part-[0-9]+(-[0-9]+)?\.parquet")
 
@@ -153,12 +153,12 @@ def in_order(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
 
 
 def check_intent(storage: Storage) -> None:
-    """Raises StorageError where erasing a patient was cut off: what is there is half old, half new."""
+    """Raises StorageError where erasing or correcting a patient was cut off: what is there is half old, half new."""
     if storage.exists(INTENT):
         out = storage.root.rpartition("/")[0]
         raise StorageError(
-            f"{storage.root}: erasing a patient is under way or was cut off; finish it with the same command, "
-            f"leukoflow erase {out} --patient ID (any patient's)"
+            f"{storage.root}: erasing or correcting a patient is under way or was cut off; finish it with the same "
+            f"command (any `leukoflow erase {out} ...` or `leukoflow correct {out} ...` does)"
         )
 
 

@@ -165,6 +165,8 @@ def check_binding(m: RunManifest, binding: RunBinding) -> Iterator[Finding]:
         ("shards", binding.shards, len(shard_counts(m))),
         ("bundle", binding.bundle, m.bundle),
         ("bundle_digest", binding.bundle_digest, m.bundle_digest),
+        ("bundle_reference", binding.bundle_reference, m.bundle_reference),
+        ("shadow_of", binding.shadow_of, m.shadow_of),
         ("device", binding.device, m.device),
         ("started_at", binding.started_at, m.started_at),
         ("plan_sha256", binding.plan_sha256, {key: sha for key, _, sha in m.tables}.get("plan.parquet")),

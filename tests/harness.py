@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -24,14 +25,14 @@ from PIL import Image
 from torch import nn
 
 from leukoflow.cluster import code_digest
-from leukoflow.config import load_config
+from leukoflow.config import RunConfig, load_config
 from leukoflow.storage import Storage
-from models.bundle import Bundle, random_bundle, save_bundle
+from models.bundle import Bundle, load_bundle, random_bundle, save_bundle, write_spec
 from tasks.open_run import Run, open_run
 from tasks.plan import shards
 from tasks.publish import publish
 from tasks.sample import write_sample
-from tasks.shard import ShardJob, classify, extract, prepare, segment
+from tasks.shard import ShardJob, adopt_stages, classify, extract, planned, prepare, segment, stage_keys
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_COLUMNS = ("run_id", "source_uri")
@@ -45,6 +46,14 @@ def small_bundle(path: Path, seed: int = 0) -> Bundle:
     """Random tiny networks behind the classical segmentation, so that there are real cells to count."""
     whole = random_bundle(path.with_name(path.name + "-unet"), seed, tiny=True)
     return save_bundle(path, whole.spec.model_copy(update={"unet": None}), _networks(whole), whole.statistics)
+
+
+def with_other_thresholds(bundle: Bundle, path: Path, temperature: float) -> Bundle:
+    """The same weights with another calibration: another digest, other confidences, made in no time."""
+    shutil.copytree(bundle.path, path)
+    calibration = bundle.spec.calibration.model_copy(update={"temperature": temperature})
+    write_spec(path, bundle.spec.model_copy(update={"calibration": calibration}))
+    return load_bundle(path)
 
 
 def with_other_classifier(bundle: Bundle, path: Path, seed: int) -> Bundle:
@@ -109,16 +118,27 @@ def write_folder(path: Path, members: dict[str, bytes]) -> Path:
 # --- runs without a cluster ------------------------------------------------------------------------------------------
 
 
-def screen_here(source: Path | str, out: Path | str, run_id: str, bundle: Bundle, **settings: Any) -> Run:
+def screen_here(source: Path | str, out: Path | str, run_id: str | None, bundle: Bundle | str, **settings: Any) -> Run:
     """A finished run, made by the functions that Dask runs, in this process and without Prefect."""
     chosen = {"shard_size": 16} | settings
-    run = open_run(load_config(source=str(source), out=str(out), run_id=run_id, bundle=str(bundle.path), **chosen))
+    named = bundle if isinstance(bundle, str) else str(bundle.path)
+    return finish_here(load_config(source=str(source), out=str(out), run_id=run_id, bundle=named, **chosen))
+
+
+def finish_here(config: RunConfig) -> Run:
+    """The same from a whole configuration; what `reuse` offers is taken over."""
+    run = open_run(config)
     for shard in shards(run.summary):
         job = ShardJob(
-            run.root, run.run_id, run.source, shard, "one", run.config.bundle, run.bundle.digest, run.device,
+            run.root, run.run_id, run.source, shard, "one", run.bundle_uri, run.bundle.digest, run.device,
             code_digest(), run.config.limits, run.config.meta_columns,
         )  # fmt: skip
-        classify(job, extract(job, segment(job, prepare(job, shard.first))))
+        done: dict[str, Any] = {}
+        if config.reuse is not None:
+            keys = stage_keys(run.bundle, planned(run.root, shard), run.device)
+            done = adopt_stages(job, Storage(config.out).child(config.reuse), keys, {})
+        features = None if "features" in done else extract(job, segment(job, prepare(job, shard.first)))
+        classify(job, features, tuple(done))
     publish(run, 1.0, 2.0, run.summary.members)
     Storage(run.root).delete("_attempts")
     return run

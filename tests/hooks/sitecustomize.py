@@ -1,7 +1,8 @@
 """Makes trouble on demand in every process that has this folder on its PYTHONPATH.
 
-`TEST_DELAY_SECONDS` slows each image down. An image whose top left pixel has one of these colours kills the decoding
-process, the worker while it normalises or extracts features, or takes for ever.
+`TEST_DELAY_SECONDS` slows each image down, or the number that the file `TEST_DELAY_FILE` holds at that moment. The
+wall clock is wrong by as many seconds as the file `TEST_CLOCK_FILE` says. An image whose top left pixel has one of
+these colours kills the decoding process, the worker while it normalises or extracts features, or takes for ever.
 """
 
 from __future__ import annotations
@@ -21,13 +22,25 @@ def _die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
+def _number(variable: str) -> float:
+    """The number in the file that the variable names, 0 without one."""
+    try:
+        with open(os.environ[variable]) as file:
+            return float(file.read() or 0)
+    except (KeyError, OSError, ValueError):
+        return 0.0
+
+
 def _normalize(module: Any) -> None:
     import numpy as np
 
     normalize = module.normalize
 
     def trapped(rgb: Any, settings: Any) -> Any:
-        time.sleep(float(os.environ.get("TEST_DELAY_SECONDS", "0")))
+        if "TEST_DELAY_FILE" in os.environ:
+            with open(os.environ["TEST_DELAY_FILE"] + ".seen", "w"):
+                pass  # its time says when an image was processed last
+        time.sleep(float(os.environ.get("TEST_DELAY_SECONDS", "0")) + _number("TEST_DELAY_FILE"))
         color = tuple(rgb[0, 0])
         if color == NORMALIZE:
             _die()
@@ -88,3 +101,14 @@ if _in_decoder():  # it runs as __main__, so its own functions cannot be replace
     Image.Image.load = _trapped  # type: ignore[method-assign]
 else:
     sys.meta_path.insert(0, _Finder())
+
+if "TEST_CLOCK_FILE" in os.environ:
+    _right, _asked, _wrong = time.time, 0.0, 0.0
+
+    def _time() -> float:
+        global _asked, _wrong
+        if abs(time.monotonic() - _asked) > 0.2:
+            _asked, _wrong = time.monotonic(), _number("TEST_CLOCK_FILE")
+        return _right() + _wrong
+
+    time.time = _time

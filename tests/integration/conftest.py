@@ -7,9 +7,10 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import boto3
 import pytest
+from faults import moto_server, s3_account
 from harness import small_bundle, smears, white, write_folder, write_tar, write_zip
-from moto.server import ThreadedMotoServer
 
 from leukoflow.progress import read_manifest
 from leukoflow.records import RunManifest
@@ -117,8 +118,21 @@ def manifest_of(root: Path | str) -> RunManifest:
 @pytest.fixture(scope="module")
 def endpoint() -> Iterator[str]:
     """A real S3 API over HTTP, on a free port of this machine."""
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+    with moto_server() as url:
+        yield url
+
+
+@pytest.fixture
+def account(endpoint: str) -> dict[str, str]:
+    """What the environment of everybody who talks to the store holds."""
+    return s3_account(endpoint)
+
+
+@pytest.fixture
+def client(account: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A client of its own for the store, past our code; this process and those it starts find the store as well."""
+    for name, value in account.items():
+        monkeypatch.setenv(name, value)
+    found = boto3.client("s3")
+    found.create_bucket(Bucket="lab")
+    return found

@@ -132,7 +132,10 @@ def test_a_cron_fires_the_night_and_the_next_one_finishes_what_was_killed(
         f'name = "ward"\ninbox = "inbox"\nout = "out"\n[arrival]\nsettle_seconds = 0\n'
         f'[run]\nbundle = "{bundle.path}"\nshard_size = 16\n[run.cluster]\nworkers = 1\n'
     )
-    prefect("deploy", "--prefect-file", str(FILE), "-n", "nightly", "--cron", "* * * * *", "--timezone", "UTC")
+    every_minute = FILE.read_text().replace('cron: "0 20 * * *"', 'cron: "* * * * *"')
+    assert every_minute.count("* * * * *") == 1
+    (tmp_path / "prefect.yaml").write_text(every_minute)
+    prefect("deploy", "--prefect-file", str(tmp_path / "prefect.yaml"), "-n", "nightly")
 
     def log() -> str:
         return (tmp_path / "worker.log").read_text(errors="replace")[-3000:]

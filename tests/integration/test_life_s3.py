@@ -6,40 +6,28 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pyarrow.parquet as pq
 import pytest
-from harness import digests, screen_here, write_zip
+from harness import digests, screen_here, with_other_thresholds, write_zip
 
-import leukoflow.storage
+from leukoflow.errors import BundleError
 from leukoflow.progress import read_manifest
 from leukoflow.storage import Storage
 from models.bundle import Bundle
+from models.registry import Registry
 from tasks.audit import verify_log
 from tasks.compact import compact_run
+from tasks.correct import correct_patient
 from tasks.diff import diff_runs
 from tasks.erase import erase_patient
 from tasks.open_run import open_run
 from tasks.plan import pseudonym
+from tasks.prune import prune
 from tasks.report import build_report
 from tasks.retention import retain
 from tasks.verify import finished_runs, verify_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
-
-
-@pytest.fixture
-def store(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    leukoflow.storage._s3.cache_clear()
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="lab")
-    yield client
-    leukoflow.storage._s3.cache_clear()
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +50,7 @@ def upload(local: Any, name: str) -> Storage:
     return storage
 
 
-def test_verify_finds_what_is_wrong_on_the_store(store: Any, local: Any) -> None:
+def test_verify_finds_what_is_wrong_on_the_store(client: Any, local: Any) -> None:
     storage = upload(local, "harmed")
     assert verify_run(storage.root).findings == ()
     key = "masks.zarr/00001/cell_offsets/zarr.json"
@@ -83,7 +71,7 @@ def test_verify_finds_what_is_wrong_on_the_store(store: Any, local: Any) -> None
 
 
 def test_compacting_on_the_store_survives_being_cut_off(
-    store: Any, local: Any, monkeypatch: pytest.MonkeyPatch
+    client: Any, local: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = upload(local, "night")
     before = read_manifest(storage)
@@ -126,7 +114,7 @@ def test_compacting_on_the_store_survives_being_cut_off(
             assert storage.read(f"{folder}/{name}") == (Path(local.root) / folder / name).read_bytes()
 
 
-def test_erasing_and_deleting_on_the_store(store: Any, local: Any) -> None:
+def test_erasing_and_deleting_on_the_store(client: Any, local: Any) -> None:
     out, mary = "s3://lab/life", pseudonym("mary", b"a key for tests")
     storage = Storage(f"{out}/night")
     for key in digests(Path(local.root)):
@@ -144,3 +132,48 @@ def test_erasing_and_deleting_on_the_store(store: Any, local: Any) -> None:
     log = verify_log(out)
     assert log is not None
     assert (log.entries, log.problems) == (4, ())
+
+
+def test_correcting_a_patient_on_the_store(client: Any, local: Any) -> None:
+    out = "s3://lab/corrected"
+    mary, ruth = (pseudonym(name, b"a key for tests") for name in ("mary", "ruth"))
+    storage = Storage(f"{out}/night")
+    for key in digests(Path(local.root)):
+        storage.write(key, (Path(local.root) / key).read_bytes())
+    compact_run(storage.root)
+    [done] = correct_patient(out, ruth, mary)
+    assert done.images == 10
+    assert verify_run(storage.root).findings == ()
+    assert correct_patient(out, ruth, mary) == ()
+    for name in ("predictions/part-00000-00002.parquet", "plan.parquet"):
+        with storage.open(name) as file:
+            patients = pq.ParquetFile(file).read()["patient_id"].to_pylist()
+        assert (patients.count(ruth), patients.count(mary)) == (10, 0)
+    log = verify_log(out)
+    assert log is not None
+    assert (log.entries, log.problems) == (2, ())
+
+
+def test_the_registry_on_the_store(
+    client: Any, local: Any, bundle: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("LEUKOFLOW_CACHE", str(tmp_path / "cache"))
+    registry = Registry("s3://lab/bundles")
+    other = with_other_thresholds(bundle, tmp_path / "other", 2.0)
+    for made, name in ((bundle, "first"), (other, "second")):
+        registry.register(made.path, "ana", name, without_metrics="a test")
+    registry.approve("first", "ana", "")
+    settings = {"bundle": "approved", "bundles": registry.storage.root, "out": "s3://lab/approved", "run_id": None}
+    config = local.config.model_copy(update=settings)
+    opened = open_run(config)
+    assert (opened.bundle.digest, opened.bundle_uri) == (bundle.digest, f"s3://lab/bundles/bundles/{bundle.digest}")
+    registry.approve("second", "ana", "")
+    assert open_run(config).bundle.digest == bundle.digest  # begun, so it keeps its bundle
+    assert open_run(config.model_copy(update={"run_id": "new"})).bundle.digest == other.digest
+    assert registry.rollback("ana", "").name == "first"
+    registry.storage.write(f"bundles/{other.digest}/classifier.safetensors", b"?")
+    with pytest.raises(BundleError, match="was altered; register it again"):
+        registry.approve("second", "ana", "")
+    registry.register(other.path, "ana", "second", without_metrics="a test")
+    registry.approve("second", "ana", "")
+    assert [v.remove for v in prune(registry, ["s3://lab/approved"], 0, "ana")] == [False, False]

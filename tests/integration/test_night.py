@@ -203,6 +203,35 @@ def test_at_its_deadline_a_run_hands_over_stops_and_is_finished_by_a_rerun(
     assert tables(root)["slides"] == tables(tmp_path / "whole")["slides"]
 
 
+def test_what_was_taken_and_deleted_has_rows_that_say_so(place: Place, fields: list[bytes]) -> None:
+    write_folder(place.inbox, {"slide-a/1.jpg": fields[0]})
+    site = load_site(place.file)
+    assert take(site, place.ledger, datetime(2026, 3, 1).date(), datetime.now(UTC).timestamp()) is not None
+    (place.inbox / "slide-a" / "1.jpg").unlink()
+    write_folder(place.inbox, {"slide-b/1.jpg": fields[1]})
+    assert place.night().name == "CompletedWithQuarantined"
+    (row,) = table(place.out / "ward-2026-03-01", "predictions").to_pylist()
+    assert (row["image_key"], row["reason"]) == ("slide-a/1.jpg", "gone: it was deleted since it was planned")
+    assert place.keys("ward-2026-03-01-2") == ["slide-b/1.jpg"]
+
+
+def test_after_its_deadline_a_site_that_stops_begins_nothing(
+    place: Place, fields: list[bytes], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from leukoflow.site import Site
+
+    write_folder(place.inbox, {"slide-a/1.jpg": fields[0]})
+    place.write('at_deadline = "stop"', 'deadline = "06:00"')
+    monkeypatch.setattr(Site, "next_deadline", lambda self, moment: moment)
+    state = place.night()
+    assert (state.is_failed(), state.name) == (True, "DeadlineMissed")
+    assert "not begun, since the deadline has passed" in state.message
+    assert not (place.out / "ward-2026-03-01").exists()
+    monkeypatch.undo()
+    assert place.night("2026-03-02").name == "Completed"
+    assert place.keys("ward-2026-03-01") == ["slide-a/1.jpg"]
+
+
 def test_retention_of_a_site(place: Place, fields: list[bytes]) -> None:
     from flows.retention import retention
 

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-import boto3
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zarr
 from harness import ROOT, arrays, start, table, until, write_zip
 
-import leukoflow.storage
 from leukoflow.errors import PreflightError
 from leukoflow.progress import read_manifest, read_progress
 from leukoflow.storage import Storage
@@ -21,26 +18,6 @@ from models.bundle import Bundle
 from tasks.preflight import conditional_writes
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
-
-
-@pytest.fixture
-def account(endpoint: str) -> dict[str, str]:
-    """What the environment of everybody who talks to the store holds."""
-    return {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }  # fmt: skip
-
-
-@pytest.fixture
-def client(account: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    for name, value in account.items():
-        monkeypatch.setenv(name, value)
-    leukoflow.storage._s3.cache_clear()
-    client = boto3.client("s3")
-    client.create_bucket(Bucket="lab")
-    yield client
-    leukoflow.storage._s3.cache_clear()
 
 
 def test_create_is_granted_once(client: Any) -> None:

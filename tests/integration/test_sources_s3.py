@@ -8,7 +8,6 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
-import boto3
 import pyarrow.parquet as pq
 import pytest
 
@@ -22,22 +21,16 @@ FILES = {f"fields/f{i:04}.jpg": bytes([i % 256]) * (100 + i) for i in range(60)}
 
 
 @pytest.fixture
-def client(endpoint: str, monkeypatch: pytest.MonkeyPatch) -> Any:
-    for name, value in {
-        "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test",
-        "AWS_DEFAULT_REGION": "us-east-1",
-    }.items():  # fmt: skip
-        monkeypatch.setenv(name, value)
-    client = boto3.client("s3")
+def smears(client: Any) -> Any:
     client.create_bucket(Bucket="smears")
     return client
 
 
-def test_prefix(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_prefix(smears: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("leukoflow.sources._S3_PAGE", 25)  # more than one page
     for name, data in {**FILES, "fields/": b"", "fields/Thumbs.db": b"litter"}.items():
-        client.put_object(Bucket="smears", Key=f"night/{name}", Body=data)
-    client.put_object(Bucket="smears", Key="night-2/other.jpg", Body=b"not ours")
+        smears.put_object(Bucket="smears", Key=f"night/{name}", Body=data)
+    smears.put_object(Bucket="smears", Key="night-2/other.jpg", Body=b"not ours")
     source = identify("s3://smears/night/")
     listing = Listing(source)
     members = list(listing)
@@ -46,8 +39,8 @@ def test_prefix(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert listing.ignored == 2
     with open_reader(source) as reader:
         assert all(reader.read(m) == FILES[m.image_key] for m in members[::10])
-        client.put_object(Bucket="smears", Key="night/fields/f0000.jpg", Body=b"another")
-        client.delete_object(Bucket="smears", Key="night/fields/f0001.jpg")
+        smears.put_object(Bucket="smears", Key="night/fields/f0000.jpg", Body=b"another")
+        smears.delete_object(Bucket="smears", Key="night/fields/f0001.jpg")
         with pytest.raises(MemberError, match="changed since"):
             reader.read(members[0])
         with pytest.raises(MemberError, match="gone"):
@@ -56,12 +49,12 @@ def test_prefix(client: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     assert identify("s3://smears/night").identity != source.identity
 
 
-def test_zip_object(client: Any, tmp_path: Path) -> None:
+def test_zip_object(smears: Any, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as archive:
         for name, data in FILES.items():
             archive.writestr(name, data)
-    client.put_object(Bucket="smears", Key="fields.zip", Body=buffer.getvalue())
+    smears.put_object(Bucket="smears", Key="fields.zip", Body=buffer.getvalue())
     source = identify("s3://smears/fields.zip")
     assert source.kind is SourceKind.ZIP
     summary = plan(source, tmp_path / "plan.parquet", shard_size=32)
@@ -70,19 +63,19 @@ def test_zip_object(client: Any, tmp_path: Path) -> None:
         for shard in shards(summary):
             for member in read_shard(file, shard.ordinal)[::5]:
                 assert reader.read(member) == FILES[member.image_key]
-    client.put_object(Bucket="smears", Key="fields.zip", Body=buffer.getvalue() + b" ")
+    smears.put_object(Bucket="smears", Key="fields.zip", Body=buffer.getvalue() + b" ")
     with pytest.raises(SourceError, match="has changed since"), open_reader(source):
         pass
 
 
-def test_compressed_tar_object(client: Any, tmp_path: Path) -> None:
+def test_compressed_tar_object(smears: Any, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
         for name, data in list(FILES.items())[:20]:
             info = tarfile.TarInfo(name)
             info.size = len(data)
             archive.addfile(info, io.BytesIO(data))
-    client.put_object(Bucket="smears", Key="fields.tgz", Body=buffer.getvalue())
+    smears.put_object(Bucket="smears", Key="fields.tgz", Body=buffer.getvalue())
     source = identify("s3://smears/fields.tgz")
     assert source.kind is SourceKind.COMPRESSED_TAR
     summary = plan(source, tmp_path / "plan.parquet", shard_size=8)
@@ -95,10 +88,10 @@ def test_compressed_tar_object(client: Any, tmp_path: Path) -> None:
     assert seen == dict(list(FILES.items())[:20])
 
 
-def test_what_is_not_there(client: Any) -> None:
+def test_what_is_not_there(smears: Any) -> None:
     for uri in ("s3://smears/nothing.zip", "s3://no-such-bucket/x", "s3://no-such-bucket"):
-        with pytest.raises(SourceError, match="does not exist"):
+        with pytest.raises(SourceError, match=r"s3://smears/nothing.zip does not|bucket no-such-bucket does not exist"):
             identify(uri)
-    client.create_bucket(Bucket="empty")
+    smears.create_bucket(Bucket="empty")
     with pytest.raises(SourceError, match="holds no files"):
         identify("s3://empty")

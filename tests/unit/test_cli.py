@@ -36,7 +36,7 @@ from leukoflow.storage import Storage
 
 COMMANDS = (
     "run", "status", "report", "verify", "diff", "compact", "retention", "erase", "doctor", "sample", "train",
-    "evaluate", "prefect", "version",
+    "evaluate", "prefect", "version", "bundles", "shadow", "rerun", "correct",
 )  # fmt: skip
 
 SUMMARY = PlanSummary(Source("smears.zip", SourceKind.ZIP, "1-2", 10), 100, 3, 0, None, 32, "d")

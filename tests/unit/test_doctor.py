@@ -75,6 +75,17 @@ def test_a_scheduler_is_looked_for_where_it_should_be() -> None:
         assert "tcp://HOST:8786" in check.remedy
 
 
+def test_workers_that_a_run_would_start_are_asked_for_where_that_works(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "takes jobs" in _only(check_cluster("slurm")).remedy
+    (tmp_path / "sbatch").touch(mode=0o755)
+    assert {kind: _only(check_cluster(kind)).verdict for kind in ("local", "slurm")} == {"local": "ok", "slurm": "ok"}
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert "leukoflow[kubernetes]" in _only(check_cluster("kubernetes")).remedy
+
+
 def test_storage_is_tried_and_left_as_it_was(tmp_path: Path) -> None:
     (tmp_path / "kept.txt").touch()
     checks = list(check_storage(str(tmp_path)))

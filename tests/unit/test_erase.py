@@ -18,9 +18,10 @@ from apps.cli import app
 from leukoflow.errors import ConfigError, StorageError
 from leukoflow.progress import read_manifest
 from leukoflow.storage import Storage
+from tasks.amend import patient_name, rows_of
 from tasks.audit import LOG, verify_log
 from tasks.compact import compact_run
-from tasks.erase import erase_patient, patient_name, rows_of
+from tasks.erase import erase_patient
 from tasks.open_run import Run, open_run
 from tasks.plan import pseudonym
 from tasks.shard import adopt_stages
@@ -60,7 +61,7 @@ def test_nothing_of_the_patient_stays_and_every_image_does(night: Run, copy: Pat
     assert holds(copy, [MARY, '"S0"']) == []
     assert not (copy / "report.html").exists()
     assert not (copy / "_attempts").exists()
-    assert not (copy / "erase.json").exists()
+    assert not (copy / "amend.json").exists()
 
     after = {name: table(copy, name, drop=()).to_pylist() for name in ("predictions", "cells", "slides")}
     for i, (old, new) in enumerate(zip(before["predictions"], after["predictions"], strict=True)):
@@ -185,7 +186,7 @@ def test_cut_off_anywhere_the_same_command_finishes(night: Run, copy: Path, tmp_
         crash_at(patch, 10**6)
         erase_patient(str(tmp_path / "count"), MARY)
     total, seen = len(log), set()
-    intent = next(i for i, line in enumerate(log) if line == "write erase.json")
+    intent = next(i for i, line in enumerate(log) if line == "write amend.json")
     steps = sorted({0, 1, 5, intent - 1, *range(intent, total)})
     for step in steps:
         out = tmp_path / str(step)
@@ -196,8 +197,8 @@ def test_cut_off_anywhere_the_same_command_finishes(night: Run, copy: Path, tmp_
             with contextlib.suppress(Crash):
                 erase_patient(str(out), MARY)
         root = out / "night"
-        seen.add((root / "erase.json").exists())
-        if (root / "erase.json").exists():
+        seen.add((root / "amend.json").exists())
+        if (root / "amend.json").exists():
             with pytest.raises(StorageError, match="was cut off; finish it with the same command"):
                 verify_run(str(root))
         else:

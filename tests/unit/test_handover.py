@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,7 +15,7 @@ import pytest
 
 import flows.deadline
 from leukoflow.config import RunConfig, UrgentSettings, load_config
-from leukoflow.errors import ConfigError
+from leukoflow.errors import ConfigError, DeadlineError, RunCancelledError
 from leukoflow.progress import RunProgress, read_progress
 from leukoflow.records import PlanSummary, Source, SourceKind
 from tasks.handover import Pace, hand_over, lateness
@@ -64,6 +65,43 @@ def test_a_late_run_is_warned_of_once_and_the_note_follows_the_rate(monkeypatch:
     assert len(warned) == 1
     watch.look(progress(900), NOON, 300.0)
     assert notes[-1] == ""
+
+
+@pytest.mark.parametrize(
+    ("at_deadline", "ahead", "stops"), [("stop", 0.05, True), ("continue", 0.05, False), ("stop", -5.0, False)]
+)
+def test_at_its_deadline_a_run_hands_over_and_stops_where_it_is_told_to(
+    copy: Path, night: Run, monkeypatch: pytest.MonkeyPatch, at_deadline: Any, ahead: float, stops: bool
+) -> None:
+    """A deadline that had passed when the session began was that of an earlier one: it stops nothing."""
+    monkeypatch.setattr(flows.deadline, "get_run_logger", lambda: SimpleNamespace(warning=lambda *_: None))
+    monkeypatch.setattr(flows.deadline, "create_markdown_artifact", lambda *_, **__: None)
+    (copy / "manifest.json").unlink()
+    deadline = datetime.now(UTC) + timedelta(seconds=ahead)
+    config = night.config.model_copy(update={"deadline": deadline, "at_deadline": at_deadline})
+    run = replace(night, root=str(copy), config=config)
+    stop, handed_over = threading.Event(), threading.Event()
+
+    def note(words: str) -> None:
+        if words.startswith("handed over"):
+            handed_over.set()
+
+    def body() -> None:
+        with flows.deadline.watching(run, stop, note):
+            assert handed_over.wait(30)
+            if stop.wait(30 if stops else 0.2):
+                raise RunCancelledError("drained")
+
+    if stops:
+        with pytest.raises(DeadlineError, match=r"has reached its deadline .* leukoflow run"):
+            body()
+    else:
+        body()
+        assert not stop.is_set()
+        with pytest.raises(RunCancelledError) as caught, flows.deadline.watching(run, stop, note):
+            raise RunCancelledError("somebody pressed Cancel")
+        assert not isinstance(caught.value, DeadlineError)
+    assert (copy / "partial" / "slides.parquet").exists()
 
 
 def test_what_is_done_is_handed_over_and_labelled(copy: Path, night: Run) -> None:

@@ -189,7 +189,9 @@ def test_a_claim_survives_whatever_happens_before_its_run(inbox: Inbox) -> None:
     selection = read_selection(ledger.uri(1), "ward-2026-03-01")
     assert [e.key for e in selection.entries()] == ["slide-a/1.jpg"]
     assert selection.digest == read_selection(inbox.ledger.uri(1), "ward-2026-03-01").digest
-    with pytest.raises(SourceError, match="none of the 1 files that were taken is there; is it mounted"):
+    assert selection.source(inbox.site.inbox).identity == selection.digest  # its rows will say that they are gone
+    (inbox.root / "scan.zip").unlink()
+    with pytest.raises(SourceError, match="is empty, and 1 files were taken from it; is it mounted"):
         selection.source(inbox.site.inbox)
     ledger.settle(ClaimOutcome(1, "2026-03-01", "now", (RunOutcome("ward-2026-03-01", 0, "done"),)))
     assert inbox.ledger.outcome(1) is not None

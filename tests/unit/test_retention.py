@@ -268,3 +268,23 @@ def test_the_command_is_one_line_where_it_cannot_be_done(tmp_path: Path) -> None
     assert (found.exit_code, len(found.stderr.splitlines())) == (1, 1)
     assert invoke("retention", str(tmp_path)).exit_code == 1
     assert invoke("retention", str(tmp_path), "--keep-days", "-1").exit_code == 1
+
+
+# --- shadow runs -----------------------------------------------------------------------------------------------------
+
+
+def test_a_shadow_run_stays_and_goes_with_its_run() -> None:
+    def shadow(name: str, days: float, state: str = "finished", **more: Any) -> Candidate:
+        return run(name, days, state, reuse="main", shadow_of="main", **more)
+
+    main, young = run("main", 40), shadow("young", 1)
+    assert gone([main, young]) == ["young", "main"]  # it does not keep an old run, and does not outlive it
+    assert gone([run("main", 5), shadow("old", 400)]) == []
+    assert gone([main, shadow("busy", 1, "running", hindrance="in progress")]) == []
+    found = {d.run_id: d.why for d in decide([run("main", 5), shadow("s", 400)], 30, 0, MOMENT)}
+    assert found["s"] == "it accompanies run main, which stays"
+    found = {d.run_id: d.why for d in decide([main, young], 30, 0, MOMENT)}
+    assert found["young"] == "it accompanies run main, which goes"
+    assert gone([main, run("next", 35), young], 30, 1) == ["young", "main"]  # and it is none of the last ones
+    assert gone([young], 30) == []
+    assert gone([shadow("left", 40)], 30) == ["left"]

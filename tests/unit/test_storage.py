@@ -161,3 +161,15 @@ def test_a_stamp_tells_a_new_file_from_the_old(storage: Storage) -> None:
     assert storage.stamp("plan.parquet") != before
     with pytest.raises(FileNotFoundError):
         storage.stamp("absent")
+
+
+def test_empty_folders_are_pruned_and_others_stay(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    storage.write("_attempts/00001/a/file", b"x")
+    storage.write("_attempts/00002/b/file", b"x")
+    storage.delete("_attempts/00001/a")
+    storage.prune("_attempts/00001")
+    assert storage.names("_attempts") == ["00002"]
+    storage.delete("_attempts/00002/b")
+    storage.prune("_attempts/00002")
+    assert not storage.exists("_attempts")

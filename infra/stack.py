@@ -463,9 +463,9 @@ class Stack:
         )
 
     def _sample(self, say: Callable[[str], None]) -> None:
-        """A night's archive in the inbox, on the first start."""
+        """A night's archive in the inbox, on the first start of a stack that was not restored from a backup."""
         sample = self.folder / "sample"
-        if not (sample / "smears.zip").is_file():
+        if not (sample / "smears.zip").is_file() and not any(self.results.iterdir()):
             say("a sample for the inbox")
             command = [LEUKOFLOW, "sample", str(sample), "--images", "32", "--seed", "7"]
             self.run(command, {})

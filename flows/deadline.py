@@ -114,7 +114,10 @@ class _Watch:
             )
 
     def reached(self, may_stop: bool) -> None:
-        """Hands over what is done, and stops the run where its settings say so."""
+        """Hands over what is done, and stops the run where its settings say so: first, so that no shard is begun."""
+        if may_stop and self.run.config.at_deadline == "stop":
+            self.stopped = True
+            self.stop.set()
         try:
             done = hand_over(self.run.root)
             words = f"handed over at the deadline ({self.words}): {done.done} of {done.members} images"
@@ -125,9 +128,6 @@ class _Watch:
         self._artifact(
             f"**Run {self.run.run_id} is unfinished.** {words}. Partial ranking and report: `{self.run.root}/{FOLDER}/`"
         )
-        if may_stop and self.run.config.at_deadline == "stop":
-            self.stopped = True
-            self.stop.set()
 
     def _artifact(self, text: str) -> None:
         try:

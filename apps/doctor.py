@@ -252,7 +252,7 @@ def _check_started(kind: str) -> Check:
 
 def check_storage(out: str) -> Iterator[Check]:
     """The destination takes writes, refuses to create a key twice, and has room."""
-    from leukoflow.storage import Storage
+    from leukoflow.storage import Storage, is_full
 
     storage = Storage(out)
     existed = not storage.is_local or Path(storage.root).exists()
@@ -263,7 +263,8 @@ def check_storage(out: str) -> Iterator[Check]:
         first, second = storage.create(key, b"1"), storage.create(key, b"2")
         intact = storage.read(key) == b"1"
     except LeukoflowError as error:
-        yield Check("storage", "fail", *_halves(str(error)))
+        found, words = _halves(str(error))
+        yield Check("storage", "fail", found, remedy if storage.is_local and not is_full(found) else words)
         return
     except OSError as error:
         yield Check("storage", "fail", f"{out}: {error}", remedy)

@@ -55,6 +55,11 @@ class _LogFile(logging.FileHandler):
     def handleError(self, record: logging.LogRecord) -> None:
         """Nothing: what fills the disk is told by those who need it."""
 
+    def close(self) -> None:
+        """Closes the file; what could not be written is lost."""
+        with suppress(OSError):
+            super().close()
+
 
 @contextmanager
 def run_log(root: str, run_id: str) -> Iterator[None]:

@@ -8,7 +8,7 @@ import re
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -54,6 +54,11 @@ class _LogFile(logging.FileHandler):
 
     def handleError(self, record: logging.LogRecord) -> None:
         """Nothing: what fills the disk is told by those who need it."""
+
+    def close(self) -> None:
+        """Closes the file; what could not be written is lost."""
+        with suppress(OSError):
+            super().close()
 
 
 @contextmanager

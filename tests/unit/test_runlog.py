@@ -7,7 +7,9 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from leukoflow.runlog import run_log
+import pytest
+
+from leukoflow.runlog import _LogFile, run_log
 from leukoflow.telemetry import TOPIC, WORKER_LOGGER, worker_messages
 
 
@@ -90,3 +92,11 @@ def test_loggers_are_left_as_they_were(tmp_path: Path) -> None:
     with run_log(str(tmp_path), "night"):
         assert state() != before
     assert state() == before
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="this system has no /dev/full")
+def test_a_full_disk_loses_lines_and_raises_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    handler = _LogFile("/dev/full")
+    handler.emit(logging.makeLogRecord({"msg": "short, so that closing finds it unwritten"}))
+    handler.close()
+    assert capsys.readouterr() == ("", "")

@@ -422,7 +422,7 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], stop: threadi
             f"the disk that holds {run.root} is full; {done} shards were finished in this session and stay. Make room "
             f"there, then take it up again: {run.binding.command}"
         )
-    if stop.is_set() and not exhausted:
+    if stop.is_set() and not exhausted and next(upcoming, None) is not None:
         raise RunCancelledError(
             f"run {run.run_id} was asked to stop and has drained; {done} shards were finished in this session. "
             f"To take it up again: {run.binding.command}"

@@ -247,8 +247,8 @@ class RunConfig(BaseSettings):
 
 _DECIDING_LIMITS = ("max_member_mb", "max_megapixels", "min_side_px")
 _DECIDING = (
-    "source", "run_id", "manifest", "manifest_sha256", "selection", "bundle", "reuse", "shard_size", "um_per_px",
-    "meta_columns", "device",
+    "source", "run_id", "manifest", "manifest_sha256", "selection", "bundle", "bundles", "reuse", "shadow_of",
+    "shard_size", "um_per_px", "meta_columns", "device",
 )  # fmt: skip
 _file: ContextVar[dict[str, Any] | None] = ContextVar("configuration file", default=None)
 

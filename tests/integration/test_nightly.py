@@ -67,8 +67,8 @@ def test_packing_changes_nothing(runs: dict[str, Path], kind: str) -> None:
 def test_a_run_leaves_what_the_data_format_says(runs: dict[str, Path]) -> None:
     root = runs["zip"]
     assert {p.name for p in root.iterdir()} == {
-        "activations.zarr", "cells", "drift.json", "features.zarr", "fields", "heartbeat.json", "logs", "manifest.json",
-        "markers", "masks.zarr", "plan.parquet", "predictions", "report.html", "run.json", "slides.parquet",
+        "activations.zarr", "cells", "drift.json", "features.zarr", "fields", "heartbeat.json", "hosts", "logs",
+        "manifest.json", "markers", "masks.zarr", "plan.parquet", "predictions", "report.html", "run.json", "slides.parquet",
     }  # fmt: skip
     for name, schema in (("predictions", PREDICTIONS), ("cells", CELLS)):
         for part in (root / name).iterdir():

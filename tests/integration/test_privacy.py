@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import sqlite3
 import struct
 import zipfile
@@ -156,16 +157,17 @@ def left(
         "nights.html": nights_page(gather(str(out))).encode(),
         "nights.json": nights_json(gather(str(out))),
     }
-    return out, elsewhere | prefect_text(tmp_path_factory.getbasetemp())
+    return out, elsewhere | prefect_text()
 
 
 def bundle_of(out: Path) -> str:
     return str(json.loads((out / "zip" / "run.json").read_text())["bundle"])
 
 
-def prefect_text(base: Path) -> dict[str, bytes]:
+def prefect_text() -> dict[str, bytes]:
     """Every value in the databases of the Prefect server: runs, parameters, states, logs, artifacts, events."""
-    (database,) = base.rglob("prefect.db")
+    home = Path(os.environ["PREFECT_HOME"])
+    database = home / "prefect.db"
 
     def complete() -> str:
         with sqlite3.connect(f"file:{database}?mode=ro", uri=True) as connection:
@@ -174,7 +176,7 @@ def prefect_text(base: Path) -> dict[str, bytes]:
         return text if sent and "leukoflow.run.quarantined-too-many" in text and "accounted for" in text else ""
 
     text = until(complete, 60, "Prefect has stored logs and events")
-    logs = {str(p.relative_to(base)): p.read_bytes() for p in database.parent.rglob("*.log")}
+    logs = {p.name: p.read_bytes() for p in home.rglob("*.log")}
     return logs | {"the Prefect database": text.encode()}
 
 

@@ -68,7 +68,8 @@ def test_a_run_leaves_what_the_data_format_says(runs: dict[str, Path]) -> None:
     root = runs["zip"]
     assert {p.name for p in root.iterdir()} == {
         "activations.zarr", "cells", "drift.json", "features.zarr", "fields", "heartbeat.json", "hosts", "logs",
-        "manifest.json", "markers", "masks.zarr", "plan.parquet", "predictions", "report.html", "run.json", "slides.parquet",
+        "manifest.json", "markers", "masks.zarr", "plan.parquet", "predictions", "report.html", "run.json",
+        "slides.parquet",
     }  # fmt: skip
     for name, schema in (("predictions", PREDICTIONS), ("cells", CELLS)):
         for part in (root / name).iterdir():

@@ -178,8 +178,12 @@ class Cluster:
                 self._news.wait(LOOK_SECONDS)
 
     def close(self) -> None:
-        """Ends the watch and the connection."""
+        """Ends the watch and the connection; whoever still waits for something is told so."""
         self._over.set()
+        if self._failure is None:
+            self._failure = ClusterError("the run has ended")
+        with self._news:
+            self._news.notify_all()
         if self._thread.ident is not None:
             self._thread.join(timeout=3 * ANSWER_SECONDS)
         with contextlib.suppress(Exception):  # nothing here may hide why the run ends

@@ -336,8 +336,14 @@ def failure(code: str, status: int) -> Answer:
 
 @contextmanager
 def moto_server() -> Iterator[str]:
-    """The address of an S3 API over HTTP, on a free port of this machine."""
+    """The address of an S3 API over HTTP, on a free port of this machine; an empty one.
+
+    All servers of a process share what they hold, so what earlier ones were given is forgotten first.
+    """
+    from moto.moto_api._internal.models import moto_api_backend
     from moto.server import ThreadedMotoServer
+
+    moto_api_backend.reset()
 
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # else a line for every request
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)

@@ -149,6 +149,7 @@ def test_a_second_time_changes_nothing(automations: dict[str, str]) -> None:
         client.resume_automation(paused.id)
 
 
+@pytest.mark.chaos  # waits on the server's own services, which have let it wait beyond a minute
 def test_a_failed_run_is_told_by_webhook_and_mail(automations: dict[str, str], told: Told, tmp_path: Path) -> None:
     process = start_flow("a run that fails", "fail", tmp_path / "log")
     process.wait(timeout=120)
@@ -160,6 +161,7 @@ def test_a_failed_run_is_told_by_webhook_and_mail(automations: dict[str, str], t
     assert "To: lab@example.org" in mail
 
 
+@pytest.mark.chaos
 def test_a_killed_process_is_noticed_and_its_run_crashed(
     automations: dict[str, str], told: Told, tmp_path: Path
 ) -> None:

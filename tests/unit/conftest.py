@@ -15,6 +15,16 @@ from tasks.open_run import Run
 KEY = "a key for tests"
 
 
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Some stages bind torch to one thread; runs record how many there were, so each test finds the same number."""
+    import torch
+
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="session")
 def small(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return small_bundle(tmp_path_factory.mktemp("bundles") / "small")

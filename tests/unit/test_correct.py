@@ -173,7 +173,7 @@ def test_cut_off_anywhere_any_such_command_finishes(copy: Path, tmp_path: Path, 
 
 def test_the_command(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", KEY.decode())
-    monkeypatch.setattr("apps.cli_bundles._use_configured_prefect", lambda debug: None)
+    monkeypatch.setattr("apps.cli_bundles.use_configured_prefect", lambda debug: None)
 
     def invoke(*arguments: str) -> Any:
         settings = {"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}

@@ -30,6 +30,13 @@ class Client:
         self.handlers[TOPIC]((0.0, told))
 
 
+@pytest.fixture(autouse=True)
+def _files_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the handlers that Prefect adds once it is imported: they want a flow run."""
+    for name in ("prefect.flow_runs", "prefect.task_runs"):
+        monkeypatch.setattr(logging.getLogger(name), "handlers", [])
+
+
 def logs(root: Path) -> tuple[str, list[dict[str, Any]]]:
     (plain,), (lines,) = (list((root / "logs").glob(f"*{ending}")) for ending in (".log", ".jsonl"))
     return plain.read_text(), [json.loads(line) for line in lines.read_text().splitlines()]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -274,4 +275,8 @@ def test_nothing_names_a_host_of_packages_or_a_password() -> None:
     for path in [*INFRA.rglob("*"), ROOT / "deployments/automations.yaml"]:
         if path.is_file() and path.suffix not in (".pyc", ".json"):
             text = path.read_text(encoding="utf-8")
+            images = re.findall(
+                r"(?:^FROM|image:)\s+([^\s/]+)/", text, re.MULTILINE
+            )  # a first part with a dot is a host
+            assert not [first for first in images if "." in first or ":" in first], path
             assert "index-url" not in text, path

@@ -64,6 +64,7 @@ def test_the_verbs_of_storage(client: Any) -> None:
     assert not storage.exists("parts/a.bin")
 
 
+@pytest.mark.chaos
 def test_a_run_on_the_store(
     client: Any,
     account: dict[str, str],

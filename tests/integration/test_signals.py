@@ -90,6 +90,7 @@ def test_sigterm_drains(
     assert_resumes(screen, archive, tmp_path / "long", undisturbed)
 
 
+@pytest.mark.chaos  # as SIGTERM, by another key
 def test_ctrl_c_drains(
     launch: Launch, server: str, screen: Any, archive: Path, undisturbed: Path, tmp_path: Path
 ) -> None:

@@ -280,7 +280,7 @@ def _free_place(home: Path, only_first: bool) -> tuple[Path, int]:
 def _start_in(home: Path, lock: int, keep: bool) -> LocalServer:
     (home / _STATE).unlink(missing_ok=True)
     deadline = time.monotonic() + STARTUP_SECONDS
-    port = _free_port(_PREFERRED_PORT)
+    port = free_port(_PREFERRED_PORT)
     for attempt in (1, 2, 3):
         url = f"http://127.0.0.1:{port}/api"
         process = _spawn(home, lock, port, keep)
@@ -299,7 +299,7 @@ def _start_in(home: Path, lock: int, keep: bool) -> LocalServer:
             raise PrefectServerError(_failure(home, f"did not answer within {STARTUP_SECONDS:.0f} s"))
         if "already in use" not in _tail(home) or attempt == 3:
             break
-        port = _free_port(0)  # somebody took the port in between
+        port = free_port(0)  # somebody took the port in between
     raise PrefectServerError(_failure(home, f"ended at once with status {process.returncode}"))
 
 
@@ -334,7 +334,8 @@ def _spawn(home: Path, lock: int, port: int, keep: bool) -> subprocess.Popen[byt
         )
 
 
-def _free_port(preferred: int) -> int:
+def free_port(preferred: int) -> int:
+    """`preferred` if nobody listens there on the loopback address, else any free one."""
     for port in (preferred, 0):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

@@ -10,7 +10,6 @@ import json
 import os
 import pwd
 import signal
-import socket
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -129,19 +128,6 @@ def end(processes: Sequence[psutil.Process], seconds: float) -> None:
         except psutil.Error:
             continue
     psutil.wait_procs(left, timeout=10)
-
-
-def free_port(preferred: int) -> int:
-    """`preferred` if nobody listens there on the loopback address, else any free one."""
-    for port in (preferred, 0):
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError:
-                continue
-            return int(probe.getsockname()[1])
-    raise StackError("no free TCP port on 127.0.0.1: is the loopback interface up?")
 
 
 def wait_until(ready: Callable[[], bool], seconds: float, alive: Callable[[], bool]) -> bool:

@@ -26,9 +26,10 @@ from typing import Any
 
 import psutil
 
+from apps.prefect_server import free_port
 from infra.backup import create, put_back
 from infra.postgres import Postgres, find_binaries
-from infra.processes import MARK, STEP, Processes, StackError, end, free_port, unprivileged_user, wait_until
+from infra.processes import MARK, STEP, Processes, StackError, end, unprivileged_user, wait_until
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "/prefect"

@@ -18,7 +18,7 @@ import pytest
 from aiosmtpd.controller import Controller
 from harness import ROOT, until
 
-from infra.processes import free_port
+from apps.prefect_server import free_port
 from leukoflow.errors import ConfigError
 
 pytestmark = [

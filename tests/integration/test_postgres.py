@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 from harness import until
 
+from apps.prefect_server import free_port
 from infra.postgres import Binaries, Postgres, _candidates, dump, find_binaries, restore
-from infra.processes import Processes, StackError, free_port, unprivileged_user
+from infra.processes import Processes, StackError, unprivileged_user
 
 pytestmark = pytest.mark.integration
 

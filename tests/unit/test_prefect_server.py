@@ -175,7 +175,7 @@ def test_a_stranger_that_took_the_port_is_not_taken_for_the_own_server(
     monkeypatch.setenv("PYTHONPATH", str(tmp_path / "bin"))
     taken = int(healthy_url.split(":")[2].split("/")[0])
     asked: list[int] = []
-    monkeypatch.setattr(prefect_server, "_free_port", lambda preferred: asked.append(preferred) or taken)
+    monkeypatch.setattr(prefect_server, "free_port", lambda preferred: asked.append(preferred) or taken)
     with pytest.raises(PrefectServerError, match="already in use"):
         start_server(keep=False, home=tmp_path / "another-home")
     assert asked == [4200, 0, 0]  # it tries other ports before it gives up

@@ -16,8 +16,9 @@ import psutil
 import pytest
 from harness import until
 
+from apps.prefect_server import free_port
 from infra import backup, stack
-from infra.processes import MARK, STEP, Processes, StackError, free_port
+from infra.processes import MARK, STEP, Processes, StackError
 from infra.stack import Stack, read_env_file, write_private
 
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]

@@ -35,6 +35,7 @@ from s3fs import S3FileSystem, core
 from zarr.storage import FsspecStore
 
 from leukoflow.errors import LeukoflowError, StorageError
+from leukoflow.reading import GuardedReader
 
 ADDRESSING = "LEUKOFLOW_S3_ADDRESSING_STYLE"
 ATTEMPTS = 6
@@ -289,33 +290,9 @@ def _prober(whose: tuple[tuple[str, str], ...]) -> Any:
 # ---------------------------------------------------------------- files
 
 
-class StoreReader:
+def guarded(file: Any, uri: str) -> GuardedReader:
     """A file on a store, opened for reading, whose errors come as StorageError."""
-
-    def __init__(self, file: Any, uri: str) -> None:
-        self._file = file
-        self._uri = uri
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def read(self, count: int = -1) -> bytes:
-        """Up to `count` bytes; fewer only at the end."""
-        with store_errors(self._uri):
-            return cast(bytes, self._file.read(count))
-
-    def readinto(self, buffer: Any) -> int:
-        """As of any binary file."""
-        view = memoryview(buffer).cast("B")
-        data = self.read(view.nbytes)
-        view[: len(data)] = data
-        return len(data)
+    return GuardedReader(file, lambda: store_errors(uri))
 
 
 class StoreWriter:

@@ -17,10 +17,11 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Any, BinaryIO, Protocol, Self, cast
+from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import unquote_to_bytes
 
 from leukoflow.errors import MemberError, SourceError, StorageError
+from leukoflow.reading import GuardedReader
 from leukoflow.records import Member, Shard, Source, SourceKind
 from leukoflow.tarlist import BLOCK, ByteStream, CompressedStream, PlainStream, TarWalk, is_header
 from leukoflow.ziplist import ZipWalk, find_directory, read_entry
@@ -183,7 +184,7 @@ def _s3_identity(info: dict[str, Any]) -> str:
 
 def _s3_file(filesystem: Any, uri: str) -> Any:
     """A reader that fails when the object is replaced while it is read."""
-    return _objects().StoreReader(
+    return _objects().guarded(
         filesystem.open(uri, "rb", block_size=_S3_BLOCK, cache_type="readahead"), uri
     )  # fmt: skip
 
@@ -219,7 +220,7 @@ def _open(source: Source) -> Iterator[BinaryIO]:
             raise SourceError(f"{source.uri} has gone since it was planned: put it back or start a new run") from None
     else:
         try:
-            file = _LocalFile(open(source.uri, "rb"), source.uri)  # noqa: SIM115 - closed below
+            file = GuardedReader(open(source.uri, "rb"), lambda: _local_errors(source.uri))  # noqa: SIM115 - closed below
         except OSError as error:
             raise SourceError(f"{source.uri} cannot be read: {error.strerror}") from error
         identity = _file_identity(os.fstat(file.fileno()))
@@ -229,30 +230,13 @@ def _open(source: Source) -> Iterator[BinaryIO]:
         yield cast(BinaryIO, file)
 
 
-class _LocalFile:
-    """A local archive whose failures to be read are told from damage: a retry may mend them."""
-
-    def __init__(self, file: BinaryIO, path: str) -> None:
-        self._file = file
-        self._path = path
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._file.close()
-
-    def read(self, count: int = -1) -> bytes:
-        """Up to `count` bytes."""
-        try:
-            return self._file.read(count)
-        except OSError as error:
-            raise StorageError(
-                f"{self._path} cannot be read at the moment ({error.strerror}); a retry may help"
-            ) from error
+@contextmanager
+def _local_errors(path: str) -> Iterator[None]:
+    """A local archive that cannot be read is told from a damaged one: a retry may mend it."""
+    try:
+        yield
+    except OSError as error:
+        raise StorageError(f"{path} cannot be read at the moment ({error.strerror}); a retry may help") from error
 
 
 def _stream(source: Source, file: BinaryIO) -> ByteStream:

@@ -107,7 +107,7 @@ class Storage:
         if self.is_local:
             return Path(self.uri(key)).open("rb")
         with self._errors(key):
-            return cast(BinaryIO, _objects().StoreReader(self.fs.open(self.uri(key), "rb"), self.uri(key)))
+            return cast(BinaryIO, _objects().guarded(self.fs.open(self.uri(key), "rb"), self.uri(key)))
 
     def writer(self, key: str) -> BinaryIO:
         """A writer for scratch, published when it is closed; a block that fails leaves nothing on an object store."""

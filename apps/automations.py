@@ -160,8 +160,8 @@ def _core(path: Path, table: Mapping[str, Any], ids: Mapping[str, str]) -> Autom
 
 
 def _comparable(automation: AutomationCore) -> dict[str, Any]:
-    fields = set(AutomationCore.model_fields)
-    return automation.model_dump(mode="json", include=fields, exclude_unset=False)
+    # As Python objects: in JSON the events of a trigger, which are a set, would be lists in any order.
+    return automation.model_dump(include=set(AutomationCore.model_fields))
 
 
 def _filled(value: Any, environment: Mapping[str, str]) -> Any:

@@ -1,7 +1,8 @@
 """How a run grows with its workers, how well it hides a slow object store, and whether a GPU is kept fed.
 
     python benchmarks/bench_scaling.py workers [--members 384]   two workers against one, as plain processes do it
-    python benchmarks/bench_scaling.py storage [--members 256]   four workers, S3 with and without latency per request
+    python benchmarks/bench_scaling.py storage [--members 1024 --shard-size 128]   four workers, S3 with and without
+                                                                 latency per request
     python benchmarks/bench_scaling.py pipeline [--members 256]  one worker that offers a GPU, one that prepares for it
 
 The source is LEUKOFLOW_DATA/all_fields.zip, its first members; drawn smears where it is absent. Everything that is
@@ -123,7 +124,7 @@ def store(milliseconds: float) -> Iterator[tuple[str, str]]:
     server.stop()
 
 
-def storage(source: Path, bundle: str, count: int, milliseconds: float, again: bool) -> None:
+def storage(source: Path, bundle: str, size: int, count: int, milliseconds: float, again: bool) -> None:
     """Prints how much longer a run takes when each request to the store takes longer."""
     import boto3
 
@@ -136,7 +137,7 @@ def storage(source: Path, bundle: str, count: int, milliseconds: float, again: b
 
         def run(name: str, address: str) -> float:
             command = [sys.executable, "-m", "apps.cli", "run", "s3://lab/in/fields.zip", "--out", "s3://lab/out"]
-            command += ["--run-id", name, "--bundle", bundle, "--workers", str(count), "--shard-size", str(SIZE)]
+            command += ["--run-id", name, "--bundle", bundle, "--workers", str(count), "--shard-size", str(size)]
             words = os.environ | {"AWS_ENDPOINT_URL": address}
             done = subprocess.run(command, env=words, check=False, capture_output=True, text=True)
             os.environ["AWS_ENDPOINT_URL"] = near
@@ -155,7 +156,7 @@ def storage(source: Path, bundle: str, count: int, milliseconds: float, again: b
         if again:
             quick.append(run("near-again", near))
         ratio = slow / (sum(quick) / len(quick))
-        print(f"{count} workers, {milliseconds:.0f} ms a request: {ratio:.3f} of the time without")
+        print(f"{count} workers, shards of {size}, {milliseconds:.0f} ms a request: {ratio:.3f} of the time without")
 
 
 # --- a GPU that is kept fed ------------------------------------------------------------------------------------------
@@ -234,6 +235,7 @@ def main() -> None:
     parser.add_argument("--members", type=int, default=256)
     parser.add_argument("--bundle", default="pocket")
     parser.add_argument("--workers", type=int, default=4, help="of the runs on the object store")
+    parser.add_argument("--shard-size", type=int, default=SIZE, help="of the runs on the object store")
     parser.add_argument("--milliseconds", type=float, default=50.0, help="added to each request")
     parser.add_argument("--once", action="store_true", help="leave out the second run without latency")
     options = parser.parse_args()
@@ -242,7 +244,7 @@ def main() -> None:
         if options.what == "workers":
             workers(source, options.members, options.bundle)
         elif options.what == "storage":
-            storage(source, options.bundle, options.workers, options.milliseconds, not options.once)
+            storage(source, options.bundle, options.shard_size, options.workers, options.milliseconds, not options.once)
         else:
             pipeline(source, options.bundle, Path(scratch))
 

@@ -6,6 +6,7 @@ Importing this module takes a second, so `storage` and `sources` do it only wher
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import os
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
@@ -393,20 +394,39 @@ def run(store: ObjectStore, function: Callable[..., Any], *args: Any) -> Any:
 def read(store: ObjectStore, bucket: str, key: str, **conditions: Any) -> bytes:
     """A whole object. Connections that break off in the middle of it are made anew."""
 
-    async def fetch() -> bytes:
-        for left in reversed(range(ROUNDS)):
-            answer = await store._call_s3("get_object", Bucket=bucket, Key=key, **conditions)
-            try:
-                async with answer["Body"] as body:
-                    return cast(bytes, await body.read())
-            except Exception as error:
-                broken = isinstance(error, HTTPClientError | TimeoutError | ConnectionError)
-                if not left or not (broken or "aiohttp" in type(error).__module__):
-                    raise
-                await asyncio.sleep(0.2)
-        raise AssertionError
+    async def whole(body: Any) -> bytes:
+        return cast(bytes, await body.read())
 
-    return cast(bytes, run(store, fetch))
+    return cast(bytes, run(store, _fetch, store, bucket, key, whole, conditions))
+
+
+def digest(store: ObjectStore, bucket: str, key: str, piece: int) -> tuple[int, str]:
+    """Bytes and SHA-256 of an object, which passes through in pieces of so many bytes, asked for once."""
+
+    async def passing(body: Any) -> tuple[int, str]:
+        found, size = hashlib.sha256(), 0
+        while data := await body.read(piece):
+            found.update(data)
+            size += len(data)
+        return size, found.hexdigest()
+
+    return cast("tuple[int, str]", run(store, _fetch, store, bucket, key, passing, {}))
+
+
+async def _fetch(
+    store: ObjectStore, bucket: str, key: str, take: Callable[..., Any], conditions: dict[str, Any]
+) -> Any:
+    for left in reversed(range(ROUNDS)):
+        answer = await store._call_s3("get_object", Bucket=bucket, Key=key, **conditions)
+        try:
+            async with answer["Body"] as body:
+                return await take(body)
+        except Exception as error:
+            broken = isinstance(error, HTTPClientError | TimeoutError | ConnectionError)
+            if not left or not (broken or "aiohttp" in type(error).__module__):
+                raise
+            await asyncio.sleep(0.2)
+    raise AssertionError
 
 
 def create(store: ObjectStore, bucket: str, key: str, data: bytes) -> bool:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, fields, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -265,7 +265,8 @@ def commit(job: ShardJob, stage: str, key: str, roots: Sequence[str], receipt: S
     storage = Storage(job.root)
     prefix = attempt_prefix(job.shard, job.attempt)
     attempt = storage.child(prefix)
-    files = tuple(file for root in roots for file in digests_below(attempt, root))
+    with ThreadPoolExecutor(len(roots)) as pool:
+        files = tuple(file for found in pool.map(partial(digests_below, attempt), roots) for file in found)
     part = PartRef(stage, job.shard.name, job.attempt, key, files)
     _sign(job.root)
     marker = Marker(part, receipt)
@@ -297,14 +298,16 @@ def digests_below(storage: Storage, root: str) -> list[tuple[str, int, str]]:
         return [storage.digest(root)]
     if storage.is_local:
         return [storage.digest(key) for key in storage.files(root)]
-    group = zarr.open_group(storage.zarr(root, read_only=True), mode="r")
+    group = zarr.open_group(storage.zarr(root, read_only=True), mode="r", zarr_format=3)
     needed, chunks = {f"{root}/zarr.json"}, set()
-    for name in ARRAYS[root.split("/")[0]]:
-        array = array_of(group, name)
+    for name, array in _arrays_of(group, ARRAYS[root.split("/")[0]]):
         needed.add(f"{root}/{name}/zarr.json")
         grid = [-(-n // c) for n, c in zip(array.shape, array.shards or array.chunks, strict=True)]
         chunks |= {f"{root}/{name}/{array.metadata.encode_chunk_key(place)}" for place in np.ndindex(*grid)}
-    return sorted([*storage.digests(needed), *storage.digests(chunks, absent=True)])
+    found = sorted(storage.digests(needed | chunks, absent=True))
+    if lost := needed - {key for key, _, _ in found}:
+        raise FileNotFoundError(storage.uri(min(lost)))
+    return found
 
 
 def adopt_stages(job: ShardJob, other: Storage, keys: dict[str, str], done: dict[str, Marker]) -> dict[str, Marker]:
@@ -710,17 +713,16 @@ def _write_masks(
     group = _attempt_group(job, "masks.zarr")
     side = semantic.shape[1:]
     rows = np.stack([getattr(table, f.name).astype(np.float32) for f in fields(CellTable)], axis=1)
+    classes = {"classes": {"0": "background", "1": "cytoplasm", "2": "nucleus"}}
+    columns = {"columns": [f.name for f in fields(CellTable)]}
     write_arrays(
         group,
-        ("semantic", before.rows, semantic, (ZARR_CHUNK, *side), (ZARR_SHARD, *side)),
+        ("semantic", before.rows, semantic, (ZARR_CHUNK, *side), (ZARR_SHARD, *side), classes),
         ("cells", before.rows, cells, (ZARR_CHUNK, *side), (ZARR_SHARD, *side)),
         ("to_source", before.rows, block.to_source, (4096, 2, 3)),
-        ("cell_table", before.cells, rows, (4096, rows.shape[1])),
+        ("cell_table", before.cells, rows, (4096, rows.shape[1]), None, columns),
         ("cell_offsets", before.rows, offsets + before.cells, (4096,)),
     )
-    if not before.rows:
-        group["semantic"].attrs["classes"] = {"0": "background", "1": "cytoplasm", "2": "nucleus"}
-        group["cell_table"].attrs["columns"] = [f.name for f in fields(CellTable)]
 
 
 def write_arrays(group: zarr.Group, *arrays: Any) -> None:
@@ -736,8 +738,11 @@ def write_rows(
     rows: NDArray[Any],
     chunks: tuple[int, ...],
     shards: tuple[int, ...] | None = None,
+    attributes: dict[str, Any] | None = None,
 ) -> None:
     """Writes rows from `start` on into an array of a group that only this task writes; creates or grows the array.
+
+    `attributes` are those of the array when it is created: set afterwards, each costs two more requests to a store.
 
     The place is explicit, so that a task which Dask runs a second time writes the same bytes and appends nothing.
     """
@@ -751,12 +756,25 @@ def write_rows(
             dtype=rows.dtype,
             compressors=ZstdCodec(level=1),
             fill_value=0,
+            attributes=attributes,
         )
     array = _array(group, name, found)
     if array.shape != shape:
         array.resize(shape)
     if len(rows):
         array[start:] = rows
+
+
+def _arrays_of(group: zarr.Group, names: Sequence[str]) -> list[tuple[str, zarr.Array[Any]]]:
+    """Arrays of a group with their names, opened at the same time."""
+    with ThreadPoolExecutor(len(names)) as pool:
+        return list(zip(names, pool.map(partial(array_of, group), names), strict=True))
+
+
+def _read_arrays(group: zarr.Group, *names: str) -> list[NDArray[Any]]:
+    """Whole arrays of a group, read at the same time, so that their waits for an object store are one wait."""
+    with ThreadPoolExecutor(len(names)) as pool:
+        return list(pool.map(lambda name: np.asarray(array_of(group, name)[:]), names))
 
 
 def array_of(group: zarr.Group, name: str) -> zarr.Array[Any]:
@@ -865,10 +883,10 @@ def read_facts(root: str, shard: Shard) -> list[Fact]:
 def read_cells(root: str, shard: Shard) -> tuple[CellTable, NDArray[np.int64]]:
     """The committed cell table of a shard, and the offsets of each tile's rows: int64 [tiles + 1]."""
     group = _stored(root, f"masks.zarr/{shard.name}")
-    rows = np.asarray(array_of(group, "cell_table")[:])
+    rows, offsets = _read_arrays(group, "cell_table", "cell_offsets")
     empty = concatenate([])
     columns = {f.name: rows[:, i].astype(getattr(empty, f.name).dtype) for i, f in enumerate(fields(CellTable))}
-    return CellTable(**columns), np.asarray(array_of(group, "cell_offsets")[:], np.int64)
+    return CellTable(**columns), offsets.astype(np.int64)
 
 
 def write_parquet(job: ShardJob, name: str, table: pa.Table) -> None:
@@ -899,18 +917,13 @@ def extract(job: ShardJob, segmented: Segmented, before: Trail | None = None) ->
         columns = hybrid.num_features
         before = before or Trail()
         if job.only is None:
-            group = _attempt_group(job, "features.zarr")
+            names = {"columns": [{"backbone": b, "layer": layer, "dimension": d} for b, layer, d in hybrid.columns]}
             write_arrays(
-                group,
-                ("hybrid", before.rows, whole, (16, columns), (512, columns)),
-                ("cells", before.cells, single, (64, columns), (4096, columns)),
+                _attempt_group(job, "features.zarr"),
+                ("hybrid", before.rows, whole, (16, columns), (512, columns), names),
+                ("cells", before.cells, single, (64, columns), (4096, columns), names),
                 ("cell_offsets", before.rows, offsets + before.cells, (4096,)),
             )
-            if not before.rows:
-                for name in ("hybrid", "cells"):
-                    group[name].attrs["columns"] = [
-                        {"backbone": b, "layer": layer, "dimension": d} for b, layer, d in hybrid.columns
-                    ]
             _write_activations(job, bundle, maps, before)
             if block.next == job.shard.first + job.shard.count:
                 keys = _keys(job)
@@ -925,12 +938,13 @@ def extract(job: ShardJob, segmented: Segmented, before: Trail | None = None) ->
 
 def _write_activations(job: ShardJob, bundle: Bundle, maps: NDArray[np.float16], before: Trail) -> None:
     group = _attempt_group(job, "activations.zarr")
-    write_rows(group, "maps", before.cells, maps, (64, *maps.shape[1:]), (4096, *maps.shape[1:]))
-    if not before.rows:
-        group["maps"].attrs["classes"] = list(CLASSES)
-        group["maps"].attrs["window_px"] = bundle.spec.method.features.cell_window_px
-        group["maps"].attrs["grid"] = maps.shape[-1]
-        group["maps"].attrs["classifier_digest"] = bundle.component_digest("classifier")
+    attributes = {
+        "classes": list(CLASSES),
+        "window_px": bundle.spec.method.features.cell_window_px,
+        "grid": maps.shape[-1],
+        "classifier_digest": bundle.component_digest("classifier"),
+    }
+    write_rows(group, "maps", before.cells, maps, (64, *maps.shape[1:]), (4096, *maps.shape[1:]), attributes)
 
 
 def extract_tiles(
@@ -1001,30 +1015,39 @@ def classify(job: ShardJob, trail: Trail | None, resumed: tuple[str, ...] = ()) 
     with _guard(job, "classify"):
         bundle = opened_bundle(job.bundle, job.bundle_digest)
         classifier = _models(job.bundle, job.bundle_digest, job.device, "classifier")
-        members, facts = members_of(job), read_facts(job.root, job.shard)
-        table, _ = read_cells(job.root, job.shard)
-        group = _stored(job.root, f"features.zarr/{job.shard.name}")
-        offsets = np.asarray(array_of(group, "cell_offsets")[:], np.int64)
+        members = members_of(job)
+        with ThreadPoolExecutor(3) as pool:  # what an object store has is waited for once
+            known, counted, stored = (
+                pool.submit(read_facts, job.root, job.shard),
+                pool.submit(read_cells, job.root, job.shard),
+                pool.submit(_read_features, job.root, job.shard),
+            )
+        facts, (table, _), (hybrid, cells, offsets) = known.result(), counted.result(), stored.result()
         diagnosis = diagnose(
             bundle,
             classifier,
-            np.asarray(array_of(group, "hybrid")[:], np.float32),
-            np.asarray(array_of(group, "cells")[:], np.float32),
+            hybrid.astype(np.float32, copy=False),
+            cells.astype(np.float32, copy=False),
             offsets,
             table.cell_area_px.astype(np.float32),
             job.device,
         )
         fields_ = [f for f in facts if f.zarr_index is not None]
         verdicts = pool_tiles(bundle, diagnosis, offsets, np.array([f.n_tiles for f in fields_], np.int64))
-        rows, cells = _tables(job, bundle, members, facts, fields_, table, offsets, verdicts)
+        rows, found_cells = _tables(job, bundle, members, facts, fields_, table, offsets, verdicts)
         write_parquet(job, f"predictions/part-{job.shard.name}.parquet", rows)
-        write_parquet(job, f"cells/part-{job.shard.name}.parquet", cells)
-        receipt = _receipt(job, rows, len(cells), trail, resumed, started)
+        write_parquet(job, f"cells/part-{job.shard.name}.parquet", found_cells)
+        receipt = _receipt(job, rows, len(found_cells), trail, resumed, started)
         if receipt.rows != job.shard.count:
             raise ShardError(f"shard {job.shard.name}: {receipt.rows} rows for {job.shard.count} members")
         roots = (f"predictions/part-{job.shard.name}.parquet", f"cells/part-{job.shard.name}.parquet")
         marker = commit(job, "predictions", _keys(job)["predictions"], roots, receipt)
         return marker.receipt or receipt
+
+
+def _read_features(root: str, shard: Shard) -> list[NDArray[Any]]:
+    """The committed features of a shard's tiles and cells, and the offsets of each tile's cells."""
+    return _read_arrays(_stored(root, f"features.zarr/{shard.name}"), "hybrid", "cells", "cell_offsets")
 
 
 def _tables(

@@ -44,7 +44,7 @@ def launch(bundle: Path, source: Path, out: str, log: Path, delay: float, home: 
 def test_workers_that_are_lost_again_and_again(tmp_path: Path) -> None:
     """One lost worker is mended by the run itself; this is what is seen when something kills them all the time."""
     bundle = small_bundle(tmp_path / "bundle")
-    source = write_zip(tmp_path / "night.zip", smears(tmp_path / "sample", IMAGES, seed=41))
+    source = write_zip(tmp_path / "night.zip", smears(tmp_path / "sample", 32, seed=41))
     with World(tmp_path) as world:
         world.delay.write_text("1")
         words = ["run", str(source), "--out", str(tmp_path), "--run-id", "night", "--bundle", str(bundle.path)]
@@ -75,7 +75,7 @@ def test_workers_that_are_lost_again_and_again(tmp_path: Path) -> None:
             assert again.wait(300) == 0, again.text()[-3000:]
         finally:
             again.end()
-    assert table(root, "predictions").num_rows == IMAGES
+    assert table(root, "predictions").num_rows == 32
 
 
 @pytest.fixture

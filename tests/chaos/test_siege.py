@@ -341,9 +341,7 @@ def siege(kind: str, runs: int, faults: int, folder: Path, seed: int, show: Call
             night = Night(world, here, f"night-{number}", source, bundle.path, dice, folder / f"night-{number}.log")
             try:
                 play(night, kinds, faults)
-                for p in world.worker_processes():
-                    if p.status() == psutil.STATUS_STOPPED:  # frozen for good: the machine is switched off and on
-                        p.kill()
+                world.switch_off_frozen()
                 counted += check(night, Path(quiet.root), list(fields), folder)
                 assert night.running.survivors(20) == []
             except BaseException:
@@ -353,6 +351,8 @@ def siege(kind: str, runs: int, faults: int, folder: Path, seed: int, show: Call
                 night.running.end()
             total += night.hit
             codes += night.codes
+            seconds = time.monotonic() - night.began
+            show(f"{night.run_id} on {kind}: {night.hit.total()} faults, all as undisturbed, {seconds:.0f} s")
             Storage(here.out).delete(night.run_id)
         restarts = sum(s.starts - 1 for s in world.services.values())
     left = world.strays()

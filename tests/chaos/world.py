@@ -6,6 +6,7 @@ database, and the run itself with the same command.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 import signal
@@ -265,16 +266,31 @@ class World:
         }
         return start([*words, "--cluster", self.scheduler], log, **(settings | self.environment | environment))
 
-    def strays(self) -> list[str]:
-        """Command lines of living processes that were started in this world."""
+    def _living(self) -> list[psutil.Process]:
+        """Processes that were started in this world, also those whose parents are gone."""
         found = []
         for p in psutil.process_iter():
             try:
                 if p.pid != os.getpid() and p.environ().get(MARK) == self.mark and p.status() != psutil.STATUS_ZOMBIE:
-                    found.append(" ".join(p.cmdline()))
+                    found.append(p)
             except psutil.Error:
                 continue
         return found
+
+    def strays(self) -> list[str]:
+        """Command lines of living processes that were started in this world."""
+        found = []
+        for p in self._living():
+            with contextlib.suppress(psutil.Error):
+                found.append(" ".join(p.cmdline()))
+        return found
+
+    def switch_off_frozen(self) -> None:
+        """Ends what was frozen for good, as a machine that hangs is switched off; its nanny may be dead long since."""
+        for p in self._living():
+            with contextlib.suppress(psutil.Error):
+                if p.status() == psutil.STATUS_STOPPED:
+                    p.kill()
 
 
 def freeze(processes: list[psutil.Process], seconds: float) -> int:

@@ -13,12 +13,13 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, JSONResponse, RedirectResponse, Response
+from starlette.responses import HTMLResponse, RedirectResponse, Response
 from starlette.templating import Jinja2Templates
 
 from apps.web import api, guard
-from apps.web.guard import API, TITLES, Gate, Guard, Refused, SignInNeeded
+from apps.web.guard import API, Gate, Guard, Refused, SignInNeeded
 from apps.web.jobs import EngineLike, Jobs
+from apps.web.problems import TITLES, problem
 from apps.web.settings import WebSettings
 
 HERE = Path(__file__).parent
@@ -98,14 +99,6 @@ async def failed(request: Request, error: Exception) -> Response:
         templates: Jinja2Templates = request.app.state.templates
         return templates.TemplateResponse(request, "error.html", context, status, headers)
     return HTMLResponse(f"<!doctype html><title>{status}</title><h1>{context['title']}</h1>", status, headers)
-
-
-def problem(status: int, detail: str, headers: dict[str, str] | None = None, errors: Any = None) -> JSONResponse:
-    """RFC 9457: what went wrong, for programs."""
-    body = {"type": "about:blank", "title": TITLES.get(status, TITLES[500]), "status": status, "detail": detail}
-    if errors:
-        body["errors"] = errors
-    return JSONResponse(body, status, headers, media_type="application/problem+json")
 
 
 def _explained(error: Exception) -> tuple[int, str, dict[str, str], Any]:

@@ -1,7 +1,7 @@
 """The gate: who is asking, what they may do, and what no request may do.
 
-`Gate` holds what the whole application shares. `Guard` is the outermost layer around every request: it says who asks and
-from where, refuses unknown host names, forged requests and bodies that are too large, and adds the security headers.
+`Gate` holds what the whole application shares. `Guard` is the outermost layer around every request: it says who asks
+and from where, refuses unknown host names, forged requests and bodies that are too large, and adds security headers.
 Handlers use the dependencies `viewer`, `reviewer`, `admin`, `diagnoser` and `exporter`, and the functions `sign_in`,
 `sign_out`, `set_up`, `csrf_token`, `saw`, `limit`.
 """
@@ -37,6 +37,7 @@ log = logging.getLogger("leukoflow.web")
 API = "/api/"
 _UNSAFE = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _SMALL_BODY = 256 << 10  # of any request that is no upload
+_BODY_SECONDS = 30.0  # between two pieces of a body
 _SETUP_MINUTES = 60
 _CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; font-src 'self'; "
@@ -52,20 +53,6 @@ _HEADERS = (
     (b"cross-origin-resource-policy", b"same-origin"),
     (b"permissions-policy", b"camera=(self), microphone=(), geolocation=(), payment=(), usb=(), interest-cohort=()"),
 )
-TITLES = {
-    400: "This request cannot be understood",
-    401: "Please sign in",
-    403: "This is not yours to do",
-    404: "There is nothing here",
-    405: "This cannot be done here",
-    409: "This does not go together with what is there",
-    413: "This is too large",
-    415: "This is no kind of file that can be read here",
-    422: "Something in the request is not right",
-    429: "Too many at once",
-    500: "Something went wrong here",
-    503: "Busy at the moment",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,6 +124,8 @@ class Gate:
         self.uploads = Bucket(*settings.rates.uploads)
         self.trusted: dict[tuple[str, str], None] = {}  # (name, address) that has signed in before
         self.hashing = asyncio.Semaphore(2)  # a password takes 64 MB to check
+        self.receiving = 0  # bytes of uploads that are on their way in
+        self.streams: dict[str, int] = {}  # live connections by person
         self._secret = secrets.token_bytes(32)
         self._setup = secrets.token_urlsafe(24)
         self._setup_until = time.monotonic() + _SETUP_MINUTES * 60
@@ -327,12 +316,13 @@ Failed = Callable[[Request, Exception], Awaitable[Any]]
 
 
 class Guard:
-    """The outermost layer. `failed` makes the answer to an exception; `uploads` are the paths that take large bodies."""
+    """The outermost layer. `failed` makes the answer to an exception; `uploads` are paths that take large bodies."""
 
     def __init__(self, app: ASGIApp, gate: Gate, failed: Failed, uploads: frozenset[str]) -> None:
         self._app, self._gate, self._failed, self._uploads = app, gate, failed, uploads
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answers one request."""
         if scope["type"] != "http":
             if scope["type"] == "lifespan":
                 await self._app(scope, receive, send)
@@ -348,7 +338,7 @@ class Guard:
             await self._app(scope, body.receive, answer.send)
         except Exception as error:
             if not isinstance(error, HTTPException):
-                log.error("%s", _without_words(error))
+                log.error("%s", without_words(error))
             if answer.status:
                 raise  # too late for another answer
             response = await self._failed(Request(scope, body.receive), error)
@@ -446,13 +436,21 @@ class _Body:
         self._receive = receive
         self._ahead: list[Message] = []
         self._count = 0
+        self._complete = False
         self.limit = _SMALL_BODY
 
     async def receive(self) -> Message:
         return self._ahead.pop(0) if self._ahead else await self._next()
 
     async def _next(self) -> Message:
-        message = await self._receive()
+        if self._complete:  # whoever waits now waits for the end of the connection
+            return await self._receive()
+        try:
+            async with asyncio.timeout(_BODY_SECONDS):
+                message = await self._receive()
+        except TimeoutError:
+            raise Refused(408, "The request did not arrive in time; send it again.") from None
+        self._complete = message["type"] != "http.request" or not message.get("more_body", False)
         self._count += len(message.get("body", b""))
         if self._count > self.limit:
             raise _too_large(self.limit)
@@ -555,8 +553,7 @@ def _too_large(most: int) -> Refused:
 
 async def _csrf_field(content_type: str, body: _Body) -> str:
     """The token in a form's body: any field of an ordinary form, the first one of a form with files."""
-    kind, _, rest = content_type.partition(";")
-    match kind.strip().lower():
+    match content_type.partition(";")[0].strip().lower():
         case "application/x-www-form-urlencoded":
             data = await body.peek(_SMALL_BODY)
             try:
@@ -574,7 +571,7 @@ async def _csrf_field(content_type: str, body: _Body) -> str:
     return ""
 
 
-def _without_words(error: BaseException) -> str:
+def without_words(error: BaseException) -> str:
     """An exception as its type and where it was raised. Its message may name an image, and stays out of the log."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     places = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))

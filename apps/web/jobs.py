@@ -1,4 +1,4 @@
-"""Diagnoses at work and done, in memory only: each belongs to one person, has an unguessable id, and goes after minutes.
+"""Diagnoses at work and done, in memory only: each belongs to one person, has an unguessable id, and goes in minutes.
 
 Nothing of an uploaded image is ever written to a disk.
 """
@@ -12,11 +12,20 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from apps.web.guard import log, without_words
 from apps.web.settings import UploadLimits
 from leukoflow.errors import LeukoflowError
 
 if TYPE_CHECKING:
     from apps.web.uploads import Upload
+
+
+_AT_ONCE = 8  # images of one person in the engine's queue
+_TRIES = 5  # of an image that found the queue full, a second apart
+
+
+class BusyError(LeukoflowError):
+    """There is no room for more now."""
 
 
 class EngineLike(Protocol):
@@ -111,6 +120,7 @@ class Jobs:
     def __init__(self, limits: UploadLimits) -> None:
         self._limits = limits
         self._jobs: dict[str, Job] = {}
+        self._slots: dict[str, asyncio.Semaphore] = {}
 
     def start(
         self,
@@ -121,7 +131,12 @@ class Jobs:
         bundles: Sequence[str] = ("",),
         um_per_px: float | None = None,
     ) -> Job:
-        """Begins to diagnose each image with each bundle, in the background. To be called within the event loop."""
+        """Begins to diagnose each image with each bundle, in the background. To be called within the event loop.
+
+        Raises BusyError (503) where others' images fill the memory.
+        """
+        if sum(j.size for j in self._jobs.values() if not j.done) > self._limits.jobs_mb << 20:
+            raise BusyError("many images are waiting to be diagnosed; try again in a moment")
         items = [
             Item(u.name, len(u.data), bundle, "done" if u.refusal else "waiting", None, u.refusal or "", data=u.data)
             for u in uploads
@@ -179,29 +194,41 @@ class Jobs:
             self._drop(job)
 
     async def _work(self, job: Job, engine: EngineLike, um_per_px: float | None) -> None:
+        # Few of one person are in the engine's queue at a time, so that a large upload never fills it.
+        slots = self._slots.setdefault(job.owner, asyncio.Semaphore(_AT_ONCE))
+
         async def one(item: Item) -> None:
             def told(stage: str) -> None:
                 item.stage = stage
                 job.tell()
 
-            begun = time.perf_counter()
-            try:
-                item.finding = await engine.examine(
-                    item.data, who=job.owner, bundle=item.bundle, um_per_px=um_per_px, told=told
-                )
-            except LeukoflowError as error:
-                item.error, item.busy = str(error), type(error).__name__ == "BusyError"
-            except Exception:
-                item.error = "this image could not be diagnosed because of a fault of the program"
-                raise
-            finally:
-                item.seconds = time.perf_counter() - begun
-                item.stage = "done"
-                job.tell()
+            async with slots:
+                try:
+                    for attempt in range(_TRIES):
+                        try:
+                            item.finding = await engine.examine(
+                                item.data, who=job.owner, bundle=item.bundle, um_per_px=um_per_px, told=told
+                            )
+                            break
+                        except LeukoflowError as error:
+                            item.busy = type(error).__name__ == "BusyError"
+                            if not item.busy or attempt == _TRIES - 1:
+                                item.error = str(error)
+                                break
+                        item.stage = "waiting"
+                        await asyncio.sleep(1.0)
+                except Exception as error:
+                    log.error("%s", without_words(error))
+                    item.error = "this image could not be diagnosed because of a fault of the program"
+                finally:
+                    item.seconds = time.monotonic() - job.created
+                    item.stage = "done"
+                    job.tell()
 
-        # One failing must not keep the others from ending; the event loop reports what was no LeukoflowError.
-        await asyncio.gather(*(one(i) for i in job.items if not i.done), return_exceptions=True)
+        await asyncio.gather(*(one(i) for i in job.items if not i.done))
         job.tell()
+        if not any(j.owner == job.owner and not j.done for j in self._jobs.values()):
+            self._slots.pop(job.owner, None)
 
 
 def _weight(finding: Any) -> int:

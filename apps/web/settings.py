@@ -31,7 +31,8 @@ class UploadLimits:
 
     file_mb: int = 64  # one image, as uploaded or unpacked
     files: int = 64  # in one upload, members of archives included
-    total_mb: int = 256  # one upload, as sent and as unpacked
+    total_mb: int = 128  # one upload, as sent and as unpacked
+    receiving_mb: int = 512  # all uploads that are arriving at a time
     archive_ratio: float = 200.0  # unpacked to stored bytes of a member
     jobs_mb: int = 512  # of all results held in memory for all people
     jobs_each: int = 8  # results held for one person

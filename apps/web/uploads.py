@@ -14,7 +14,7 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser
 
-from apps.web.guard import Refused
+from apps.web.guard import Refused, gate_of
 from apps.web.settings import UploadLimits
 from leukoflow.errors import LeukoflowError, MemberError
 from leukoflow.ziplist import ZipEntry, ZipWalk, read_entry
@@ -61,17 +61,23 @@ async def read_form(request: Request, limits: UploadLimits) -> Form:
         raise Refused(415, "Images come as multipart/form-data.")
     if not boundary or len(boundary) > 70 or not boundary.isascii():
         raise Refused(400, "The form has no boundary between its parts.")
-    reader = _Reader(limits)
+    reader, gate, received = _Reader(limits), gate_of(request), 0
     try:
         parser = MultipartParser(boundary.encode(), reader.callbacks())  # type: ignore[arg-type]
         async for chunk in request.stream():
+            received += len(chunk)
+            gate.receiving += len(chunk)
+            if gate.receiving > limits.receiving_mb << 20:
+                raise Refused(503, "Many images are arriving at the moment; try again in a few seconds.", 5)
             parser.write(chunk)
         parser.finalize()
+        if not reader.ended:
+            raise Refused(400, "The form was cut off on its way.")
+        return await asyncio.to_thread(_unpacked, reader, limits)
     except FormParserError:
         raise Refused(400, "The form is damaged or was cut off on its way.") from None
-    if not reader.ended:
-        raise Refused(400, "The form was cut off on its way.")
-    return await asyncio.to_thread(_unpacked, reader, limits)
+    finally:
+        gate.receiving -= received
 
 
 @dataclass(slots=True)
@@ -122,8 +128,8 @@ class _Reader:
 
     def _start_content(self) -> None:
         message = Message()
-        for name, value in self._headers:
-            if name == b"content-disposition":
+        for header, value in self._headers:
+            if header == b"content-disposition":
                 message["content-disposition"] = value.decode("utf-8", "replace").replace("\r", " ").replace("\n", " ")
         name = message.get_param("name", header="content-disposition")
         if message.get_content_disposition() != "form-data" or not isinstance(name, str):

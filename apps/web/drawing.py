@@ -381,7 +381,7 @@ def _headline(subject: Subject) -> str:
 
 def _provenance(subject: Subject) -> str:
     image = f", image SHA-256 {subject.sha256[:16]}" if subject.sha256 else ""
-    return f"leukoflow, bundle {shown(subject.bundle, 60)} {subject.bundle_digest}{image}"
+    return f"leukoflow, bundle {shown(subject.bundle, 60)} {subject.bundle_digest[:16]}{image}"
 
 
 class _Pdf(FPDF):
@@ -433,7 +433,7 @@ def export_pdf(subject: Subject, tile: Tile | None, cells: Sequence[Cell], by: s
         ("Reason", subject.reason or "-"),
         ("Cells", str(subject.n_cells)),
         *subject.quality,
-        ("Bundle", f"{subject.bundle} {subject.bundle_digest}"),
+        ("Bundle", f"{subject.bundle} {subject.bundle_digest[:32]}"),
         ("Image SHA-256", subject.sha256 or "-"),
         ("Made", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by {by}"),
     ]

@@ -354,6 +354,8 @@ def show_verification(target: Console, found: Verification) -> None:
     )
     if found.ok:
         words = f"is as it was committed: {measured}; manifest SHA-256 {found.manifest_sha256}"
+        if found.verdicts:
+            words += f"; {found.verdicts:,} verdicts, the last one's digest {found.verdict_head}"
         target.print(Text.assemble((found.run_id, "bold green"), " ", words), soft_wrap=True)
         return
     count = len(found.findings) + found.more

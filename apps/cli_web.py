@@ -53,7 +53,10 @@ def serve(
     workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that diagnose single images.")] = 1,
     users: UsersFile = None,
     name: Annotated[
-        list[str] | None, typer.Option("--name", metavar="HOST", help="Host name that people type; may be repeated.")
+        list[str] | None,
+        typer.Option(
+            "--name", metavar="HOST", envvar="LEUKOFLOW_WEB_NAMES", help="Host name that people type; may be repeated."
+        ),
     ] = None,
     root_path: Annotated[
         str, typer.Option("--root-path", help="Path below which a reverse proxy serves this, as in /leukoflow.")
@@ -63,6 +66,7 @@ def serve(
         typer.Option(
             "--proxy-from",
             metavar="ADDRESS",
+            envvar="LEUKOFLOW_WEB_PROXIES",
             help="Address or network of the reverse proxy, whose word about client and scheme counts; repeatable.",
         ),
     ] = None,

@@ -7,7 +7,6 @@ the opaque keys of the URLs beside the names.
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import AsyncIterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal
@@ -15,11 +14,12 @@ from typing import Annotated, Any, Literal
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict, Field
-from starlette.responses import JSONResponse, StreamingResponse
+from starlette.responses import HTMLResponse, JSONResponse, StreamingResponse
 
 from apps.web import guard
 from apps.web.guard import Principal, Refused, admin, diagnoser, saw, viewer
 from apps.web.jobs import Item, Job, Jobs
+from apps.web.live import event, live
 from apps.web.problems import add_problem_schema, documented
 from apps.web.settings import SCOPES, WebSettings
 from apps.web.uploads import read_form
@@ -27,11 +27,9 @@ from leukoflow.records import CLASSES
 
 router = APIRouter(prefix="/api/v1")
 RESEARCH_USE = "For research use only. Not for diagnosis: every result needs a person who looks at the smear."
-_STREAMS_EACH = 8
 
 _common = documented(400, 401, 403, 422)
 _found = _common | documented(404)
-_reads = _found | documented(503)
 JobId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{22}$", examples=["pY0GJbUqk4yTQv1wq9Zk3A"])]
 
 
@@ -273,31 +271,6 @@ async def diagnosis_events(
             yield event("done" if found.done else "progress", {"version": version_, "items": stages})
 
     return live(request, who, told())
-
-
-def event(name: str, data: Any) -> str:
-    """A server-sent event."""
-    return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
-
-
-def live(request: Request, who: Principal, events: AsyncIterator[str]) -> StreamingResponse:
-    """A stream of events. Raises Refused (429) where somebody has many open already."""
-    streams = guard.gate_of(request).streams
-    if streams.get(who.name, 0) >= _STREAMS_EACH:
-        raise Refused(429, "Too many live views are open; close one of them.", 10)
-
-    async def counted() -> AsyncIterator[str]:
-        streams[who.name] = streams.get(who.name, 0) + 1
-        try:
-            async for text in events:
-                yield text
-        finally:
-            streams[who.name] -= 1
-            if not streams[who.name]:
-                del streams[who.name]
-
-    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
-    return StreamingResponse(counted(), media_type="text/event-stream", headers=headers)
 
 
 def jobs_of(request: Request) -> Jobs:

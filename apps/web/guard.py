@@ -354,8 +354,9 @@ class Guard:
         state = scope.setdefault("state", {})
         state |= {"principal": None, "session_id": "", "cookies": [], "csrf": lambda: self._csrf(scope)}
         peer = scope["client"][0] if scope.get("client") else ""
-        proxied = state["proxied"] = _within(peer, settings)
-        if proxied:
+        trusted = state["trusted"] = _within(peer, settings)
+        state["proxied"] = trusted and "x-forwarded-for" in headers  # else it comes from the proxy's own machine
+        if trusted:
             if headers.get("x-forwarded-proto") in ("http", "https"):
                 scope["scheme"] = headers["x-forwarded-proto"]
             client = headers.get("x-forwarded-for", "").rpartition(",")[2].strip()
@@ -378,7 +379,7 @@ class Guard:
             found = gate.accounts.check_token(text.strip())
             return None if found is None else Principal(found[0].name, found[0].role, found[1], "token")
         if settings.proxy.sign_in:
-            if not state["proxied"]:
+            if not state["trusted"]:
                 return None
             return _named_by_proxy(settings, headers)
         user = gate.sessions.find(state["session_id"]) if state["session_id"] else None

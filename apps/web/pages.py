@@ -71,11 +71,6 @@ STAGE_WORDS = {
     "done": "Done",
 }
 _SEARCHES = 2000
-_EXPORTS = {
-    "csv": ("text/csv; charset=utf-8", "csv"),
-    "parquet": ("application/vnd.apache.parquet", "parquet"),
-    "fhir": ("application/fhir+json", "json"),
-}
 _STATES = {"finished": "good", "running": "live", "failed": "bad", "killed": "bad", "damaged": "bad"}
 
 
@@ -375,11 +370,12 @@ def export_run(
 ) -> Response:
     """A run, one of its slides or one of its patients, for other programs."""
     table = _table(request, run_key)
-    if kind not in _EXPORTS:
-        raise Refused(404, f"There is no export of that kind; there are {', '.join(_EXPORTS)}.")
-    media, suffix = _EXPORTS[kind]
     with told():
-        pieces = iter(handoff.export(table, handoff.Scope(slide=slide or None, patient=patient or None), kind))
+        try:
+            form = handoff.Format(kind)
+        except ValueError:
+            raise RequestError(f"there is no export of that kind; there are {', '.join(handoff.Format)}") from None
+        pieces = iter(handoff.export(table, handoff.Scope(slide=slide or None, patient=patient or None), form))
         first = next(pieces, b"")
     saw(request, "export", "/".join(filter(None, (run_key, slide, patient))), format=kind)
 
@@ -388,10 +384,10 @@ def export_run(
         yield from pieces
 
     headers = {
-        "Content-Disposition": f'attachment; filename="leukoflow-{run_key}.{suffix}"',
+        "Content-Disposition": f'attachment; filename="leukoflow-{run_key}{form.suffix}"',
         "Cache-Control": "no-store",
     }
-    return StreamingResponse(whole(), media_type=media, headers=headers)
+    return StreamingResponse(whole(), media_type=form.media_type, headers=headers)
 
 
 # --- one field -------------------------------------------------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -13,14 +12,17 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.staticfiles import StaticFiles
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from starlette.exceptions import HTTPException
-from starlette.responses import HTMLResponse, RedirectResponse, Response
+from starlette.responses import RedirectResponse, Response
 from starlette.templating import Jinja2Templates
 
-from apps.web import api, guard
+from apps.web import api, api_runs, guard, pages
+from apps.web.accounts import AccountError
+from apps.web.engine import BusyError, Engine
 from apps.web.guard import API, Gate, Guard, Refused, SignInNeeded
 from apps.web.jobs import EngineLike, Jobs
 from apps.web.problems import TITLES, problem
 from apps.web.settings import WebSettings
+from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError
 
 HERE = Path(__file__).parent
 UPLOADS = frozenset({"/api/v1/diagnoses", "/bench"})
@@ -37,11 +39,11 @@ def create_app(settings: WebSettings, engine: EngineLike | None = None) -> FastA
     app.state.jobs = Jobs(settings.uploads)
     app.state.engine = engine
     app.state.templates = _templates()
-    pages = importlib.import_module("apps.web.pages")
     app.include_router(pages.router, include_in_schema=False)
     app.include_router(api.router)
+    app.include_router(api_runs.router)
     app.mount("/static", _Static(directory=HERE / "static", check_dir=False), name="static")
-    for kind in (HTTPException, RequestValidationError):
+    for kind in (HTTPException, RequestValidationError, LeukoflowError):
         app.add_exception_handler(kind, failed)
     app.add_middleware(Guard, gate=app.state.gate, failed=failed, uploads=UPLOADS)
     return app
@@ -52,8 +54,7 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
     settings: WebSettings = app.state.settings
     mine = None
     if app.state.engine is None and settings.bundles:
-        module = importlib.import_module("apps.web.engine")
-        mine = module.Engine(settings.bundles, settings.limits, workers=settings.workers)
+        mine = Engine(settings.bundles, settings.limits, workers=settings.workers)
         await mine.start()
         app.state.engine = mine
     try:
@@ -95,10 +96,8 @@ async def failed(request: Request, error: Exception) -> Response:
             return Response(status_code=401, headers={"HX-Redirect": target})
         return RedirectResponse(target, 303)
     context = {"status": status, "title": TITLES.get(status, TITLES[500]), "detail": detail}
-    if (HERE / "templates" / "error.html").is_file():
-        templates: Jinja2Templates = request.app.state.templates
-        return templates.TemplateResponse(request, "error.html", context, status, headers)
-    return HTMLResponse(f"<!doctype html><title>{status}</title><h1>{context['title']}</h1>", status, headers)
+    templates: Jinja2Templates = request.app.state.templates
+    return templates.TemplateResponse(request, "error.html", context, status, headers)
 
 
 def _explained(error: Exception) -> tuple[int, str, dict[str, str], Any]:
@@ -110,12 +109,22 @@ def _explained(error: Exception) -> tuple[int, str, dict[str, str], Any]:
         case HTTPException():
             detail = error.detail if isinstance(error, Refused) else TITLES.get(error.status_code, "") + "."
             return error.status_code, detail, dict(error.headers or {}), None
-    match type(error).__name__:
-        case "RunNotFoundError":
-            return 404, str(error), {}, None
-        case "BusyError":
-            return 503, str(error), {"Retry-After": "2"}, None
+        case NotFoundError():
+            return 404, _sentence(error), {}, None
+        case RequestError() | AccountError():
+            return 422, _sentence(error), {}, None
+        case BusyError():
+            return 503, _sentence(error), {"Retry-After": str(max(1, error.retry_after))}, None
+        case RunBusyError():
+            return 503, _sentence(error), {"Retry-After": "5"}, None
+        case LeukoflowError():
+            return 503, _sentence(error), {"Retry-After": "30"}, None
     return 500, "This is a fault of the program; the server's log says where. Nothing was lost.", {}, None
+
+
+def _sentence(error: Exception) -> str:
+    words = str(error)
+    return f"{words[:1].upper()}{words[1:]}."
 
 
 class _Static(StaticFiles):

@@ -26,6 +26,7 @@ from urllib.parse import parse_qs, quote
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
+from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from apps.web.accounts import AccountError, Accounts, Sessions, User
@@ -341,7 +342,11 @@ class Guard:
                 log.error("%s", without_words(error))
             if answer.status:
                 raise  # too late for another answer
-            response = await self._failed(Request(scope, body.receive), error)
+            try:
+                response = await self._failed(Request(scope, body.receive), error)
+            except Exception as second:  # the page that explains errors has one itself
+                log.error("%s", without_words(second))
+                response = PlainTextResponse("Something went wrong here; the server's log says where.", 500)
             await response(scope, body.receive, answer.send)
         finally:
             route = scope.get("route")

@@ -12,6 +12,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
+from apps.web.engine import BusyError
 from apps.web.guard import log, without_words
 from apps.web.settings import UploadLimits
 from leukoflow.errors import LeukoflowError
@@ -22,10 +23,6 @@ if TYPE_CHECKING:
 
 _AT_ONCE = 8  # images of one person in the engine's queue
 _TRIES = 5  # of an image that found the queue full, a second apart
-
-
-class BusyError(LeukoflowError):
-    """There is no room for more now."""
 
 
 class EngineLike(Protocol):
@@ -136,7 +133,7 @@ class Jobs:
         Raises BusyError (503) where others' images fill the memory.
         """
         if sum(j.size for j in self._jobs.values() if not j.done) > self._limits.jobs_mb << 20:
-            raise BusyError("many images are waiting to be diagnosed; try again in a moment")
+            raise BusyError("many images are waiting to be diagnosed; try again in a moment", 5)
         items = [
             Item(u.name, len(u.data), bundle, "done" if u.refusal else "waiting", None, u.refusal or "", data=u.data)
             for u in uploads
@@ -211,7 +208,7 @@ class Jobs:
                             )
                             break
                         except LeukoflowError as error:
-                            item.busy = type(error).__name__ == "BusyError"
+                            item.busy = isinstance(error, BusyError)
                             if not item.busy or attempt == _TRIES - 1:
                                 item.error = str(error)
                                 break

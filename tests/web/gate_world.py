@@ -10,7 +10,6 @@ import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 from argon2 import PasswordHasher
@@ -19,8 +18,11 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from apps.web.app import create_app
+from apps.web.engine import EngineLoad
+from apps.web.frames import BundleCard
 from apps.web.settings import Rates, WebSettings
-from leukoflow.records import Quality, Status
+from leukoflow.records import CLASSES, Quality, Status
+from tasks.single import Finding
 
 PASSWORD = "a smear under the lamp"
 PEOPLE = {"vera": "viewer", "rita": "reviewer", "anna": "admin"}
@@ -33,8 +35,8 @@ class FakeEngine:
     """Answers at once, and remembers what it was asked."""
 
     bundles: tuple[Any, ...] = (
-        SimpleNamespace(name="pocket", digest="ab" * 32, classes=("Benign", "Early", "Pre", "Pro"), metrics="made up"),
-        SimpleNamespace(name="other", digest="cd" * 32, classes=("Benign", "Early", "Pre", "Pro"), metrics="made up"),
+        BundleCard("pocket", "ab" * 32, "Pocket", CLASSES, ("nothing was measured",), 0.1),
+        BundleCard("other", "cd" * 32, "Other", CLASSES, (), 0.1),
     )
     seen: list[tuple[str, bytes]] = field(default_factory=list)
     hold: asyncio.Event | None = None
@@ -53,7 +55,7 @@ class FakeEngine:
             await self.hold.wait()
         if self.error is not None:
             raise self.error
-        return SimpleNamespace(
+        return Finding(
             sha256=hashlib.sha256(data).hexdigest(), bundle=bundle or "pocket", bundle_digest="ab" * 32,
             status=Status.PREDICTED, reason=None, label="Early", probabilities=(0.1, 0.7, 0.1, 0.1),
             prediction_set=("Early",), ood=0.5, width_px=64, height_px=64,
@@ -61,7 +63,7 @@ class FakeEngine:
         )  # fmt: skip
 
     def load(self) -> Any:
-        return SimpleNamespace(waiting=0, running=0, restarts=0, p50=0.1, p95=0.2)
+        return EngineLoad(0, 0, 1, 1, 0, 0, 0.1, 0.2, "")
 
 
 @dataclass

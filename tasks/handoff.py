@@ -451,7 +451,8 @@ def _conclusion(line: SlideLine | PatientLine, name: str) -> str:
             f"{name}: likeliest class {_CLASS_WORDS[s.label]}; {s.malignant_fields:,} of {s.counts.predicted:,} "
             f"predicted fields look malignant (mean probability {s.malignant_share:.2f}, 95 % interval "
             f"{s.interval[0]:.2f} to {s.interval[1]:.2f}); {s.counts.abstained:,} abstained, "
-            f"{s.counts.rejected:,} rejected, {s.counts.quarantined:,} quarantined; {s.reviewed:,} of {s.diagnosed:,} reviewed by a person."
+            f"{s.counts.rejected:,} rejected, {s.counts.quarantined:,} quarantined; {s.reviewed:,} of {s.diagnosed:,} "
+            "reviewed by a person."
         )
     if isinstance(line, SlideLine) and line.standing.decision is not None and line.standing.decision.said:
         found += f" A reviewer has labelled the slide: {_CLASS_WORDS[line.standing.decision.said]}."

@@ -692,6 +692,11 @@ class RunTable:
         return self._held.stamp
 
     @property
+    def shard_size(self) -> int:
+        """Members of a shard."""
+        return self._held.shard_size
+
+    @property
     def finished(self) -> bool:
         """Whether the run is."""
         return self.manifest is not None

@@ -48,7 +48,8 @@ def test_a_verdict_comes_back_as_it_was_given(copy: Path) -> None:
     out = str(copy.parent)
     assert read(out, "night").given == ()
     first = verdict(action=Action.CORRECT, label="Pro", comment="=1+1 <b>\nsmudged", seen_confidence=0.75,
-                    seen_status="abstained", seen_bundle_digest="b" * 64, at="2026-11-25T09:00:00.250+01:00")  # fmt: skip
+                    seen_status="abstained", seen_bundle_digest="b" * 64,
+                    at="2026-11-25T09:00:00.250+01:00")  # fmt: skip
     second = verdict(None, slide_id="S1", grouping="manifest", action=Action.ACCEPT)
     assert (add(out, first), add(out, second)) == (1, 2)
     found = read(out, "night").given
@@ -71,7 +72,12 @@ def test_the_last_word_holds(copy: Path) -> None:
     found = read(out, "night")
     standing = found.standings()[("image", OTHERS)]
     assert standing.decision is not None
-    assert (standing.decision.said, standing.flagged, standing.comment, standing.verdicts) == ("Early", False, "smudge", 5)
+    assert (standing.decision.said, standing.flagged, standing.comment, standing.verdicts) == (
+        "Early",
+        False,
+        "smudge",
+        5,
+    )
     assert len(found.of(("image", OTHERS))) == 5
 
 
@@ -156,6 +162,13 @@ def _unsealed(folder: Path, name: str, change: Callable[[pa.Table], pa.Table]) -
     (folder / f"{name}.json").unlink()
 
 
+def _swap(folder: Path) -> None:
+    for kind in ("parquet", "json"):
+        (folder / f"00001.{kind}").rename(folder / f"x.{kind}")
+        (folder / f"00002.{kind}").rename(folder / f"00001.{kind}")
+        (folder / f"x.{kind}").rename(folder / f"00002.{kind}")
+
+
 HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "first altered": (lambda d: _flip(d / "00001.parquet"), "not those that were sealed"),
     "last altered": (lambda d: _forge(d / "00003.parquet", _comment), "not those that were sealed"),
@@ -167,8 +180,7 @@ HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
     "seal lost": (lambda d: (d / "00002.json").unlink(), "missing"),
     "seal edited": (lambda d: (d / "00002.json").write_text("{}"), "no seal"),
     "put in": (lambda d: shutil.copy(d / "00001.parquet", d / "00004.parquet"), "put in or moved"),
-    "swapped": (lambda d: [(d / f"00001.{k}").rename(d / f"x.{k}") and (d / f"00002.{k}").rename(d / f"00001.{k}")
-                           and (d / f"x.{k}").rename(d / f"00002.{k}") for k in ("parquet", "json")], "put in or moved"),
+    "swapped": (lambda d: _swap(d), "put in or moved"),
     "something else": (lambda d: (d / "notes.txt").write_text("hi"), "no file of verdicts"),
     "no Parquet": (lambda d: [(d / "00003.parquet").write_bytes(b"?"), (d / "00003.json").unlink()], "damaged"),
 }  # fmt: skip
@@ -192,7 +204,9 @@ def test_verdicts_of_another_run_are_found(copy: Path) -> None:
     shutil.copytree(copy, out / "second")
     add(str(out), verdict())
     shutil.copytree(copy / "verdicts", out / "second" / "verdicts")
-    assert [what for _, what in check_run(Storage(str(out / "night")), "second").problems] == ["it belongs to another run"]
+    assert [what for _, what in check_run(Storage(str(out / "night")), "second").problems] == [
+        "it belongs to another run"
+    ]
 
 
 def test_whoever_was_cut_off_before_sealing_is_no_fault(copy: Path) -> None:

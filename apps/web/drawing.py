@@ -99,9 +99,7 @@ def attention_colour(weight: float) -> str:
     position = min(max(weight, 0.0), 1.0) * 2
     low = min(1, int(position))
     share = position - low
-    return "#" + "".join(
-        f"{round(a + (b - a) * share):02x}" for a, b in zip(_STOPS[low], _STOPS[low + 1], strict=True)
-    )
+    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(_STOPS[low], _STOPS[low + 1], strict=True))
 
 
 def outline(mask: NDArray[np.bool_], holes: bool = False) -> str:
@@ -219,7 +217,9 @@ def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
     parts = [f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-labelledby="course-title">']
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         y = top + (1 - share) * tall
-        parts.append(f'<line class="{"axis" if share == 0 else "grid"}" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>')
+        parts.append(
+            f'<line class="{"axis" if share == 0 else "grid"}" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
+        )
         parts.append(f'<text x="{left - 10}" y="{y + 4:.1f}" text-anchor="end">{100 * share:.0f} %</text>')
 
     def y_of(share: float) -> float:
@@ -230,7 +230,9 @@ def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
         low, high = point.summary.interval
         parts.append(f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{y_of(low):.1f}" y2="{y_of(high):.1f}"/>')
         for edge in (low, high):
-            parts.append(f'<line class="whisker" x1="{x - 5:.1f}" x2="{x + 5:.1f}" y1="{y_of(edge):.1f}" y2="{y_of(edge):.1f}"/>')
+            parts.append(
+                f'<line class="whisker" x1="{x - 5:.1f}" x2="{x + 5:.1f}" y1="{y_of(edge):.1f}" y2="{y_of(edge):.1f}"/>'
+            )
         if point.summary.malignant_share is None:
             continue
         if not segments or not point.same_bundle:
@@ -242,10 +244,12 @@ def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
         kind = f"c-{point.summary.label}" if point.summary.label in CLASSES else ""
         if share is not None:
             parts.append(f'<circle class="point {kind}" cx="{x:.1f}" cy="{y_of(share):.1f}" r="7"/>')
-            parts.append(f'<text class="strong" x="{x + 11:.1f}" y="{y_of(share) - 9:.1f}" text-anchor="{"end" if x > width - 90 else "start"}">{100 * share:.0f} %</text>')
+            parts.append(
+                f'<text class="strong" x="{x + 11:.1f}" y="{y_of(share) - 9:.1f}" text-anchor="{"end" if x > width - 90 else "start"}">{100 * share:.0f} %</text>'
+            )
         if len(points) <= 12 or i % math.ceil(len(points) / 12) == 0:
             parts.append(f'<text x="{x:.1f}" y="{height - 22}" text-anchor="middle">{escape(point.at[:10])}</text>')
-    return Markup("".join(parts) + "</svg>")  # noqa: S704 - everything foreign is escaped
+    return Markup("".join(parts) + "</svg>")
 
 
 def weeks_svg(weeks: Sequence[WeekLine]) -> Markup:
@@ -267,11 +271,15 @@ def weeks_svg(weeks: Sequence[WeekLine]) -> Markup:
         for amount, kind in ((week.accepted, "c-predicted"), (week.corrected, "c-rejected")):
             size = amount / most * tall
             base -= size
-            parts.append(f'<rect class="f-bar {kind}" x="{x:.1f}" y="{base:.1f}" width="{step * 0.7:.1f}" height="{size:.1f}" rx="2"/>')
+            parts.append(
+                f'<rect class="f-bar {kind}" x="{x:.1f}" y="{base:.1f}" width="{step * 0.7:.1f}" height="{size:.1f}" rx="2"/>'
+            )
         if len(shown_weeks) <= 14 or i % 2 == 0:
-            parts.append(f'<text x="{x + step * 0.35:.1f}" y="{height - 12}" text-anchor="middle">{escape(week.week[-3:])}</text>')
+            parts.append(
+                f'<text x="{x + step * 0.35:.1f}" y="{height - 12}" text-anchor="middle">{escape(week.week[-3:])}</text>'
+            )
     parts.append(f'<line class="axis" x1="{left}" x2="{width}" y1="{height - foot}" y2="{height - foot}"/>')
-    return Markup("".join(parts) + "</svg>")  # noqa: S704
+    return Markup("".join(parts) + "</svg>")
 
 
 def _places(times: Sequence[str], left: float, inner: float) -> list[float]:
@@ -335,7 +343,9 @@ def export_png(subject: Subject, tile: Tile | None, cells: Sequence[Cell], layer
          if "attention" in layers else "", 15, "#5c616b"),
         (RESEARCH_USE, 15, "#9b241c"),
     ]  # fmt: skip
-    wrapped = [(piece, size, ink) for text, size, ink in lines if text for piece in _wrap(text, size, picture.width - 48)]
+    wrapped = [
+        (piece, size, ink) for text, size, ink in lines if text for piece in _wrap(text, size, picture.width - 48)
+    ]
     tall = sum(size + 9 for _, size, _ in wrapped) + 36
     sheet = Image.new("RGB", (picture.width, picture.height + tall), "#fffefb")
     sheet.paste(picture, (0, 0))
@@ -371,7 +381,7 @@ def _headline(subject: Subject) -> str:
 
 def _provenance(subject: Subject) -> str:
     image = f", image SHA-256 {subject.sha256[:16]}" if subject.sha256 else ""
-    return f"leukoflow, bundle {shown(subject.bundle, 60)} {subject.bundle_digest}{image}"
+    return f"leukoflow, bundle {shown(subject.bundle, 60)} {subject.bundle_digest[:16]}{image}"
 
 
 class _Pdf(FPDF):
@@ -423,7 +433,7 @@ def export_pdf(subject: Subject, tile: Tile | None, cells: Sequence[Cell], by: s
         ("Reason", subject.reason or "-"),
         ("Cells", str(subject.n_cells)),
         *subject.quality,
-        ("Bundle", f"{subject.bundle} {subject.bundle_digest}"),
+        ("Bundle", f"{subject.bundle} {subject.bundle_digest[:32]}"),
         ("Image SHA-256", subject.sha256 or "-"),
         ("Made", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by {by}"),
     ]

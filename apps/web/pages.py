@@ -18,6 +18,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from fastapi import APIRouter, Depends, Form, Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
+from tasks.single import STAGES, Finding
 
 from apps.web import drawing, scenes, words
 from apps.web.accounts import MIN_PASSWORD, AccountError
@@ -46,7 +47,6 @@ from apps.web.uploads import read_form
 from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError
 from leukoflow.records import CLASSES
 from tasks import handoff, verdicts, worklist
-from tasks.single import STAGES, Finding
 from tasks.verdicts import Action
 from tasks.worklist import FieldLine, Query, Review, RunTable, Sort
 
@@ -71,11 +71,6 @@ STAGE_WORDS = {
     "done": "Done",
 }
 _SEARCHES = 2000
-_EXPORTS = {
-    "csv": ("text/csv; charset=utf-8", "csv"),
-    "parquet": ("application/vnd.apache.parquet", "parquet"),
-    "fhir": ("application/fhir+json", "json"),
-}
 _STATES = {"finished": "good", "running": "live", "failed": "bad", "killed": "bad", "damaged": "bad"}
 
 
@@ -159,7 +154,7 @@ def _table(request: Request, run_key: str) -> RunTable:
 
 
 @router.get("/login")
-async def login_page(request: Request, next: str = "/") -> Response:  # noqa: A002 - the name in the address
+async def login_page(request: Request, next: str = "/") -> Response:
     """Where people sign in."""
     if principal(request) is not None:
         return _go(request, safe_next(next))
@@ -171,7 +166,7 @@ async def login(
     request: Request,
     name: Annotated[str, Form(max_length=200)] = "",
     password: Annotated[str, Form(max_length=1000)] = "",
-    next: Annotated[str, Form(max_length=500)] = "/",  # noqa: A002
+    next: Annotated[str, Form(max_length=500)] = "/",
 ) -> Response:
     """Checks name and password."""
     try:
@@ -179,9 +174,7 @@ async def login(
     except Refused as refused:
         if refused.status_code not in (401, 429):
             raise
-        return render(
-            request, "login.html", next=safe_next(next), error=refused.detail, status=refused.status_code
-        )
+        return render(request, "login.html", next=safe_next(next), error=refused.detail, status=refused.status_code)
     return _go(request, safe_next(next))
 
 
@@ -217,9 +210,7 @@ async def setup(
                 raise
             error = str(refused.detail)
     if error:
-        return render(
-            request, "setup.html", key=key, name=name, error=error, min_password=MIN_PASSWORD, status=422
-        )
+        return render(request, "setup.html", key=key, name=name, error=error, min_password=MIN_PASSWORD, status=422)
     return _go(request, "/")
 
 
@@ -336,7 +327,9 @@ def find(
     was: Annotated[str, Form(max_length=2000)] = "",
 ) -> Response:
     """Begins a search: what is searched for stays here, and the address has a key for it."""
-    parameters = {k: v for k, v in parse_qsl(was) if k in ("label", "status", "site", "scanner", "review", "sort", "order")}
+    parameters = {
+        k: v for k, v in parse_qsl(was) if k in ("label", "status", "site", "scanner", "review", "sort", "order")
+    }
     if text.strip():
         parameters["find"] = _searches.put(who.name, text.strip())
     tab = tab if tab in TABS else "slides"
@@ -372,14 +365,17 @@ def slide_page(request: Request, run_key: str, slide_key: str, who: Viewer) -> R
 
 
 @router.get("/runs/{run_key}/export.{kind}")
-def export_run(request: Request, run_key: str, kind: str, who: Exporter, slide: str = "", patient: str = "") -> Response:
+def export_run(
+    request: Request, run_key: str, kind: str, who: Exporter, slide: str = "", patient: str = ""
+) -> Response:
     """A run, one of its slides or one of its patients, for other programs."""
     table = _table(request, run_key)
-    if kind not in _EXPORTS:
-        raise Refused(404, f"There is no export of that kind; there are {', '.join(_EXPORTS)}.")
-    media, suffix = _EXPORTS[kind]
     with told():
-        pieces = iter(handoff.export(table, handoff.Scope(slide=slide or None, patient=patient or None), kind))
+        try:
+            form = handoff.Format(kind)
+        except ValueError:
+            raise RequestError(f"there is no export of that kind; there are {', '.join(handoff.Format)}") from None
+        pieces = iter(handoff.export(table, handoff.Scope(slide=slide or None, patient=patient or None), form))
         first = next(pieces, b"")
     saw(request, "export", "/".join(filter(None, (run_key, slide, patient))), format=kind)
 
@@ -387,8 +383,11 @@ def export_run(request: Request, run_key: str, kind: str, who: Exporter, slide: 
         yield first
         yield from pieces
 
-    headers = {"Content-Disposition": f'attachment; filename="leukoflow-{run_key}.{suffix}"', "Cache-Control": "no-store"}
-    return StreamingResponse(whole(), media_type=media, headers=headers)
+    headers = {
+        "Content-Disposition": f'attachment; filename="leukoflow-{run_key}{form.suffix}"',
+        "Cache-Control": "no-store",
+    }
+    return StreamingResponse(whole(), media_type=form.media_type, headers=headers)
 
 
 # --- one field -------------------------------------------------------------------------------------------------------
@@ -434,9 +433,7 @@ def field_picture(request: Request, run_key: str, ordinal: int, picture: str, wh
     return _picture(picture, tiles, cells, tile)
 
 
-def _export_field(
-    request: Request, table: RunTable, ordinal: int, kind: str, who: Principal, tile: int
-) -> Response:
+def _export_field(request: Request, table: RunTable, ordinal: int, kind: str, who: Principal, tile: int) -> Response:
     if not who.may("export"):
         raise Refused(403, "This needs the right to export; ask an administrator for it.")
     with told():
@@ -516,7 +513,9 @@ def field_verdict(
             if seen != _seen(line):
                 raise Refused(409, "The prediction is no longer the one on your screen. Load the page anew.")
             action, label = _act(act)
-            verdicts.add(_out(request), table.verdict_on_field(ordinal, action, who.name, label, comment.strip() or None))
+            verdicts.add(
+                _out(request), table.verdict_on_field(ordinal, action, who.name, label, comment.strip() or None)
+            )
             line = _table(request, run_key).field(ordinal)
     except Refused as refused:
         return _not_kept(request, refused)
@@ -541,7 +540,9 @@ def slide_verdict(
         table = _table(request, run_key)
         with told():
             action, label = _act(act)
-            verdicts.add(_out(request), table.verdict_on_slide(slide_key, action, who.name, label, comment.strip() or None))
+            verdicts.add(
+                _out(request), table.verdict_on_slide(slide_key, action, who.name, label, comment.strip() or None)
+            )
             table = _table(request, run_key)
             slide = table.slide(slide_key)
             said = table.reviews.verdicts.of(verdicts.slide_target(slide.grouping, slide.name))
@@ -646,7 +647,11 @@ async def bench(request: Request, who: Diagnoser) -> Response:
         known = {card.name for card in engine.bundles}
         chosen = [b for b in (form.get("bundle"), form.get("other")) if b in known]
         job = _jobs(request).start(
-            who.name, form.uploads, engine, bundles=tuple(dict.fromkeys(chosen)) or ("",), um_per_px=_scale(form.get("um_per_px"))
+            who.name,
+            form.uploads,
+            engine,
+            bundles=tuple(dict.fromkeys(chosen)) or ("",),
+            um_per_px=_scale(form.get("um_per_px")),
         )
     except Refused as refused:
         return _not_kept(request, refused)
@@ -742,9 +747,7 @@ async def bench_field(request: Request, job_id: str, number: int, who: Diagnoser
 
 
 @router.get("/bench/{job_id}/{number}/{picture}")
-def bench_picture(
-    request: Request, job_id: str, number: int, picture: str, who: Diagnoser, tile: int = 0
-) -> Response:
+def bench_picture(request: Request, job_id: str, number: int, picture: str, who: Diagnoser, tile: int = 0) -> Response:
     """The picture with its layers, a layer of it, or an export."""
     _, item, finding = _item(request, job_id, number, who)
     if picture == "view":

@@ -9,6 +9,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import pyarrow as pa
+from tasks.single import Finding
 
 from apps.web import drawing, words
 from apps.web.drawing import Shape, Tile
@@ -18,7 +19,6 @@ from leukoflow.errors import LeukoflowError
 from leukoflow.records import CLASSES
 from tasks import field_view, worklist
 from tasks.field_view import FieldView, ReferenceCell
-from tasks.single import Finding
 from tasks.worklist import FieldLine, Frequency, RunTable
 
 REFERENCES = 6
@@ -122,7 +122,9 @@ def _scene(
         height=height,
         label=label,
         maps=mapped and bool(mine) and drawing.has_maps(view),
-        gone="" if pixels else "The pixels of this field cannot be shown: " + ("; ".join(remarks) or "they are gone") + ".",
+        gone=""
+        if pixels
+        else "The pixels of this field cannot be shown: " + ("; ".join(remarks) or "they are gone") + ".",
         remarks=tuple(words.shown(r, 300) for r in remarks) if pixels else (),
         nucleus=drawing.nucleus_path(view),
         cytoplasm=drawing.cytoplasm_path(view),

@@ -368,6 +368,40 @@ async def openapi(request: Request) -> JSONResponse:
     return JSONResponse(document(request.app))
 
 
+@router.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> Response:
+    """The OpenAPI document as a page."""
+    found = document(request.app)
+    schemas = found["components"]["schemas"]
+    operations = [
+        (method.upper(), path, operation, operation["tags"][0])
+        for path, methods in found["paths"].items()
+        for method, operation in methods.items()
+    ]
+    context = {"operations": operations, "schemas": schemas, "notice": RESEARCH_USE, "shown": _shown}
+    answer: Response = request.app.state.templates.TemplateResponse(request, "api.html", context)
+    return answer
+
+
+def _shown(schema: dict[str, Any]) -> str:
+    """A schema in a few words."""
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    for key in ("anyOf", "oneOf"):
+        if key in schema:
+            return " or ".join(_shown(part) for part in schema[key])
+    if "enum" in schema or "const" in schema:
+        return " ".join(str(v) for v in schema.get("enum", [schema.get("const")]))
+    kind = str(schema.get("type", "any"))
+    if kind == "array":
+        return f"list of {_shown(schema.get('items', {}))}"
+    bounds = [f"{word} {schema[key]}" for key, word in _BOUNDS if key in schema]
+    return ", ".join([kind, *bounds])
+
+
+_BOUNDS = (("minimum", "from"), ("exclusiveMinimum", "above"), ("maximum", "to"), ("pattern", "like"))
+
+
 def document(app: FastAPI) -> dict[str, Any]:
     """The OpenAPI 3.1 document of the API."""
     cached = getattr(app.state, "openapi", None)

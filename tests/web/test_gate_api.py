@@ -125,7 +125,14 @@ def test_what_is_asked_for_wrongly(place: World) -> None:
         assert answer.json()["status"] == 422
     assert program.post(url, content=b"{").status_code == 422
     assert program.post(url, content=b"\xff\xfe").status_code in (400, 422)
-    for params in ({"limit": 501}, {"limit": 0}, {"offset": -1}, {"sort": "shoe size"}, {"label": "x"}, {"text": "mary"}):
+    for params in (
+        {"limit": 501},
+        {"limit": 0},
+        {"offset": -1},
+        {"sort": "shoe size"},
+        {"label": "x"},
+        {"text": "mary"},
+    ):
         assert program.get(f"{RUN}/fields", params=params).status_code == 422, params
     assert program.get(f"{RUN}/fields/99").status_code == 404
     assert program.get(f"{RUN}/fields", params={"slide": "0" * 16}).status_code in (200, 404)

@@ -240,8 +240,8 @@ def verify(
     """Check that finished runs are still exactly what was committed.
 
     Reads every byte: digests of all parts and tables, markers and totals against the manifest, the rows against the
-    plan (each member exactly once), whether anything lies there that nobody has committed, and whether the audit logs of
-    OUT were tampered with. Says what is wrong and what to do about it, and changes nothing.
+    plan (each member exactly once), whether anything lies there that nobody has committed, and whether the audit logs
+    of OUT were tampered with. Says what is wrong and what to do about it, and changes nothing.
 
     **Examples**: `leukoflow verify out smears-1f0c63b2`; `leukoflow verify s3://results`
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,11 +52,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def place(finished: Path, tmp_path: Path) -> Iterator[World]:
+def place(finished: Path, tmp_path: Path) -> World:
     shutil.copytree(finished, tmp_path / "out")
-    made = world(tmp_path, names=("testserver",))
-    with made.browser():
-        yield made
+    return world(tmp_path, names=("testserver",))
 
 
 def test_a_morning_by_program(place: World) -> None:

@@ -22,6 +22,7 @@ from apps.web.settings import ProxySettings, Rates, UploadLimits, networks
 from tasks.audit import check_log
 
 DIAGNOSES = "/api/v1/diagnoses"
+FIELD = b'--B\r\nContent-Disposition: form-data; name="a"\r\n\r\nx'
 
 
 @pytest.fixture
@@ -262,7 +263,7 @@ def test_tokens_that_are_worth_nothing(place: World) -> None:
 
 def test_results_of_single_images_belong_to_one_person(place: World) -> None:
     vera, rita = place.program("vera", "diagnose"), place.program("rita", "diagnose")
-    with place.browser():  # the application's life
+    with place:  # the application's life
         job = vera.post(DIAGNOSES, files={"file": ("a.png", picture())}).json()
     assert vera.get(f"{DIAGNOSES}/{job['id']}").status_code == 200
     assert rita.get(f"{DIAGNOSES}/{job['id']}").status_code == 404
@@ -289,7 +290,7 @@ def test_csrf_missing_wrong_or_of_another_session(place: World) -> None:
         assert vera.post("/logout", data=form).status_code == 403
         assert vera.post("/bench", data=form, files=files).status_code == 403
     assert place.engine.seen == []
-    with place.browser():
+    with place:
         assert vera.post(DIAGNOSES, files=files, headers={"x-csrf-token": own}).status_code == 200
         assert vera.post("/bench", data={"csrf": own}, files=files).status_code == 303
     assert vera.post("/logout", data={"csrf": own}, headers={"sec-fetch-site": "cross-site"}).status_code == 403
@@ -307,7 +308,7 @@ def test_csrf_of_the_sign_in_itself(place: World) -> None:
 
 def test_tokens_need_no_csrf_and_cookies_do_not_help_them(place: World) -> None:
     program = place.program("vera", "diagnose")
-    with place.browser():
+    with place:
         assert program.post(DIAGNOSES, files={"file": ("a.png", picture())}).status_code == 200
 
 
@@ -386,7 +387,7 @@ def test_a_client_cannot_choose_its_address(tmp_path: Path) -> None:
 
 @pytest.fixture
 def sender(place: World) -> Iterator[tuple[World, object]]:
-    with place.browser():
+    with place:
         yield place, place.program("vera", "diagnose")
 
 
@@ -431,7 +432,7 @@ def test_xss_through_file_names(place: World) -> None:
     """A file name is text in a page, whatever it holds; and no page may run a script that is written into it."""
     evil = "\"><img src=x onerror=alert(1)><script>alert(2)</script>'{{7*7}}.png"
     browser = place.browser("vera")
-    with place.browser():
+    with place:
         csrf = token_in(browser.get("/bench").text)
         answer = browser.post("/bench", data={"csrf": csrf}, files={"file": (evil, picture())})
         assert answer.status_code == 303
@@ -470,7 +471,7 @@ def test_zip_bomb(tmp_path: Path) -> None:
     nested = archive({"inner.zip": archive({"a.png": picture()}), "ok.png": picture()})
     flat = archive({f"{i}.png": b"\0" * 4096 + bytes(range(256)) * 4000 for i in range(6)}, zipfile.ZIP_STORED)
     # One member's data named by many entries, and one that states less than it unpacks to.
-    with place.browser():
+    with place:
         program = place.program("vera", "diagnose")
 
         def send(data: bytes) -> tuple[int, list[str]]:
@@ -524,7 +525,7 @@ def test_oversized_pixels_are_left_to_the_decoder_with_its_limits(place: World) 
     ihdr = struct.pack(">2L5B", 60_000, 60_000, 8, 2, 0, 0, 0)
     chunk = struct.pack(">L", len(ihdr)) + b"IHDR" + ihdr + struct.pack(">L", zlib.crc32(b"IHDR" + ihdr))
     huge = b"\x89PNG\r\n\x1a\n" + chunk
-    with place.browser():
+    with place:
         answer = place.program("vera", "diagnose").post(DIAGNOSES, files={"file": ("huge.png", huge)})
     assert answer.status_code == 200
     assert place.engine.seen == [("vera", huge)]
@@ -545,7 +546,7 @@ def test_body_limits_hold_while_the_body_arrives(tmp_path: Path) -> None:
             sent += 1 << 16
             yield b"\xff" * (1 << 16)
 
-    with place.browser():
+    with place:
         kind = {"content-type": "multipart/form-data; boundary=B"}
         assert program.post(DIAGNOSES, content=endless(), headers=kind).status_code == 413
         too_long = kind | {"content-length": str(1 << 40)}
@@ -575,8 +576,8 @@ def test_body_limits_hold_while_the_body_arrives(tmp_path: Path) -> None:
         ("multipart/form-data; boundary=B", b"", 400),
         ("multipart/form-data; boundary=B", b"garbage", 400),
         ("multipart/form-data; boundary=B", b"--B\r\n\r\nx\r\n--B--\r\n", 400),
-        ("multipart/form-data; boundary=B", b'--B\r\nContent-Disposition: form-data; name="a"\r\n\r\nx', 400),
-        ("multipart/form-data; boundary=B", b'--B\r\nContent-Disposition: form-data; name="a"\r\n\r\nx\r\n--B--\r\n', 422),
+        ("multipart/form-data; boundary=B", FIELD, 400),
+        ("multipart/form-data; boundary=B", FIELD + b"\r\n--B--\r\n", 422),
         ("multipart/form-data; boundary=B", b"--B\r\nX: " + b"y" * 9000 + b"\r\n\r\nx\r\n--B--\r\n", 400),
         ("multipart/form-data; boundary=\xe4", b"", 400),
     ],
@@ -590,7 +591,7 @@ def test_forms_that_are_none(sender: tuple[World, object], kind: str, body: byte
 def test_uploads_are_counted_by_person(tmp_path: Path) -> None:
     place = world(tmp_path, rates=replace(Rates(), uploads=(5, 60.0)))
     vera, rita = place.program("vera", "diagnose"), place.program("rita", "diagnose")
-    with place.browser():
+    with place:
         files = [("file", (f"{i}.png", picture())) for i in range(4)]
         assert vera.post(DIAGNOSES, files=files).status_code == 200
         refused = vera.post(DIAGNOSES, files=files)
@@ -601,7 +602,7 @@ def test_uploads_are_counted_by_person(tmp_path: Path) -> None:
 
 def test_a_fault_of_the_engine_names_nothing(place: World, caplog: pytest.LogCaptureFixture) -> None:
     place.engine.error = RuntimeError("patient Jane Doe, /srv/secret/path")
-    with place.browser(), caplog.at_level(logging.DEBUG):
+    with place, caplog.at_level(logging.DEBUG):
         answer = place.program("vera", "diagnose").post(DIAGNOSES, files={"file": ("a.png", picture())})
     assert answer.status_code == 200
     assert "fault of the program" in answer.json()["items"][0]["error"]
@@ -620,7 +621,7 @@ def test_the_log_says_who_saw_what_and_each_line_is_bound_to_the_one_before(plac
     vera = place.browser("vera")
     vera.get("/")
     vera.get("/admin")
-    with place.browser():
+    with place:
         csrf = token_in(vera.get("/bench").text)
         vera.post("/bench", data={"csrf": csrf}, files={"file": ("Jane Doe.png", picture())})
     place.program("rita", "read").get("/api/v1/runs")
@@ -723,7 +724,7 @@ def test_below_a_path_of_a_proxy(tmp_path: Path) -> None:
 
 def test_events_of_a_diagnosis(place: World) -> None:
     program = place.program("vera", "diagnose")
-    with place.browser():
+    with place:
         job = program.post(DIAGNOSES, params={"wait": "false"}, files={"file": ("a.png", picture())})
         assert job.status_code == 200
         assert job.headers["location"] == f"{DIAGNOSES}/{job.json()['id']}"
@@ -742,10 +743,9 @@ def test_events_of_a_diagnosis(place: World) -> None:
 def test_a_job_that_is_forgotten_stops(tmp_path: Path) -> None:
     engine = FakeEngine()
     place = world(tmp_path, engine)
-    with place.browser() as life:
+    with place:
         engine.hold = asyncio.Event()
         program = place.program("vera", "diagnose")
-        program.portal = life.portal  # the same event loop
         job = program.post(DIAGNOSES, params={"wait": "false"}, files={"file": ("a.png", picture())}).json()
         assert program.get(f"{DIAGNOSES}/{job['id']}").json()["done"] is False
         assert program.delete(f"{DIAGNOSES}/{job['id']}").status_code == 204

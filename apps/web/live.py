@@ -1,0 +1,40 @@
+"""Server-sent events."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import Request
+from starlette.responses import StreamingResponse
+
+from apps.web.guard import Principal, Refused, gate_of
+
+STREAMS_EACH = 8
+"""Live views of one person at a time."""
+
+
+def event(name: str, data: Any) -> str:
+    """One event."""
+    return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
+
+
+def live(request: Request, who: Principal, events: AsyncIterator[str]) -> StreamingResponse:
+    """A stream of events. Raises Refused (429) where somebody has many open already."""
+    streams = gate_of(request).streams
+    if streams.get(who.name, 0) >= STREAMS_EACH:
+        raise Refused(429, "Too many live views are open; close one of them.", 10)
+
+    async def counted() -> AsyncIterator[str]:
+        streams[who.name] = streams.get(who.name, 0) + 1
+        try:
+            async for text in events:
+                yield text
+        finally:
+            streams[who.name] -= 1
+            if not streams[who.name]:
+                del streams[who.name]
+
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(counted(), media_type="text/event-stream", headers=headers)

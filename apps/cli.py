@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from apps import cli_bundles, cli_night, cli_nights, cli_web
+from apps import cli_bundles, cli_night, cli_nights, cli_verdicts, cli_web
 from apps.cli_automations import automations_app
 from apps.common import (
     Commands,
@@ -683,7 +683,7 @@ def version() -> None:
     typer.echo(f"python {sys.version.split()[0]}")
 
 
-for _module in (cli_night, cli_nights, cli_bundles, cli_web):
+for _module in (cli_night, cli_nights, cli_bundles, cli_verdicts, cli_web):
     _module.add_to(app)
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ _STATES = {"finished": "good", "running": "live", "failed": "bad", "killed": "ba
 # --- what all pages share --------------------------------------------------------------------------------------------
 
 
-def render(request: Request, name: str, here: str = "", status: int = 200, **context: Any) -> Response:
+def render(request: Request, template: str, here: str = "", /, status: int = 200, **context: Any) -> Response:
     """A page or fragment. `here` names the entry of the navigation that it belongs to."""
     shared = {
         "here": here,
@@ -103,7 +103,7 @@ def render(request: Request, name: str, here: str = "", status: int = 200, **con
         "state_kind": lambda state: _STATES.get(state, "warn"),
     }
     templates = request.app.state.templates
-    answer: Response = templates.TemplateResponse(request, name, shared | context, status)
+    answer: Response = templates.TemplateResponse(request, template, shared | context, status)
     answer.headers.setdefault("Cache-Control", "no-store")
     return answer
 
@@ -615,6 +615,12 @@ def _job(request: Request, job_id: str, who: Principal) -> Job:
     return job
 
 
+def _warming(request: Request) -> bool:
+    """Whether no worker has its model loaded yet."""
+    engine = request.app.state.engine
+    return engine is not None and engine.load().ready == 0
+
+
 def _item(request: Request, job_id: str, number: int, who: Principal) -> tuple[Job, Item, Finding]:
     job = _job(request, job_id, who)
     if not 0 <= number < len(job.items) or job.items[number].finding is None:
@@ -628,7 +634,7 @@ async def bench_page(request: Request, who: Diagnoser) -> Response:
     engine, limits = request.app.state.engine, request.app.state.settings.uploads
     return render(
         request, "bench.html", "bench", bundles=() if engine is None else engine.bundles, jobs=_jobs(request).of(who.name),
-        max_files=limits.files, max_mb=limits.total_mb, minutes=round(limits.job_minutes),
+        max_files=limits.files, max_mb=limits.total_mb, minutes=round(limits.job_minutes), warming=_warming(request),
     )  # fmt: skip
 
 
@@ -658,7 +664,7 @@ async def bench(request: Request, who: Diagnoser) -> Response:
     saw(request, "diagnosis asked for", job.id, images=str(len(form.uploads)))
     if not _partial(request):
         return _go(request, f"/bench/{job.id}")
-    return render(request, "_job.html", job=job)
+    return render(request, "_job.html", job=job, warming=_warming(request))
 
 
 def _scale(text: str) -> float | None:
@@ -696,7 +702,7 @@ def reference_picture(request: Request, label: str, number: int, who: Diagnoser)
 @router.get("/bench/{job_id}")
 async def job_page(request: Request, job_id: str, who: Diagnoser) -> Response:
     """One upload."""
-    return render(request, "job.html", "bench", job=_job(request, job_id, who))
+    return render(request, "job.html", "bench", job=_job(request, job_id, who), warming=_warming(request))
 
 
 @router.get("/bench/{job_id}/progress")
@@ -705,7 +711,7 @@ async def job_progress(request: Request, job_id: str, who: Diagnoser) -> Respons
     job = _job(request, job_id, who)
     async for _ in _first_change(job):
         break
-    return render(request, "_job.html", job=job)
+    return render(request, "_job.html", job=job, warming=_warming(request))
 
 
 async def _first_change(job: Job) -> Any:

@@ -102,6 +102,7 @@ function after(event) {
     leaveTo = null;
     return;
   }
+  note(`Saved ${new Date().toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" })}`, "good");
   const box = document.querySelector("[data-comment-box]");
   if (box && event.detail.requestConfig.triggeringEvent?.submitter?.value === "comment") {
     box.querySelector("textarea").value = "";

@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal
 
+import pyarrow as pa
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,7 +21,7 @@ from apps.web import guard
 from apps.web.guard import Principal, Refused, admin, diagnoser, saw, viewer
 from apps.web.jobs import Item, Job, Jobs
 from apps.web.live import event, live
-from apps.web.problems import add_problem_schema, documented
+from apps.web.problems import add_problem_schema, documented, finite
 from apps.web.settings import SCOPES, WebSettings
 from apps.web.uploads import read_form
 from leukoflow.records import CLASSES
@@ -320,9 +321,13 @@ def diagnosis(item: Item, cells: bool = True) -> Diagnosis:
         height_px=found.height_px,
         quality=QualityOut.model_validate(found.quality) if found.quality else None,
         remarks=list(found.remarks),
-        cells=[CellOut(**row) for row in found.cells.to_pylist()] if cells and found.cells is not None else None,
+        cells=_cells(found.cells) if cells and found.cells is not None else None,
         seconds=dict(found.seconds),
     )
+
+
+def _cells(table: pa.Table) -> list[CellOut]:
+    return [CellOut(**finite(row)) for row in table.to_pylist()]
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

@@ -35,32 +35,10 @@ from leukoflow.storage import Storage
 from tasks.ingest import Decoded, Decoder
 from tasks.normalize import normalize
 from tasks.plan import read_shard, read_summary
+from tasks.single import MAX_VIEWS, TileView
 from tasks.worklist import RunTable, list_runs, open_run_table
 
-MAX_TILES = 64
-"""Tiles of one image that become pictures; those with most attention."""
 ERASED = "the patient was erased from this run, and with the patient what was computed from the image"
-
-
-@dataclass(frozen=True, slots=True)
-class FieldTile:
-    """Pictures and cells of one tile, cut to what it shows of the image.
-
-    `original` and `normalized` uint8 [H, W, 3]; `semantic` uint8 [H, W]; `cells` uint16 [H, W]; `to_source` float32
-    [2, 3]; `cell_ids` int32 [m]; `field_x`, `field_y` float32 [m], centroids in the tile's pixels; `maps` float16
-    [m, 4, g, g] over windows of `window_px`.
-    """
-
-    original: NDArray[np.uint8]
-    normalized: NDArray[np.uint8]
-    semantic: NDArray[np.uint8]
-    cells: NDArray[np.uint16]
-    to_source: NDArray[np.float32]
-    cell_ids: NDArray[np.int32]
-    field_x: NDArray[np.float32]
-    field_y: NDArray[np.float32]
-    maps: NDArray[np.float16]
-    window_px: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +50,7 @@ class FieldView:
     """
 
     ordinal: int
-    tiles: tuple[FieldTile, ...]
+    tiles: tuple[TileView, ...]
     cells: pa.Table  # rows of leukoflow.schema.CELLS, in the order of cell_id
     pixels: bool
     mapped: bool
@@ -283,7 +261,7 @@ def _without_masks(
     height, width = decoded.rgb.shape[:2]
     scale = decoded.source_width / width
     affine = np.array([[scale, 0, 0.5 * scale - 0.5], [0, scale, 0.5 * scale - 0.5]], np.float32)
-    tile = FieldTile(
+    tile = TileView(
         original=decoded.rgb,
         normalized=normal,
         semantic=np.zeros((height, width), np.uint8),
@@ -303,7 +281,7 @@ def _with_masks(
 ) -> FieldView:
     shard = row["shard"]
     try:
-        masks: Any = zarr.open_group(table.storage.zarr(f"masks.zarr/{shard}", read_only=True), mode="r")
+        masks: Any = zarr.open_group(table.storage.zarr(f"masks.zarr/{shard}", read_only=True), mode="r", zarr_format=3)
         names = list(masks["cell_table"].attrs["columns"])
         first, count = int(row["zarr_index"]), int(row["n_tiles"])
         chosen = _chosen(cells, first, count)
@@ -331,18 +309,18 @@ def _with_masks(
 
 def _chosen(cells: pa.Table, first: int, count: int) -> list[int]:
     """Tiles that become pictures, in order: all, or those with most attention."""
-    if count <= MAX_TILES:
+    if count <= MAX_VIEWS:
         return list(range(first, first + count))
     places = cells["zarr_index"].to_numpy() - first
     weight = np.bincount(places, weights=cells["attention"].to_numpy().astype(np.float64), minlength=count)
-    return sorted(first + int(i) for i in np.argsort(-weight, kind="stable")[:MAX_TILES])
+    return sorted(first + int(i) for i in np.argsort(-weight, kind="stable")[:MAX_VIEWS])
 
 
 def _maps(storage: Storage, shard: str) -> Any | None:
     """The array of a shard's activation maps; None where it has none."""
     try:
         storage.read(f"markers/activations/{shard}.json")  # without it, what lies there means nothing
-        group: Any = zarr.open_group(storage.zarr(f"activations.zarr/{shard}", read_only=True), mode="r")
+        group: Any = zarr.open_group(storage.zarr(f"activations.zarr/{shard}", read_only=True), mode="r", zarr_format=3)
         maps = group["maps"]
         return maps if list(maps.attrs["classes"]) == list(CLASSES) else None
     except Exception:  # maps are an extra: a field is shown without them
@@ -356,7 +334,7 @@ def _tile(
     decoded: Decoded | None,
     normal: NDArray[np.uint8] | None,
     maps: Any | None,
-) -> tuple[FieldTile, bool]:
+) -> tuple[TileView, bool]:
     """One tile, and whether its pixels are there."""
     semantic = np.asarray(masks["semantic"][place], np.uint8)
     labels = np.asarray(masks["cells"][place], np.uint16)
@@ -380,7 +358,7 @@ def _tile(
     if maps is not None:
         window = int(maps.attrs["window_px"])
         values = np.nan_to_num(np.asarray(maps[begin:end], np.float16))
-    tile = FieldTile(
+    tile = TileView(
         original=np.ascontiguousarray(original),
         normalized=np.ascontiguousarray(normalized),
         semantic=semantic[:height, :width],

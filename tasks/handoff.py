@@ -272,15 +272,15 @@ def _fhir(what: Sequence[tuple[RunTable, Scope]]) -> Iterator[bytes]:
             "tag": [{"system": LOCAL, "code": "research-use-only", "display": NOTICE}],
         },
     }
-    yield json.dumps(head, ensure_ascii=True)[:-1].encode() + b', "entry": ['
-    first = True
+    yield json.dumps(head, ensure_ascii=True)[:-1].encode()
+    before = b', "entry": ['  # an array without entries would not be valid
     for table, scope in what:
         for resources in _reports(table, scope):
             for url, resource in resources:
                 text = json.dumps({"fullUrl": url, "resource": resource}, ensure_ascii=True, allow_nan=False)
-                yield (b"" if first else b",\n") + text.encode()
-                first = False
-    yield b"]}\n"
+                yield before + text.encode()
+                before = b",\n"
+    yield b"}\n" if before != b",\n" else b"]}\n"
 
 
 def _reports(table: RunTable, scope: Scope) -> Iterator[list[tuple[str, dict[str, Any]]]]:
@@ -498,18 +498,18 @@ def training_labels(out: str, run_keys: Sequence[str] | None = None) -> list[Lab
             table = open_run_table(out, line.run_key)
         except NotFoundError:
             continue
-        frame, places = table.frame, None
+        frame = table.frame
+        places: dict[str, int] = {}
+        digests: list[str | None] = []
         for (kind, key), standing in table.reviews.standings.items():
             decision = standing.decision
             if kind != "image" or standing.flagged or decision is None or decision.said is None:
                 continue
-            if places is None:
+            if not places:
                 places = {name: row for row, name in enumerate(frame.keys.to_pylist())}
-            if key not in places:
-                continue
-            row = places[key]
-            ordinal = int(frame.ordinals[row])
-            digest = table.stored_row(ordinal)["member_sha256"]
+                digests = table.column("member_sha256").to_pylist()
+            row = places.get(key, -1)
+            digest = digests[row] if row >= 0 else None
             if digest is None:
                 continue
             slide = (line.run_key, frame.slides[frame.slide[row]])
@@ -522,7 +522,7 @@ def training_labels(out: str, run_keys: Sequence[str] | None = None) -> list[Lab
                 group=groups.setdefault(patient, f"G{len(groups):04d}"),
                 run_id=line.run_id,
                 stored_key=key,
-                ordinal=ordinal,
+                ordinal=int(frame.ordinals[row]),
             )
             if digest not in found or found[digest][0] < decision.at:
                 found[digest] = (decision.at, labelled)

@@ -670,6 +670,9 @@ class _Held:
     selections: OrderedDict[Any, Ints] = field(default_factory=OrderedDict)
     reviews: Reviews | None = None
     keys: dict[str, dict[str, int]] = field(default_factory=dict)
+    pairs: tuple[Ints, Ints, Floats] | None = None
+    ranks: Ints | None = None
+    lock: threading.Lock = field(default_factory=threading.Lock)
 
 
 class RunTable:
@@ -828,6 +831,11 @@ class RunTable:
             raise StorageError(f"run {self.run_id}: field {ordinal} is not in its part; `leukoflow verify` tells more")
         return {**dict.fromkeys(PREDICTIONS.names), **found[0]}
 
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column of `predictions/` that is not held, in the order of the frame's rows."""
+        with _reading(self.run_id):
+            return read_columns(self.storage, list(dict.fromkeys(self._held.files.values())), [name])[name]
+
     # Verdicts
 
     def verdict_on_field(
@@ -911,12 +919,15 @@ class RunTable:
     def _selected(self, kind: str, query: Query, make: Callable[[], Ints]) -> Ints:
         """Rows of the whole list, kept so that turning a page costs nothing."""
         about = (kind, replace(query, offset=0, limit=1), self.reviews.verdicts.head)
-        kept = self._held.selections
-        found = kept.get(about)
+        kept, lock = self._held.selections, self._held.lock
+        with lock:
+            found = kept.get(about)
         if found is None:
-            found = kept[about] = make()
-            while len(kept) > HELD_SELECTIONS:
-                kept.popitem(last=False)
+            found = make()
+            with lock:
+                kept[about] = found
+                while len(kept) > HELD_SELECTIONS:
+                    kept.popitem(last=False)
         return found
 
     def _page(self, order: Ints, query: Query, line: Callable[[int], T]) -> Page[T]:
@@ -1052,9 +1063,11 @@ class RunTable:
             keep &= _matching(pa.array(self.frame.patients, pa.string()), query.text) | (groups.count(slides) > 0)
         return keep
 
-    @cached_property
+    @property
     def _pairs(self) -> tuple[Ints, Ints, Floats]:
         """Patient, slide and urgency of every slide of every patient, over that patient's fields on it."""
+        if self._held.pairs is not None:
+            return self._held.pairs
         frame = self.frame
         width = max(1, len(frame.slides))
         inside = frame.patient >= 0
@@ -1065,7 +1078,9 @@ class RunTable:
         said = frame.predicted & inside
         n = np.bincount(spread[said], minlength=len(values))
         malignant = np.bincount(spread[said], weights=frame.malignant[said], minlength=len(values))
-        return values // width, values % width, np.asarray(urgency_of(malignant, n), np.float64)
+        urgency = np.asarray(urgency_of(malignant, n), np.float64)
+        self._held.pairs = values // width, values % width, urgency
+        return self._held.pairs
 
     @cached_property
     def _patient_urgency(self) -> Floats:
@@ -1074,12 +1089,14 @@ class RunTable:
         np.maximum.at(out, patient, urgency)
         return out
 
-    @cached_property
+    @property
     def _ranks_by_urgency(self) -> Ints:
-        groups = self._held.slides
-        out = np.zeros(groups.k, np.int64)
-        out[_sorted(groups.urgency, True)] = np.arange(1, groups.k + 1)
-        return out
+        if self._held.ranks is None:
+            groups = self._held.slides
+            ranks = np.zeros(groups.k, np.int64)
+            ranks[_sorted(groups.urgency, True)] = np.arange(1, groups.k + 1)
+            self._held.ranks = ranks
+        return self._held.ranks
 
     @cached_property
     def _reviewed_by_group(self) -> dict[str, tuple[Ints, Ints]]:
@@ -1283,17 +1300,30 @@ def _shelf(out: str) -> _Shelf:
 def list_runs(out: str) -> list[RunLine]:
     """All runs of an output folder or prefix, the newest first; a damaged one is listed as such."""
     shelf = _shelf(out)
-    names = run_names(shelf.out)
-    if shelf.storage.is_local:
-        lines = [_line(shelf, name) for name in names]
-    else:
-        with ThreadPoolExecutor(READERS) as pool:
-            lines = list(pool.map(lambda name: _line(shelf, name), names))
+    names = _names(shelf)
+    lines = _each(shelf, lambda name: _line(shelf, name), names)
     with shelf.lock:
         shelf.names = {run_key_of(name): name for name in names}
     for gone in set(shelf.lines) - set(names):
         shelf.forget(gone)
     return sorted((line for line in lines if line is not None), key=lambda r: (r.started_at, r.run_id), reverse=True)
+
+
+def _each(shelf: _Shelf, call: Callable[[str], T], names: Sequence[str]) -> list[T]:
+    """`map` over runs; several at a time where each answer is waited for."""
+    if shelf.storage.is_local or len(names) < 2:
+        return [call(name) for name in names]
+    with ThreadPoolExecutor(READERS) as pool:
+        return list(pool.map(call, names))
+
+
+def _names(shelf: _Shelf) -> list[str]:
+    """Run ids below the output folder or prefix; those that are known already are not looked into again."""
+    if shelf.storage.is_local:
+        return run_names(shelf.out)
+    found = shelf.storage.names("")
+    there = _each(shelf, lambda name: name in shelf.lines or shelf.storage.exists(f"{name}/run.json"), found)
+    return [name for name, is_run in zip(found, there, strict=True) if is_run]
 
 
 def _line(shelf: _Shelf, run_id: str) -> RunLine | None:
@@ -1379,7 +1409,7 @@ def run_id_of(out: str, run_key: str) -> str:
     shelf = _shelf(out)
     name = shelf.names.get(run_key)
     if name is None:
-        names = {run_key_of(found): found for found in run_names(shelf.out)}
+        names = {run_key_of(found): found for found in _names(shelf)}
         with shelf.lock:
             shelf.names = names
         name = names.get(run_key)
@@ -1618,12 +1648,10 @@ def agreement(out: str) -> Agreement:
     shelf = _shelf(out)
     decided: list[Verdict] = []
     unread: list[str] = []
-    for line in list_runs(out):
-        if line.shadow_of is not None:
-            continue
-        found = shelf.verdict_reader(line.run_id).read()
+    runs = [line.run_id for line in list_runs(out) if line.shadow_of is None]
+    for run_id, found in zip(runs, _each(shelf, lambda name: shelf.verdict_reader(name).read(), runs), strict=True):
         if found.damaged:
-            unread.append(line.run_id)
+            unread.append(run_id)
         decided += [s.decision for (kind, _), s in found.standings().items() if kind == "image" and s.decision]
     return agreement_of(decided, unread)
 

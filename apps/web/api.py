@@ -11,6 +11,7 @@ from collections.abc import AsyncIterator
 from importlib.metadata import PackageNotFoundError, version
 from typing import Annotated, Any, Literal
 
+import pyarrow as pa
 from fastapi import APIRouter, Depends, FastAPI, Path, Query, Request, Response
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict, Field
@@ -20,7 +21,7 @@ from apps.web import guard
 from apps.web.guard import Principal, Refused, admin, diagnoser, saw, viewer
 from apps.web.jobs import Item, Job, Jobs
 from apps.web.live import event, live
-from apps.web.problems import add_problem_schema, documented
+from apps.web.problems import add_problem_schema, documented, finite
 from apps.web.settings import SCOPES, WebSettings
 from apps.web.uploads import read_form
 from leukoflow.records import CLASSES
@@ -320,9 +321,13 @@ def diagnosis(item: Item, cells: bool = True) -> Diagnosis:
         height_px=found.height_px,
         quality=QualityOut.model_validate(found.quality) if found.quality else None,
         remarks=list(found.remarks),
-        cells=[CellOut(**row) for row in found.cells.to_pylist()] if cells and found.cells is not None else None,
+        cells=_cells(found.cells) if cells and found.cells is not None else None,
         seconds=dict(found.seconds),
     )
+
+
+def _cells(table: pa.Table) -> list[CellOut]:
+    return [CellOut(**finite(row)) for row in table.to_pylist()]
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------
@@ -366,6 +371,40 @@ async def revoke(
 async def openapi(request: Request) -> JSONResponse:
     """The OpenAPI document. Needs no token, since it holds nothing of this house."""
     return JSONResponse(document(request.app))
+
+
+@router.get("/docs", include_in_schema=False)
+async def docs(request: Request) -> Response:
+    """The OpenAPI document as a page."""
+    found = document(request.app)
+    schemas = found["components"]["schemas"]
+    operations = [
+        (method.upper(), path, operation, operation["tags"][0])
+        for path, methods in found["paths"].items()
+        for method, operation in methods.items()
+    ]
+    context = {"operations": operations, "schemas": schemas, "notice": RESEARCH_USE, "shown": _shown}
+    answer: Response = request.app.state.templates.TemplateResponse(request, "api.html", context)
+    return answer
+
+
+def _shown(schema: dict[str, Any]) -> str:
+    """A schema in a few words."""
+    if "$ref" in schema:
+        return str(schema["$ref"]).rpartition("/")[2]
+    for key in ("anyOf", "oneOf"):
+        if key in schema:
+            return " or ".join(_shown(part) for part in schema[key])
+    if "enum" in schema or "const" in schema:
+        return " ".join(str(v) for v in schema.get("enum", [schema.get("const")]))
+    kind = str(schema.get("type", "any"))
+    if kind == "array":
+        return f"list of {_shown(schema.get('items', {}))}"
+    bounds = [f"{word} {schema[key]}" for key, word in _BOUNDS if key in schema]
+    return ", ".join([kind, *bounds])
+
+
+_BOUNDS = (("minimum", "from"), ("exclusiveMinimum", "above"), ("maximum", "to"), ("pattern", "like"))
 
 
 def document(app: FastAPI) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from starlette.responses import StreamingResponse
 
 from apps.web.guard import Principal, exporter, reviewer, saw, viewer
 from apps.web.live import event, live
-from apps.web.problems import documented
+from apps.web.problems import documented, finite
 from leukoflow.records import Status
 from tasks import handoff, verdicts, worklist
 from tasks.verdicts import Action
@@ -367,7 +367,7 @@ def cells(request: Request, run_key: RunKey, ordinal: Ordinal, who: Viewer) -> l
     """The cells of a field with their measurements and attention."""
     rows = _table(request, run_key).cells(ordinal).to_pylist()
     saw(request, "cells", f"{run_key}/{ordinal}")
-    return [CellRow(**{k: v for k, v in row.items() if k not in ("run_id", "image_key")}) for row in rows]
+    return [CellRow(**finite({k: v for k, v in row.items() if k not in ("run_id", "image_key")})) for row in rows]
 
 
 @router.get(

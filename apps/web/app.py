@@ -18,7 +18,7 @@ from starlette.templating import Jinja2Templates
 from apps.web import api, api_runs, guard, pages
 from apps.web.accounts import AccountError
 from apps.web.engine import BusyError, Engine
-from apps.web.guard import API, Gate, Guard, Refused, SignInNeeded
+from apps.web.guard import API, Gate, Guard, Refused, SignInNeeded, log
 from apps.web.jobs import EngineLike, Jobs
 from apps.web.problems import TITLES, problem
 from apps.web.settings import WebSettings
@@ -85,7 +85,12 @@ def _context(request: Request) -> dict[str, Any]:
 async def failed(request: Request, error: Exception) -> Response:
     """The answer to an exception: problem JSON for programs, a page for people."""
     status, detail, headers, errors = _explained(error)
-    here = request.url.path.removeprefix(guard.gate_of(request).settings.root_path)
+    if not isinstance(error, HTTPException | RequestValidationError):
+        if status >= 500:
+            log.error("%s", guard.without_words(error))
+        if guard.principal(request) is None:  # strangers learn nothing of this machine
+            detail = "This cannot be answered at the moment; the server's log says why."
+    here = request.scope["path"].removeprefix(guard.gate_of(request).settings.root_path)
     if here.startswith(API):
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"

@@ -18,14 +18,14 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
-from http.cookies import CookieError, SimpleCookie
-from ipaddress import ip_address
+from ipaddress import ip_address, ip_network
 from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote
 
 from fastapi import Request
 from starlette.exceptions import HTTPException
+from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -39,6 +39,7 @@ API = "/api/"
 _UNSAFE = frozenset({"POST", "PUT", "PATCH", "DELETE"})
 _SMALL_BODY = 256 << 10  # of any request that is no upload
 _BODY_SECONDS = 30.0  # between two pieces of a body
+_WHOLE_BODY_SECONDS = 600.0
 _SETUP_MINUTES = 60
 _CSP = (
     "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; font-src 'self'; "
@@ -123,6 +124,7 @@ class Gate:
         self.by_address = Bucket(*settings.rates.logins_by_address)
         self.by_name = Bucket(*settings.rates.logins_by_name)
         self.uploads = Bucket(*settings.rates.uploads)
+        self.told = Bucket(1, 60.0)  # what an attacker repeats must not fill the log
         self.trusted: dict[tuple[str, str], None] = {}  # (name, address) that has signed in before
         self.hashing = asyncio.Semaphore(2)  # a password takes 64 MB to check
         self.receiving = 0  # bytes of uploads that are on their way in
@@ -222,6 +224,15 @@ def address_of(request: Request) -> str:
     return request.client.host if request.client else ""
 
 
+def _place(address: str) -> str:
+    """An address as it is counted: of IPv6 the network of a house, since each machine in it has many addresses."""
+    try:
+        known = ip_address(address)
+    except ValueError:
+        return address
+    return str(ip_network((int(known), 64), strict=False)) if known.version == 6 else address
+
+
 def path_of(request: Request, path: str) -> str:
     """A path of this application as browsers must ask for it, below the proxy's prefix."""
     return gate_of(request).settings.root_path + path
@@ -229,7 +240,7 @@ def path_of(request: Request, path: str) -> str:
 
 def safe_next(target: str | None) -> str:
     """A path of this application to go on to; `/` for anything that might lead elsewhere."""
-    if not target or not re.fullmatch(r"/(?:[A-Za-z0-9._~!$&'()*+,;=:@%-]+/?)*", target) or "//" in target:
+    if not target or len(target) > 512 or "//" in target or not re.fullmatch(r"/[A-Za-z0-9._~@%/-]*", target):
         return "/"
     return target
 
@@ -241,8 +252,9 @@ async def sign_in(request: Request, name: str, password: str) -> Principal:
         raise Refused(403, "The proxy in front signs people in here; passwords are not asked for.")
     known = gate.accounts.user(name) is not None
     slot = f"{name.lower()[:64]}@{address if (name.lower(), address) in gate.trusted else '*'}"
-    if wait := max(gate.by_address.take(address), gate.by_name.take(slot)):
-        gate.trail.add(name if known else "-", "sign-in held back", details={"from": address})
+    if wait := max(gate.by_address.take(_place(address)), gate.by_name.take(slot)):
+        if not gate.told.take(_place(address)):
+            gate.trail.add(name if known else "-", "sign-in held back", details={"from": address})
         raise Refused(429, "Too many attempts; wait a little and try again.", wait)
     async with gate.hashing:
         user = await asyncio.to_thread(gate.accounts.check_password, name, password)
@@ -274,7 +286,7 @@ async def set_up(request: Request, key: str, name: str, password: str) -> Princi
 def may_set_up(request: Request, key: str) -> None:
     """Raises Refused unless it is the first start, asked for from this machine with the key on the console."""
     gate = gate_of(request)
-    if wait := gate.by_address.take(address_of(request)):
+    if wait := gate.by_address.take(_place(address_of(request))):
         raise Refused(429, "Too many attempts; wait a little and try again.", wait)
     if gate.setup_link() is None:
         raise Refused(409, "Somebody has set this up already: sign in.")
@@ -338,9 +350,8 @@ class Guard:
             await self._check_forgery(scope, body)
             await self._app(scope, body.receive, answer.send)
         except Exception as error:
-            if not isinstance(error, HTTPException):
-                log.error("%s", without_words(error))
             if answer.status:
+                log.error("%s", without_words(error))
                 raise  # too late for another answer
             try:
                 response = await self._failed(Request(scope, body.receive), error)
@@ -372,7 +383,7 @@ class Guard:
                 scope["path"] = root + scope["path"]
             scope["root_path"] = root
         self._check_host(headers.get("host", ""))
-        cookies = _cookies(headers.get("cookie", ""))
+        cookies = cookie_parser(headers.get("cookie", ""))
         state["anonymous"] = cookies.get("leukoflow_visit", "")
         state["session_id"] = cookies.get(_cookie_name(scope), "")
         state["principal"] = self._who(scope, headers)
@@ -394,7 +405,8 @@ class Guard:
         name = host.lower()
         name = name[: name.rfind("]") + 1] if name.startswith("[") else name.partition(":")[0]
         settings = self._gate.settings
-        if name in ("localhost", "127.0.0.1", "[::1]", settings.host, f"[{settings.host}]", *settings.names):
+        own = () if settings.host in ("0.0.0.0", "::") else (settings.host, f"[{settings.host}]")
+        if name in ("localhost", "127.0.0.1", "[::1]", *own, *settings.names):
             return
         raise Refused(400, "This server is not known by that name; `leukoflow serve --name` adds one.")
 
@@ -443,6 +455,7 @@ class _Body:
         self._ahead: list[Message] = []
         self._count = 0
         self._complete = False
+        self._begun = time.monotonic()
         self.limit = _SMALL_BODY
 
     async def receive(self) -> Message:
@@ -451,6 +464,8 @@ class _Body:
     async def _next(self) -> Message:
         if self._complete:  # whoever waits now waits for the end of the connection
             return await self._receive()
+        if time.monotonic() - self._begun > _WHOLE_BODY_SECONDS:
+            raise Refused(408, "The request did not arrive in time; send it again.")
         try:
             async with asyncio.timeout(_BODY_SECONDS):
                 message = await self._receive()
@@ -510,13 +525,6 @@ def _set_cookie(scope: Scope, name: str, value: str, max_age: int | None) -> Non
 def _headers(scope: Scope) -> dict[str, str]:
     """Headers with lower-case names; of a repeated one the last, which a proxy adds, counts."""
     return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-
-
-def _cookies(header: str) -> dict[str, str]:
-    try:
-        return {name: morsel.value for name, morsel in SimpleCookie(header).items()}
-    except CookieError:
-        return {}
 
 
 def _is_address(text: str) -> bool:
@@ -586,6 +594,6 @@ def without_words(error: BaseException) -> str:
 
 def login_path(request: Request) -> str:
     """Where somebody who is not signed in is led to, and from there back."""
-    here = request.url.path.removeprefix(gate_of(request).settings.root_path)
+    here = request.scope["path"].removeprefix(gate_of(request).settings.root_path)
     target = safe_next(here) if request.method == "GET" else "/"
     return path_of(request, "/login" + (f"?next={quote(target)}" if target != "/" else ""))

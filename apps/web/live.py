@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -13,6 +14,8 @@ from apps.web.guard import Principal, Refused, gate_of
 
 STREAMS_EACH = 8
 """Live views of one person at a time."""
+
+STREAM_SECONDS = 900.0
 
 
 def event(name: str, data: Any) -> str:
@@ -28,9 +31,12 @@ def live(request: Request, who: Principal, events: AsyncIterator[str]) -> Stream
 
     async def counted() -> AsyncIterator[str]:
         streams[who.name] = streams.get(who.name, 0) + 1
+        until = time.monotonic() + STREAM_SECONDS
         try:
             async for text in events:
                 yield text
+                if time.monotonic() > until:
+                    return  # browsers connect again, and are asked again who they are
         finally:
             streams[who.name] -= 1
             if not streams[who.name]:

@@ -175,7 +175,9 @@ async def login(
     except Refused as refused:
         if refused.status_code not in (401, 429):
             raise
-        return render(request, "login.html", next=safe_next(next), error=refused.detail, status=refused.status_code)
+        answer = render(request, "login.html", next=safe_next(next), error=refused.detail, status=refused.status_code)
+        answer.headers.update(refused.headers or {})
+        return answer
     return _go(request, safe_next(next))
 
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, Field
@@ -72,6 +73,11 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
         if status in (429, 503):
             found[status]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
     return found
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without what JSON cannot say: a number that is none becomes null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def add_problem_schema(document: dict[str, Any], models: Iterable[type[BaseModel]] = (Problem,)) -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from leukoflow.config import LimitSettings
 from leukoflow.errors import ConfigError
+from tasks.audit import WEB_LOG
 
 ROLES = ("viewer", "reviewer", "admin")
 """Each may do what the ones before it may."""
@@ -85,8 +86,8 @@ class WebSettings:
         if self.audit_file is not None:
             return self.audit_file
         if self.out.startswith("s3://"):
-            return self.users_file.with_name("web-audit.jsonl")
-        return Path(self.out) / "web-audit.jsonl"
+            return self.users_file.with_name(WEB_LOG)
+        return Path(self.out) / WEB_LOG
 
 
 def default_users_file() -> Path:

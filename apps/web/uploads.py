@@ -131,10 +131,14 @@ class _Reader:
         for header, value in self._headers:
             if header == b"content-disposition":
                 message["content-disposition"] = value.decode("utf-8", "replace").replace("\r", " ").replace("\n", " ")
-        name = message.get_param("name", header="content-disposition")
-        if message.get_content_disposition() != "form-data" or not isinstance(name, str):
+        try:
+            name, kind = message.get_param("name", header="content-disposition"), message.get_content_disposition()
+            self._file = message.get_filename()
+        except (ValueError, LookupError, TypeError, AttributeError):  # parameters that contradict each other
+            name, kind = None, None
+        if kind != "form-data" or not isinstance(name, str):
             raise Refused(400, "A part of the form has no name.")
-        self._field, self._file = name[:64], message.get_filename()
+        self._field = name[:64]
         self._content = bytearray()
         files = sum(file is not None for _, file, _ in self.parts)
         if self._file is not None and files >= self.limits.files:
@@ -184,7 +188,7 @@ def unpack(data: bytes, limits: UploadLimits, most: int, budget: int) -> list[Up
     """
     file = io.BytesIO(data)
     found: list[Upload] = []
-    walk = ZipWalk(file, len(data))
+    walk = ZipWalk(file, len(data), repair=False)
     try:
         for seen, entry in enumerate(walk):
             if seen > 50 * limits.files:

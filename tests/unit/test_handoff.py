@@ -17,7 +17,9 @@ from fhir.resources.R4B.bundle import Bundle
 from fhir.resources.R4B.diagnosticreport import DiagnosticReport
 from fhir.resources.R4B.observation import Observation
 from harness import table as table_of
+from typer.testing import CliRunner
 
+from apps.cli import app
 from leukoflow.errors import ConfigError, NotFoundError, RequestError, SourceError
 from leukoflow.records import Status
 from tasks.erase import erase_patient
@@ -298,3 +300,30 @@ def test_labels_of_images_that_are_gone_are_counted(
 def test_formats_know_their_names() -> None:
     assert {f.suffix for f in Format} == {".csv", ".parquet", ".fhir.json"}
     assert Format("fhir").media_type == "application/fhir+json"
+
+
+def test_the_commands(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", KEY.decode())
+    settings = {"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}
+
+    def invoke(*arguments: str) -> Any:
+        return CliRunner().invoke(app, list(arguments), env=settings)
+
+    out, target = str(copy.parent), tmp_path / "mary.csv"
+    done = invoke("export", out, "night", "--to", str(target), "--patient", "mary")
+    assert done.exit_code == 0, done.output
+    assert "13 fields of night" in done.output
+    assert {r["patient_id"] for r in csv_rows(target.read_bytes())} == {MARY}
+    for again, words in (
+        (("export", out, "night", "--to", str(target)), "exists"),
+        (("export", out, "night", "--to", "x.xlsx"), "the name says the format"),
+        (("export", out, "other", "--to", str(tmp_path / "x.csv")), "no such run"),
+        (("labels", out, "--to", str(tmp_path / "data")), "nothing to train on"),
+    ):
+        found = invoke(*again)
+        assert found.exit_code == 1
+        assert words in found.stderr
+    add(out, open_run_table(out, NIGHT).verdict_on_field(0, Action.ACCEPT, "dr. grey"))
+    done = invoke("labels", out, "--to", str(tmp_path / "data"), "--run", "night")
+    assert done.exit_code == 0, done.output
+    assert "1 labelled fields" in done.output

@@ -73,6 +73,22 @@ class World:
     app: FastAPI
     engine: FakeEngine
     settings: WebSettings
+    clients: list[TestClient] = field(default_factory=list)
+    _life: TestClient | None = None
+
+    def __enter__(self) -> World:
+        """From here on all clients talk to one event loop, as with a real server."""
+        self._life = TestClient(self.app, base_url="http://localhost").__enter__()
+        for client in self.clients:
+            client.portal = self._life.portal
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for client in self.clients:
+            client.portal = None
+        life, self._life = self._life, None
+        assert life is not None
+        life.__exit__()
 
     @property
     def gate(self) -> Any:
@@ -86,6 +102,8 @@ class World:
             self.app, base_url=url, client=(address, 4000), headers=headers, follow_redirects=False,
             raise_server_exceptions=False,
         )  # fmt: skip
+        client.portal = None if self._life is None else self._life.portal
+        self.clients.append(client)
         if name is not None:
             assert sign_in(client, name).status_code == 303
         return client

@@ -322,7 +322,7 @@ def annotated(tile: Tile, cells: Sequence[Cell], layers: Sequence[str] = ("origi
     base = tile.normalized if "normalized" in layers else tile.original
     height, width = base.shape[:2]
     factor = max(1, math.ceil(_ENLARGED / max(height, width)))
-    big = cv2.resize(base, (width * factor, height * factor), interpolation=cv2.INTER_CUBIC)
+    big = np.asarray(cv2.resize(base, (width * factor, height * factor), interpolation=cv2.INTER_CUBIC), np.uint8)
     for name, mask, colour in (
         ("cytoplasm", tile.semantic > 0, CYTOPLASM),
         ("nucleus", tile.semantic == 2, NUCLEUS),
@@ -473,7 +473,7 @@ def export_pdf(subject: Subject, tile: Tile | None, cells: Sequence[Cell], by: s
 
 
 def _line(pdf: FPDF, text: str, size: int, ink: tuple[int, int, int] = (31, 34, 40), style: str = "") -> None:
-    pdf.set_font("Helvetica", style, size)  # type: ignore[arg-type]
+    pdf.set_font("Helvetica", style, size)
     pdf.set_text_color(*ink)
     pdf.multi_cell(0, size * 0.48, _latin(shown(text, 400)), new_x="LMARGIN", new_y="NEXT", align="L")
 

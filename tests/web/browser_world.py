@@ -7,7 +7,7 @@ import shutil
 import socket
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -138,10 +138,18 @@ def page_of(browser: Any, site: Site, name: str | None = "rita", **context: Any)
     return page
 
 
+def until(what: Callable[[], Any], seconds: float = 30.0) -> None:
+    """Waits for something to be true. `page.wait_for_function` would need what the pages' policy forbids."""
+    end = time.monotonic() + seconds
+    while not what():
+        assert time.monotonic() < end, "it does not come about"
+        time.sleep(0.05)
+
+
 def picture_shown(page: Any) -> None:
     """Waits until the field's picture is there, and its pixels with it."""
     page.wait_for_selector(".canvas image")
-    page.wait_for_function(
+    assert page.evaluate(
         "async () => { const i = new Image(); i.src = document.querySelector('.canvas image').getAttribute('href');"
         " await i.decode(); return i.naturalWidth > 0; }"
     )

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_world import HOSTILE, PASSWORD, Site, page_of, picture_shown, served
+from browser_world import HOSTILE, PASSWORD, Site, page_of, picture_shown, served, until
 
 from tasks import verdicts
 
@@ -65,7 +65,7 @@ def test_bench_from_upload_to_export(browser: Any, site: Site, tmp_path: Path) -
         archive.write(site.fields[1], "one.jpg")
     page.set_input_files("#files", [str(site.fields[2]), str(hostile), str(tmp_path / "more.zip")])
     page.wait_for_selector("#jobs section:not([aria-busy])", timeout=120_000)
-    assert page.locator(".card").count() == 3
+    assert page.locator("#jobs > section >> nth=0 >> .card").count() == 3
     assert "onerror" in page.inner_text("#jobs")
     page.click(".card a.go >> nth=0")
     picture_shown(page)
@@ -96,7 +96,7 @@ def test_bench_from_upload_to_export(browser: Any, site: Site, tmp_path: Path) -
     assert page.get_attribute(".canvas", "viewBox") == whole
     page.hover(".canvas")
     page.mouse.wheel(0, -200)
-    page.wait_for_function(f"document.querySelector('.canvas').getAttribute('viewBox') !== '{whole}'")
+    until(lambda: page.get_attribute(".canvas", "viewBox") != whole)
     page.click("[data-zoom=whole]")
     # Picture and gallery know each other
     page.hover(".cell >> nth=1")
@@ -131,7 +131,7 @@ def test_paste_and_drop_end_in_the_same_form(browser: Any, site: Site) -> None:
     before = page.locator("#jobs > section").count()
     for n, kind in enumerate(("drop", "paste"), 1):
         page.evaluate(give, [f"{run}/fields/0/original.webp", kind])
-        page.wait_for_function(f"document.querySelectorAll('#jobs > section').length === {before + n}")
+        until(lambda wanted=before + n: page.locator("#jobs > section").count() == wanted)
     page.wait_for_selector("#jobs:not(:has([aria-busy]))", timeout=60_000)
     assert {"drop.webp", "paste.webp"} <= set(re.findall(r"\w+\.webp", page.inner_text("#jobs")))
     assert page.troubles == []
@@ -159,9 +159,9 @@ def test_worklist_filters_sorts_and_searches_without_names_in_addresses(browser:
     page.wait_for_selector(".tabs a[aria-current]:has-text('Fields')")
     assert rows(page) > 1
     page.click("text=Show all")
-    page.wait_for_function("document.querySelectorAll('.list a.go').length === 11")
+    until(lambda: rows(page) == 11)
     page.select_option("[name=status]", "quarantined")
-    page.wait_for_function("document.querySelectorAll('.list a.go').length === 1")
+    until(lambda: rows(page) == 1)
     page.select_option("[name=label]", "Pro")
     page.wait_for_selector("text=Nothing fits these filters")
     assert page.title() != "owned"
@@ -228,7 +228,7 @@ def test_a_verdict_that_is_not_kept_is_told(browser: Any, site: Site) -> None:
     page.context.set_offline(False)
     page.evaluate("document.querySelector('[data-review] [name=seen]').value = 'another'")
     page.keyboard.press("4")
-    page.wait_for_function("document.querySelector('[data-saved]').textContent.includes('no longer the one')")
+    until(lambda: "no longer the one" in page.inner_text("[data-saved]"))
     page.context.close()
 
 

@@ -1,25 +1,26 @@
 // Verdicts by key. What is shown as saved was saved: until the server has said so it reads "saving", and a failure is
-// told and leaves everything as it was. Going on waits for what is still being saved.
+// told and leaves everything as it was. Verdicts are sent one after the other, in the order of the keys; going on to
+// another field waits for what is still being saved.
 import { say } from "./app.js";
 import { typing } from "./keys.js";
 
 let started = false;
 let saving = 0;
+let queue = Promise.resolve();
 let leaveTo = null;
 
 export function start() {
   if (started) return;
   started = true;
   document.addEventListener("keydown", key);
-  document.addEventListener("htmx:beforeRequest", before);
-  document.addEventListener("htmx:afterRequest", after);
+  document.addEventListener("submit", submit);
   addEventListener("beforeunload", (event) => { if (saving) event.preventDefault(); });
   document.addEventListener("click", (event) => {
     const link = event.target.closest("[data-go]");
     if (link && saving) {
       event.preventDefault();
       leaveTo = link.href;
-      note("Saving, then on to the next…");
+      note("Saving, then on…");
     }
     if (event.target.closest("[data-comment]")) openComment();
   });
@@ -30,16 +31,18 @@ const bar = () => document.querySelector("[data-review]");
 
 function key(event) {
   if (event.key === "Escape" && event.target.closest?.("[data-review] textarea")) {
-    document.querySelector("[data-comment-box]").hidden = true;
-    document.querySelector("[data-comment]").focus();
+    closeComment();
     return;
   }
-  if (event.defaultPrevented || typing(event)) return;
+  if (event.defaultPrevented || event.repeat || typing(event)) return;
+  if (event.key.startsWith("Arrow") && event.target.matches("input")) return; // sliders and choices have their own use
   const go = { j: "next", ArrowRight: "next", k: "previous", ArrowLeft: "previous", u: "list" }[event.key];
   if (go) {
+    // A list on the page has j and k for its lines; there, nothing is to go on to.
     const link = document.querySelector(`[data-go=${go}]`);
     if (link) link.click();
-    else if (go !== "list") say(go === "next" ? "This is the last field of the list." : "This is the first field of the list.");
+    else if (document.querySelector("[data-go]")) say(go === "next" ? "This is the last field of the list." : "This is the first field of the list.");
+    else return;
     event.preventDefault();
   } else if (event.key === "c") {
     openComment();
@@ -60,6 +63,11 @@ function openComment() {
   box.querySelector("textarea").focus();
 }
 
+function closeComment() {
+  document.querySelector("[data-comment-box]").hidden = true;
+  document.querySelector("[data-comment]").focus();
+}
+
 function note(text, kind = "") {
   const place = bar()?.querySelector("[data-saved]");
   if (!place) return;
@@ -67,52 +75,86 @@ function note(text, kind = "") {
   place.textContent = text;
 }
 
-const sent = (event) => event.detail.requestConfig?.path?.includes("/verdicts");
-
-// Buttons show what the server holds; while something is being saved, what it will hold.
-function reflect(wanted) {
+// Buttons show what the server holds.
+function reflect() {
   const standing = document.getElementById("standing");
   if (!standing) return;
   const flagged = standing.dataset.flagged === "yes";
   for (const button of bar().querySelectorAll("[data-means]")) {
     const means = button.dataset.means;
-    let on = means === "flag" ? flagged : means === standing.dataset.decision;
-    if (wanted && means !== "flag" && wanted.dataset.means !== "flag") on = button === wanted;
-    if (wanted && button === wanted && means === "flag") on = !flagged;
-    button.setAttribute("aria-pressed", String(on));
-    if (means === "flag" && !wanted) button.value = flagged ? "unflag" : "flag";
+    press(button, means === "flag" ? flagged : means === standing.dataset.decision);
   }
 }
 
-function before(event) {
-  if (!sent(event)) return;
-  saving += 1;
-  const button = event.detail.requestConfig.triggeringEvent?.submitter;
-  if (button?.dataset.means) reflect(button);
-  note("Saving…");
+function press(button, on) {
+  button.setAttribute("aria-pressed", String(on));
+  if (button.dataset.means === "flag") button.value = on ? "unflag" : "flag";
 }
 
-function after(event) {
-  if (!sent(event)) return;
-  saving = Math.max(0, saving - 1);
-  reflect();
-  if (!event.detail.successful) {
-    const why = event.detail.xhr?.getResponseHeader?.("X-Message");
-    note(why ? `Not saved: ${why}` : "Not saved. What stood before still holds; try again.", "bad");
-    leaveTo = null;
+// While something is being saved, they show what the server will hold.
+function expect(chosen) {
+  if (!chosen?.dataset.means) return;
+  if (chosen.dataset.means === "flag") {
+    press(chosen, chosen.value === "flag");
     return;
   }
-  note(`Saved ${new Date().toISOString().slice(11, 16)} UTC`, "good");
-  const box = document.querySelector("[data-comment-box]");
-  if (box && event.detail.requestConfig.triggeringEvent?.submitter?.value === "comment") {
-    box.querySelector("textarea").value = "";
-    box.hidden = true;
-    bar().querySelector("[data-comment]").focus();
+  for (const button of bar().querySelectorAll("[data-means]")) {
+    if (button.dataset.means !== "flag") press(button, button === chosen);
   }
-  if (!saving && leaveTo) location.href = leaveTo;
 }
 
-// The next field's page and picture are fetched ahead, so that j answers at once.
+function submit(event) {
+  const form = event.target.closest("[data-review]");
+  if (!form) return;
+  event.preventDefault();
+  const body = new URLSearchParams(new FormData(form, event.submitter)); // as it is now, whatever is pressed next
+  expect(event.submitter);
+  saving += 1;
+  note("Saving…");
+  queue = queue.then(() => send(form.action, body));
+}
+
+async function send(action, body) {
+  const why = await post(action, body);
+  saving -= 1;
+  if (why !== null) {
+    leaveTo = null;
+    reflect();
+    note(`Not saved: ${why}`, "bad");
+    return;
+  }
+  if (saving) return; // the buttons show what is still on its way
+  reflect();
+  note(`Saved ${new Date().toISOString().slice(11, 16)} UTC`, "good");
+  if (body.get("act") === "comment") {
+    bar().querySelector("textarea").value = "";
+    closeComment();
+  }
+  if (leaveTo) location.href = leaveTo;
+}
+
+// Null once the server has kept it; else why not.
+async function post(action, body) {
+  let answer;
+  try {
+    answer = await fetch(action, {
+      method: "POST", body, keepalive: true, redirect: "error",
+      headers: { "HX-Request": "true", "X-CSRF-Token": document.querySelector("meta[name=csrf]").content },
+    });
+  } catch {
+    return "the server does not answer. What stood before still holds; try again.";
+  }
+  if (!answer.ok) {
+    const words = { 401: "you are signed out. Sign in in another tab, then try again.", 403: "this is not allowed; load the page anew." };
+    return answer.headers.get("X-Message") || words[answer.status] || `the server could not do it (${answer.status}). What stood before still holds.`;
+  }
+  const holder = document.createElement("template");
+  holder.innerHTML = await answer.text();
+  document.getElementById("standing").replaceWith(holder.content.getElementById("standing"));
+  return null;
+}
+
+// The next field's picture is fetched ahead, so that j answers at once.
 function prefetch() {
   const next = document.querySelector("[data-go=next]");
   if (!next?.dataset.picture) return;

@@ -379,13 +379,15 @@ class Guard:
             scope["client"] = (client if _is_address(client) else peer, 0)
         root = settings.root_path
         if root:  # a proxy may hand the prefix on or take it off
-            if scope["path"] != root and not scope["path"].startswith(root + "/"):
+            if scope["path"] == root:
+                scope["path"] = root + "/"
+            elif not scope["path"].startswith(root + "/"):
                 scope["path"] = root + scope["path"]
             scope["root_path"] = root
-        self._check_host(headers.get("host", ""))
         cookies = cookie_parser(headers.get("cookie", ""))
         state["anonymous"] = cookies.get("leukoflow_visit", "")
         state["session_id"] = cookies.get(_cookie_name(scope), "")
+        self._check_host(headers.get("host", ""))
         state["principal"] = self._who(scope, headers)
 
     def _who(self, scope: Scope, headers: dict[str, str]) -> Principal | None:

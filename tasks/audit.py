@@ -60,7 +60,7 @@ def line_of(entry: AuditEntry) -> bytes:
 
 
 def check_log(data: bytes, previous: str = NOTHING, before: int = 0) -> AuditVerdict:
-    """Looks through the bytes of a log, or of what follows after its first `before` lines, the last of digest `previous`."""
+    """Looks through a log, or what follows its first `before` lines, of which the last has the digest `previous`."""
     problems: list[str] = []
     lines = data.split(b"\n")
     if lines[-1]:

@@ -21,6 +21,9 @@ from leukoflow.progress import now
 from leukoflow.storage import Storage
 
 LOG = "audit.jsonl"
+WEB_LOG = "web-audit.jsonl"
+"""Who saw what in the web application; the same form, written by `apps.web.trail`."""
+
 LOCK = "audit.lock"
 NOTHING = "0" * 64
 """What the first line names as the digest of the line before it."""
@@ -84,10 +87,10 @@ def _entry(line: bytes) -> AuditEntry | None:
         return None
 
 
-def verify_log(out: str) -> AuditVerdict | None:
-    """Looks through the log of an output folder; None where there is none."""
+def verify_log(out: str, name: str = LOG) -> AuditVerdict | None:
+    """Looks through a log of an output folder; None where there is none."""
     try:
-        return check_log(Storage(out).read(LOG))
+        return check_log(Storage(out).read(name))
     except (FileNotFoundError, NotADirectoryError):
         return None
 

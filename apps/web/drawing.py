@@ -87,6 +87,15 @@ def webp(rgb: NDArray[np.uint8]) -> bytes:
     return sink.getvalue()
 
 
+def thumbnail(rgb: NDArray[np.uint8], side: int = 264) -> bytes:
+    """A small picture for lists, with the loss that looking over them allows. `rgb` uint8 [H, W, 3]."""
+    image = Image.fromarray(rgb)
+    image.thumbnail((side, side))
+    sink = BytesIO()
+    image.save(sink, "WEBP", quality=82, method=2)
+    return sink.getvalue()
+
+
 def png(pixels: NDArray[np.uint8]) -> bytes:
     """A PNG of uint8 [H, W, 3] or [H, W, 4]."""
     sink = BytesIO()
@@ -203,83 +212,93 @@ def shares(parts: Sequence[tuple[str, float]], whole: float = 1000.0) -> list[tu
     return out
 
 
-def hundred(probability: float | None) -> list[tuple[str, str, bool]]:
-    """(x, y, on) of 100 squares in five rows; as many are on as of 100 fields are expected to be right."""
-    on = round(100 * (probability or 0.0))
-    return [(f"{i % 20 * 12.5:g}", f"{i // 20 * 10:g}", i < on) for i in range(100)]
+def hundred(right: int, low: int, high: int) -> list[tuple[str, str, str]]:
+    """(x, y, kind) of 100 squares: `on` as many as of 100 fields are right, `maybe` within the interval."""
+    squares = []
+    for i in range(100):
+        kind = "on" if i < low else "on maybe" if i < right else "maybe" if i < high else ""
+        squares.append((f"{i % 20 * 12.5:g}", f"{i // 20 * 10:g}", kind))
+    return squares
 
 
 def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
     """A patient's malignant share over runs, with its interval; numbers stand in a table beside it."""
-    width, height, left, right, top, foot = 1000, 300, 56, 24, 18, 46
-    inner, tall = width - left - right, height - top - foot
-    xs = _places([p.at for p in points], left, inner)
-    parts = [f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-labelledby="course-title">']
-    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        y = top + (1 - share) * tall
-        parts.append(
-            f'<line class="{"axis" if share == 0 else "grid"}" x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}"/>'
-        )
-        parts.append(f'<text x="{left - 10}" y="{y + 4:.1f}" text-anchor="end">{100 * share:.0f} %</text>')
+    width, height, left, right, top, foot = 1000, 300, 56, 24, 24, 46
+    tall = height - top - foot
 
-    def y_of(share: float) -> float:
+    def level(share: float) -> float:
         return top + (1 - share) * tall
 
+    plot = _Plot(width, height, "course-title")
+    for share in (0.0, 0.25, 0.5, 0.75, 1.0):
+        plot.line("grid" if share else "axis", left, level(share), width - right, level(share))
+        plot.text(f"{100 * share:.0f} %", left - 10, level(share) + 4, "end")
+    xs = _places([p.at for p in points], left, width - left - right)
     segments: list[list[str]] = []
     for x, point in zip(xs, points, strict=True):
-        low, high = point.summary.interval
-        parts.append(f'<line class="whisker" x1="{x:.1f}" x2="{x:.1f}" y1="{y_of(low):.1f}" y2="{y_of(high):.1f}"/>')
-        for edge in (low, high):
-            parts.append(
-                f'<line class="whisker" x1="{x - 5:.1f}" x2="{x + 5:.1f}" y1="{y_of(edge):.1f}" y2="{y_of(edge):.1f}"/>'
-            )
-        if point.summary.malignant_share is None:
-            continue
-        if not segments or not point.same_bundle:
-            segments.append([])
-        segments[-1].append(f"{x:.1f} {y_of(point.summary.malignant_share):.1f}")
-    parts += [f'<path class="line" d="M{"L".join(s)}"/>' for s in segments if len(s) > 1]
-    for i, (x, point) in enumerate(zip(xs, points, strict=True)):
-        share = point.summary.malignant_share
-        kind = f"c-{point.summary.label}" if point.summary.label in CLASSES else ""
-        if share is not None:
-            parts.append(f'<circle class="point {kind}" cx="{x:.1f}" cy="{y_of(share):.1f}" r="7"/>')
-            parts.append(
-                f'<text class="strong" x="{x + 11:.1f}" y="{y_of(share) - 9:.1f}" text-anchor="{"end" if x > width - 90 else "start"}">{100 * share:.0f} %</text>'
-            )
-        if len(points) <= 12 or i % math.ceil(len(points) / 12) == 0:
-            parts.append(f'<text x="{x:.1f}" y="{height - 22}" text-anchor="middle">{escape(point.at[:10])}</text>')
-    return Markup("".join(parts) + "</svg>")
+        low, high = (level(v) for v in point.summary.interval)
+        plot.line("whisker", x, low, x, high)
+        plot.line("whisker", x - 5, low, x + 5, low)
+        plot.line("whisker", x - 5, high, x + 5, high)
+        if point.summary.malignant_share is not None:
+            if not segments or not point.same_bundle:
+                segments.append([])  # another bundle is another measure: points are not joined
+            segments[-1].append(f"{x:.1f} {level(point.summary.malignant_share):.1f}")
+    plot.parts += [f'<path class="line" d="M{"L".join(s)}"/>' for s in segments if len(s) > 1]
+    named = -math.inf
+    for x, point in zip(xs, points, strict=True):
+        share_, label = point.summary.malignant_share, point.summary.label
+        if share_ is not None:
+            kind = f"c-{label}" if label in CLASSES else ""
+            plot.parts.append(f'<circle class="point {kind}" cx="{x:.1f}" cy="{level(share_):.1f}" r="7"/>')
+            dx, anchor = (-12, "end") if x > width - 90 else (12, "start")
+            plot.text(f"{100 * share_:.0f} %", x + dx, level(share_) - 9, anchor, "strong")
+        if x - named >= 92:  # else the dates would run into each other
+            plot.text(point.at[:10], x, height - 22, "middle")
+            named = x
+    return plot.done()
 
 
 def weeks_svg(weeks: Sequence[WeekLine]) -> Markup:
     """Decisions by week: accepted and corrected."""
     if not weeks:
         return Markup("")
-    shown_weeks = weeks[-26:]
+    latest = weeks[-26:]
     width, height, left, foot, top = 1000, 220, 44, 34, 14
-    tall = height - foot - top
-    most = max(w.n for w in shown_weeks) or 1
-    step = min(70.0, (width - left) / len(shown_weeks))
-    parts = [f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-labelledby="weeks-title">']
+    tall, base = height - foot - top, float(height - foot)
+    most = max(w.n for w in latest) or 1
+    step = min(70.0, (width - left) / len(latest))
+    plot = _Plot(width, height, "weeks-title")
     for share in (0.5, 1.0):
-        y = top + (1 - share) * tall
-        parts.append(f'<line class="grid" x1="{left}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{most * share:.0f}</text>')
-    for i, week in enumerate(shown_weeks):
-        x, base = left + i * step + step * 0.15, float(height - foot)
+        plot.line("grid", left, top + (1 - share) * tall, width, top + (1 - share) * tall)
+        plot.text(f"{most * share:g}", left - 8, top + (1 - share) * tall + 4, "end")
+    for i, week in enumerate(latest):
+        x, y = left + (i + 0.15) * step, base
         for amount, kind in ((week.accepted, "c-predicted"), (week.corrected, "c-rejected")):
-            size = amount / most * tall
-            base -= size
-            parts.append(
-                f'<rect class="f-bar {kind}" x="{x:.1f}" y="{base:.1f}" width="{step * 0.7:.1f}" height="{size:.1f}" rx="2"/>'
-            )
-        if len(shown_weeks) <= 14 or i % 2 == 0:
-            parts.append(
-                f'<text x="{x + step * 0.35:.1f}" y="{height - 12}" text-anchor="middle">{escape(week.week[-3:])}</text>'
-            )
-    parts.append(f'<line class="axis" x1="{left}" x2="{width}" y1="{height - foot}" y2="{height - foot}"/>')
-    return Markup("".join(parts) + "</svg>")
+            y -= amount / most * tall
+            size = f'width="{0.7 * step:.1f}" height="{amount / most * tall:.1f}"'
+            plot.parts.append(f'<rect class="f-bar {kind}" x="{x:.1f}" y="{y:.1f}" {size} rx="2"/>')
+        if len(latest) <= 14 or i % 2 == 0:
+            plot.text(week.week[-3:], x + 0.35 * step, height - 12, "middle")
+    plot.line("axis", left, base, width, base)
+    return plot.done()
+
+
+class _Plot:
+    """An SVG that grows; colours are the style sheet's, by class."""
+
+    def __init__(self, width: int, height: int, title: str) -> None:
+        self.parts = [f'<svg class="plot" viewBox="0 0 {width} {height}" role="img" aria-labelledby="{title}">']
+
+    def line(self, kind: str, x1: float, y1: float, x2: float, y2: float) -> None:
+        self.parts.append(f'<line class="{kind}" x1="{x1:.1f}" y1="{y1:.1f}" x2="{x2:.1f}" y2="{y2:.1f}"/>')
+
+    def text(self, words: str, x: float, y: float, anchor: str, kind: str = "") -> None:
+        self.parts.append(f'<text class="{kind}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(words)}</text>')
+
+    def done(self) -> Markup:
+        """Safe as it is: what is foreign was escaped."""
+        return Markup("".join(self.parts) + "</svg>")
 
 
 def _places(times: Sequence[str], left: float, inner: float) -> list[float]:
@@ -316,10 +335,13 @@ def annotated(tile: Tile, cells: Sequence[Cell], layers: Sequence[str] = ("origi
     image = Image.fromarray(big)
     if "attention" in layers:
         pen = ImageDraw.Draw(image)
-        font = ImageFont.load_default(18)
+        font = ImageFont.load_default(21)
         for cell in cells:
             if cell.rank <= 3:
-                x, y = cell.box[0] * factor + 4, max(2.0, cell.box[1] * factor - 22)
+                ys, xs = np.nonzero(tile.cells == cell.cell_id)
+                if not len(xs):
+                    continue
+                x, y = (xs.min() + xs.max()) / 2 * factor - 5, max(2.0, ys.min() * factor - 26.0)
                 pen.text((x, y), str(cell.rank), font=font, fill="#ffffff", stroke_width=2, stroke_fill="#111111")
     return image
 

@@ -1,7 +1,7 @@
 """Pages for people: thin handlers between the gate, what reads runs, the engine, and templates.
 
-Nothing of a patient stands in an address: runs, slides and patients have opaque keys, fields the ordinal of the plan, and
-what somebody searches for is kept here, under a key that only they can use.
+Nothing of a patient stands in an address: runs, slides and patients have opaque keys, fields the ordinal of the plan,
+and what somebody searches for is kept here, under a key that only they can use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from urllib.parse import parse_qsl, urlencode
 
 from fastapi import APIRouter, Depends, Form, Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
-from tasks.single import STAGES, Finding
 
 from apps.web import drawing, scenes, words
 from apps.web.accounts import MIN_PASSWORD, AccountError
@@ -47,6 +46,7 @@ from apps.web.uploads import read_form
 from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError
 from leukoflow.records import CLASSES
 from tasks import handoff, verdicts, worklist
+from tasks.single import STAGES, Finding
 from tasks.verdicts import Action
 from tasks.worklist import FieldLine, Query, Review, RunTable, Sort
 
@@ -98,6 +98,7 @@ def render(request: Request, template: str, here: str = "", /, status: int = 200
         "hundred": drawing.hundred,
         "number": words.number,
         "percent": words.percent,
+        "prob": words.prob,
         "day": words.day,
         "moment": words.moment,
         "state_kind": lambda state: _STATES.get(state, "warn"),
@@ -275,8 +276,8 @@ class Asked:
 def _asked(request: Request, who: Principal, tab: str, limit_: int = PAGE, **fixed: str) -> Asked:
     """Raises Refused (400) for what there is not."""
     given = request.query_params
-    chosen = {k: given[k][:200] for k in ("label", "status", "site", "scanner", "review", "sort", "order", "find", "page")
-              if given.get(k)}  # fmt: skip
+    known = ("label", "status", "site", "scanner", "review", "sort", "order", "find", "page")
+    chosen = {name: given[name][:200] for name in known if given.get(name)}
     page = int(chosen["page"]) if chosen.get("page", "").isdecimal() and len(chosen["page"]) < 9 else 1
     sort = chosen.get("sort", Sort.URGENCY)
     order = chosen.get("order") or ("up" if sort in (Sort.NAME, Sort.ORDER) else "down")
@@ -458,6 +459,8 @@ def _picture(picture: str, tiles: Sequence[drawing.Tile], cells: Sequence[words.
         if not pixels.size:
             raise Refused(404, "The pixels of this field cannot be had any more.")
         data, media = drawing.webp(pixels), "image/webp"
+    elif picture == "thumb.webp" and view.original.size:
+        data, media = drawing.thumbnail(view.original), "image/webp"
     elif name.startswith("map-") and name[4:] in CLASSES and suffix == "png" and drawing.has_maps(view):
         weights = {c.cell_id: c.attention for c in cells}
         data, media = drawing.activation_png(view, name[4:], weights), "image/png"
@@ -635,8 +638,8 @@ async def bench_page(request: Request, who: Diagnoser) -> Response:
     """Where single images are diagnosed."""
     engine, limits = request.app.state.engine, request.app.state.settings.uploads
     return render(
-        request, "bench.html", "bench", bundles=() if engine is None else engine.bundles, jobs=_jobs(request).of(who.name),
-        max_files=limits.files, max_mb=limits.total_mb, minutes=round(limits.job_minutes), warming=_warming(request),
+        request, "bench.html", "bench", bundles=() if engine is None else engine.bundles,
+        jobs=_jobs(request).of(who.name), max_files=limits.files, max_mb=limits.total_mb, minutes=round(limits.job_minutes), warming=_warming(request),
     )  # fmt: skip
 
 
@@ -747,9 +750,10 @@ async def bench_field(request: Request, job_id: str, number: int, who: Diagnoser
         for n, i in same
     ]  # fmt: skip
     return render(
-        request, "bench_field.html", "bench", job=job, subject=scenes.of_item(item), scene=scene, seconds=finding.seconds,
-        earlier=done[at - 1] if at else None, later=done[at + 1] if at + 1 < len(done) else None, exports=KINDS,
-        here_path=base, others=others if len(others) > 1 else (), told=None,
+        request, "bench_field.html", "bench", job=job, subject=scenes.of_item(item), scene=scene,
+        seconds=finding.seconds, earlier=done[at - 1] if at else None, later=done[at + 1] if at + 1 < len(done) else None, exports=KINDS,
+        here_path=base, others=others if len(others) > 1 else (),
+        told=scenes.frequency(finding.bundle, finding.label, scenes.of_item(item).confidence, str(finding.status)),
         versus_words=words.versus([i.finding for _, i in same]),
     )  # fmt: skip
 

@@ -9,7 +9,6 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 import pyarrow as pa
-from tasks.single import Finding
 
 from apps.web import drawing, words
 from apps.web.drawing import Shape, Tile
@@ -19,6 +18,7 @@ from leukoflow.errors import LeukoflowError
 from leukoflow.records import CLASSES
 from tasks import field_view, worklist
 from tasks.field_view import FieldView, ReferenceCell
+from tasks.single import Finding
 from tasks.worklist import FieldLine, Frequency, RunTable
 
 REFERENCES = 6

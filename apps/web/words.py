@@ -184,6 +184,11 @@ def number(value: float, digits: int = 0) -> str:
     return f"{value:,.{digits}f}".replace(",", "\u202f")
 
 
+def prob(value: float) -> str:
+    """A probability to three places, never rounded to certainty."""
+    return "> 0.999" if value >= 0.9995 else f"{value:.3f}"
+
+
 def percent(share: float | None, digits: int = 0) -> str:
     """A share in percent, a dash where there is none."""
     return "–" if share is None else f"{100 * share:.{digits}f}\u202f%"

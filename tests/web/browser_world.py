@@ -62,7 +62,11 @@ def make_run(folder: Path, bundle: Bundle) -> tuple[Path, list[Path]]:
     sample = write_sample(folder / "sample", 12, 5, 224).directory / "fields"
     fields = sorted(sample.iterdir())
     members = {f"slide-{'ab'[n % 2]}/{p.name}": p.read_bytes() for n, p in enumerate(fields[:8])}
-    members |= {f"{HOSTILE}/{HOSTILE}.jpg": fields[8].read_bytes(), "slide-a/white.png": white(), "slide-b/no.png": b"no"}
+    members |= {
+        f"{HOSTILE}/{HOSTILE}.jpg": fields[8].read_bytes(),
+        "slide-a/white.png": white(),
+        "slide-b/no.png": b"no",
+    }
     archive = write_zip(folder / "smears.zip", members)
     manifest = folder / "manifest.csv"
     lines = [f'"{key}",p{"ab".index(key[6]) + 1},Site-{key[6].upper()}' for key in members if key.startswith("slide-")]
@@ -141,4 +145,3 @@ def picture_shown(page: Any) -> None:
         "async () => { const i = new Image(); i.src = document.querySelector('.canvas image').getAttribute('href');"
         " await i.decode(); return i.naturalWidth > 0; }"
     )
-

@@ -67,7 +67,7 @@ function note(text, kind = "") {
   place.textContent = text;
 }
 
-const sent = (event) => event.detail.requestConfig?.path?.endsWith("/verdicts");
+const sent = (event) => event.detail.requestConfig?.path?.includes("/verdicts");
 
 // Buttons show what the server holds; while something is being saved, what it will hold.
 function reflect(wanted) {
@@ -102,7 +102,7 @@ function after(event) {
     leaveTo = null;
     return;
   }
-  note(`Saved ${new Date().toLocaleTimeString([], { hour: "2-digit", minute: "2-digit" })}`, "good");
+  note(`Saved ${new Date().toISOString().slice(11, 16)} UTC`, "good");
   const box = document.querySelector("[data-comment-box]");
   if (box && event.detail.requestConfig.triggeringEvent?.submitter?.value === "comment") {
     box.querySelector("textarea").value = "";

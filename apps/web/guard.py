@@ -53,7 +53,7 @@ _HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
-    (b"permissions-policy", b"camera=(self), microphone=(), geolocation=(), payment=(), usb=(), interest-cohort=()"),
+    (b"permissions-policy", b"camera=(self), microphone=(), geolocation=(), payment=(), usb=()"),
 )
 
 
@@ -352,7 +352,8 @@ class Guard:
         except Exception as error:
             if answer.status:
                 log.error("%s", without_words(error))
-                raise  # too late for another answer
+                # Too late for another answer; the server writes down what is raised here, so it has no words of it.
+                raise RuntimeError("an answer broke off") from None
             try:
                 response = await self._failed(Request(scope, body.receive), error)
             except Exception as second:  # the page that explains errors has one itself

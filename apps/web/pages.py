@@ -420,6 +420,9 @@ def field_view_fragment(request: Request, run_key: str, ordinal: int, who: Viewe
     base = path_of(request, f"/runs/{run_key}/fields/{ordinal}")
     with told():
         scene = scenes.of_field(table, ordinal, tile, base)
+        if scene is None:
+            remarks = [words.shown(r, 300) for r in scenes.field_of(table, ordinal).remarks]
+            return render(request, "_no_view.html", remarks=remarks)
     return render(request, "_view.html", scene=scene)
 
 
@@ -639,7 +642,8 @@ async def bench_page(request: Request, who: Diagnoser) -> Response:
     engine, limits = request.app.state.engine, request.app.state.settings.uploads
     return render(
         request, "bench.html", "bench", bundles=() if engine is None else engine.bundles,
-        jobs=_jobs(request).of(who.name), max_files=limits.files, max_mb=limits.total_mb, minutes=round(limits.job_minutes), warming=_warming(request),
+        jobs=_jobs(request).of(who.name), max_files=limits.files, max_mb=limits.total_mb,
+        minutes=round(limits.job_minutes), warming=_warming(request),
     )  # fmt: skip
 
 
@@ -749,11 +753,12 @@ async def bench_field(request: Request, job_id: str, number: int, who: Diagnoser
         (i.finding.bundle if i.finding else i.bundle, path_of(request, f"/bench/{job_id}/{n}"), i.finding, n == number)
         for n, i in same
     ]  # fmt: skip
+    subject = scenes.of_item(item)
     return render(
-        request, "bench_field.html", "bench", job=job, subject=scenes.of_item(item), scene=scene,
-        seconds=finding.seconds, earlier=done[at - 1] if at else None, later=done[at + 1] if at + 1 < len(done) else None, exports=KINDS,
-        here_path=base, others=others if len(others) > 1 else (),
-        told=scenes.frequency(finding.bundle, finding.label, scenes.of_item(item).confidence, str(finding.status)),
+        request, "bench_field.html", "bench", job=job, subject=subject, scene=scene, seconds=finding.seconds,
+        earlier=done[at - 1] if at else None, later=done[at + 1] if at + 1 < len(done) else None,
+        exports=KINDS, here_path=base, others=others if len(others) > 1 else (),
+        told=scenes.frequency(finding.bundle, finding.label, subject.confidence, str(finding.status)),
         versus_words=words.versus([i.finding for _, i in same]),
     )  # fmt: skip
 

@@ -33,7 +33,7 @@ from leukoflow.schema import CELLS, PREDICTIONS, SCHEMA_VERSION
 from tasks.plan import plan_schema
 
 FIELDS = 100_000
-SHARD = 256
+SHARD = 128  # the default, which makes most files
 FIELDS_PER_SLIDE, SLIDES_PER_PATIENT = 20, 3
 CELLS_PER_FIELD = 8
 RUN = "night"

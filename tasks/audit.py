@@ -59,23 +59,22 @@ def line_of(entry: AuditEntry) -> bytes:
     return f'{body[:-1]},"sha256":"{seal}"}}'.encode()
 
 
-def check_log(data: bytes) -> AuditVerdict:
-    """Looks through the bytes of a log."""
+def check_log(data: bytes, previous: str = NOTHING, before: int = 0) -> AuditVerdict:
+    """Looks through a log, or what follows its first `before` lines, of which the last has the digest `previous`."""
     problems: list[str] = []
     lines = data.split(b"\n")
     if lines[-1]:
         problems.append(f"line {len(lines)} has no end: something was cut off or added")
     else:
         lines.pop()
-    previous = NOTHING
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines, before + 1):
         entry = _entry(line)
         if entry is None or line_of(entry) != line:
             problems.append(f"line {number} was altered")
         elif entry.previous != previous or entry.number != number:
             problems.append(f"line {number} does not follow the line before it: lines were left out, put in or moved")
         previous = hashlib.sha256(line).hexdigest()
-    return AuditVerdict(len(lines), previous, tuple(problems))
+    return AuditVerdict(before + len(lines), previous, tuple(problems))
 
 
 def _entry(line: bytes) -> AuditEntry | None:

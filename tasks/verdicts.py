@@ -226,7 +226,7 @@ def _encode(entry: Entry, rows: Sequence[Mapping[str, Any]]) -> bytes:
 def _decode(data: bytes, uri: str) -> tuple[Entry, list[dict[str, Any]]]:
     """Raises StorageError where the bytes are no file of verdicts."""
     try:
-        table = pq.read_table(io.BytesIO(data))
+        table = pq.ParquetFile(io.BytesIO(data)).read()
         head = (table.schema.metadata or {}).get(_HEAD)
         if head is None or table.schema.names != VERDICTS.names:
             raise StorageError(f"{uri} holds no verdicts; take it out of that folder")

@@ -10,10 +10,12 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
@@ -23,7 +25,6 @@ from typing import Any, Generic, TypeVar
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.special import betaincinv
@@ -476,6 +477,7 @@ class Frame:
     """Rows of the predictions as arrays. n fields, in the order of the plan; missing columns are nulls."""
 
     def __init__(self, table: pa.Table, ordinals: Ints) -> None:
+        table = table.combine_chunks()
         self.table = table
         self.ordinals = ordinals
         self.status = _known(table["status"], STATUSES)
@@ -503,13 +505,17 @@ class Frame:
     @cached_property
     def _slides(self) -> tuple[Ints, list[str]]:
         ids = self.table["slide_id"]
-        named = pc.is_valid(ids)
-        folders = pc.replace_substring_regex(self.keys, r"^[^/]*$", "")  # an image at the top lies in no folder
+        codes, names = _codes(ids)
+        named = [f"manifest:{name}" for name in names]
+        if not ids.null_count:
+            return codes, named
+        alone = codes < 0
+        folders = pc.replace_substring_regex(self.keys.filter(pa.array(alone)), r"^[^/]*$", "")  # at the top: no folder
         folders = pc.replace_substring_regex(folders, r"/[^/]*$", "")
-        folders = pc.if_else(pc.equal(folders, ""), ".", folders)
-        mine = pc.binary_join_element_wise("manifest", pc.fill_null(ids, ""), ":")
-        other = pc.binary_join_element_wise("folder", folders, ":")
-        return _codes(pc.if_else(named, mine, other))
+        more, names = _codes(folders)
+        codes = codes.copy()
+        codes[alone] = more + len(named)
+        return codes, [*named, *(f"folder:{name or '.'}" for name in names)]
 
     @property
     def slide(self) -> Ints:
@@ -1426,6 +1432,14 @@ def open_run_table(out: str, run_key: str) -> RunTable:
     return _open(_shelf(out), run_id_of(out, run_key))
 
 
+def warm(out: str, runs: int = 1) -> None:
+    """Reads the newest finished runs ahead, so that nobody waits for that; errors are left to whoever opens one."""
+    newest = [line for line in list_runs(out) if line.state == "finished" and line.shadow_of is None]
+    for line in newest[:runs]:
+        with suppress(LeukoflowError):
+            open_run_table(out, line.run_key)
+
+
 def open_run_named(out: str, run_id: str) -> RunTable:
     """A run, by its id; else as `open_run_table`."""
     return open_run_table(out, run_key_of(run_id))
@@ -1475,7 +1489,7 @@ def _open_finished(run: Storage, run_id: str, stamp: str, patient: str | None = 
         ordinals = np.flatnonzero(pc.fill_null(pc.equal(planned, patient), False).to_numpy())
         if len(ordinals) != len(table):
             raise StorageError(f"run {run_id}: plan and predictions differ; `leukoflow verify` tells what to do")
-    frame = Frame(table.combine_chunks(), ordinals)
+    frame = Frame(table, ordinals)
     files = {shard_name(ordinal): f.key for f in listed for ordinal in f.shards}
     return _Held(
         stamp=stamp,
@@ -1552,21 +1566,27 @@ def read_columns(run: Storage, keys: Sequence[str], columns: Sequence[str], wher
     schema = pa.schema([pa.field(name, PREDICTIONS.field(name).type) for name in columns])
     if not keys:
         return schema.empty_table()
-    if run.is_local:
-        paths = [run.uri(key) for key in keys]
-        return ds.dataset(paths, schema=schema, format="parquet").to_table(filter=where)
 
     def one(key: str) -> pa.Table:
+        if run.is_local:
+            return _cut(pq.ParquetFile(run.uri(key)), schema)
         with run.open(key) as file:
-            reader = pq.ParquetFile(file)
-            present = [name for name in columns if name in reader.schema_arrow.names]
-            found = reader.read(columns=present)
-        arrays = [found[f.name].cast(f.type) if f.name in present else pa.nulls(len(found), f.type) for f in schema]
-        table = pa.table(arrays, schema=schema)
-        return table if where is None else table.filter(where)
+            return _cut(pq.ParquetFile(file), schema)
 
-    with ThreadPoolExecutor(READERS) as pool:
-        return pa.concat_tables(pool.map(one, keys))
+    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1) if run.is_local else READERS) as pool:
+        table = pa.concat_tables(pool.map(one, keys))
+    return table if where is None else table.filter(where)
+
+
+def _cut(reader: pq.ParquetFile, schema: pa.Schema) -> pa.Table:
+    """The columns of a schema, those that are absent as nulls."""
+    with reader:
+        present = set(reader.schema_arrow.names)
+        found = reader.read(columns=[name for name in schema.names if name in present], use_threads=False)
+    arrays = [found[f.name] if f.name in present else pa.nulls(len(found), f.type) for f in schema]
+    return pa.table(
+        [a if a.type == f.type else a.cast(f.type) for a, f in zip(arrays, schema, strict=True)], schema=schema
+    )
 
 
 # --- over all runs ---------------------------------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from starlette.responses import JSONResponse, StreamingResponse
 from apps.web import guard
 from apps.web.guard import Principal, Refused, admin, diagnoser, saw, viewer
 from apps.web.jobs import Item, Job, Jobs
-from apps.web.live import event, live
+from apps.web.live import STREAM, event, live
 from apps.web.problems import add_problem_schema, documented, finite
 from apps.web.settings import SCOPES, WebSettings
 from apps.web.uploads import read_form
@@ -251,15 +251,12 @@ async def forget(request: Request, job: JobId, who: Annotated[Principal, Depends
         raise _gone()
 
 
-_events: dict[str, Any] = {
-    "response_class": StreamingResponse,
-    "responses": _found
-    | documented(429)
-    | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Server-sent events."}},
-}
-
-
-@router.get("/diagnoses/{job}/events", tags=["diagnosis"], **_events)
+@router.get(
+    "/diagnoses/{job}/events",
+    tags=["diagnosis"],
+    response_class=StreamingResponse,
+    responses=_found | documented(429) | STREAM,
+)
 async def diagnosis_events(
     request: Request, job: JobId, who: Annotated[Principal, Depends(diagnoser)]
 ) -> StreamingResponse:

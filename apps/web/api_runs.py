@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import StreamingResponse
 
 from apps.web.guard import Principal, exporter, reviewer, saw, viewer
-from apps.web.live import event, live
+from apps.web.live import STREAM, event, live
 from apps.web.problems import documented, finite
 from leukoflow.records import Status
 from tasks import handoff, verdicts, worklist
@@ -373,9 +373,7 @@ def cells(request: Request, run_key: RunKey, ordinal: Ordinal, who: Viewer) -> l
 @router.get(
     "/runs/{run_key}/events",
     response_class=StreamingResponse,
-    responses=_found
-    | documented(429)
-    | {200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Server-sent events."}},
+    responses=_found | documented(429) | STREAM,
 )
 async def run_events(request: Request, run_key: RunKey, who: Viewer) -> StreamingResponse:
     """Server-sent events about a run in progress: `progress` whenever something changed, `done` at the end."""

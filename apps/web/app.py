@@ -32,8 +32,9 @@ UPLOADS = frozenset({"/api/v1/diagnoses", "/bench"})
 def create_app(settings: WebSettings, engine: EngineLike | None = None) -> FastAPI:
     """The web application. Without `engine` it starts one with the settings' bundles, and closes it at the end."""
     app = FastAPI(
-        title="leukoflow", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_life, root_path_in_servers=False
-    )
+        title="leukoflow", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_life, root_path_in_servers=False,
+        redirect_slashes=False,
+    )  # fmt: skip
     app.state.settings = settings
     app.state.gate = Gate(settings)
     app.state.jobs = Jobs(settings.uploads)

@@ -2,7 +2,8 @@
 
 The server's own process never decodes an image and never holds a model. It hands bytes to a worker
 (`apps.web.engine_child`), which decodes them in a disposable child of its own, and believes nothing that comes back
-before it is checked (`apps.web.frames`). Everything here runs in one event loop, so there are no locks.
+before it is checked (`apps.web.frames`). Workers are forked by a process that has everything loaded, so a dead one is
+replaced at once. Everything here runs in one event loop, so there are no locks.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import itertools
 import logging
 import math
 import os
-import signal
+import socket
 import statistics
 import sys
 import time
@@ -23,20 +24,23 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Generic, Self, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import leukoflow
 from apps.web.frames import (
     HEADER,
     Answer,
     BundleCard,
+    Ended,
     Failure,
     Frame,
     FrameError,
     Hello,
+    Kill,
     Order,
     Ready,
     Setup,
+    Spawn,
     Stage,
     Withdrawn,
     finding_of,
@@ -52,7 +56,8 @@ from tasks.ingest import too_large
 from tasks.single import STAGES, Finding
 
 _log = logging.getLogger(__name__)
-_START_SECONDS = 180.0  # importing torch from a cold disk, on a machine that does other things
+_START_SECONDS = 600.0  # importing torch from a cold disk, on a machine that does other things
+_END_SECONDS = 10.0
 _TRIES = 2
 _FAILED_STARTS = 3  # in a row, before those who wait are told
 _SAMPLES = 512
@@ -216,6 +221,7 @@ class Engine:
         self._open = True
         self._arrived = asyncio.Event()
         self._hello: asyncio.Future[tuple[BundleCard, ...]] = asyncio.get_running_loop().create_future()
+        self._nursery = _Nursery(self._setup)
         self._slots = [asyncio.create_task(self._slot()) for _ in range(self._workers)]
         try:
             self.bundles = await asyncio.shield(self._hello)
@@ -229,6 +235,8 @@ class Engine:
         for task in self._slots:
             task.cancel()
         await asyncio.gather(*self._slots, return_exceptions=True)
+        if self._slots:
+            await self._nursery.close()
         self._slots = []
         self._fail_waiting(_CLOSING)
 
@@ -336,21 +344,18 @@ class Engine:
         """Keeps one worker alive and gives it work, until cancelled."""
         failed = 0
         while True:
-            worker = _Worker(self._setup)
+            worker = _Worker(self._nursery)
             try:
-                cards = await worker.start()
+                cards = await self._nursery.open()
                 if not self._hello.done():
                     self._hello.set_result(cards)
-                await worker.warm()
+                await worker.start()
             except (_DeathError, LeukoflowError, OSError) as error:
                 await worker.end()
                 failed += 1
                 self._trouble = f"the process that diagnoses does not start: {error}"
                 _log.error("%s", self._trouble)
-                if not self._hello.done():
-                    known = isinstance(error, LeukoflowError)
-                    self._hello.set_exception(error if known else EngineError(self._trouble))
-                    self._hello.exception()  # also heard where nobody waits any more
+                _fail(self._hello, error if isinstance(error, LeukoflowError) else EngineError(self._trouble))
                 if failed >= _FAILED_STARTS and not self._ready:
                     self._down = True
                     self._fail_waiting(self._trouble)
@@ -363,6 +368,8 @@ class Engine:
             self._ready += 1
             try:
                 await self._work(worker)
+            except Exception:  # a fault of ours must not end the service
+                _log.exception("a worker is given up")
             finally:
                 self._ready -= 1
                 await worker.end()
@@ -395,8 +402,11 @@ class Engine:
             elif not job.answer.done():
                 self._queue.put(job.who, job, again=True)
                 self._arrived.set()
-        except BaseException:
+        except asyncio.CancelledError:
             _settle(job, EngineError(_CLOSING))
+            raise
+        except Exception:
+            _settle(job, EngineError("a fault of the program; the server's log says where"))
             raise
         else:
             _settle(job, said)
@@ -406,40 +416,144 @@ class Engine:
             job.worker = None
 
 
-class _Worker:
-    """One inference process, seen from here."""
+class _Nursery:
+    """The process that forks workers, seen from here; started anew where it has ended."""
+
+    program: tuple[str, ...] = ("-m", "apps.web.engine_child")
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup
         self._process: asyncio.subprocess.Process | None = None
+        self._orders: socket.socket | None = None
+        self._reader: asyncio.Task[None] | None = None
+        self._one = asyncio.Lock()
+        self._numbers = itertools.count(1)
+        self._ended: dict[int, asyncio.Future[str]] = {}
+
+    async def open(self) -> tuple[BundleCard, ...]:
+        """Has the process running, and returns once it has opened all bundles."""
+        async with self._one:
+            if self._orders is None:
+                await self._start()
+            return await _within(self._hello)
+
+    async def _start(self) -> None:
+        await self._finish()
+        loop = asyncio.get_running_loop()
+        self._hello: asyncio.Future[tuple[BundleCard, ...]] = loop.create_future()
+        root = str(Path(leukoflow.__file__).resolve().parent.parent)
+        paths = os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])
+        kept = {k: v for k, v in os.environ.items() if not _secret(k, self._setup.bundles)}
+        self._orders, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        with theirs:
+            self._process = await asyncio.create_subprocess_exec(
+                sys.executable, "-P", *self.program, str(os.getpid()), str(theirs.fileno()),
+                stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, pass_fds=(theirs.fileno(),),
+                env=kept | worker_environment(self._setup.threads) | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": paths},
+                process_group=0,
+            )  # fmt: skip
+        self._reader = asyncio.create_task(self._read(self._process))
+        self._orders.setblocking(False)
+        self._say(self._setup)
+
+    def spawn(self, theirs: socket.socket) -> tuple[int, asyncio.Future[str]]:
+        """Has a worker forked that speaks over this socket: its number, and how it ended once it has."""
+        number = next(self._numbers)
+        ended: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        self._ended[number] = ended
+        self._say(Spawn(number), theirs.fileno())
+        return number, ended
+
+    def kill(self, number: int) -> None:
+        """Has a worker ended."""
+        if number in self._ended:
+            self._say(Kill(number))
+
+    async def close(self) -> None:
+        """Ends the process and all workers."""
+        async with self._one:
+            await self._finish()
+
+    async def _finish(self) -> None:
+        if self._orders is not None:
+            self._orders.close()  # it then kills what it has started, and ends
+            self._orders = None
+        if self._process is not None:
+            try:
+                async with asyncio.timeout(_END_SECONDS):
+                    await self._process.wait()
+            except TimeoutError:  # amid its imports; then there are no workers
+                with suppress(ProcessLookupError):
+                    self._process.kill()
+            if self._reader is not None:
+                await self._reader
+        self._process = self._reader = None
+
+    def _say(self, record: Spawn | Kill | Setup, *descriptors: int) -> None:
+        try:
+            if self._orders is None:
+                raise OSError
+            socket.send_fds(self._orders, [bytes(piece) for piece in frame(record)], descriptors)
+        except OSError:
+            self._lost("it ended")
+
+    async def _read(self, process: asyncio.subprocess.Process) -> None:
+        assert process.stdout is not None
+        words = ""
+        try:
+            while True:
+                record, _ = await _frame_from(process.stdout)
+                match record:
+                    case Hello(cards) if not self._hello.done():
+                        self._hello.set_result(cards)
+                    case Failure(0, kind, said):
+                        words = said
+                        _fail(self._hello, BundleError(said) if kind == "bundle" else _DeathError(said))
+                    case Ended(number, how):
+                        ended = self._ended.pop(number, None)
+                        if ended is not None and not ended.done():
+                            ended.set_result(how)
+        except (asyncio.IncompleteReadError, OSError, FrameError):
+            pass
+        code = await process.wait()
+        self._lost(words or (f"signal {-code}" if code < 0 else f"exit code {code}"))
+
+    def _lost(self, words: str) -> None:
+        """The process is gone, and its workers with it."""
+        if self._orders is not None:
+            self._orders.close()
+            self._orders = None
+        _fail(self._hello, _DeathError(words))
+        for ended in self._ended.values():
+            if not ended.done():
+                ended.set_result(f"what started it ended ({words})")
+        self._ended.clear()
+
+
+class _Worker:
+    """One inference process, seen from here."""
+
+    def __init__(self, nursery: _Nursery) -> None:
+        self._nursery = nursery
+        self._number = 0
+        self._writer: asyncio.StreamWriter | None = None
         self._reader: asyncio.Task[None] | None = None
         self._job: _Job | None = None
         self._said: asyncio.Future[Finding | LeukoflowError] | None = None
         self.gone = asyncio.Event()
         self.epitaph = ""  # how it died, for the log
         loop = asyncio.get_running_loop()
-        self._hello: asyncio.Future[tuple[BundleCard, ...]] = loop.create_future()
         self._warm: asyncio.Future[None] = loop.create_future()
+        self._ended: asyncio.Future[str] = loop.create_future()
 
-    async def start(self) -> tuple[BundleCard, ...]:
-        """Starts the process and waits until it has opened the bundles."""
-        root = str(Path(leukoflow.__file__).resolve().parent.parent)
-        environment = (
-            {k: v for k, v in os.environ.items() if not _secret(k, self._setup.bundles)}
-            | {"PYTHONPATH": os.pathsep.join([root, *filter(None, [os.environ.get("PYTHONPATH")])])}
-            | worker_environment(self._setup.threads)
-        )
-        self._process = await asyncio.create_subprocess_exec(
-            sys.executable, "-P", "-m", "apps.web.engine_child", str(os.getpid()), stdin=asyncio.subprocess.PIPE,
-            stdout=asyncio.subprocess.PIPE, env=environment, process_group=0, limit=1 << 20,
-        )  # fmt: skip
-        self._reader = asyncio.create_task(self._read(self._process))
-        await self._send(frame(self._setup))
-        return await self._within(self._hello)
-
-    async def warm(self) -> None:
-        """Waits until the first bundle is loaded."""
-        await self._within(self._warm)
+    async def start(self) -> None:
+        """Has the process forked, and waits until its models are warm."""
+        mine, theirs = socket.socketpair()
+        with theirs:
+            reader, self._writer = await asyncio.open_unix_connection(sock=mine, limit=1 << 20)
+            self._number, self._ended = self._nursery.spawn(theirs)
+        self._reader = asyncio.create_task(self._read(reader))
+        await _within(self._warm)
 
     async def ask(self, job: _Job, seconds: float) -> Finding | LeukoflowError:
         """The finding, or the error to raise where there is none. After a _DeathError the worker is of no use."""
@@ -459,97 +573,66 @@ class _Worker:
 
     def withdraw(self, job: _Job) -> None:
         """Tells the worker that nobody waits for the image in its hands; it stops before the next stage."""
-        if self._job is job and self._process is not None and not self.gone.is_set():
-            assert self._process.stdin is not None
-            with suppress(OSError):
-                self._process.stdin.writelines(frame(Withdrawn(job.number)))
+        if self._job is job and self._writer is not None and not self.gone.is_set():
+            self._writer.writelines(frame(Withdrawn(job.number)))
 
     def give_up(self, epitaph: str) -> None:
-        """Kills the process and its decoder."""
+        """Has the process killed, and its decoder."""
         self.epitaph = epitaph
         self.gone.set()
-        self._kill()
+        self._nursery.kill(self._number)
 
     async def end(self) -> None:
-        """Kills the process, its decoder, and waits until it is gone."""
+        """Has the process killed, its decoder too, and waits until it is gone."""
         self.gone.set()
-        self._kill()
+        self._nursery.kill(self._number)
+        if self._writer is not None:
+            self._writer.transport.abort()
         if self._reader is not None:
             self._reader.cancel()
             await asyncio.gather(self._reader, return_exceptions=True)
-        if self._process is not None:
-            await self._process.wait()
-            # asyncio closes pipes in callbacks of its own
-            transport = getattr(self._process, "_transport", None)
-            if transport is not None:
-                transport.close()
-            await asyncio.sleep(0)
-        for future in (self._hello, self._warm):
-            future.cancel()
-
-    async def _within(self, future: asyncio.Future[T]) -> T:
-        try:
-            async with asyncio.timeout(_START_SECONDS):
-                return await asyncio.shield(future)
-        except TimeoutError:
-            raise _DeathError(f"no answer within {_START_SECONDS:.0f} s") from None
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_END_SECONDS):
+                    await asyncio.shield(self._ended)
+        self._warm.cancel()
 
     async def _send(self, pieces: Sequence[bytes | memoryview]) -> None:
-        assert self._process is not None
-        assert self._process.stdin is not None
+        assert self._writer is not None
         try:
             for piece in pieces:
-                self._process.stdin.write(piece)
-            await self._process.stdin.drain()
+                self._writer.write(piece)
+            await self._writer.drain()
         except OSError:
             pass  # the reader says how it died
 
-    async def _read(self, process: asyncio.subprocess.Process) -> None:
+    async def _read(self, reader: asyncio.StreamReader) -> None:
         """Hears the worker until it ends; whoever waits for it then learns how."""
-        assert process.stdout is not None
         words = ""
         try:
             while True:
-                kind, length, size = header_of(await process.stdout.readexactly(HEADER.size))
-                record = record_of(kind, await process.stdout.readexactly(length))
-                self._hear(record, await process.stdout.readexactly(size) if size else b"")
+                self._hear(*await _frame_from(reader))
         except (asyncio.IncompleteReadError, OSError):
             pass
         except Exception as error:  # whatever nonsense it talks is no reason for this process to fail
             words = f"it talks nonsense ({error})"
-        finally:
-            self.gone.set()
-            self._kill(ended=True)
-        code = await process.wait()
-        words = words or (f"signal {-code}" if code < 0 else f"exit code {code}")
+        self.gone.set()
+        self._nursery.kill(self._number)
+        ended = await asyncio.shield(self._ended)
+        words = words or ended
         self.epitaph = self.epitaph or words
-        for future in (self._hello, self._warm, self._said):
-            if future is not None and not future.done():
-                future.set_exception(_DeathError(words))
-                if future is not self._said:
-                    future.exception()
+        for future in (self._warm, self._said):
+            if future is not None:
+                _fail(future, _DeathError(words))
 
     def _hear(self, record: Frame, body: bytes) -> None:
         job, said = self._job, self._said
         match record:
-            case Hello(cards):
-                if not self._hello.done():
-                    self._hello.set_result(cards)
-            case Ready():
-                if not self._warm.done():
-                    self._warm.set_result(None)
-            case Failure(0, kind, words):
-                error = BundleError(words) if kind == "bundle" else _DeathError(words)
-                for future in (self._hello, self._warm):
-                    if not future.done():
-                        future.set_exception(error)
-                        future.exception()
+            case Ready() if not self._warm.done():
+                self._warm.set_result(None)
             case Stage(number, stage):
                 if job is not None and number == job.number and stage in STAGES and not job.answer.done():
                     _tell(job, stage)
             case Answer() if job is not None and said is not None and record.number == job.number:
-                if record.sha256 != hashlib.sha256(job.data).hexdigest() or record.bundle != job.card.name:
-                    raise FrameError("an answer to something else")
                 if not said.done():
                     said.set_result(finding_of(record, body))
             case Failure(number, kind, words) if job is not None and said is not None and number == job.number:
@@ -567,11 +650,27 @@ class _Worker:
             case _:
                 raise FrameError(f"a {type(record).__name__} that nobody asked for")
 
-    def _kill(self, *, ended: bool = False) -> None:
-        """Kills the process group, which the decoder is in; `ended`: right when the process itself is seen to end."""
-        if self._process is not None and (ended or self._process.returncode is None):
-            with suppress(ProcessLookupError, PermissionError):
-                os.killpg(self._process.pid, signal.SIGKILL)
+
+async def _frame_from(reader: asyncio.StreamReader) -> tuple[Frame, bytes]:
+    """The next frame. Raises FrameError, IncompleteReadError at the end."""
+    kind, words, size = header_of(await reader.readexactly(HEADER.size))
+    record = record_of(kind, await reader.readexactly(words))
+    return record, await reader.readexactly(size) if size else b""
+
+
+async def _within(future: asyncio.Future[T]) -> T:
+    """What a starting process says, if it says it in time."""
+    try:
+        async with asyncio.timeout(_START_SECONDS):
+            return await asyncio.shield(future)
+    except TimeoutError:
+        raise _DeathError(f"no answer within {_START_SECONDS:.0f} s") from None
+
+
+def _fail(future: asyncio.Future[Any], error: Exception) -> None:
+    if not future.done():
+        future.set_exception(error)
+        future.exception()  # nobody need wait for it
 
 
 async def _first(*events: asyncio.Event) -> None:

@@ -1,4 +1,6 @@
-"""What the server and its inference workers say to each other: typed JSON and raw arrays, never a pickle.
+"""What the server, the process that starts its workers, and the workers say to each other.
+
+Typed JSON and raw arrays, never a pickle.
 
 A frame is a header (kind, bytes of JSON, bytes of body), JSON of one of the records below, and a body. A worker has
 handled pixels of hostile files, so the server believes nothing that it says: lengths are bounded, records are
@@ -75,6 +77,20 @@ class Withdrawn:
     number: int
 
 
+@dataclass(frozen=True, slots=True)
+class Spawn:
+    """Fork a worker that speaks over the descriptor which comes along."""
+
+    number: int
+
+
+@dataclass(frozen=True, slots=True)
+class Kill:
+    """End a worker, its decoder too."""
+
+    number: int
+
+
 # --- from the worker -------------------------------------------------------------------------------------------------
 
 
@@ -88,6 +104,14 @@ class Hello:
 @dataclass(frozen=True, slots=True)
 class Ready:
     """The first bundle is loaded and warm."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A worker is no more; says how."""
+
+    number: int
+    words: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +166,10 @@ class Answer:
 
 
 Buffer = bytes | memoryview
-Frame = Setup | Order | Withdrawn | Hello | Ready | Stage | Failure | Answer
-KINDS: tuple[type[Any], ...] = (Setup, Order, Withdrawn, Hello, Ready, Stage, Failure, Answer)
+Frame = Setup | Order | Withdrawn | Spawn | Kill | Hello | Ready | Ended | Stage | Failure | Answer
+KINDS: tuple[type[Any], ...] = (
+    Setup, Order, Withdrawn, Spawn, Kill, Hello, Ready, Ended, Stage, Failure, Answer
+)  # fmt: skip
 _ADAPTERS: dict[int, TypeAdapter[Any]] = {}
 
 

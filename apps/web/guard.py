@@ -53,7 +53,7 @@ _HEADERS = (
     (b"referrer-policy", b"no-referrer"),
     (b"cross-origin-opener-policy", b"same-origin"),
     (b"cross-origin-resource-policy", b"same-origin"),
-    (b"permissions-policy", b"camera=(self), microphone=(), geolocation=(), payment=(), usb=(), interest-cohort=()"),
+    (b"permissions-policy", b"camera=(self), microphone=(), geolocation=(), payment=(), usb=()"),
 )
 
 
@@ -352,7 +352,8 @@ class Guard:
         except Exception as error:
             if answer.status:
                 log.error("%s", without_words(error))
-                raise  # too late for another answer
+                # Too late for another answer; the server writes down what is raised here, so it has no words of it.
+                raise RuntimeError("an answer broke off") from None
             try:
                 response = await self._failed(Request(scope, body.receive), error)
             except Exception as second:  # the page that explains errors has one itself
@@ -379,13 +380,15 @@ class Guard:
             scope["client"] = (client if _is_address(client) else peer, 0)
         root = settings.root_path
         if root:  # a proxy may hand the prefix on or take it off
-            if scope["path"] != root and not scope["path"].startswith(root + "/"):
+            if scope["path"] == root:
+                scope["path"] = root + "/"
+            elif not scope["path"].startswith(root + "/"):
                 scope["path"] = root + scope["path"]
             scope["root_path"] = root
-        self._check_host(headers.get("host", ""))
         cookies = cookie_parser(headers.get("cookie", ""))
         state["anonymous"] = cookies.get("leukoflow_visit", "")
         state["session_id"] = cookies.get(_cookie_name(scope), "")
+        self._check_host(headers.get("host", ""))
         state["principal"] = self._who(scope, headers)
 
     def _who(self, scope: Scope, headers: dict[str, str]) -> Principal | None:

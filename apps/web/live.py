@@ -16,6 +16,10 @@ STREAMS_EACH = 8
 """Live views of one person at a time."""
 
 STREAM_SECONDS = 900.0
+STREAM: dict[int | str, dict[str, Any]] = {
+    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Server-sent events."}
+}
+"""How an operation that answers with events describes that."""
 
 
 def event(name: str, data: Any) -> str:

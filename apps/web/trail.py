@@ -28,14 +28,13 @@ class Trail:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._size, self._inode, self._number, self._head = -1, -1, 0, NOTHING
+        self._size, self._number, self._head = 0, 0, NOTHING  # of what was looked through
+        self._stamp = (-1, -1)
 
     def add(self, who: str, action: str, key: str = "", details: Mapping[str, str] | None = None) -> AuditEntry:
         """Appends a line. Raises StorageError where it cannot be written or the log was tampered with."""
         with self._lock, self._opened() as descriptor:
-            size = os.fstat(descriptor).st_size
-            if size != self._size or os.fstat(descriptor).st_ino != self._inode:
-                self._look_through(descriptor)
+            self._look_through(descriptor)
             if self._size > _ROLL_AT:
                 full = self._roll()
                 with self._opened() as fresh:
@@ -58,7 +57,7 @@ class Trail:
             os.ftruncate(descriptor, self._size)
             raise StorageError(f"{self.path} cannot be written: the disk is full")
         self._size, self._number = self._size + len(data), entry.number
-        self._head = hashlib.sha256(line).hexdigest()
+        self._head, self._stamp = hashlib.sha256(line).hexdigest(), _stamp(descriptor)
         return entry
 
     def check(self) -> AuditVerdict:
@@ -113,15 +112,27 @@ class Trail:
             return False
 
     def _look_through(self, descriptor: int) -> None:
+        """Looks through what is new: all of it in another file, or in one that was changed without growing."""
+        stamp, size = _stamp(descriptor), os.fstat(descriptor).st_size
+        if stamp == self._stamp and size == self._size:
+            return
+        if stamp[0] != self._stamp[0] or size <= self._size:
+            self._size, self._number, self._head = 0, 0, NOTHING
         data = b""
-        os.lseek(descriptor, 0, os.SEEK_SET)
+        os.lseek(descriptor, self._size, os.SEEK_SET)
         while chunk := os.read(descriptor, 1 << 20):
             data += chunk
-        verdict = check_log(data)
+        verdict = check_log(data, self._head, self._number)
         if verdict.problems:
+            self._stamp = (-1, -1)
             raise StorageError(
                 f"{self.path} was tampered with ({verdict.problems[0]}), and nobody comes in without a log: find out "
                 "what happened, then move the file aside, and a new log is begun"
             )
-        self._size, self._inode = len(data), os.fstat(descriptor).st_ino
+        self._size, self._stamp = self._size + len(data), stamp
         self._number, self._head = verdict.entries, verdict.head
+
+
+def _stamp(descriptor: int) -> tuple[int, int]:
+    info = os.fstat(descriptor)
+    return info.st_ino, info.st_mtime_ns

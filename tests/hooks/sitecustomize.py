@@ -2,9 +2,7 @@
 
 `TEST_DELAY_SECONDS` slows each image down, or the number that the file `TEST_DELAY_FILE` holds at that moment. The
 wall clock is wrong by as many seconds as the file `TEST_CLOCK_FILE` says. An image whose top left pixel has one of
-these colours kills the decoding process, the worker while it normalises or extracts features, or takes for ever; wants
-all memory there is; kills its worker unless the file `TEST_ONCE_FILE` exists, which it makes; or writes nonsense where
-a worker's answers go.
+these colours kills the decoding process, the worker while it normalises or extracts features, or takes for ever.
 """
 
 from __future__ import annotations
@@ -18,7 +16,6 @@ import time
 from typing import Any
 
 DECODER, NORMALIZE, EXTRACT, FOREVER = (13, 37, 111), (13, 37, 112), (13, 37, 113), (13, 37, 114)
-GREEDY, ONCE, NONSENSE = (13, 37, 115), (13, 37, 116), (13, 37, 117)
 
 
 def _die() -> None:
@@ -49,19 +46,6 @@ def _normalize(module: Any) -> None:
             _die()
         if color == FOREVER:
             time.sleep(3600)
-        if color == GREEDY:
-            hoard = []
-            while True:
-                hoard.append(np.ones(1 << 24))
-        if color == ONCE and not os.path.exists(os.environ["TEST_ONCE_FILE"]):
-            with open(os.environ["TEST_ONCE_FILE"], "w"):
-                _die()
-        if color == NONSENSE:
-            for descriptor in range(3, 64):
-                try:
-                    os.write(descriptor, b"\x80\x04cos\nsystem\n" * 100)
-                except OSError:
-                    continue
         return np.full_like(rgb, EXTRACT) if color == EXTRACT else normalize(rgb, settings)
 
     module.normalize = trapped

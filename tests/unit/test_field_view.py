@@ -188,6 +188,7 @@ def test_reference_cells(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = open_run_table(out, NIGHT)
     assert reference_cells(out, NIGHT, "Benign", 4) == ()  # the model is sure of nothing
     monkeypatch.setattr(field_view, "REFERENCE_CONFIDENCE", 0.26)
+    field_view._kept.clear()
     label = table.field(0).label
     assert label is not None
     cells = reference_cells(out, NIGHT, label, 4)

@@ -133,8 +133,8 @@ def world(folder: Path, engine: FakeEngine | None = None, people: bool = True, *
 
 
 def token_in(page: str) -> str:
-    """The CSRF token of a page's first form."""
-    found = re.search(r'name="csrf" value="([0-9a-f]{64})"', page)
+    """The CSRF token of a page."""
+    found = re.search(r'name="csrf" (?:value|content)="([0-9a-f]{64})"', page)
     assert found is not None, page[:500]
     return found[1]
 

@@ -3,24 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import io
 import os
 import signal
 import subprocess
 import sys
-import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+import threading
+from collections.abc import Coroutine, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pytest
-from harness import ROOT, dotted, small_bundle, smears, with_other_thresholds
+from PIL import Image
 
-from apps.web.engine import BusyError, Engine, EngineError, FairQueue
+from apps.web.engine import BusyError, Engine, EngineError, FairQueue, _Nursery
 from apps.web.frames import (
     HEADER,
+    KINDS,
     Answer,
     FrameError,
     TileShape,
@@ -31,48 +34,86 @@ from apps.web.frames import (
 )
 from leukoflow.config import LimitSettings
 from leukoflow.errors import BundleError
-from leukoflow.records import Status
-from models.bundle import Bundle
+from leukoflow.records import Quality, Status
+from leukoflow.schema import CELLS
 from tasks.ingest import Decoder
-from tasks.single import STAGES, Finding, examine, load_models
+from tasks.single import STAGES, Finding, TileView, examine, load_models
 
-pytestmark = pytest.mark.timeout(120)
+pytestmark = pytest.mark.timeout(300)
+T = TypeVar("T")
+DIES, FOREVER, GREEDY, ONCE, NONSENSE, FAULTY = ((13, 37, blue) for blue in range(200, 206))
 LIMITS = LimitSettings(max_member_mb=8, max_megapixels=8, decode_memory_mb=512)
-HOOKS = ROOT / "tests" / "hooks"
-DECODER, NORMALIZE, FOREVER = (13, 37, 111), (13, 37, 112), (13, 37, 114)
-GREEDY, ONCE, NONSENSE = (13, 37, 115), (13, 37, 116), (13, 37, 117)
+ROOT = Path(__file__).resolve().parents[2]
+MADE_UP = Path(__file__).with_name("made_up_child.py")
+
+
+def field(colour: tuple[int, int, int] = (200, 180, 220), side: int = 64) -> bytes:
+    """An image whose first pixel says what comes of it."""
+    sink = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(sink, "PNG")
+    return sink.getvalue()
+
+
+class Served:
+    """An engine in an event loop of its own thread, for tests that are not coroutines."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+
+    def do(self, what: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(what, self.loop).result(280)
+
+    def examine(self, data: bytes, who: str = "anna", **settings: Any) -> Finding:
+        return self.do(self.engine.examine(data, who=who, **settings))
+
+    def restarts(self) -> int:
+        """How often a worker was replaced, once there is one again."""
+        self.do(self.engine.ready())
+        return self.engine.load().restarts
+
+    def end(self) -> None:
+        self.do(self.engine.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
 
 
 @pytest.fixture(scope="module")
-def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
-    return small_bundle(tmp_path_factory.mktemp("bundles") / "small")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What workers look at."""
+    return tmp_path_factory.mktemp("workers")
 
 
 @pytest.fixture(scope="module")
-def fields(tmp_path_factory: pytest.TempPathFactory) -> list[bytes]:
-    return list(smears(tmp_path_factory.mktemp("sample"), 4, seed=3).values())
+def served(folder: Path) -> Iterator[Served]:
+    """One engine for most tests, with made-up networks that make trouble on demand."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Nursery, "program", (str(MADE_UP),))
+        patch.setenv("TEST_FOLDER", str(folder))
+        patch.setenv("LEUKOFLOW_PATIENT_KEY", "a secret")
+        patch.setenv("AWS_ACCESS_KEY_ID", "a secret")
+        served = Served(
+            Engine(["one", "two", "gone"], LIMITS, kept=1, threads=1, memory_mb=1024, waiting=12, waiting_each=8)
+        )
+        try:
+            served.do(served.engine.start())
+            served.do(served.engine.ready())
+            yield served
+        finally:
+            served.end()
 
 
-@pytest.fixture(autouse=True)
-def _hooked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Workers make trouble on demand."""
-    monkeypatch.setenv("PYTHONPATH", str(HOOKS))
-    monkeypatch.setenv("TEST_ONCE_FILE", str(tmp_path / "once"))
+def family(of: int | None = None) -> list[psutil.Process]:
+    """Processes that this one (or another) has started."""
+    return psutil.Process(of).children(recursive=True)
 
 
-@asynccontextmanager
-async def running(bundle: Bundle, **settings: Any) -> AsyncIterator[Engine]:
-    chosen = {"seconds": 20, "threads": 1, "memory_mb": 1024} | settings
-    async with Engine([str(bundle.path)], LIMITS, **chosen) as engine:
-        yield engine
-
-
-def children() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "apps.web.engine_child" in p.cmdline()]
-
-
-def decoders() -> list[psutil.Process]:
-    return [p for p in psutil.Process().children(recursive=True) if "tasks.decode_child" in p.cmdline()]
+def workers() -> list[psutil.Process]:
+    """Those that compute: children of the one that starts them."""
+    return [p for p in family() if str(MADE_UP) in p.cmdline() and p.ppid() != os.getpid()]
 
 
 def gone(processes: list[psutil.Process], seconds: float = 10) -> bool:
@@ -114,9 +155,26 @@ def test_the_queue_is_bounded_in_all_and_per_person() -> None:
 
 
 @pytest.fixture(scope="module")
-def finding(bundle: Bundle, fields: list[bytes]) -> Finding:
-    with Decoder(LIMITS, bundle.spec.method.segment) as decoder:
-        return examine(fields[0], None, load_models(str(bundle.path)), LIMITS, decoder, lambda stage: None)
+def finding() -> Finding:
+    """One with everything in it: two tiles, cells, and offsets that are not aligned."""
+    rng = np.random.default_rng(0)
+
+    def tile(height: int, width: int, cells: int) -> TileView:
+        return TileView(
+            rng.integers(0, 256, (height, width, 3), np.uint8), rng.integers(0, 256, (height, width, 3), np.uint8),
+            rng.integers(0, 3, (height, width), np.uint8), rng.integers(0, 9, (height, width), np.uint16),
+            rng.random((2, 3), np.float32), np.arange(cells, dtype=np.int32), rng.random(cells, np.float32),
+            rng.random(cells, np.float32), rng.random((cells, 4, 8, 8)).astype(np.float16), 44,
+        )  # fmt: skip
+
+    columns = [pa.array([""] * 5) if f.name == "image_key" else pa.array([0, 1, 1, 0, 1]).cast(f.type) for f in CELLS]
+    return Finding(
+        sha256="ab" * 32, bundle="one", bundle_digest="cd" * 32, status=Status.ABSTAINED, reason="ambiguous: é",
+        label="Early", probabilities=(0.1, 0.4, 0.3, 0.2), prediction_set=("Early", "Pre"), ood=1.25, width_px=300,
+        height_px=200, quality=Quality(1.5, 0.5, 0.0, 0.2, 0.1, 1.0, 0.5, 0.4, ("first of 2 pages",)),
+        remarks=("first of 2 pages",), cells=pa.Table.from_arrays(columns, schema=CELLS),
+        tiles=(tile(13, 17, 3), tile(11, 7, 0), tile(5, 5, 2)), seconds=(("decode", 0.5), ("segment", 0.25)),
+    )  # fmt: skip
 
 
 def parsed(pieces: list[Any]) -> tuple[Answer, bytes]:
@@ -156,8 +214,6 @@ def test_a_finding_passes_unaltered(finding: Finding) -> None:
 
 
 def test_bytes_that_the_shapes_do_not_account_for_are_refused(finding: Finding) -> None:
-    from dataclasses import replace
-
     answer, body = parsed(finding_frame(7, finding))
     tile = answer.tiles[0]
     for wrong in (
@@ -181,272 +237,284 @@ def test_what_is_no_frame_is_refused() -> None:
             header_of(head)
     for words in (b"", b"{", b"[" * 100_000, b'{"number": "x"}', b"\x80\x04cos\nsystem\n."):
         with pytest.raises(FrameError):
-            record_of(7, words)
+            record_of(KINDS.index(Answer), words)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------
 
 
-def test_an_answer_is_that_of_the_pure_function(bundle: Bundle, fields: list[bytes], finding: Finding) -> None:
-    async def story() -> None:
-        async with running(bundle) as engine:
-            (card,) = engine.bundles
-            assert (card.name, card.digest) == (str(bundle.path), bundle.digest)
-            assert card.classes == ("Benign", "Early", "Pre", "Pro")
-            heard: list[str] = []
-            found = await engine.examine(fields[0], who="anna", told=heard.append)
-            same(found, finding)
-            assert tuple(heard) == STAGES
-            scaled = await engine.examine(fields[0], who="anna", bundle=bundle.digest, um_per_px=0.84)
-            assert len(scaled.tiles) > 1
-            load = engine.load()
-            assert (load.waiting, load.running, load.restarts, load.answered) == (0, 0, 0, 2)
-            assert 0 < load.p50_seconds <= load.p95_seconds
-            for wrong in (0.0, -1.0, float("nan"), float("inf")):
-                with pytest.raises(ValueError, match="positive number"):
-                    await engine.examine(fields[0], who="anna", um_per_px=wrong)
-            with pytest.raises(BundleError, match="no bundle 'other' is loaded here"):
-                await engine.examine(fields[0], who="anna", bundle="other")
+def test_an_answer_is_that_of_the_pure_function(tmp_path: Path) -> None:
+    """With real networks, two bundles at a time."""
+    from harness import small_bundle, smears, with_other_thresholds
 
-    asyncio.run(story())
-
-
-def test_images_that_are_none_are_findings_too(bundle: Bundle, fields: list[bytes]) -> None:
-    async def story() -> None:
-        async with running(bundle) as engine:
-            rng = np.random.default_rng(0)
-            hostile = {
-                b"": "empty: 0 bytes",
-                b"hello": "not an image: text",
-                rng.bytes(5000): "not an image: its first bytes are those of no JPEG, PNG, TIFF or BMP",
-                fields[0][:700]: "truncated",
-                b"\xff\xd8\xff" + bytes(9 << 20): "too large: 9,437,187 bytes",
-                dotted(fields[0], DECODER): "decoding it kills the decoder (SIGSEGV)",
-            }
-            for data, words in hostile.items():
-                found = await engine.examine(data, who="anna")
-                assert found.status is Status.QUARANTINED
-                assert found.reason is not None
-                assert found.reason.startswith(words)
-            assert (await engine.examine(fields[1], who="anna")).label is not None
-            assert engine.load().restarts == 0
-
-    asyncio.run(story())
-
-
-def test_two_bundles_are_compared(bundle: Bundle, fields: list[bytes], tmp_path: Path) -> None:
+    bundle = small_bundle(tmp_path / "small")
     other = with_other_thresholds(bundle, tmp_path / "other", 3.0)
+    first, *_ = smears(tmp_path / "sample", 1, seed=3).values()
+    with Decoder(LIMITS, bundle.spec.method.segment) as decoder:
+        expected = examine(first, None, load_models(str(bundle.path)), LIMITS, decoder, lambda stage: None)
 
     async def story() -> None:
-        places = [str(bundle.path), str(other.path)]
-        async with Engine(places, LIMITS, kept=1, threads=1) as engine:
-            assert [card.digest for card in engine.bundles] == [bundle.digest, other.digest]
-            first, second, again = [
-                await engine.examine(fields[0], who="anna", bundle=name) for name in ("", other.digest, places[0])
-            ]
-            assert first.bundle_digest == again.bundle_digest != second.bundle_digest
-            assert first.probabilities == again.probabilities != second.probabilities
-            assert len(decoders()) == 1  # at most one bundle stays loaded
+        async with Engine([str(bundle.path), str(other.path)], LIMITS, threads=1) as engine:
+            assert [(c.name, c.digest) for c in engine.bundles] == [(str(b.path), b.digest) for b in (bundle, other)]
+            assert engine.bundles[0].classes == ("Benign", "Early", "Pre", "Pro")
+            heard: list[str] = []
+            same(await engine.examine(first, who="anna", told=heard.append), expected)
+            assert tuple(heard) == STAGES
+            second = await engine.examine(first, who="anna", bundle=other.digest)
+            assert second.bundle_digest == other.digest
+            assert second.probabilities != expected.probabilities
+            assert len((await engine.examine(first, who="anna", um_per_px=0.84)).tiles) > 1
 
     asyncio.run(story())
 
 
-def test_a_bundle_that_cannot_be_opened_ends_the_start(tmp_path: Path) -> None:
+def test_the_load_is_counted(served: Served) -> None:
+    before = served.engine.load()
+    assert served.examine(field()).label == "Pre"
+    assert served.examine(field(side=100)).width_px == 100
+    load = served.engine.load()
+    assert (load.waiting, load.running, load.answered - before.answered) == (0, 0, 2)
+    assert (load.workers, load.ready, load.trouble) == (1, 1, "")
+    assert 0 < load.p50_seconds <= load.p95_seconds
+
+
+def test_requests_that_make_no_sense_are_refused(served: Served) -> None:
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="positive number"):
+            served.examine(field(), um_per_px=wrong)
+    with pytest.raises(BundleError, match="no bundle 'other' is loaded here; there are: one, two, gone"):
+        served.examine(field(), bundle="other")
+
+
+def test_images_that_are_none_are_findings_too(served: Served) -> None:
+    before = served.restarts()
+    hostile = {
+        b"": "empty: 0 bytes",
+        b"hello": "not an image: text",
+        np.random.default_rng(0).bytes(5000): "not an image: its first bytes are those of no JPEG, PNG, TIFF or BMP",
+        field(side=500)[:300]: "truncated",
+        b"\xff\xd8\xff" + bytes(9 << 20): "too large: 9,437,187 bytes",
+        field(side=3000): "too large: 3,000 x 3,000 px",
+    }
+    for data, words in hostile.items():
+        found = served.examine(data)
+        assert found.status is Status.QUARANTINED
+        assert found.reason is not None
+        assert found.reason.startswith(words)
+    assert served.examine(field()).label == "Pre"
+    assert served.restarts() == before
+
+
+def test_bundles_are_loaded_when_asked_for(served: Served) -> None:
+    first, second, again = (served.examine(field(), bundle=name) for name in ("", "two", "one"))
+    assert (first.bundle, second.bundle, again.bundle) == ("one", "two", "one")
+    with pytest.raises(BundleError, match="no longer there"):
+        served.examine(field(), bundle="gone")
+    assert served.examine(field()).bundle == "one"
+    assert len([p for p in family() if "tasks.decode_child" in p.cmdline()]) == 1  # at most one stays loaded
+
+
+def test_a_bundle_that_cannot_be_opened_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Nursery, "program", (str(MADE_UP),))
+
     async def story() -> None:
-        engine = Engine([str(tmp_path / "nothing")], LIMITS)
-        with pytest.raises(BundleError, match="no bundle"):
-            await engine.start()
-        with pytest.raises(EngineError):
+        before = family()
+        engine = Engine(["nothing"], LIMITS)
+        with pytest.raises(EngineError, match="not running"):
             await engine.examine(b"", who="anna")
-        assert children() == []
+        with pytest.raises(BundleError, match="no bundle 'nothing'"):
+            await engine.start()
+        with pytest.raises(EngineError, match="not running"):
+            await engine.examine(b"", who="anna")
+        assert set(family()) <= set(before)
 
     asyncio.run(story())
-    with pytest.raises(BundleError):
+    with pytest.raises(BundleError, match="no bundle was named"):
         Engine([], LIMITS)
+
+
+def test_workers_know_no_secrets(served: Served) -> None:
+    served.do(served.engine.ready())
+    assert len(family()) == 3
+    for process in family():
+        assert "a secret" not in process.environ().values()
 
 
 # --- the queue at work -----------------------------------------------------------------------------------------------
 
 
-def test_a_person_with_many_images_does_not_hold_up_another(bundle: Bundle, fields: list[bytes]) -> None:
-    async def story() -> None:
-        async with running(bundle, waiting=12, waiting_each=8) as engine:
-            order: list[str] = []
-
-            async def one(who: str) -> None:
-                await engine.examine(fields[0], who=who)
-                order.append(who)
-
-            many = [asyncio.create_task(one("anna")) for _ in range(8)]
-            await asyncio.sleep(0)
-            few = [asyncio.create_task(one("bert")) for _ in range(2)]
-            await asyncio.sleep(0)
-            with pytest.raises(BusyError, match="8 of your images are waiting") as busy:
-                await engine.examine(fields[0], who="anna")
-            assert busy.value.retry_after >= 1
-            await asyncio.gather(*many, *few)
-            assert order[:4].count("bert") == 2
-            assert engine.load().waiting == 0
-
-    asyncio.run(story())
-
-
-def test_who_goes_away_takes_the_image_back(
-    bundle: Bundle, fields: list[bytes], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("TEST_DELAY_SECONDS", "0.3")
+def test_a_person_with_many_images_does_not_hold_up_another(served: Served) -> None:
+    engine = served.engine
 
     async def story() -> None:
-        async with running(bundle) as engine:
-            heard: list[str] = []
-            at_work = asyncio.create_task(engine.examine(fields[0], who="anna", told=heard.append))
-            waiting = asyncio.create_task(engine.examine(fields[1], who="anna", told=heard.append))
-            while "normalize" not in heard:
-                await asyncio.sleep(0.01)
-            assert (engine.load().waiting, engine.load().running) == (1, 1)
-            at_work.cancel()
-            waiting.cancel()
-            done = await asyncio.gather(at_work, waiting, return_exceptions=True)
-            assert [type(d) for d in done] == [asyncio.CancelledError] * 2
-            assert engine.load().waiting == 0
-            assert (await engine.examine(fields[2], who="bert")).label is not None
-            assert heard == ["decode", "normalize"]
-            assert engine.load().restarts == 0
+        order: list[str] = []
 
-    asyncio.run(story())
+        async def one(who: str) -> None:
+            await engine.examine(field(), who=who)
+            order.append(who)
+
+        many = [asyncio.create_task(one("anna")) for _ in range(8)]
+        await asyncio.sleep(0)
+        few = [asyncio.create_task(one("bert")) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(BusyError, match="8 of your images are waiting") as busy:
+            await engine.examine(field(), who="anna")
+        assert busy.value.retry_after >= 1
+        await asyncio.gather(*many, *few)
+        assert order[:5].count("bert") == 2
+        assert engine.load().waiting == 0
+
+    served.do(story())
+
+
+def test_who_goes_away_takes_the_image_back(served: Served, folder: Path) -> None:
+    engine, before = served.engine, served.restarts()
+    (folder / "seconds").write_text("0.3")
+
+    async def story() -> None:
+        heard: list[str] = []
+        at_work = asyncio.create_task(engine.examine(field(), who="anna", told=heard.append))
+        waiting = asyncio.create_task(engine.examine(field(), who="anna", told=heard.append))
+        while "normalize" not in heard:
+            await asyncio.sleep(0.01)
+        assert (engine.load().waiting, engine.load().running) == (1, 1)
+        at_work.cancel()
+        waiting.cancel()
+        done = await asyncio.gather(at_work, waiting, return_exceptions=True)
+        assert [type(d) for d in done] == [asyncio.CancelledError] * 2
+        assert engine.load().waiting == 0
+        assert (await engine.examine(field(), who="bert")).label == "Pre"
+        assert heard == ["decode", "normalize"]
+
+    try:
+        served.do(story())
+    finally:
+        (folder / "seconds").unlink()
+    assert served.restarts() == before
 
 
 # --- workers that die ------------------------------------------------------------------------------------------------
 
 
-def test_what_kills_its_worker_is_quarantined_and_nobody_else_notices(bundle: Bundle, fields: list[bytes]) -> None:
+def test_what_kills_its_worker_is_quarantined_and_nobody_else_notices(served: Served) -> None:
+    engine, before = served.engine, served.restarts()
+
     async def story() -> None:
-        async with running(bundle) as engine:
-            poison = asyncio.create_task(engine.examine(dotted(fields[0], NORMALIZE), who="mallory"))
-            others = [asyncio.create_task(engine.examine(f, who=f"p{i}")) for i, f in enumerate(fields)]
-            assert all(f.label is not None for f in await asyncio.gather(*others))
-            found = await poison
-            assert found.status is Status.QUARANTINED
-            assert found.reason == "its processing kills the worker process: signal 9"
-            assert engine.load().restarts == 2
+        poison = asyncio.create_task(engine.examine(field(DIES), who="mallory"))
+        others = [asyncio.create_task(engine.examine(field(), who=f"p{i}")) for i in range(4)]
+        assert all(f.label == "Pre" for f in await asyncio.gather(*others))
+        found = await poison
+        assert found.status is Status.QUARANTINED
+        assert found.reason == "its processing kills the worker process: signal 9"
 
-    asyncio.run(story())
-
-
-def test_a_death_that_is_not_the_images_fault_costs_it_nothing(bundle: Bundle, fields: list[bytes]) -> None:
-    async def story() -> None:
-        async with running(bundle) as engine:
-            heard: list[str] = []
-            found = await engine.examine(dotted(fields[0], ONCE), who="anna", told=heard.append)
-            assert found.label is not None
-            assert heard == ["decode", "normalize", *STAGES]
-            # ... also where the worker is killed while nothing is asked of it
-            await engine.ready()
-            (worker,) = children()
-            worker.kill()
-            assert gone([worker])
-            assert (await engine.examine(fields[1], who="anna")).label is not None
-            assert engine.load().restarts == 2
-
-    asyncio.run(story())
+    served.do(story())
+    assert served.restarts() == before + 2
 
 
-def test_what_takes_for_ever_is_stopped(bundle: Bundle, fields: list[bytes]) -> None:
-    async def story() -> None:
-        async with running(bundle, seconds=3) as engine:
-            await engine.ready()
-            found = await engine.examine(dotted(fields[0], FOREVER), who="anna")
-            assert found.reason == "its processing kills the worker process: it ran longer than 3 s"
-            assert (await engine.examine(fields[1], who="anna")).label is not None
-
-    asyncio.run(story())
-
-
-def test_what_wants_all_memory_is_refused_and_the_worker_lives(bundle: Bundle, fields: list[bytes]) -> None:
-    async def story() -> None:
-        async with running(bundle) as engine:
-            found = await engine.examine(dotted(fields[0], GREEDY), who="anna")
-            assert found.reason == "too large: diagnosing it needs more memory than the limit allows"
-            assert (await engine.examine(fields[1], who="anna")).label is not None
-            assert engine.load().restarts == 0
-
-    asyncio.run(story())
+def test_a_death_that_is_not_the_images_fault_costs_it_nothing(served: Served, folder: Path) -> None:
+    (folder / "once").unlink(missing_ok=True)
+    before = served.restarts()
+    heard: list[str] = []
+    assert served.examine(field(ONCE), told=heard.append).label == "Pre"
+    assert heard == ["decode", "normalize", *STAGES]
+    # ... also where the worker is killed while nothing is asked of it
+    (worker,) = workers()
+    worker.kill()
+    assert gone([worker])
+    assert served.examine(field()).label == "Pre"
+    assert served.restarts() == before + 2
 
 
-def test_nonsense_from_a_worker_harms_nobody(bundle: Bundle, fields: list[bytes]) -> None:
-    async def story() -> None:
-        async with running(bundle) as engine:
-            found = await engine.examine(dotted(fields[0], NONSENSE), who="anna")
-            assert found.status is Status.QUARANTINED
-            assert "nonsense" in (found.reason or "")
-            assert (await engine.examine(fields[1], who="anna")).label is not None
+def test_what_takes_for_ever_is_stopped(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(served.engine, "_seconds", 1.5)
+        found = served.examine(field(FOREVER))
+    assert found.reason == "its processing kills the worker process: it ran longer than 1.5 s"
+    assert served.examine(field()).label == "Pre"
 
-    asyncio.run(story())
+
+def test_what_wants_all_memory_is_refused_and_the_worker_lives(served: Served) -> None:
+    before = served.restarts()
+    found = served.examine(field(GREEDY))
+    assert found.reason == "too large: diagnosing it needs more memory than the limit allows"
+    assert served.examine(field()).label == "Pre"
+    assert served.restarts() == before
+
+
+def test_a_fault_of_the_program_is_tried_on_another_worker(served: Served) -> None:
+    before = served.restarts()
+    found = served.examine(field(FAULTY))
+    assert found.reason == "its processing kills the worker process: a fault of the program (ValueError)"
+    assert served.restarts() == before + 2
+
+
+def test_nonsense_from_a_worker_harms_nobody(served: Served) -> None:
+    found = served.examine(field(NONSENSE))
+    assert found.status is Status.QUARANTINED
+    assert "nonsense" in (found.reason or "")
+    assert served.examine(field()).label == "Pre"
+
+
+def test_the_process_that_starts_workers_may_die(served: Served) -> None:
+    """Its workers die with it, and all begins anew."""
+    served.restarts()
+    before = family()
+    (starter,) = psutil.Process().children()
+    starter.kill()
+    assert gone(before)
+    assert served.examine(field()).label == "Pre"
 
 
 # --- the end ---------------------------------------------------------------------------------------------------------
 
-
-def test_closing_leaves_no_process_and_nobody_waiting(bundle: Bundle, fields: list[bytes]) -> None:
-    async def story() -> None:
-        engine = Engine([str(bundle.path)], LIMITS, threads=1)
-        await engine.start()
-        await engine.ready()
-        family = children() + decoders()
-        assert len(family) == 2
-        tasks = [asyncio.create_task(engine.examine(dotted(fields[0], FOREVER), who="anna")) for _ in range(3)]
-        while not engine.load().running:
-            await asyncio.sleep(0.01)
-        await engine.close()
-        for error in await asyncio.gather(*tasks, return_exceptions=True):
-            assert isinstance(error, EngineError)
-        assert gone(family, 5)
-        await engine.close()  # twice is fine
-
-    asyncio.run(story())
-
-
 HOLDER = """
 import asyncio, sys
-from apps.web.engine import Engine
+from apps.web.engine import Engine, _Nursery
 from leukoflow.config import LimitSettings
 
 async def main():
-    engine = Engine([sys.argv[1]], LimitSettings(), threads=1)
+    _Nursery.program = (sys.argv[1],)
+    engine = Engine(["one"], LimitSettings(), threads=1)
     await engine.start()
-    await engine.ready()
-    print("ready", flush=True)
-    await asyncio.gather(*(engine.examine(open(f, "rb").read(), who="anna") for f in sys.argv[2:]))
+    told = lambda stage: print(stage, flush=True)
+    await engine.examine(open(sys.argv[2], "rb").read(), who="anna", told=told)
 
 asyncio.run(main())
 """
 
 
-def test_workers_end_with_a_server_that_is_killed(bundle: Bundle, fields: list[bytes], tmp_path: Path) -> None:
+def test_workers_end_with_a_server_that_is_killed(tmp_path: Path) -> None:
     """Also one that is amid an image which takes for ever."""
     image = tmp_path / "image.png"
-    image.write_bytes(dotted(fields[0], FOREVER))
-    environment = os.environ | {"PYTHONPATH": f"{ROOT}{os.pathsep}{HOOKS}"}
+    image.write_bytes(field(FOREVER))
     with subprocess.Popen(
-        [sys.executable, "-c", HOLDER, str(bundle.path), str(image)], stdout=subprocess.PIPE, text=True, env=environment
-    ) as server:
+        [sys.executable, "-c", HOLDER, str(MADE_UP), str(image)], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as server:  # fmt: skip
         assert server.stdout is not None
-        assert server.stdout.readline() == "ready\n"
-        family = psutil.Process(server.pid).children(recursive=True)
-        assert len(family) == 2
-        time.sleep(0.5)  # until the image is at work
+        assert [server.stdout.readline() for _ in range(2)] == ["decode\n", "normalize\n"]
+        started = family(server.pid)
+        assert len(started) == 3  # one that starts workers, a worker, its decoder
         server.send_signal(signal.SIGKILL)
         server.wait()
-    assert gone(family)
+    assert gone(started)
 
 
-def test_workers_know_no_secrets(bundle: Bundle, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "secret")
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "secret")
+def test_closing_leaves_no_process_and_nobody_waiting(served: Served) -> None:
+    """The last test, since it closes the engine of all others."""
+    engine = served.engine
 
     async def story() -> None:
-        async with running(bundle):
-            (worker,) = children()
-            assert "secret" not in worker.environ().values()
+        await engine.ready()
+        started = family()
+        assert len(started) == 3
+        tasks = [asyncio.create_task(engine.examine(field(FOREVER), who="anna")) for _ in range(3)]
+        while not engine.load().running:
+            await asyncio.sleep(0.01)
+        await engine.close()
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(error, EngineError)
+        assert gone(started, 5)
+        await engine.close()  # twice is fine
 
-    asyncio.run(story())
+    served.do(story())

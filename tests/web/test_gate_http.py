@@ -123,7 +123,7 @@ def test_sessions_end_when_a_person_is_shut_out_or_changes_the_password(place: W
 def test_brute_force_is_slowed_down_and_the_person_is_not_locked_out(tmp_path: Path) -> None:
     rates = Rates(logins_by_address=(6, 100.0), logins_by_name=(8, 100.0))
     place = world(tmp_path, rates=rates)
-    home = place.browser("vera", address="10.0.0.7")  # she has signed in from there before
+    place.browser("vera", address="10.0.0.7")  # she has signed in from there before
     statuses = [sign_in(place.browser(address="10.0.0.66"), "vera", f"guess number {i}").status_code for i in range(7)]
     assert statuses == [401] * 6 + [429]
     last = sign_in(place.browser(address="10.0.0.66"), "vera")
@@ -131,7 +131,7 @@ def test_brute_force_is_slowed_down_and_the_person_is_not_locked_out(tmp_path: P
     assert 1 <= int(last.headers["retry-after"]) <= 800
     spread = [sign_in(place.browser(address=f"10.0.1.{i}"), "vera", f"guess number {i}").status_code for i in range(4)]
     assert 429 in spread  # by name, from wherever
-    assert sign_in(home, "vera").status_code == 303
+    assert sign_in(place.browser(address="10.0.0.7"), "vera").status_code == 303
     assert '"sign-in held back"' in place.log()
 
 
@@ -267,12 +267,12 @@ def test_results_of_single_images_belong_to_one_person(place: World) -> None:
     vera, rita = place.program("vera", "diagnose"), place.program("rita", "diagnose")
     with place:  # the application's life
         job = vera.post(DIAGNOSES, files={"file": ("a.png", picture())}).json()
-    assert vera.get(f"{DIAGNOSES}/{job['id']}").status_code == 200
-    assert rita.get(f"{DIAGNOSES}/{job['id']}").status_code == 404
-    assert rita.delete(f"{DIAGNOSES}/{job['id']}").status_code == 404
-    assert rita.get(f"{DIAGNOSES}/{job['id']}/events").status_code == 404
-    assert vera.delete(f"{DIAGNOSES}/{job['id']}").status_code == 204
-    assert vera.get(f"{DIAGNOSES}/{job['id']}").status_code == 404
+        assert vera.get(f"{DIAGNOSES}/{job['id']}").status_code == 200
+        assert rita.get(f"{DIAGNOSES}/{job['id']}").status_code == 404
+        assert rita.delete(f"{DIAGNOSES}/{job['id']}").status_code == 404
+        assert rita.get(f"{DIAGNOSES}/{job['id']}/events").status_code == 404
+        assert vera.delete(f"{DIAGNOSES}/{job['id']}").status_code == 204
+        assert vera.get(f"{DIAGNOSES}/{job['id']}").status_code == 404
 
 
 # --- requests that others have made up -------------------------------------------------------------------------------
@@ -394,7 +394,7 @@ def sender(place: World) -> Iterator[tuple[World, object]]:
 
 
 @pytest.mark.parametrize(
-    "key", ["..", "%2e%2e", "..%2f..%2fetc", "%00", "a" * 16, "0123456789ABCDEF", "....//", "~root"]
+    "key", ["..;", "%2e%2e", "..%2f..%2fetc", "%00", "a" * 16, "0123456789ABCDEF", "....//", "~root"]
 )
 def test_path_traversal_in_keys(place: World, key: str) -> None:
     """A key is looked up among those that there are; it never becomes a path."""
@@ -419,6 +419,7 @@ def test_path_traversal_in_keys(place: World, key: str) -> None:
 )
 def test_upload_names_are_only_shown(sender: tuple[World, object], name: str, tmp_path: Path) -> None:
     place, program = sender
+    place.gate.trail.add("-", "the log is there")
     before = sorted(p for p in tmp_path.rglob("*") if p.is_file())
     files = {"file": ("good.zip", archive({name.replace("\x00", ""): picture()}))}
     for sent in (files, {"file": (name, picture())}):
@@ -674,8 +675,10 @@ def test_a_full_log_goes_on_in_a_new_one(place: World, monkeypatch: pytest.Monke
         heads.add(verdict.head)
         entries += sum('"action":"test"' in line for line in file.read_text().splitlines())
     assert entries == 12
-    said = [dict(e.details)["last"] for f in files for e in [json.loads(f.read_text().splitlines()[0])] if 0] or []
-    assert set(said) <= heads
+    begun = [json.loads(file.read_text().splitlines()[0]) for file in files]
+    bound = {dict(entry["details"])["last"] for entry in begun if entry["action"] == "continues"}
+    assert len(bound) == len(files) - 1
+    assert bound < heads
 
 
 def test_nothing_of_a_person_or_query_is_in_the_access_log(place: World, caplog: pytest.LogCaptureFixture) -> None:
@@ -718,7 +721,7 @@ def test_below_a_path_of_a_proxy(tmp_path: Path) -> None:
         assert browser.get(f"{prefix}/bench").status_code == 200
         assert browser.get(f"{prefix}/static/style.css").status_code == 200
         assert browser.get(f"{prefix}/api/v1/me").status_code == 200
-    assert place.browser("vera").get("/leukoflow").status_code in (200, 307)
+    assert place.browser("vera").get("/leukoflow").status_code == 200
 
 
 # --- live views ------------------------------------------------------------------------------------------------------

@@ -101,7 +101,7 @@ def parity(folder: Path, fields: int, bundle: str, run: Path | None, threads: in
         source = archive(folder, fields)
         run = nightly(source, folder / "out", bundle)
     else:
-        source = Path(json.loads((run / "run.json").read_text())["source"]["uri"])
+        source = Path(json.loads((run / "run.json").read_text())["source_uri"])
     read = {
         name: pa.concat_tables([pq.read_table(file) for file in sorted((run / name).glob("*.parquet"))])
         for name in ("predictions", "cells")
@@ -171,6 +171,7 @@ def serve(folder: Path, bundle: str, users: int) -> None:
     from leukoflow.config import LimitSettings
 
     logging.basicConfig(level=logging.WARNING)
+    signal.signal(signal.SIGTERM, lambda number, at: None)  # uvicorn raises it once more when it has ended
     often = (1_000_000, 1e-6)
     limits = LimitSettings(max_megapixels=50, decode_seconds=20, decode_memory_mb=1024)
     settings = WebSettings(
@@ -250,6 +251,20 @@ def memory(process: subprocess.Popen[bytes]) -> tuple[float, float]:
     return own.memory_info().rss / 2**20, children / 2**20
 
 
+def spent() -> float:
+    """CPU seconds that this process and all that it has started have used: what a busy machine does not change much."""
+    import psutil
+
+    total = 0.0
+    for process in [psutil.Process(), *psutil.Process().children(recursive=True)]:
+        try:
+            times = process.cpu_times()
+            total += times.user + times.system
+        except psutil.Error:
+            continue
+    return total
+
+
 async def upload(client: Any, token: str, data: bytes, name: str = "field.jpg") -> Any:
     """One image or archive, with its whole result."""
     return await client.post(
@@ -277,13 +292,15 @@ def latency(folder: Path, images: int, bundle: str, threads: int) -> None:
             await engine.ready()
             for data in fields[:3]:
                 await engine.examine(data, who="bench")
+            before = spent()
             for data in fields:
                 began = time.perf_counter()
                 found = await engine.examine(data, who="bench")
                 took.append(time.perf_counter() - began)
                 for stage, seconds in found.seconds:
                     stages.setdefault(stage, []).append(seconds)
-        print(f"engine alone: {shares(took)} ({machine()})")
+            cpu = (spent() - before) / len(fields)
+        print(f"engine alone, {threads} threads: {shares(took)}, {cpu:.3f} s of CPU an image ({machine()})")
         print("  medians: " + ", ".join(f"{s} {1000 * statistics.median(v):.0f} ms" for s, v in stages.items()))
 
     async def over_http() -> None:
@@ -292,13 +309,15 @@ def latency(folder: Path, images: int, bundle: str, threads: int) -> None:
             async with httpx.AsyncClient(base_url=url, timeout=120) as client:
                 for data in fields[:3]:
                     await upload(client, token, data)
+                before = spent()
                 for data in fields:
                     began = time.perf_counter()
                     answer = await upload(client, token, data)
                     took.append(time.perf_counter() - began)
                     assert answer.status_code == 200, answer.text
                     assert answer.json()["items"][0]["status"], answer.text
-        print(f"upload to full result over HTTP: {shares(took)} ({machine()})")
+                cpu = (spent() - before) / len(fields)
+        print(f"upload to full result over HTTP: {shares(took)}, {cpu:.3f} s of CPU an image ({machine()})")
 
     asyncio.run(alone())
     asyncio.run(over_http())

@@ -25,12 +25,13 @@ from leukoflow.config import LimitSettings
 from leukoflow.errors import ShardError
 from leukoflow.geometry import field_geometry
 from leukoflow.method import MethodSettings
-from leukoflow.records import Quality, Status
+from leukoflow.records import CLASSES, Quality, Status
 from tasks.ingest import Decoded, Decoder, too_large
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from models.attention_classifier import AttentionClassifier
-    from models.attention_unet import AttentionUNet
     from models.bundle import Bundle
     from models.hybrid_cn_nas import HybridCNNas, Readout
     from tasks.blocks import Block, Fact
@@ -42,6 +43,9 @@ STAGES = ("decode", "normalize", "segment", "extract", "classify")
 
 MAX_VIEWS = 64
 """Tiles of one image that are handed out as pictures: 30 MB. All tiles are diagnosed."""
+
+TIE = 2e-5
+"""Logits of two classes nearer than this are all but equal: ten times what shapes and threads were seen to change."""
 
 SHAPES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
 """Batches of fields and of cells have the smallest of these sizes that holds them, and at most the bundle's."""
@@ -106,7 +110,7 @@ class Models:
     name: str
     digest: str
     bundle: Bundle
-    segmenter: AttentionUNet | None
+    segmenter: nn.Module | None
     hybrid: HybridCNNas
     classifier: AttentionClassifier
     shown: Readout
@@ -119,31 +123,52 @@ def load_models(name: str, device: str = "cpu") -> Models:
     from tasks.classify import readout
 
     bundle = load_bundle(name)
-    classifier = bundle.classifier(device)
+    classifier, network = bundle.classifier(device), bundle.segmenter(device)
+    segmenter = None if network is None else careful(network, bundle.spec.method.features.field_batch)
     return Models(
-        name, bundle.digest, bundle, bundle.segmenter(device), bundle.hybrid(device), classifier,
+        name, bundle.digest, bundle, segmenter, bundle.hybrid(device), classifier,
         readout(bundle, classifier, device), device,
     )  # fmt: skip
 
 
 def warm(models: Models) -> None:
-    """Passes blanks of the common shapes through the networks: the first pass of each shape is slow."""
-    from models.attention_unet import segment_batch
-    from tasks.classify import diagnose
+    """Examines a drawn field, and passes blanks of the common shapes through: the first pass of each is slow."""
     from tasks.extract import explain_batch
+    from tasks.sample import render_field
 
-    method = models.bundle.spec.method
-    field, cell = method.segment.field_px, method.features.cell_px
-    if models.segmenter is not None:
-        segment_batch(models.segmenter, np.zeros((1, field, field, 3), np.uint8), models.device)
-    for size in [s for s in SHAPES if s <= method.features.cell_batch]:
-        crops, masks = np.zeros((size, cell, cell, 3), np.uint8), np.zeros((size, cell, cell), np.uint8)
-        explain_batch(models.hybrid, models.shown, crops, masks, models.device)
-    columns = models.hybrid.num_features
-    diagnose(
-        models.bundle, models.classifier, np.zeros((1, columns), np.float32), np.zeros((1, columns), np.float32),
-        np.array([0, 1]), np.ones(1, np.float32), models.device, 1,
-    )  # fmt: skip
+    features = models.bundle.spec.method.features
+    drawn = render_field(np.random.default_rng(0), CLASSES[0]).rgb
+    _examined(Decoded(drawn, None, *drawn.shape[1::-1], ""), None, models, _Clock(lambda stage: None))
+    for size in [s for s in SHAPES if s <= features.cell_batch]:
+        crops = np.zeros((size, features.cell_px, features.cell_px, 3), np.uint8)
+        explain_batch(models.hybrid, models.shown, crops, crops[..., 0], models.device)
+
+
+def careful(segmenter: nn.Module, batch: int) -> nn.Module:
+    """The segmenter for small batches, which names every pixel's class as in a batch of the bundle's own shape.
+
+    Other shapes give other last digits, and where two classes are all but equal, these decide. A field with such a
+    pixel, one in many, is passed through once more in the full shape.
+    """
+    from torch import Tensor, channels_last, nn, zeros
+
+    class Careful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.segmenter = segmenter
+
+        def forward(self, rgb: Tensor) -> Tensor:
+            logits: Tensor = self.segmenter(rgb)
+            count = len(rgb)
+            best = logits.topk(2, dim=1).values
+            if count >= batch or float((best[:, 0] - best[:, 1]).min()) > TIE:
+                return logits
+            padded = zeros((batch, *rgb.shape[1:]), dtype=rgb.dtype, device=rgb.device).to(memory_format=channels_last)
+            padded[:count] = rgb
+            whole: Tensor = self.segmenter(padded)[:count]
+            return whole
+
+    return Careful()
 
 
 def shape_for(count: int, most: int) -> int:
@@ -172,17 +197,22 @@ def examine(
     Raises:
         LeukoflowError: the decoding process does not start on this machine. Never on account of the bytes.
     """
-    from tasks.blocks import block_of, cell_rows, explain_tiles, prepare_image, segment_tiles
-    from tasks.classify import ROWS, diagnose, pool_tiles
-
     clock = _Clock(told)
-    bundle, device = models.bundle, models.device
-    method = bundle.spec.method
     with clock("decode"):
         if (reason := too_large(len(data), limits)) is not None:
             image = Decoded(None, reason, 0, 0, hashlib.sha256(data).hexdigest())
         else:
             image = decoder.decode_one(data, um_per_px)
+    return _examined(image, um_per_px, models, clock)
+
+
+def _examined(image: Decoded, um_per_px: float | None, models: Models, clock: _Clock) -> Finding:
+    """All that follows decoding."""
+    from tasks.blocks import block_of, cell_rows, explain_tiles, prepare_image, segment_tiles
+    from tasks.classify import ROWS, diagnose, pool_tiles
+
+    bundle, device = models.bundle, models.device
+    method = bundle.spec.method
     if image.rgb is None:
         return _finding(models, image, prepare_image(0, image, um_per_px, method).fact, None, clock)
     with clock("normalize"):

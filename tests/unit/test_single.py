@@ -11,6 +11,7 @@ from typing import Any
 import cv2
 import numpy as np
 import pytest
+import torch
 from harness import ROOT, arrays, screen_here, small_bundle, smears, table, white, write_zip
 
 from leukoflow.config import LimitSettings
@@ -19,7 +20,7 @@ from leukoflow.schema import CELLS
 from models.bundle import Bundle
 from tasks import single
 from tasks.ingest import Decoder
-from tasks.single import STAGES, Finding, Models, examine, load_models, shape_for
+from tasks.single import STAGES, Finding, Models, careful, examine, load_models, shape_for
 
 LIMITS = LimitSettings(max_member_mb=8)
 SCALES = {"scaled/fine.jpg": 0.21, "scaled/coarse.jpg": 0.84}
@@ -225,6 +226,31 @@ def test_of_very_large_images_the_most_attended_tiles_are_shown(
     best = sorted(np.argsort(-weight, kind="stable")[:2].tolist())
     shown = [view.to_source.tolist() for view in found.tiles]
     assert shown == [whole.tiles[i].to_source.tolist() for i in best]
+
+
+class Wavering(torch.nn.Module):
+    """Two classes whose distance in one pixel hangs on the size of the batch, as last digits do."""
+
+    def __init__(self, apart: float) -> None:
+        super().__init__()
+        self.apart, self.sizes = apart, list[int]()
+
+    def forward(self, rgb: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(rgb))
+        logits = torch.zeros(len(rgb), 2, *rgb.shape[2:])
+        logits[:, 0] = 1.0
+        logits[:, 1, 3, 3] = 1.0 + (self.apart if len(rgb) == 4 else -self.apart)
+        return logits
+
+
+@pytest.mark.parametrize(("apart", "sizes", "answer"), [(1e-6, [1, 4], 1), (1e-2, [1], 0)])
+def test_a_field_with_a_doubtful_pixel_is_seen_as_in_the_batch(apart: float, sizes: list[int], answer: int) -> None:
+    network = Wavering(apart)
+    field = torch.zeros(1, 3, 8, 8).contiguous(memory_format=torch.channels_last)
+    seen = careful(network, 4)(field)
+    assert network.sizes == sizes
+    assert seen.shape == (1, 2, 8, 8)
+    assert int(seen.argmax(1)[0, 3, 3]) == answer
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from apps import cli_bundles, cli_night, cli_nights
+from apps import cli_bundles, cli_night, cli_nights, cli_verdicts, cli_web
 from apps.cli_automations import automations_app
 from apps.common import (
     Commands,
@@ -240,8 +240,8 @@ def verify(
     """Check that finished runs are still exactly what was committed.
 
     Reads every byte: digests of all parts and tables, markers and totals against the manifest, the rows against the
-    plan (each member exactly once), whether anything lies there that nobody has committed, and whether the audit log of
-    OUT was tampered with. Says what is wrong and what to do about it, and changes nothing.
+    plan (each member exactly once), whether anything lies there that nobody has committed, and whether the audit logs
+    of OUT were tampered with. Says what is wrong and what to do about it, and changes nothing.
 
     **Examples**: `leukoflow verify out smears-1f0c63b2`; `leukoflow verify s3://results`
 
@@ -249,7 +249,7 @@ def verify(
     """
     with reported(debug):
         from apps import view
-        from tasks.audit import verify_log
+        from tasks.audit import LOG, WEB_LOG, verify_log
         from tasks.verify import finished_runs, verify_run
 
         console = view.console()
@@ -269,9 +269,10 @@ def verify(
                 continue
             bad += not found.ok
             view.show_verification(console, found)
-        if (log := verify_log(out)) is not None:
-            view.show_audit(console, out, log)
-            bad += bool(log.problems)
+        for file in (LOG, WEB_LOG):
+            if (log := verify_log(out, file)) is not None:
+                view.show_audit(console, out, log, file)
+                bad += bool(log.problems)
         if unfinished:
             console.print(f"[dim]not finished, so not verified: {', '.join(unfinished)}[/]", soft_wrap=True)
         raise typer.Exit(1 if bad else 0)
@@ -682,7 +683,7 @@ def version() -> None:
     typer.echo(f"python {sys.version.split()[0]}")
 
 
-for _module in (cli_night, cli_nights, cli_bundles):
+for _module in (cli_night, cli_nights, cli_bundles, cli_verdicts, cli_web):
     _module.add_to(app)
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def check_machine() -> Iterator[Check]:
     """Cores and memory of this machine."""
     import psutil
 
-    from leukoflow.workers import cores
+    from leukoflow.host import cores
 
     n = cores()
     yield Check("cores", "ok", f"{n} usable, so {n} local worker{'s' if n > 1 else ''} by default")

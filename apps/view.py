@@ -354,6 +354,8 @@ def show_verification(target: Console, found: Verification) -> None:
     )
     if found.ok:
         words = f"is as it was committed: {measured}; manifest SHA-256 {found.manifest_sha256}"
+        if found.verdicts:
+            words += f"; {found.verdicts:,} verdicts, the last one's digest {found.verdict_head}"
         target.print(Text.assemble((found.run_id, "bold green"), " ", words), soft_wrap=True)
         return
     count = len(found.findings) + found.more
@@ -394,13 +396,14 @@ def show_compaction(target: Console, done: Compaction) -> None:
     target.print(Text.assemble((done.run_id, "bold green"), f" {words}"), soft_wrap=True)
 
 
-def show_audit(target: Console, out: str, log: AuditVerdict) -> None:
+def show_audit(target: Console, out: str, log: AuditVerdict, name: str = "audit.jsonl") -> None:
     """The verdict on an audit log."""
+    title = "audit log" if name == "audit.jsonl" else "audit log of the web application"
     if not log.problems:
         words = f" follows line by line: {log.entries:,} entries; last line SHA-256 {log.head}"
-        target.print(Text.assemble(("audit log", "bold green"), words), soft_wrap=True)
+        target.print(Text.assemble((title, "bold green"), words), soft_wrap=True)
         return
-    target.print(Text.assemble(("audit log", "bold red"), f" was tampered with: {out}/audit.jsonl"), soft_wrap=True)
+    target.print(Text.assemble((title, "bold red"), f" was tampered with: {out}/{name}"), soft_wrap=True)
     for problem in log.problems[:_FINDINGS_SHOWN]:
         target.print(Text.assemble("  ", (problem, "red")), soft_wrap=True)
     if len(log.problems) > _FINDINGS_SHOWN:

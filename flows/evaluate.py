@@ -347,8 +347,11 @@ def faithfulness(results: Sequence[FoldResult]) -> dict[str, Any]:
 
 
 def headline(result: dict[str, Any]) -> dict[str, Any]:
-    """What goes into `bundle.json`: the protocols without curves and folds, masks, foreign blood and probes."""
-    left_out = {"reliability", "risk_coverage", "fold_scores"}
+    """What goes into `bundle.json`: the protocols without curves and folds, masks, foreign blood and probes.
+
+    Reliability stays, a row for each tenth of confidence: people are told what a confidence has meant.
+    """
+    left_out = {"risk_coverage", "fold_scores"}
     protocols = {
         name: {
             "repeats": p["repeats"],

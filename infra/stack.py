@@ -27,6 +27,7 @@ from typing import Any
 import psutil
 
 from apps.prefect_server import free_port
+from apps.web.accounts import Accounts
 from infra.backup import create, put_back
 from infra.postgres import Postgres, find_binaries
 from infra.processes import MARK, STEP, Processes, StackError, end, unprivileged_user, wait_until
@@ -34,6 +35,9 @@ from infra.processes import MARK, STEP, Processes, StackError, end, unprivileged
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "/prefect"
 """Path below which the reverse proxy serves dashboard and API; `prefect-server.env` says the same."""
+
+WEB = "/leukoflow"
+"""Path below which it serves the web application."""
 
 LEUKOFLOW = str(Path(sys.executable).with_name("leukoflow"))
 POOL = "leukoflow"
@@ -46,6 +50,7 @@ PORTS = {  # preferred ones; a free one is taken where another program has it
     "dashboard": 8797,
     "objects": 9410,
     "metrics": 9464,
+    "web": 8490,
     "prometheus": 9490,
 }
 
@@ -186,6 +191,16 @@ class Stack:
         return self.url("proxy" if self.nginx else "prefect", PREFIX)
 
     @property
+    def web_url(self) -> str:
+        """Where people reach the web application."""
+        return self.url("proxy" if self.nginx else "web", f"{WEB}/")
+
+    @property
+    def users(self) -> Path:
+        """Who may use it."""
+        return self.folder / "web" / "users.json"
+
+    @property
     def scheduler_url(self) -> str:
         """Dask's scheduler."""
         return f"tcp://127.0.0.1:{self.ports['scheduler']}"
@@ -298,6 +313,14 @@ class Stack:
                 "reverse proxy", (*self.nginx, "-p", str(self.folder / "nginx"), "-c", "nginx.conf"),
                 base, lambda: _get(f"{self.public_url}/api/health") is not None, self.public_url, "nginx", seconds=120,
             )  # fmt: skip
+        yield Service(
+            "web application",
+            (LEUKOFLOW, "serve", str(self.results), "--port", str(self.ports["web"]), "--root-path", WEB,
+             "--proxy-from", "127.0.0.1", "--users", str(self.users)),
+            base | threads | {"LEUKOFLOW_PATIENT_KEY": self.secrets["PATIENT_KEY"], "CUDA_VISIBLE_DEVICES": ""},
+            lambda: _get(self.url("web", f"{WEB}/api/v1/health")) is not None, self.web_url,
+            "worklist and single images", seconds=120,
+        )  # fmt: skip
         yield Service(
             "metrics",
             (LEUKOFLOW, "metrics", str(self.results), "--port", str(self.ports["metrics"])),
@@ -432,6 +455,9 @@ class Stack:
         site = self.folder / "site.toml"
         if not site.exists():  # people may change it
             site.write_text(_SITE, encoding="utf-8")
+        accounts = Accounts(self.users)
+        if accounts.empty():
+            accounts.add("admin", "admin", self.secrets["WEB_PASSWORD"])
         if self.prometheus:
             (self.folder / "prometheus.yml").write_text(self._prometheus_yml(), encoding="utf-8")
         if self.nginx:
@@ -458,6 +484,7 @@ class Stack:
             "events { worker_connections 512; }\nhttp {\n    access_log off;\n    server_tokens off;\n"
             f"{temporary}"
             '    map $http_upgrade $connection_upgrade { default upgrade; "" close; }\n'
+            f"    upstream web {{ server 127.0.0.1:{self.ports['web']}; }}\n"
             f"    upstream prefect {{ server 127.0.0.1:{self.ports['prefect']}; }}\n"
             f"    server {{\n        listen 127.0.0.1:{self.ports['proxy']};\n"
             f"        include {ROOT / 'infra' / 'nginx' / 'locations.conf'};\n    }}\n}}\n"
@@ -486,6 +513,7 @@ class Stack:
     def _hints(self) -> list[str]:
         return [
             f"dashboard          {self.public_url}   (PREFECT_AUTH in {self.folder / 'secrets.env'})",
+            f"web application    {self.web_url}   (user admin, WEB_PASSWORD there)",
             f"use it in a shell  . {self.folder / 'env.sh'}",
             "a night at once    prefect deployment run 'leukoflow night/nightly'   (takes what is in the inbox)",
             f"its inbox          {self.folder / 'inbox'}, results in {self.results}",
@@ -551,6 +579,7 @@ def _secrets(path: Path) -> dict[str, str]:
         "S3_ACCESS_KEY": secrets.token_hex(10),
         "S3_SECRET_KEY": secrets.token_hex(20),
         "PATIENT_KEY": secrets.token_hex(32),
+        "WEB_PASSWORD": secrets.token_hex(12),
     }
     if not set(made) <= set(known):
         known = made | known

@@ -23,14 +23,13 @@ from distributed.client import ClosedClientError
 
 from leukoflow.config import ClusterSettings
 from leukoflow.errors import AttemptError, ClusterError
+from leukoflow.host import cores, worker_environment
 from leukoflow.workers import (
     OPTIONS,
-    cores,
     kubernetes_cluster,
     local_cluster,
     local_sizes,
     slurm_cluster,
-    worker_environment,
 )
 
 PACKAGES = ("leukoflow", "tasks", "flows", "models", "apps")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
-from typing import TypeVar
+from functools import lru_cache
+from typing import Any, TypeVar
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -18,11 +19,18 @@ def dumps(record: object) -> bytes:
     return (json.dumps(asdict(record), ensure_ascii=False, sort_keys=True, indent=1) + "\n").encode()  # type: ignore[call-overload]
 
 
+@lru_cache(maxsize=64)
+def _adapter(kind: Any) -> TypeAdapter[Any]:
+    """What checks a kind of record; building it costs more than using it."""
+    return TypeAdapter(kind)
+
+
 def loads(kind: type[T], data: bytes, what: str) -> T:
     """The record of `kind` in `data`. Raises StorageError naming `what` when the bytes are no such record."""
     try:
-        return TypeAdapter(kind).validate_json(data)
+        found: T = _adapter(kind).validate_json(data)
     except ValidationError as error:
         raise StorageError(
             f"{what} is damaged ({error.error_count()} fields do not fit); delete it and rerun"
         ) from None
+    return found

@@ -59,5 +59,21 @@ class DeadlineError(RunCancelledError):
     """The run has reached its deadline, has handed over what is done, and stops there as its settings say."""
 
 
+class NotFoundError(LeukoflowError):
+    """What was asked for by key is not there, or not there any more."""
+
+
+class RunNotFoundError(NotFoundError):
+    """No run has this key; it may have been deleted meanwhile."""
+
+
+class RequestError(LeukoflowError):
+    """What was asked for makes no sense: a filter, a verdict, a format that there is not."""
+
+
+class RunBusyError(LeukoflowError):
+    """A patient is being erased from the run or corrected in it; the same request works when that is done."""
+
+
 class MemberError(LeukoflowError):
     """One member of the source cannot be used; becomes a quarantined row whose `reason` is this message."""

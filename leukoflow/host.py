@@ -18,6 +18,22 @@ SOFTWARE = (
 )  # fmt: skip
 
 
+def cores() -> int:
+    """Cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def worker_environment(threads: int) -> dict[str, str]:
+    """What must be in a worker's environment before its process starts, in place of Dask's own choice.
+
+    Dask has freed memory go back to the system at once. Networks allocate and free their activations all the time, so
+    that costs more page faults than arithmetic (measured: benchmarks/LOG.md). Blocks above 32 MB still go back.
+    """
+    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
+    memory = {"MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
+    return dict.fromkeys(names, str(threads)) | memory
+
+
 def software() -> tuple[tuple[str, str], ...]:
     """Versions of what computes a run."""
     found = [("python", platform.python_version())]
@@ -34,7 +50,6 @@ def this_host() -> Host:
     import torch
 
     from leukoflow.cluster import code_digest
-    from leukoflow.workers import cores
 
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
     gpus: tuple[str, ...] = ()

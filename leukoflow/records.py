@@ -8,6 +8,9 @@ from enum import StrEnum
 CLASSES: tuple[str, str, str, str] = ("Benign", "Early", "Pre", "Pro")
 """Class order everywhere: labels on disk, logits, probability columns."""
 
+DIED = "its processing kills the worker process"
+"""How the reason of an image begins that no worker survives."""
+
 
 class Status(StrEnum):
     """What became of a member. Every member of the source ends in exactly one of these."""

@@ -102,6 +102,27 @@ DUPLICATES = pa.schema(
 """Identical images that belong to more than one patient: a mix-up to clear before anything is acted upon."""
 
 
+VERDICTS = pa.schema(
+    [
+        pa.field("run_id", pa.string(), nullable=False),
+        pa.field("image_key", pa.string()),
+        pa.field("slide_id", pa.string()),
+        pa.field("grouping", pa.string()),
+        pa.field("action", pa.string(), nullable=False),
+        pa.field("label", pa.string()),
+        pa.field("comment", pa.string()),
+        pa.field("who", pa.string(), nullable=False),
+        pa.field("at", pa.timestamp("us", "UTC"), nullable=False),
+        pa.field("seen_status", pa.string()),
+        pa.field("seen_label", pa.string()),
+        pa.field("seen_confidence", pa.float64()),
+        pa.field("seen_bundle_digest", pa.string()),
+        pa.field("salt", pa.string(), nullable=False),
+    ]
+)
+"""What people said of a field (`image_key`) or a slide (`slide_id`, `grouping`), and of which prediction."""
+
+
 def predictions_schema(meta_columns: Sequence[str] = ()) -> pa.Schema:
     """Schema of `predictions/`, with the manifest columns that the configuration lists as `meta_<name>` strings."""
     schema = PREDICTIONS

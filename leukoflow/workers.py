@@ -13,6 +13,7 @@ from distributed.deploy.adaptive import Adaptive
 
 from leukoflow.config import ClusterSettings
 from leukoflow.errors import ClusterError
+from leukoflow.host import cores, worker_environment
 
 OPTIONS: dict[str, Any] = {
     # The worker that dies is blamed at once; Prefect decides about another attempt.
@@ -30,11 +31,6 @@ STAYS = "stays-"
 """Beginning of the names of workers that scaling leaves alone."""
 
 
-def cores() -> int:
-    """Cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
 def visible_gpus() -> list[str]:
     """GPUs of this machine that torch sees, as CUDA_VISIBLE_DEVICES names them."""
     import torch
@@ -42,17 +38,6 @@ def visible_gpus() -> list[str]:
     count = int(torch.cuda.device_count())
     named = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",") if name.strip()]
     return named[:count] if len(named) >= count else [str(i) for i in range(count)]
-
-
-def worker_environment(threads: int) -> dict[str, str]:
-    """What must be in a worker's environment before its process starts, in place of Dask's own choice.
-
-    Dask has freed memory go back to the system at once. Networks allocate and free their activations all the time, so
-    that costs more page faults than arithmetic (measured: benchmarks/LOG.md). Blocks above 32 MB still go back.
-    """
-    names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
-    memory = {"MALLOC_TRIM_THRESHOLD_": str(256 << 20), "MALLOC_MMAP_THRESHOLD_": str(32 << 20)}
-    return dict.fromkeys(names, str(threads)) | memory
 
 
 def elsewhere_environment(threads: int) -> dict[str, str]:

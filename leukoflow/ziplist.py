@@ -53,16 +53,19 @@ class ZipWalk:
     `truncated` holds, once the iteration has ended, why the archive is known to be incomplete, or None.
     """
 
-    def __init__(self, file: BinaryIO, size: int) -> None:
+    def __init__(self, file: BinaryIO, size: int, repair: bool = True) -> None:
+        """Without `repair` a damaged archive ends early: looking for members may mean to unpack all of them."""
         self._file = file
         self._size = size
+        self._repair = repair
         self.truncated: str | None = None
 
     def __iter__(self) -> Iterator[ZipEntry]:
         directory = find_directory(self._file, self._size)
         if directory is None:
             self.truncated = "the zip archive is cut off: its central directory is missing"
-            yield from self._scan(0)
+            if self._repair:
+                yield from self._scan(0)
             return
         start, length, shift, expected = directory
         count, end = 0, shift
@@ -72,7 +75,8 @@ class ZipWalk:
             yield entry
         if count < expected:
             self.truncated = f"the zip archive's central directory is damaged after {count:,} of {expected:,} members"
-            yield from self._scan(end)
+            if self._repair:
+                yield from self._scan(end)
 
     def _central(self, start: int, length: int, shift: int) -> Iterator[ZipEntry]:
         """Entries of the central directory, read in pieces; ends early at the first record that is none."""

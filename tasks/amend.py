@@ -35,7 +35,9 @@ from tasks.audit import LOCK, append
 from tasks.compact import LOCK as COMPACT_LOCK
 from tasks.plan import pseudonym, rewrite_plan
 from tasks.publish import find_conflicts, rank_slides
+from tasks.slides import slide_of
 from tasks.tables import INTENT, MERGED_STAGE, is_merged, merged_key, shard_name, span, stream, table_files
+from tasks.verdicts import Target, slide_target, without
 
 FileRef = tuple[str, int, str]
 _PSEUDONYM = re.compile(r"p_[0-9a-f]{32}")
@@ -260,6 +262,7 @@ class _Draft:
         self.stale: list[str] = []
         self.shards: set[int] = set()  # those with an image that is concerned
         self.keys: list[str] = []
+        self.targets: set[Target] = set()  # fields and slides of which verdicts may speak
         self.places: dict[int, list[tuple[int, int]]] = {}  # of shards: first and last tile of each image
 
     def write(self) -> Intent:
@@ -287,6 +290,7 @@ class _Draft:
         self._slides()
         if not self.amendment.blanks:
             self._duplicates(files)
+        self._verdicts()  # late: whoever gave a verdict while the lock was taken has finished by now
         self._markers_and_manifest()
         return Intent(
             self.amendment.done, self.prefix, tuple(self.parts.values()), tuple(self.books.values()), tuple(self.stale)
@@ -300,6 +304,8 @@ class _Draft:
                 ordinal = int(row["shard"])
                 self.shards.add(ordinal)
                 self.keys.append(row["image_key"])
+                grouping, slide = slide_of(row["slide_id"], row["image_key"])
+                self.targets |= {("image", row["image_key"]), slide_target(grouping, slide)}
                 if row["zarr_index"] is not None:
                     place = row["zarr_index"], row["zarr_index"] + row["n_tiles"]
                     self.places.setdefault(ordinal, []).append(place)
@@ -386,6 +392,11 @@ class _Draft:
         elif "duplicates.parquet" in files:
             self.stale.append("duplicates.parquet")
 
+    def _verdicts(self) -> None:
+        """What people said of the images, and of slides that they are on, goes with the patient."""
+        for key, data in without(self.run, self.targets) if self.amendment.blanks else ():
+            self._put(key, data)
+
     def _markers_and_manifest(self) -> None:
         """The books, with the digests of what was written; parts that were changed get keys that nothing else has."""
         renewed: dict[str, str] = {}
@@ -410,7 +421,7 @@ class _Draft:
             parts.append(replace(part, key=key, files=self._files(part)))
         listed = list(dict.fromkeys([*(key for key, _, _ in self.manifest.tables), *self.books]))
         known = {f[0]: f for f in self.manifest.tables} | self.books
-        summaries = [key for key in listed if key.endswith(".parquet") and key not in self.stale]
+        summaries = [key for key in listed if key.endswith(".parquet") and "/" not in key and key not in self.stale]
         tables = tuple(known[key] for key in summaries)
         binding = loads(RunBinding, self.run.read("run.json"), self.run.uri("run.json"))
         self._put("run.json", dumps(replace(binding, plan_sha256=self.books["plan.parquet"][2])))

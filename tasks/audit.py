@@ -21,6 +21,9 @@ from leukoflow.progress import now
 from leukoflow.storage import Storage
 
 LOG = "audit.jsonl"
+WEB_LOG = "web-audit.jsonl"
+"""Who saw what in the web application; the same form, written by `apps.web.trail`."""
+
 LOCK = "audit.lock"
 NOTHING = "0" * 64
 """What the first line names as the digest of the line before it."""
@@ -56,23 +59,22 @@ def line_of(entry: AuditEntry) -> bytes:
     return f'{body[:-1]},"sha256":"{seal}"}}'.encode()
 
 
-def check_log(data: bytes) -> AuditVerdict:
-    """Looks through the bytes of a log."""
+def check_log(data: bytes, previous: str = NOTHING, before: int = 0) -> AuditVerdict:
+    """Looks through a log, or what follows its first `before` lines, of which the last has the digest `previous`."""
     problems: list[str] = []
     lines = data.split(b"\n")
     if lines[-1]:
         problems.append(f"line {len(lines)} has no end: something was cut off or added")
     else:
         lines.pop()
-    previous = NOTHING
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(lines, before + 1):
         entry = _entry(line)
         if entry is None or line_of(entry) != line:
             problems.append(f"line {number} was altered")
         elif entry.previous != previous or entry.number != number:
             problems.append(f"line {number} does not follow the line before it: lines were left out, put in or moved")
         previous = hashlib.sha256(line).hexdigest()
-    return AuditVerdict(len(lines), previous, tuple(problems))
+    return AuditVerdict(before + len(lines), previous, tuple(problems))
 
 
 def _entry(line: bytes) -> AuditEntry | None:
@@ -84,10 +86,10 @@ def _entry(line: bytes) -> AuditEntry | None:
         return None
 
 
-def verify_log(out: str) -> AuditVerdict | None:
-    """Looks through the log of an output folder; None where there is none."""
+def verify_log(out: str, name: str = LOG) -> AuditVerdict | None:
+    """Looks through a log of an output folder; None where there is none."""
     try:
-        return check_log(Storage(out).read(LOG))
+        return check_log(Storage(out).read(name))
     except (FileNotFoundError, NotADirectoryError):
         return None
 

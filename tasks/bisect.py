@@ -15,7 +15,8 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from tasks.shard import DIED, ShardJob, members_of, probe
+from leukoflow.records import DIED
+from tasks.shard import ShardJob, members_of, probe
 
 
 def find_culprits(job: ShardJob) -> tuple[tuple[int, str], ...]:

@@ -123,17 +123,17 @@ def softmax(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float
 
 
 def forward(
-    classifier: AttentionClassifier, packed: Tokens, device: str | torch.device = "cpu"
+    classifier: AttentionClassifier, packed: Tokens, device: str | torch.device = "cpu", batch: int = ROWS
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """Logits float64 [n, 4] and attention to cells float32 [n, M], in batches of a fixed shape."""
+    """Logits float64 [n, 4] and attention to cells float32 [n, M], in batches of a fixed shape of `batch` fields."""
     n, most, k = packed.cells.shape
     logits, attention = np.zeros((n, len(CLASSES))), np.zeros((n, most), np.float32)
     where = torch.device(device)
-    for i in range(0, n, ROWS):
-        rows = slice(i, min(i + ROWS, n))
+    for i in range(0, n, batch):
+        rows = slice(i, min(i + batch, n))
         count = rows.stop - i
-        cells, area = np.zeros((ROWS, most, k), np.float32), np.zeros((ROWS, most), np.float32)
-        valid = np.zeros((ROWS, most), np.bool_)
+        cells, area = np.zeros((batch, most, k), np.float32), np.zeros((batch, most), np.float32)
+        valid = np.zeros((batch, most), np.bool_)
         cells[:count], area[:count], valid[:count] = packed.cells[rows], packed.area[rows], packed.valid[rows]
         inputs = (torch.from_numpy(a).to(where) for a in (cells, area, valid))
         with torch.inference_mode():
@@ -178,6 +178,7 @@ def diagnose(
     cell_offsets: NDArray[np.int64],
     cell_area: NDArray[np.float32],
     device: str | torch.device = "cpu",
+    batch: int = ROWS,
 ) -> Diagnosis:
     """Diagnosis of n fields from their features.
 
@@ -189,6 +190,7 @@ def diagnose(
         cell_offsets: int64 [n + 1]; field i has the cells cell_offsets[i] to cell_offsets[i + 1].
         cell_area: float32 [m], decides which cells count where there are more than `max_cells`.
         device: of the classifier.
+        batch: fields of a forward pass.
 
     Raises:
         BundleError: the features have another number of columns than the bundle's backbones give.
@@ -207,7 +209,7 @@ def diagnose(
         cell_area,
         spec.method.classify.max_cells,
     )
-    logits, weights = forward(classifier, packed, device)
+    logits, weights = forward(classifier, packed, device, batch)
     attention = np.zeros(len(cells), np.float32)
     attention[packed.source[packed.valid]] = weights[packed.valid]
     probabilities = softmax(logits, spec.calibration.temperature)

@@ -19,10 +19,10 @@ from sklearn.preprocessing import StandardScaler
 from leukoflow.geometry import field_geometry
 from leukoflow.records import CLASSES
 from models.bundle import Bundle
+from tasks.blocks import Block, extent, extract_tiles, inference_batches, segment_tiles
 from tasks.classify import Verdict, diagnose, pool_tiles
 from tasks.normalize import normalize
 from tasks.segment import CellTable
-from tasks.shard import Block, extent, extract_tiles, inference_batches, segment_tiles
 from tasks.statistics import (
     reliability,
     risk_coverage,

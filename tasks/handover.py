@@ -15,8 +15,9 @@ import pyarrow.parquet as pq
 from leukoflow.progress import ProgressReader, RunProgress, now
 from leukoflow.schema import SLIDES
 from leukoflow.storage import Storage
-from tasks.publish import RANKED, rank_slides, slide_of
+from tasks.publish import RANKED, rank_slides
 from tasks.report import build_report
+from tasks.slides import slide_of
 
 FOLDER = "partial"
 """Holds what an unfinished run has handed over; it goes when the run is finished."""

@@ -247,6 +247,13 @@ def _death_of(child: subprocess.Popen[bytes]) -> _DeathError:
     return _DeathError(f"decoding it ends the decoder (exit code {code})")
 
 
+def too_large(size_bytes: int, limits: LimitSettings) -> str | None:
+    """Why an image's bytes are not even looked at, None where they are."""
+    if size_bytes <= limits.max_member_mb << 20:
+        return None
+    return f"too large: {size_bytes:,} bytes, the limit is {limits.max_member_mb << 20:,}"
+
+
 def ingest(reader: Reader, members: Iterable[Member], limits: LimitSettings, decoder: Decoder) -> Iterator[Decoded]:
     """Read and decode members one at a time, in order; one result for each, whatever it is.
 
@@ -254,8 +261,7 @@ def ingest(reader: Reader, members: Iterable[Member], limits: LimitSettings, dec
     StorageError where not the member but the source fails.
     """
     for member in members:
-        if member.size_bytes > limits.max_member_mb << 20:
-            reason = f"too large: {member.size_bytes:,} bytes, the limit is {limits.max_member_mb << 20:,}"
+        if (reason := too_large(member.size_bytes, limits)) is not None:
             yield Decoded(None, reason, 0, 0, None)
             continue
         try:

@@ -23,8 +23,8 @@ from leukoflow.storage import Storage
 from tasks.open_run import Run
 from tasks.plan import shards
 from tasks.shard import ACTIVATIONS, STAGES, open_plan, read_marker
+from tasks.slides import MALIGNANT, slide_of, urgency_of
 
-MALIGNANT = slice(1, 4)
 RANKED = (
     "image_key", "slide_id", "patient_id", "site", "status", "n_cells", "prob_benign", "prob_early", "prob_pre",
     "prob_pro",
@@ -264,11 +264,6 @@ def _count(slides: dict[str, _Slide], row: dict[str, Any]) -> None:
         slide.top = (malignant, row["image_key"])
 
 
-def slide_of(slide_id: str | None, image_key: str) -> tuple[str, str]:
-    """(grouping, slide) of an image: what the manifest says, else the folder it lies in."""
-    return ("folder", image_key.rpartition("/")[0] or ".") if slide_id is None else ("manifest", slide_id)
-
-
 def find_conflicts(read: Callable[[Sequence[str]], Iterable[pa.Table]]) -> pa.Table:
     """`duplicates.parquet` from the rows of `predictions/`, which `read` streams, given columns; it is called twice."""
     hashes: list[NDArray[np.uint64]] = []
@@ -296,10 +291,7 @@ def rank_slides(rows: Iterable[dict[str, Any]]) -> pa.Table:
 
 
 def _slides_table(slides: dict[str, _Slide]) -> pa.Table:
-    """Slides by urgency: the expected share of malignant fields, shrunk towards one half where few fields speak.
-
-    A slide on which nothing could be predicted has urgency one half: nobody may take silence for health.
-    """
+    """Slides by urgency."""
     rows = []
     for key, slide in slides.items():
         n = slide.status[Status.PREDICTED]
@@ -311,7 +303,7 @@ def _slides_table(slides: dict[str, _Slide]) -> pa.Table:
                 "grouping": slide.grouping,
                 "patient_id": slide.patient_id,
                 "site": slide.site,
-                "urgency": (malignant + 1.0) / (n + 2.0),
+                "urgency": urgency_of(malignant, n),
                 "label": None if mean is None else CLASSES[int(mean.argmax())],
                 "malignant_score": None if mean is None else float(mean[MALIGNANT].sum()),
                 "prob_benign": None if mean is None else float(mean[0]),

@@ -22,14 +22,10 @@ import zarr
 from numpy.typing import NDArray
 
 from leukoflow.codec import loads
-from leukoflow.config import RunConfig
-from leukoflow.errors import LeukoflowError
-from leukoflow.method import SegmentSettings
 from leukoflow.progress import ProgressReader, RunBinding, RunProgress
-from leukoflow.records import CLASSES, Marker, Member, RunManifest, ShardReceipt, SourceKind, StageTiming
-from leukoflow.sources import open_reader
+from leukoflow.records import CLASSES, Marker, RunManifest, ShardReceipt, SourceKind, StageTiming
 from leukoflow.storage import Storage
-from tasks.ingest import Decoder
+from tasks.field_view import Pixels
 from tasks.page import LABEL_COLOURS as _LABEL_COLOURS
 from tasks.page import POLICY as _POLICY
 from tasks.page import STATUS_COLOURS as _STATUS_COLOURS
@@ -42,7 +38,7 @@ from tasks.page import share as _share
 from tasks.page import style as _style
 from tasks.page import table as _table
 from tasks.page import text as _text
-from tasks.plan import read_shard, read_summary
+from tasks.plan import read_summary
 from tasks.tables import shard_name, table_files
 
 FIELDS_SHOWN = 12
@@ -356,22 +352,8 @@ class _Painter:
     def __init__(self, storage: Storage, totals: _Totals, cells: Mapping[str, str], stack: ExitStack) -> None:
         self.storage = storage
         self._cell_files = cells
-        self.notes: list[str] = []
-        self._plan: pq.ParquetFile | None = None
-        self._reader: Any = None
-        self._decoder: Decoder | None = None
-        if totals.kind is SourceKind.COMPRESSED_TAR:
-            self.notes.append("The source is a compressed archive, which is not unpacked again: masks are shown alone.")
-            return
-        try:
-            self._plan = pq.ParquetFile(stack.enter_context(storage.open("plan.parquet")))
-            source = read_summary(stack.enter_context(storage.open("plan.parquet"))).source
-            self._reader = stack.enter_context(open_reader(source))
-            limits = RunConfig.model_fields["limits"].default
-            self._decoder = stack.enter_context(Decoder(limits, _segment_settings(totals)))
-        except (LeukoflowError, OSError) as error:
-            self._reader = None
-            self.notes.append(f"The source cannot be read any more, so masks are shown alone ({error}).")
+        self._pixels = Pixels(storage, totals.bundle, stack)
+        self.notes: list[str] = [self._pixels.note] if self._pixels.note else []
 
     def card(self, row: dict[str, Any]) -> _Card:
         """The drawing of the field of one row of the predictions. Failures become a remark, never an exception."""
@@ -384,8 +366,8 @@ class _Painter:
         except Exception as error:
             return _Card(row, "", f"its mask cannot be read ({type(error).__name__})")
         photo, remark = None, ""
-        if self._reader is not None:
-            photo, remark = self._photo(row, labels.shape, affine)
+        if self._pixels.there:
+            photo, remark = self._pixels.photo(row, labels.shape, affine)
         if row["n_tiles"] > 1:
             part = (
                 f"tile {tile - row['zarr_index'] + 1} of {row['n_tiles']}, the one with the cell of highest attention"
@@ -431,44 +413,6 @@ class _Painter:
         if row["n_tiles"] > 1 and cells:
             return int(max(cells, key=lambda c: (c["attention"], -c["cell_id"]))["zarr_index"])
         return int(row["zarr_index"])
-
-    def _photo(
-        self, row: dict[str, Any], shape: tuple[int, ...], affine: NDArray[np.float64]
-    ) -> tuple[NDArray[np.uint8] | None, str]:
-        """The pixels under a mask, uint8 [H, W, 3]; None with the reason where they cannot be had."""
-        assert self._decoder is not None
-        try:
-            member = self._member(row)
-            decoded = self._decoder.decode_one(self._reader.read(member), row["um_per_px"])
-        except (LeukoflowError, OSError) as error:
-            return None, f"the image cannot be read any more ({error}); mask alone"
-        if decoded.rgb is None:
-            return None, f"the image cannot be read any more ({decoded.reason}); mask alone"
-        x, y = (round((affine[i, 2] + 0.5) / affine[i, i] - 0.5) for i in (0, 1))
-        height, width = shape
-        piece = decoded.rgb[y : y + height, x : x + width]
-        if piece.size == 0 or abs(decoded.rgb.shape[1] - decoded.source_width / affine[0, 0]) > 1:
-            return None, "the image's scale does not fit its mask any more; mask alone"
-        out = np.full((height, width, 3), 255, np.uint8)
-        out[: piece.shape[0], : piece.shape[1]] = piece
-        return out, ""
-
-    def _member(self, row: dict[str, Any]) -> Member:
-        assert self._plan is not None
-        for member in read_shard(self._plan, int(row["shard"])):
-            if member.image_key == row["image_key"]:
-                return member
-        raise LeukoflowError("the plan does not list it")
-
-
-def _segment_settings(totals: _Totals) -> SegmentSettings:
-    """The geometry that the run used; where its bundle is not here, the defaults (a misfit is noticed and said)."""
-    from models.bundle import load_bundle
-
-    try:
-        return load_bundle(totals.bundle).spec.method.segment
-    except LeukoflowError:
-        return SegmentSettings()
 
 
 def _heaviest(cells: dict[int, dict[str, Any]]) -> list[dict[str, Any]]:

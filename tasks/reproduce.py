@@ -30,12 +30,11 @@ from leukoflow.cluster import code_digest
 from leukoflow.codec import loads
 from leukoflow.config import LimitSettings
 from leukoflow.errors import BundleError, ConfigError, ShardError, SourceError
-from leukoflow.host import this_host
+from leukoflow.host import cores, this_host
 from leukoflow.progress import RunBinding
 from leukoflow.records import Host, RunManifest, Shard, Source
 from leukoflow.sources import identify, spool
 from leukoflow.storage import Storage
-from leukoflow.workers import cores
 from models.bundle import Bundle, load_bundle
 from models.registry import Registry
 from tasks.amend import rows_of

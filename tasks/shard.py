@@ -34,11 +34,11 @@ from leukoflow.cluster import code_digest
 from leukoflow.codec import dumps, loads
 from leukoflow.config import LimitSettings
 from leukoflow.errors import AttemptError, ClusterError, ShardError, StorageError
-from leukoflow.geometry import field_geometry
 from leukoflow.host import this_host
-from leukoflow.method import FeatureSettings, SegmentSettings
+from leukoflow.method import SegmentSettings
 from leukoflow.records import (
     CLASSES,
+    DIED,
     Marker,
     Member,
     PartRef,
@@ -49,31 +49,28 @@ from leukoflow.records import (
     StageTiming,
     Status,
 )
-from leukoflow.schema import CELLS, predictions_schema
+from leukoflow.schema import predictions_schema
 from leukoflow.sources import Reader, open_reader
 from leukoflow.storage import Storage
 from leukoflow.telemetry import told
-from models.attention_unet import segment_batch
 from models.bundle import Bundle, load_bundle
-from models.hybrid_cn_nas import HybridCNNas, Readout
-from tasks.classify import Verdict, diagnose, pool_tiles, readout
-from tasks.extract import blank_maps, explain_padded, extract_padded, field_means
-from tasks.ingest import Decoder, ingest
-from tasks.normalize import normalize
-from tasks.plan import read_shard
-from tasks.quality import assess
-from tasks.segment import (
-    CellTable,
-    cell_table,
-    concatenate,
-    crop_cells,
-    crop_masks,
-    own_cells,
-    pseudo_semantic,
-    single_cells,
+from models.hybrid_cn_nas import Readout
+from tasks.blocks import (
+    Block,
+    Fact,
+    Prepared,
+    block_of,
+    cell_rows,
+    explain_tiles,
+    outcome,
+    prepare_image,
+    refused,
+    segment_tiles,
 )
-
-DIED = "its processing kills the worker process"
+from tasks.classify import Verdict, diagnose, pool_tiles, readout
+from tasks.ingest import Decoder, ingest
+from tasks.plan import read_shard
+from tasks.segment import CellTable, concatenate
 
 ACTIVATIONS = "activations"
 """The stage that no other is made from: a shard may lack it and yet be whole. It is made while the pixels are there."""
@@ -89,6 +86,8 @@ ARRAYS = {
 """What a shard's group holds in each store."""
 
 ZARR_CHUNK, ZARR_SHARD = 10, 250
+
+_PROBABILITIES = ("prob_benign", "prob_early", "prob_pre", "prob_pro")
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,44 +108,6 @@ class ShardJob:
     spool: str | None = None  # key of the shard's spooled bytes (compressed tars)
     culprits: tuple[tuple[int, str], ...] = ()  # (ordinal, reason): members known to kill their worker
     only: tuple[int, ...] | None = None  # when searching for culprits: nothing else is touched, nothing written
-
-
-@dataclass(frozen=True, slots=True)
-class Fact:
-    """What ingest and quality found out about one member."""
-
-    ordinal: int
-    status: Status | None  # None while the member goes on to the model
-    reason: str | None
-    sha256: str | None
-    width: int | None
-    height: int | None
-    quality: Quality | None
-    n_tiles: int
-    zarr_index: int | None
-
-
-@dataclass(frozen=True, slots=True)
-class Block:
-    """Consecutive members of a shard with their normalised tiles.
-
-    `tiles` uint8 [t, S, S, 3]; `batches` lists, per inference batch, the tile of each slot or -1 for a blank one;
-    `owners` int32 [t] is the member's ordinal; `origins` int32 [t, 2] and `cores` int32 [t, 4] place a tile in its
-    scaled image, of which it shows `extents` int32 [t, 2] (width, height), the rest being mirrored; `to_source` float32
-    [t, 2, 3].
-    """
-
-    first: int
-    next: int
-    facts: tuple[Fact, ...]
-    tiles: NDArray[np.uint8]
-    batches: tuple[tuple[int, ...], ...]
-    owners: NDArray[np.int32]
-    origins: NDArray[np.int32]
-    cores: NDArray[np.int32]
-    extents: NDArray[np.int32]
-    to_source: NDArray[np.float32]
-    timings: tuple[StageTiming, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -462,93 +423,30 @@ def prepare(job: ShardJob, first: int) -> Block:
     started = time.perf_counter()
     with _guard(job, "prepare"):
         method = opened_bundle(job.bundle, job.bundle_digest).spec.method
-        side, budget = method.segment.field_px, job.limits.block_mb << 20
+        tile_bytes, budget = 3 * method.segment.field_px**2, job.limits.block_mb << 20
         culprits = dict(job.culprits)
         members = members_of(job)[first - job.shard.first :]
         wanted = [m for m in members if m.refusal is None and m.ordinal not in culprits and _looked_at(job, m.ordinal)]
-        facts: list[Fact] = []
-        tiles: list[NDArray[np.uint8]] = []
-        places: list[tuple[int, tuple[int, int], tuple[int, int, int, int], NDArray[np.float32]]] = []
-        extents: list[tuple[int, int]] = []
+        done: list[Prepared] = []
+        tiles = 0
         with _reader(job) as reader:
             decoder = _decoder(job.limits, method.segment.model_dump_json())
             images = ingest(reader, wanted, job.limits, decoder)
             for member in members:
-                if len(tiles) * side * side * 3 >= budget:
+                if tiles * tile_bytes >= budget:
                     break
                 refusal = member.refusal or culprits.get(member.ordinal)
                 if refusal is not None or not _looked_at(job, member.ordinal):
-                    facts.append(_refused(member.ordinal, refusal or "not looked at"))
+                    done.append(Prepared(refused(member.ordinal, refusal or "not looked at")))
                     continue
-                image = next(images)
-                if image.rgb is None:
-                    facts.append(replace(_refused(member.ordinal, image.reason or "unreadable"), sha256=image.sha256))
-                    continue
-                quality = assess(image.rgb, method.quality)
-                quality = replace(quality, flags=(*quality.flags, *image.remarks))
-                geometry = field_geometry(image.source_width, image.source_height, member.um_per_px, method.segment)
-                rejected = bool(quality.reasons)
-                facts.append(
-                    Fact(
-                        ordinal=member.ordinal,
-                        status=Status.REJECTED if rejected else None,
-                        reason="; ".join(quality.reasons) or None,
-                        sha256=image.sha256,
-                        width=image.source_width,
-                        height=image.source_height,
-                        quality=quality,
-                        n_tiles=0 if rejected else len(geometry.origins),
-                        zarr_index=None,
-                    )
-                )
-                if rejected:
-                    continue
-                normal = normalize(image.rgb, method.normalize)
-                tiles.extend(_tile(normal, origin, side) for origin in geometry.origins)
-                extents.extend(extent(normal, origin, side) for origin in geometry.origins)
-                places.extend(
-                    (member.ordinal, origin, core, affine)
-                    for origin, core, affine in zip(geometry.origins, geometry.cores, geometry.to_source(), strict=True)
-                )
-        owners = np.array([p[0] for p in places], np.int32)
-        return Block(
-            first=first,
-            next=first + len(facts),
-            facts=tuple(facts),
-            tiles=np.stack(tiles) if tiles else np.zeros((0, side, side, 3), np.uint8),
-            batches=inference_batches(owners, method.features.field_batch),
-            owners=owners,
-            origins=np.array([p[1] for p in places], np.int32).reshape(-1, 2),
-            cores=np.array([p[2] for p in places], np.int32).reshape(-1, 4),
-            extents=np.array(extents, np.int32).reshape(-1, 2),
-            to_source=np.array([p[3] for p in places], np.float32).reshape(-1, 2, 3),
-            timings=(StageTiming("prepare", time.perf_counter() - started, len(facts)),),
-        )
+                done.append(prepare_image(member.ordinal, next(images), member.um_per_px, method))
+                tiles += len(done[-1].tiles)
+        return block_of(first, done, method, time.perf_counter() - started)
 
 
 def next_of(block: Block) -> int:
     """Ordinal of the first member after a block."""
     return block.next
-
-
-def inference_batches(owners: NDArray[np.int32], size: int) -> tuple[tuple[int, ...], ...]:
-    """Tiles of each fixed-shape batch, -1 for a blank slot.
-
-    Members of one tile sit at the slot that their ordinal gives them, so a missing neighbour leaves a blank and moves
-    nobody. The tiles of a larger member fill batches of their own.
-    """
-    tiles_of: dict[int, list[int]] = {}
-    for tile, owner in enumerate(owners.tolist()):
-        tiles_of.setdefault(owner, []).append(tile)
-    shared: dict[int, list[int]] = {}
-    batches: list[tuple[int, ...]] = []
-    for owner, tiles in tiles_of.items():
-        if len(tiles) == 1:
-            shared.setdefault(owner // size, [-1] * size)[owner % size] = tiles[0]
-            continue
-        for i in range(0, len(tiles), size):
-            batches.append(tuple(tiles[i : i + size] + [-1] * (size - len(tiles[i : i + size]))))
-    return (*(tuple(batch) for batch in shared.values()), *batches)
 
 
 def _looked_at(job: ShardJob, ordinal: int) -> bool:
@@ -575,24 +473,6 @@ def _reader(job: ShardJob) -> Iterator[Reader]:
             yield reader
 
 
-def _refused(ordinal: int, reason: str) -> Fact:
-    return Fact(ordinal, Status.QUARANTINED, reason, None, None, None, None, 0, None)
-
-
-def extent(rgb: NDArray[np.uint8], origin: tuple[int, int], side: int) -> tuple[int, int]:
-    """Width and height of what a tile shows of its scaled image."""
-    return min(side, rgb.shape[1] - origin[0]), min(side, rgb.shape[0] - origin[1])
-
-
-def _tile(rgb: NDArray[np.uint8], origin: tuple[int, int], side: int) -> NDArray[np.uint8]:
-    """One tile; beyond the image it is mirrored, as surroundings for the network, and nothing is measured there."""
-    piece = rgb[origin[1] : origin[1] + side, origin[0] : origin[0] + side]
-    h, w = piece.shape[:2]
-    if (h, w) == (side, side):
-        return piece
-    return np.pad(piece, ((0, side - h), (0, side - w), (0, 0)), mode="symmetric")
-
-
 # --- segment ---------------------------------------------------------------------------------------------------------
 
 
@@ -615,46 +495,6 @@ def segment(job: ShardJob, block: Block, before: Trail | None = None) -> Segment
                 commit(job, "masks", _keys(job)["masks"], roots)
         timing = StageTiming("segment", time.perf_counter() - started, len(block.facts))
         return Segmented(block, cells, table, offsets, replace(trail, timings=(*trail.timings, timing)))
-
-
-def segment_tiles(
-    model: Any, block: Block, settings: SegmentSettings, device: str
-) -> tuple[NDArray[np.uint8], NDArray[np.uint16], CellTable, NDArray[np.int64]]:
-    """Masks and cells of a block: `semantic` uint8 [t, S, S], `cells` uint16 [t, S, S], the table, offsets [t + 1].
-
-    `cells` holds the `cell_id`, which goes on over the tiles of one image.
-    """
-    n, side = len(block.tiles), settings.field_px
-    semantic = np.zeros((n, side, side), np.uint8)
-    cells = np.zeros((n, side, side), np.uint16)
-    for batch in block.batches:
-        images = _gather(block.tiles, batch)
-        if model is not None and settings.enabled:
-            found = segment_batch(model, images, device)
-        else:
-            found = np.stack([pseudo_semantic(image) for image in images])
-        for slot, tile in enumerate(batch):
-            if tile >= 0:
-                semantic[tile] = found[slot]
-    tables: list[CellTable] = []
-    first_id: dict[int, int] = {}
-    for t in range(n):
-        owner = int(block.owners[t])
-        x, y = block.origins[t].tolist()
-        x0, y0, x1, y1 = block.cores[t].tolist()
-        semantic[t], all_cells = single_cells(block.tiles[t], semantic[t], settings)
-        width, height = block.extents[t].tolist()
-        for plane in (semantic[t], all_cells):
-            plane[height:], plane[:, width:] = 0, 0
-        own = own_cells(all_cells, (x, y), (x0, y0, x1, y1))
-        start = first_id.get(owner, 1)
-        table = cell_table(semantic[t][:height, :width], own[:height, :width], block.to_source[t], start)
-        if start + len(table) > np.iinfo(np.uint16).max:
-            raise ShardError(f"member {owner} has more than {np.iinfo(np.uint16).max} cells; hand it over in pieces")
-        cells[t] = np.where(own > 0, own + np.uint16(start - 1), 0)
-        first_id[owner] = start + len(table)
-        tables.append(table)
-    return semantic, cells, concatenate(tables), np.cumsum([0, *(len(t) for t in tables)], dtype=np.int64)
 
 
 def recall(job: ShardJob, block: Block, before: Trail | None = None) -> Segmented:
@@ -682,14 +522,6 @@ def recall(job: ShardJob, block: Block, before: Trail | None = None) -> Segmente
 def trail_of(segmented: Segmented) -> Trail:
     """What the next block's task must know, without the pixels."""
     return segmented.trail
-
-
-def _gather(tiles: NDArray[np.uint8], batch: Sequence[int]) -> NDArray[np.uint8]:
-    out = np.zeros((len(batch), *tiles.shape[1:]), np.uint8)
-    for slot, tile in enumerate(batch):
-        if tile >= 0:
-            out[slot] = tiles[tile]
-    return out
 
 
 def _indexed(facts: Sequence[Fact], row: int) -> tuple[Fact, ...]:
@@ -947,65 +779,6 @@ def _write_activations(job: ShardJob, bundle: Bundle, maps: NDArray[np.float16],
     write_rows(group, "maps", before.cells, maps, (64, *maps.shape[1:]), (4096, *maps.shape[1:]), attributes)
 
 
-def extract_tiles(
-    hybrid: HybridCNNas,
-    block: Block,
-    cells: NDArray[np.uint16],
-    table: CellTable,
-    offsets: NDArray[np.int64],
-    settings: FeatureSettings,
-    device: str,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Hybrid features of a block's tiles, float32 [t, D], and of their cells, float32 [m, D]."""
-    single = np.zeros((len(table), hybrid.num_features), np.float32)
-    for places, crops, masks in _crops(block, cells, table, offsets, settings):
-        single[places] = extract_padded(hybrid, crops, masks, settings.cell_batch, device)
-    return field_means(single, offsets, table.cell_area_px.astype(np.float32)), single
-
-
-def explain_tiles(
-    hybrid: HybridCNNas,
-    shown: Readout,
-    block: Block,
-    cells: NDArray[np.uint16],
-    table: CellTable,
-    offsets: NDArray[np.int64],
-    settings: FeatureSettings,
-    device: str,
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float16]]:
-    """What `extract_tiles` gives, and from the same pass the cells' activation maps, float16 [m, 4, g, g]."""
-    single = np.zeros((len(table), hybrid.num_features), np.float32)
-    maps = blank_maps(len(table), settings.cell_px)
-    for places, crops, masks in _crops(block, cells, table, offsets, settings):
-        single[places], maps[places] = explain_padded(hybrid, shown, crops, masks, settings.cell_batch, device)
-    return field_means(single, offsets, table.cell_area_px.astype(np.float32)), single, maps
-
-
-def _crops(
-    block: Block,
-    cells: NDArray[np.uint16],
-    table: CellTable,
-    offsets: NDArray[np.int64],
-    settings: FeatureSettings,
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint8]]]:
-    """Per inference batch of tiles: the rows of their cells, int64 [c], their crops and their masks."""
-    centers = np.stack([table.field_x, table.field_y], axis=1).astype(np.float32)
-    window, side = settings.cell_window_px, settings.cell_px
-    for batch in block.batches:
-        rows = [tile for tile in batch if tile >= 0]
-        spans = [slice(offsets[t], offsets[t + 1]) for t in rows]
-        crops = np.concatenate(
-            [crop_cells(block.tiles[t], centers[own], window, side) for t, own in zip(rows, spans, strict=True)]
-        )
-        masks = np.concatenate(
-            [
-                crop_masks(cells[t], table.cell_id[own], centers[own], window, side)
-                for t, own in zip(rows, spans, strict=True)
-            ]
-        )
-        yield np.concatenate([np.arange(own.start, own.stop) for own in spans]), crops, masks
-
-
 # --- classify --------------------------------------------------------------------------------------------------------
 
 
@@ -1066,11 +839,7 @@ def _tables(
     keys_of_tiles: list[str] = []
     for member, fact in zip(members, facts, strict=True):
         verdict = verdict_of.get(fact.ordinal)
-        status, reason = fact.status, fact.reason
-        if verdict is not None:
-            keys_of_tiles += [member.image_key] * fact.n_tiles
-            status = Status.ABSTAINED if verdict.abstained else Status.PREDICTED
-            reason = verdict.abstained
+        found = outcome(fact, verdict)
         quality = fact.quality
         row: dict[str, Any] = {
             "run_id": job.run_id,
@@ -1082,8 +851,8 @@ def _tables(
             "site": member.site,
             "scanner": member.scanner,
             "um_per_px": member.um_per_px,
-            "status": str(status),
-            "reason": reason,
+            "status": str(found.status),
+            "reason": found.reason,
             "n_cells": None if verdict is None else verdict.n_cells,
             "shard": job.shard.name,
             "zarr_index": fact.zarr_index,
@@ -1096,26 +865,18 @@ def _tables(
             "bundle_digest": job.bundle_digest,
         }
         if verdict is not None:
+            keys_of_tiles += [member.image_key] * fact.n_tiles
+            row |= dict(zip(_PROBABILITIES, found.probabilities, strict=True))
             row |= {
-                "label": CLASSES[int(np.argmax(verdict.probabilities))],
-                "confidence": float(np.max(verdict.probabilities)),
-                "prob_benign": verdict.probabilities[0],
-                "prob_early": verdict.probabilities[1],
-                "prob_pre": verdict.probabilities[2],
-                "prob_pro": verdict.probabilities[3],
-                "prediction_set": [c for c, inside in zip(CLASSES, verdict.prediction_set, strict=True) if inside],
-                "ood_score": verdict.ood,
+                "label": found.label,
+                "confidence": max(found.probabilities),
+                "prediction_set": list(found.prediction_set),
+                "ood_score": found.ood,
             }
         row |= dict(member.meta)
         rows.append(row)
     predictions = pa.Table.from_pylist(rows, predictions_schema(job.meta_columns))
-    counts = np.diff(offsets)
-    columns = {f.name: getattr(table, f.name) for f in fields(CellTable) if f.name in CELLS.names}
-    columns["image_key"] = np.repeat(np.array(keys_of_tiles, object), counts)
-    columns["attention"] = np.concatenate([v.attention for v in verdicts]) if verdicts else np.zeros(0, np.float32)
-    columns["zarr_index"] = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    arrays = [pa.array(columns[f.name], f.type) for f in CELLS]
-    return predictions, pa.Table.from_arrays(arrays, schema=CELLS)
+    return predictions, cell_rows(table, offsets, keys_of_tiles, verdicts)
 
 
 def _receipt(

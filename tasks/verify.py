@@ -41,6 +41,7 @@ from tasks.tables import (
     stream,
     table_files,
 )
+from tasks.verdicts import check_run
 
 FileRef = tuple[str, int, str]
 Report = Callable[[int, int], None]
@@ -53,6 +54,10 @@ MEMBER_TABLES = ("predictions", "fields")
 """Tables with one row for every member."""
 
 PLAN_COLUMNS = ("image_key", "slide_id", "patient_id", "site", "scanner", "um_per_px")
+_VERDICTS_LOST = (
+    "predictions are not concerned; take the folder verdicts/ from a backup, or leave it and find out what happened: "
+    "verdicts cannot be made anew"
+)
 _DIAGNOSED = (str(Status.PREDICTED), str(Status.ABSTAINED))
 
 
@@ -80,6 +85,8 @@ class Verification:
     findings: tuple[Finding, ...]
     more: int  # findings beyond those that are listed
     skipped: str | None  # why the rows were not looked at
+    verdicts: int = 0  # that people have given
+    verdict_head: str = ""  # digest of the last one's entry
 
     @property
     def ok(self) -> bool:
@@ -312,7 +319,7 @@ def verify_run(root: str, report: Report = lambda done, total: None) -> Verifica
     started = time.monotonic()
     storage, manifest = finished(root)
     data = storage.read("manifest.json")
-    book = _Book()
+    book, said = _Book(), check_run(storage, manifest.run_id)
     again = _binding(storage, manifest, book)
     book.add(check_manifest(manifest, data, again))
     files = [file for part in manifest.parts for file in part.files] + list(manifest.tables)
@@ -328,6 +335,7 @@ def verify_run(root: str, report: Report = lambda done, total: None) -> Verifica
             book.add(_tables(storage, manifest, again))
         except (LeukoflowError, OSError, pa.ArrowException, KeyError, ValueError) as error:
             book.add([Finding("tables", f"they cannot be read: {error}", _parts_anew(again))])
+    book.add(Finding(key, what, _VERDICTS_LOST) for key, what in said.problems)
     return Verification(
         run_id=manifest.run_id,
         root=storage.root,
@@ -340,6 +348,8 @@ def verify_run(root: str, report: Report = lambda done, total: None) -> Verifica
         findings=tuple(book.findings),
         more=book.more,
         skipped=skipped,
+        verdicts=said.verdicts,
+        verdict_head=said.head if said.verdicts else "",
     )
 
 

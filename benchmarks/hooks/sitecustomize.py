@@ -24,6 +24,7 @@ def _shard(module: Any) -> None:
     import numpy as np
 
     from leukoflow.records import StageTiming
+    from tasks.blocks import inference_batches
     from tasks.classify import Diagnosis
     from tasks.segment import CellTable
 
@@ -47,7 +48,7 @@ def _shard(module: Any) -> None:
                 next=first + n,
                 facts=facts,
                 tiles=np.zeros((n, SIDE, SIDE, 3), np.uint8),
-                batches=module.inference_batches(owners, method.features.field_batch),
+                batches=inference_batches(owners, method.features.field_batch),
                 owners=owners,
                 origins=np.zeros((n, 2), np.int32),
                 cores=np.tile(np.array([0, 0, SIDE, SIDE], np.int32), (n, 1)),

@@ -18,7 +18,7 @@ from on_workers import nap, note, surroundings
 from leukoflow.cluster import PACKAGES, code_digest, open_cluster
 from leukoflow.config import ClusterSettings, SlurmSettings, TlsSettings
 from leukoflow.errors import AttemptError, ClusterError
-from leukoflow.workers import cores
+from leukoflow.host import cores
 
 SBATCH = 'job=job.$$; cp "$1" "$job"; setsid bash "$job" >>output 2>&1 & echo $! >>jobs; echo "Submitted batch job $!"'
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]

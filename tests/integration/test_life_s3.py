@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,15 @@ from tasks.compact import compact_run
 from tasks.correct import correct_patient
 from tasks.diff import diff_runs
 from tasks.erase import erase_patient
+from tasks.field_view import view
 from tasks.open_run import open_run
 from tasks.plan import pseudonym
 from tasks.prune import prune
 from tasks.report import build_report
 from tasks.retention import retain
+from tasks.verdicts import Action, add, check_run
 from tasks.verify import finished_runs, verify_run
+from tasks.worklist import Query, open_run_named, patient_key_of, timeline
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -177,3 +182,32 @@ def test_the_registry_on_the_store(
     registry.register(other.path, "ana", "second", without_metrics="a test")
     registry.approve("second", "ana", "")
     assert [v.remove for v in prune(registry, ["s3://lab/approved"], 0, "ana")] == [False, False]
+
+
+def test_verdicts_and_the_worklist_on_the_store(client: Any, local: Any) -> None:
+    storage = upload(local, "said")
+    out = "s3://lab/out"
+    here = open_run_named(str(Path(local.root).parent), "night")
+    for name in ("manifest.json", "run.json"):  # the same run under another name
+        storage.write(name, storage.read(name).replace(b'"run_id": "night"', b'"run_id": "said"'))
+    table = open_run_named(out, "said")
+    assert table.fields(Query(limit=500)).total == len(here.frame)
+    assert [s.summary for s in table.slides().items] == [s.summary for s in here.slides().items]
+    assert table.cells(3).equals(here.cells(3))
+    assert table.field(3).confidence == here.field(3).confidence
+    given = [replace(table.verdict_on_field(3, Action.FLAG, "dr. grey"), comment=str(i)) for i in range(12)]
+    with ThreadPoolExecutor(6) as pool:
+        assert sorted(pool.map(lambda v: add(out, v), given)) == list(range(1, 13))
+    mary = patient_key_of(pseudonym("mary", b"a key for tests"))
+    hers = table.rows_of(patient_key=mary)
+    add(out, table.verdict_on_field(int(table.frame.ordinals[hers[0]]), Action.COMMENT, "dr. grey", comment="hers"))
+    table = open_run_named(out, "said")
+    assert table.field(3).standing.flagged
+    assert len(table.reviews.verdicts.given) == 13
+    assert check_run(storage, "said").problems == ()
+    shown = view(table, 3)
+    assert (len(shown.tiles) > 0, shown.pixels, shown.mapped) == (True, True, True)
+    assert [p.run_id for p in timeline(out, mary).points if p.run_id == "said"] == ["said"]
+    storage.delete("verdicts/00002.parquet")
+    assert [w for w, _ in check_run(storage, "said").problems] == ["verdicts/00002.parquet"]
+    storage.delete("")

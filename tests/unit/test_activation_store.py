@@ -122,7 +122,7 @@ def test_features_are_those_of_a_run_without_maps(
     def unexplained(hybrid: Any, shown: Any, crops: Any, *rest: Any) -> Any:
         return extract_padded(hybrid, crops, *rest), blank_maps(len(crops), crops.shape[1])
 
-    monkeypatch.setattr("tasks.shard.explain_padded", unexplained)
+    monkeypatch.setattr("tasks.blocks.explain_padded", unexplained)
     job = begin(source, bundle, tmp_path)
     through(job)
     assert digests(Path(job.root, "features.zarr")) == digests(Path(done.root, "features.zarr"))

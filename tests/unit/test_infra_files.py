@@ -16,7 +16,7 @@ import pytest
 import yaml
 from harness import ROOT
 
-from infra.stack import PREFIX, _nginx, read_env_file
+from infra.stack import PREFIX, WEB, _nginx, read_env_file
 
 INFRA = ROOT / "infra"
 BIN = Path(sys.executable).parent
@@ -95,6 +95,20 @@ def test_compose_publishes_the_proxy_alone_and_hardens_what_is_ours(services: di
             assert service["cap_drop"] == ["ALL"], name
     waits = services["prefect-server"]["depends_on"]["migrate"]["condition"]
     assert waits == "service_completed_successfully"
+
+
+def test_the_web_application_trusts_the_proxy_alone(services: dict[str, Any]) -> None:
+    address = services["reverse-proxy"]["networks"]["default"]["ipv4_address"]
+    command = services["web"]["command"]
+    assert f"--proxy-from={address}" in command
+    assert f"--root-path={WEB}" in command
+    assert "--proxy-sign-in" not in command
+    assert services["web"]["environment"]["LEUKOFLOW_WEB_USERS"].startswith("/var/lib/leukoflow/")
+    for text in ((INFRA / "nginx/locations.conf").read_text(), (INFRA / "kubernetes/web.yaml").read_text()):
+        assert WEB in text
+    dropped = (INFRA / "nginx/locations.conf").read_text()
+    for header in ("X-Forwarded-User", "X-Forwarded-Groups"):
+        assert f'proxy_set_header {header} "";' in dropped
 
 
 def test_compose_mounts_files_that_exist(services: dict[str, Any]) -> None:
@@ -195,6 +209,7 @@ def test_systemd_understands_the_units(tmp_path: Path) -> None:
     for unit in UNITS:
         text = unit.read_text().replace("/opt/leukoflow/venv/bin/prefect", "/bin/true")
         text = text.replace("/opt/leukoflow/venv/bin/dask", "/bin/true")
+        text = text.replace("/opt/leukoflow/venv/bin/leukoflow", "/bin/true")
         (tmp_path / unit.name).write_text(text.replace("/opt/leukoflow/venv/bin/python", "/bin/true"))
     done = subprocess.run(
         ["systemd-analyze", "verify", "--man=no", *sorted(str(p) for p in tmp_path.iterdir())],
@@ -228,6 +243,7 @@ def test_nginx_understands_its_files(name: str, tmp_path: Path) -> None:
         text = text.replace("/etc/nginx/leukoflow", str(tmp_path)).replace("/etc/leukoflow/tls", str(tmp_path))
         # names of other containers cannot be resolved here; a test needs no privileged ports
         text = text.replace("prefect-server:4200", "127.0.0.1:4200").replace("grafana:3000", "127.0.0.1:3000")
+        text = text.replace("server web:8400", "server 127.0.0.1:8400")
         (tmp_path / file).write_text(text)
     whole = (
         f"pid {tmp_path}/pid; error_log stderr; events {{}}\nhttp {{ access_log off; include {tmp_path}/{name}; }}\n"

@@ -17,6 +17,7 @@ from leukoflow.errors import LeukoflowError
 from leukoflow.geometry import field_geometry
 from leukoflow.method import SegmentSettings
 from models.bundle import random_bundle
+from tasks.blocks import segment_tiles
 from tasks.evaluate import image_block
 from tasks.normalize import mask_overlays
 from tasks.segment import (
@@ -32,7 +33,6 @@ from tasks.segment import (
     single_cells,
     watershed_cells,
 )
-from tasks.shard import segment_tiles
 
 SETTINGS = SegmentSettings()
 IDENTITY = np.eye(2, 3, dtype=np.float32)

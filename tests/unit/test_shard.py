@@ -15,6 +15,7 @@ from leukoflow.errors import ClusterError, ShardError, StorageError
 from leukoflow.records import Marker, Member, Quality, Shard, ShardReceipt, Source, SourceKind, Status
 from leukoflow.storage import Storage
 from models.bundle import Bundle, random_bundle
+from tasks.blocks import inference_batches
 from tasks.shard import (
     DIED,
     REVISIONS,
@@ -26,7 +27,6 @@ from tasks.shard import (
     commit,
     committed,
     forget,
-    inference_batches,
     known_culprits,
     marker_key,
     opened_bundle,

@@ -1,0 +1,142 @@
+"""The application: puts gate, pages, JSON API, templates and engine together."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.staticfiles import StaticFiles
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from starlette.exceptions import HTTPException
+from starlette.responses import RedirectResponse, Response
+from starlette.templating import Jinja2Templates
+
+from apps.web import api, api_runs, guard, pages
+from apps.web.accounts import AccountError
+from apps.web.engine import BusyError, Engine
+from apps.web.guard import API, Gate, Guard, Refused, SignInNeeded, log
+from apps.web.jobs import EngineLike, Jobs
+from apps.web.problems import TITLES, problem
+from apps.web.settings import WebSettings
+from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError
+
+HERE = Path(__file__).parent
+UPLOADS = frozenset({"/api/v1/diagnoses", "/bench"})
+"""Paths that take large bodies."""
+
+
+def create_app(settings: WebSettings, engine: EngineLike | None = None) -> FastAPI:
+    """The web application. Without `engine` it starts one with the settings' bundles, and closes it at the end."""
+    app = FastAPI(
+        title="leukoflow", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_life, root_path_in_servers=False,
+        redirect_slashes=False,
+    )  # fmt: skip
+    app.state.settings = settings
+    app.state.gate = Gate(settings)
+    app.state.jobs = Jobs(settings.uploads)
+    app.state.engine = engine
+    app.state.templates = _templates()
+    app.include_router(pages.router, include_in_schema=False)
+    app.include_router(api.router)
+    app.include_router(api_runs.router)
+    app.mount("/static", _Static(directory=HERE / "static", check_dir=False), name="static")
+    for kind in (HTTPException, RequestValidationError, LeukoflowError):
+        app.add_exception_handler(kind, failed)
+    app.add_middleware(Guard, gate=app.state.gate, failed=failed, uploads=UPLOADS)
+    return app
+
+
+@asynccontextmanager
+async def _life(app: FastAPI) -> AsyncIterator[None]:
+    settings: WebSettings = app.state.settings
+    mine = None
+    if app.state.engine is None and settings.bundles:
+        mine = Engine(settings.bundles, settings.limits, workers=settings.workers)
+        await mine.start()
+        app.state.engine = mine
+    try:
+        yield
+    finally:
+        await app.state.jobs.close()
+        if mine is not None:
+            await mine.close()
+
+
+def _templates() -> Jinja2Templates:
+    """Templates with autoescape, in which an unknown name is an error; `path`, `csrf`, `who` are there in each."""
+    environment = Environment(
+        loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
+        lstrip_blocks=True,
+    )  # fmt: skip
+    return Jinja2Templates(env=environment, context_processors=[_context])
+
+
+def _context(request: Request) -> dict[str, Any]:
+    return {
+        "path": lambda path: guard.path_of(request, path),
+        "csrf": lambda: guard.csrf_token(request),
+        "who": guard.principal(request),
+    }
+
+
+async def failed(request: Request, error: Exception) -> Response:
+    """The answer to an exception: problem JSON for programs, a page for people."""
+    status, detail, headers, errors = _explained(error)
+    if not isinstance(error, HTTPException | RequestValidationError):
+        if status >= 500:
+            log.error("%s", guard.without_words(error))
+        if guard.principal(request) is None:  # strangers learn nothing of this machine
+            detail = "This cannot be answered at the moment; the server's log says why."
+    here = request.scope["path"].removeprefix(guard.gate_of(request).settings.root_path)
+    if here.startswith(API):
+        if status == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return problem(status, detail, headers, errors)
+    if isinstance(error, SignInNeeded):
+        target = guard.login_path(request)
+        if request.headers.get("hx-request"):
+            return Response(status_code=401, headers={"HX-Redirect": target})
+        return RedirectResponse(target, 303)
+    context = {"status": status, "title": TITLES.get(status, TITLES[500]), "detail": detail}
+    templates: Jinja2Templates = request.app.state.templates
+    return templates.TemplateResponse(request, "error.html", context, status, headers)
+
+
+def _explained(error: Exception) -> tuple[int, str, dict[str, str], Any]:
+    match error:
+        case RequestValidationError():
+            # What was sent is not repeated: it may name a patient.
+            errors = [{"at": ".".join(str(p) for p in e["loc"]), "message": e["msg"]} for e in error.errors()]
+            return 422, "; ".join(f"{e['at']}: {e['message']}" for e in errors), {}, errors
+        case HTTPException():
+            detail = error.detail if isinstance(error, Refused) else TITLES.get(error.status_code, "") + "."
+            return error.status_code, detail, dict(error.headers or {}), None
+        case NotFoundError():
+            return 404, _sentence(error), {}, None
+        case RequestError() | AccountError():
+            return 422, _sentence(error), {}, None
+        case BusyError():
+            return 503, _sentence(error), {"Retry-After": str(max(1, error.retry_after))}, None
+        case RunBusyError():
+            return 503, _sentence(error), {"Retry-After": "5"}, None
+        case LeukoflowError():
+            return 503, _sentence(error), {"Retry-After": "30"}, None
+    return 500, "This is a fault of the program; the server's log says where. Nothing was lost.", {}, None
+
+
+def _sentence(error: Exception) -> str:
+    words = str(error)
+    return f"{words[:1].upper()}{words[1:]}."
+
+
+class _Static(StaticFiles):
+    """Files of the application itself, the only ones that browsers may keep."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "public, max-age=3600"
+        return response

@@ -1,0 +1,89 @@
+"""Errors for programs: RFC 9457, and how they stand in the OpenAPI document."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from pydantic import BaseModel, Field
+from starlette.responses import JSONResponse
+
+TITLES = {
+    400: "This request cannot be understood",
+    401: "Please sign in",
+    403: "This is not yours to do",
+    404: "There is nothing here",
+    405: "This cannot be done here",
+    408: "This took too long to arrive",
+    409: "This does not go together with what is there",
+    413: "This is too large",
+    415: "This is not in a form that can be read here",
+    422: "Something in the request is not right",
+    429: "Too many at once",
+    500: "Something went wrong here",
+    503: "Busy at the moment",
+}
+_WHEN = {
+    400: "The request is malformed, or the server is not known by this host name.",
+    401: "No valid API token or session.",
+    403: "The token or role lacks the scope, or the CSRF token is missing.",
+    404: "No such run, field, patient or job; it may be gone.",
+    408: "The body did not arrive in time.",
+    409: "It does not go together with what is there.",
+    413: "The body or a part of it is too large.",
+    415: "The body has another content type than this takes.",
+    422: "A value is missing or out of its range.",
+    429: "Too many requests; `Retry-After` says how many seconds to wait.",
+    503: "The queue is full, or the results cannot be read now; `Retry-After` says when to try again.",
+}
+
+
+class FieldProblem(BaseModel):
+    """One value that is not right."""
+
+    at: str = Field(examples=["query.limit"])
+    message: str = Field(examples=["Input should be less than or equal to 500"])
+
+
+class Problem(BaseModel):
+    """What went wrong (RFC 9457)."""
+
+    type: str = Field(examples=["about:blank"])
+    title: str = Field(examples=[TITLES[404]])
+    status: int = Field(examples=[404])
+    detail: str = Field(examples=["There is no run with that key."])
+    errors: list[FieldProblem] | None = None
+
+
+def problem(status: int, detail: str, headers: dict[str, str] | None = None, errors: Any = None) -> JSONResponse:
+    """A response that says what went wrong."""
+    body = {"type": "about:blank", "title": TITLES.get(status, TITLES[500]), "status": status, "detail": detail}
+    if errors:
+        body["errors"] = errors
+    return JSONResponse(body, status, headers, media_type="application/problem+json")
+
+
+def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
+    """The `responses` of an operation that may answer so."""
+    content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
+    found: dict[int | str, dict[str, Any]] = {}
+    for status in statuses:
+        found[status] = {"description": _WHEN[status], "content": content}
+        if status in (429, 503):
+            found[status]["headers"] = {"Retry-After": {"schema": {"type": "integer"}, "description": "Seconds."}}
+    return found
+
+
+def finite(row: Mapping[str, Any]) -> dict[str, Any]:
+    """A row without what JSON cannot say: a number that is none becomes null."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+
+
+def add_problem_schema(document: dict[str, Any], models: Iterable[type[BaseModel]] = (Problem,)) -> None:
+    """Puts the schema of `Problem` into an OpenAPI document."""
+    schemas = document.setdefault("components", {}).setdefault("schemas", {})
+    for model in models:
+        schema = model.model_json_schema(ref_template="#/components/schemas/{model}")
+        schemas |= schema.pop("$defs", {})
+        schemas[model.__name__] = schema

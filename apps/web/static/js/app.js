@@ -1,0 +1,59 @@
+// Loads what a page needs. Everything here only adds to pages that also work by links and forms.
+import { startThemes } from "./themes.js";
+import { startKeys } from "./keys.js";
+
+export function say(text, bad = false) {
+  const toast = document.getElementById("toast");
+  toast.classList.toggle("bad", bad);
+  toast.textContent = text;
+  clearTimeout(say.timer);
+  say.timer = setTimeout(() => { toast.textContent = ""; }, bad ? 12000 : 4000);
+}
+
+const wanted = [
+  ["[data-scene], [data-viewer], [hx-trigger~='load']", "./viewer.js"],
+  ["[data-review]", "./review.js"],
+  ["[data-bench]", "./bench.js"],
+];
+
+async function start(root) {
+  for (const [selector, module] of wanted) {
+    if (root.querySelector(selector) || root.matches?.(selector)) (await import(module)).start(root);
+  }
+}
+
+startThemes();
+startKeys();
+start(document);
+
+// What htmx has put into the page gets its behaviour too.
+document.addEventListener("htmx:load", (event) => {
+  if (event.detail.elt !== document.body) start(event.detail.elt);
+});
+
+// Failures are told, never swallowed.
+document.addEventListener("htmx:sendError", () => say("The server does not answer. Nothing was changed; try again.", true));
+document.addEventListener("htmx:timeout", () => say("The server took too long. Try again.", true));
+document.addEventListener("htmx:responseError", (event) => {
+  const status = event.detail.xhr.status;
+  const words = {
+    401: "You are signed out. Sign in again in another tab, then repeat this.",
+    403: "This is not allowed for your role, or the page is too old: load it anew.",
+    404: "This is no longer there. It may have been deleted.",
+    413: "This is too large to be taken.",
+    429: "Too many requests at once; wait a moment.",
+    503: "Busy just now; try again in a moment.",
+  };
+  say(event.detail.xhr.getResponseHeader("X-Message") || words[status] || `The server could not do this (${status}).`, true);
+});
+
+// Lists that choose something send their form at once.
+document.addEventListener("change", (event) => {
+  if (event.target.closest("[data-at-once]") && event.target.form) event.target.form.requestSubmit();
+});
+
+// Questions before something that cannot be taken back.
+document.addEventListener("submit", (event) => {
+  const question = event.submitter?.dataset.confirm || event.target.dataset.confirm;
+  if (question && !window.confirm(question)) event.preventDefault();
+});

@@ -1,0 +1,282 @@
+"""What the pages say: classes, confidence, prediction sets and reasons in sentences, and one field as they show it.
+
+Confidence is told as a frequency, since that is what calibration means; attention is called what it is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from leukoflow.records import CLASSES, Quality
+
+RESEARCH_USE = (
+    "Research use only. Not a medical device: no diagnosis, and no decision about a patient, may rest on this. "
+    "Every finding needs the eye of a haematologist on the slide itself."
+)
+CLASS_NAMES = {"Benign": "Benign", "Early": "Early Pre-B", "Pre": "Pre-B", "Pro": "Pro-B"}
+CLASS_NOTES = {
+    "Benign": "haematogones",
+    "Early": "malignant, early precursor B cells",
+    "Pre": "malignant, precursor B cells",
+    "Pro": "malignant, progenitor B cells",
+}
+STATUSES = ("predicted", "abstained", "rejected", "quarantined")
+STATUS_WORDS = {
+    "predicted": "a label with its confidence",
+    "abstained": "a label that must not be relied on",
+    "rejected": "quality too poor to diagnose",
+    "quarantined": "could not be read",
+    "missing": "listed, but not handed over",
+}
+
+_REASONS = {
+    "foreign": (
+        "It is unlike the fields the model learned from.",
+        "Another stain, scanner or tissue may be the cause. Judge the slide by eye; the label below is a guess.",
+    ),
+    "ambiguous": (
+        "No class stands out.",
+        "Two or more classes are nearly as likely. Other fields of the slide may decide it.",
+    ),
+    "too few cells": (
+        "There are too few white cells to judge.",
+        "Choose a field nearer to where leukocytes lie, or judge the slide by its other fields.",
+    ),
+    "out of focus": ("It is out of focus.", "Focus anew and photograph the field again."),
+    "empty": ("Hardly anything in it is stained.", "Move to where cells lie one beside the other."),
+    "too dark": ("It is too dark.", "More light or a longer exposure helps."),
+    "too bright": ("It is too bright.", "Less light or a shorter exposure helps."),
+    "clipped pixels": (
+        "Large parts are pure black or white.",
+        "Adapt the exposure; borders and labels count as well.",
+    ),
+    "colours are not those of a blood stain": (
+        "Its colours are not those of a blood stain.",
+        "Check the white balance, and that the picture is a Romanowsky-stained smear.",
+    ),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    """One cell as pages show it. Lengths in source pixels, areas in pixels of the mask."""
+
+    cell_id: int
+    rank: int  # 1 has the highest attention of the field
+    tile: int
+    attention: float
+    weight: float  # attention relative to the field's highest, 0 to 1
+    nc_ratio: float
+    nucleus_area_px: float
+    cell_area_px: float
+    eccentricity: float
+    touches_border: bool
+    box: tuple[float, float, float, float]  # xmin, ymin, xmax, ymax in the tile's pixels
+
+
+@dataclass(frozen=True, slots=True)
+class Subject:
+    """One field, from a run or from the bench, as pages and exports tell of it."""
+
+    title: str
+    status: str
+    reason: str | None
+    label: str | None
+    probabilities: tuple[float, ...]
+    prediction_set: tuple[str, ...]
+    ood: float | None
+    width_px: int | None
+    height_px: int | None
+    um_per_px: float | None
+    n_cells: int
+    quality: tuple[tuple[str, str], ...]
+    remarks: tuple[str, ...]
+    bundle: str
+    bundle_digest: str
+    sha256: str | None
+    facts: tuple[tuple[str, str], ...] = ()
+
+    @property
+    def confidence(self) -> float | None:
+        """Calibrated probability of the label."""
+        if self.label is None or not self.probabilities:
+            return None
+        return self.probabilities[CLASSES.index(self.label)]
+
+    @property
+    def malignant(self) -> float | None:
+        """Probability of the three malignant classes together."""
+        return sum(self.probabilities[1:]) if self.probabilities else None
+
+
+def class_name(label: str | None) -> str:
+    """A label as haematologists write it."""
+    return "no label" if label is None else CLASS_NAMES.get(label, label)
+
+
+def of_hundred(probability: float) -> str:
+    """A probability as a count of 100, never as a certainty."""
+    if probability > 0.995:
+        return "more than 99"
+    if probability < 0.005:
+        return "fewer than 1"
+    return f"about {round(100 * probability)}"
+
+
+def frequency(label: str | None, confidence: float | None) -> str:
+    """Calibrated confidence in words; empty where there is none."""
+    if label is None or confidence is None:
+        return ""
+    return f"Of 100 fields answered with this confidence, {of_hundred(confidence)} were {class_name(label)}."
+
+
+def set_words(prediction_set: Sequence[str], answered: bool = True) -> str:
+    """What a prediction set says, in a sentence."""
+    if not answered:
+        return "There is no prediction set without a prediction."
+    names = [class_name(c) for c in prediction_set]
+    if not names:
+        return "No class fits: the field is unlike every class the model knows."
+    if len(names) == 1:
+        return f"Only {names[0]} remains possible; the other classes are excluded."
+    if len(names) == len(CLASSES):
+        return "All four classes remain possible: this answer excludes nothing."
+    left_out = [class_name(c) for c in CLASSES if c not in prediction_set]
+    return f"{_or(names)} remain possible; {_and(left_out)} {'is' if len(left_out) == 1 else 'are'} excluded."
+
+
+def reason_words(reason: str | None) -> tuple[str, str, str]:
+    """A reason as it is stored, in words: what, what to do about it, and the measured part."""
+    if not reason:
+        return ("No reason was stored.", "", "")
+    kind, _, rest = reason.partition(":")
+    what, remedy = _REASONS.get(kind.strip(), ("", ""))
+    if not what:
+        return (shown(reason, 300), "", "")
+    return (what, remedy, shown(rest.strip(), 200))
+
+
+def quality_words(quality: Quality | None) -> tuple[tuple[str, str], ...]:
+    """Measurements of quality, named and rounded."""
+    if quality is None:
+        return ()
+    return (
+        ("Focus", f"{quality.focus:.1f}"),
+        ("Mean lightness", f"{quality.exposure:.2f}"),
+        ("Clipped pixels", f"{100 * quality.saturated:.1f} %"),
+        ("Stained area", f"{100 * quality.foreground:.1f} %"),
+        ("Distance from blood stains", f"{quality.stain:.2f}"),
+    )
+
+
+def bundle_name(bundle: str) -> str:
+    """A bundle's name without the place where it lies."""
+    return shown(bundle.rstrip("/").rpartition("/")[2] or bundle, 80)
+
+
+def number(value: float, digits: int = 0) -> str:
+    """A number with thousands set apart by a narrow space."""
+    return f"{value:,.{digits}f}".replace(",", "\u202f")
+
+
+def prob(value: float) -> str:
+    """A probability to three places, never rounded to certainty."""
+    return "> 0.999" if value >= 0.9995 else f"{value:.3f}"
+
+
+def percent(share: float | None, digits: int = 0) -> str:
+    """A share in percent, a dash where there is none."""
+    return "–" if share is None else f"{100 * share:.{digits}f}\u202f%"
+
+
+def day(at: str | None) -> str:
+    """The day of an ISO 8601 time."""
+    return at[:10] if at else "–"
+
+
+def moment(at: str | None) -> str:
+    """An ISO 8601 time to the minute, in UTC."""
+    if not at:
+        return "–"
+    try:
+        return f"{datetime.fromisoformat(at).astimezone(UTC):%Y-%m-%d %H:%M}"
+    except ValueError:
+        return shown(at, 40)
+
+
+def versus(findings: Sequence[Any]) -> str:
+    """Whether two bundles agree on one image, in a sentence."""
+    answers = [f for f in findings if f is not None and f.label is not None]
+    if len(answers) < 2:
+        return ""
+    if len({f.label for f in answers}) > 1:
+        return "The models disagree: take neither answer for granted."
+    most = max(abs(a - b) for a, b in zip(answers[0].probabilities, answers[1].probabilities, strict=True))
+    return f"The models agree on the label; their probabilities differ by at most {most:.3f}."
+
+
+@lru_cache(maxsize=1)
+def model_card() -> tuple[Block, ...]:
+    """The model card of the embedded bundle, in blocks; empty where it is not installed beside the code."""
+    try:
+        text = (Path(__file__).parents[2] / "docs" / "model-card.md").read_text(encoding="utf-8")
+    except OSError:
+        return ()
+    return tuple(_blocks(text))
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """A heading, paragraph, list or table of a plain Markdown document."""
+
+    kind: str  # h2, h3, p, ul, table
+    lines: tuple[str, ...] = ()
+    rows: tuple[tuple[str, ...], ...] = ()
+
+
+def _blocks(text: str) -> Iterator[Block]:
+    for part in text.split("\n\n"):
+        lines = part.strip().splitlines()
+        if not lines or lines[0].startswith("# "):
+            continue
+        if lines[0].startswith("#"):
+            yield Block("h2" if lines[0].startswith("## ") else "h3", (lines[0].lstrip("# "),))
+            lines = lines[1:]
+        if not lines:
+            continue
+        if lines[0].startswith("|"):
+            cells = [tuple(c.strip() for c in line.strip("|").split("|")) for line in lines if line.startswith("|")]
+            yield Block("table", rows=tuple(row for row in cells if not set("".join(row)) <= set("-: ")))
+        elif lines[0].startswith("- "):
+            items: list[str] = []
+            for line in lines:
+                if line.startswith("- "):
+                    items.append(line[2:])
+                else:
+                    items[-1] += f" {line.strip()}"
+            yield Block("ul", tuple(_plain(i) for i in items))
+        else:
+            yield Block("p", (_plain(" ".join(lines)),))
+
+
+def _plain(text: str) -> str:
+    return text.replace("`", "").replace("**", "")
+
+
+def shown(value: object, limit: int = 140) -> str:
+    """Foreign text without control or direction-changing characters, of bounded length. Not escaped: templates do."""
+    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in str(value))
+    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"
+
+
+def _or(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
+
+
+def _and(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]

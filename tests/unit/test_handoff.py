@@ -1,0 +1,329 @@
+"""Hand-off: whole, readable by others' tools, harmless in spreadsheets, valid FHIR, and labels that training reads."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import shutil
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from fhir.resources.R4B.bundle import Bundle
+from fhir.resources.R4B.diagnosticreport import DiagnosticReport
+from fhir.resources.R4B.observation import Observation
+from harness import table as table_of
+from typer.testing import CliRunner
+
+from apps.cli import app
+from leukoflow.errors import ConfigError, NotFoundError, RequestError, SourceError
+from leukoflow.records import Status
+from tasks.erase import erase_patient
+from tasks.handoff import (
+    EXPORTED,
+    LABELS,
+    NOTICE,
+    Format,
+    Scope,
+    export,
+    export_patient,
+    labels_csv,
+    safe_text,
+    training_labels,
+    write_training_set,
+)
+from tasks.open_run import Run
+from tasks.plan import pseudonym
+from tasks.train_data import read_labels, read_members
+from tasks.verdicts import Action, add
+from tasks.worklist import Query, RunTable, Sort, open_run_table, patient_key_of, run_key_of
+
+KEY = b"a key for tests"
+MARY, JANE = pseudonym("mary", KEY), pseudonym("jane", KEY)
+NIGHT = run_key_of("night")
+
+
+@pytest.fixture(scope="module")
+def opened(night: Run) -> RunTable:
+    return open_run_table(str(Path(night.root).parent), NIGHT)
+
+
+def bytes_of(table: RunTable, scope: Scope, kind: Format) -> bytes:
+    return b"".join(export(table, scope, kind))
+
+
+def csv_rows(data: bytes) -> list[dict[str, str]]:
+    assert data.startswith(b"\xef\xbb\xbf")
+    return list(csv.DictReader(io.StringIO(data.decode("utf-8-sig"), newline="")))
+
+
+def test_csv_and_parquet_hold_every_field_once(night: Run, opened: RunTable) -> None:
+    stored = table_of(Path(night.root), "predictions", ()).to_pylist()
+    whole = pq.read_table(io.BytesIO(bytes_of(opened, Scope(), Format.PARQUET)))
+    assert whole.schema.metadata[b"leukoflow.notice"] == NOTICE.encode()
+    assert tuple(whole.schema.names) == EXPORTED
+    shared = [name for name in EXPORTED if name in stored[0]]
+    assert [{n: r[n] for n in shared} for r in whole.to_pylist()] == [{n: r[n] for n in shared} for r in stored]
+    rows = csv_rows(bytes_of(opened, Scope(), Format.CSV))
+    assert [r["image_key"] for r in rows] == [r["image_key"] for r in stored]
+    for row, expected in zip(rows, stored, strict=True):
+        assert row["confidence"] == ("" if expected["confidence"] is None else repr(expected["confidence"]))
+        assert row["prediction_set"] == " ".join(expected["prediction_set"] or ())
+        assert row["notice"] == NOTICE
+
+
+def test_a_slide_and_a_patient_alone(opened: RunTable) -> None:
+    slide = next(s for s in opened.slides().items if s.name == "S1")
+    rows = csv_rows(bytes_of(opened, Scope(slide=slide.slide_key), Format.CSV))
+    assert {r["slide_id"] for r in rows} == {"S1"}
+    assert len(rows) == slide.summary.counts.fields
+    rows = csv_rows(bytes_of(opened, Scope(patient=patient_key_of(MARY)), Format.CSV))
+    assert {r["patient_id"] for r in rows} == {MARY}
+    assert len(rows) == 13
+
+
+def test_what_there_is_not_is_said_before_the_first_byte(opened: RunTable) -> None:
+    with pytest.raises(RequestError, match="csv, parquet, fhir"):
+        export(opened, Scope(), "xlsx")
+    for kind in Format:
+        with pytest.raises(NotFoundError):
+            export(opened, Scope(patient="0" * 16), kind)
+    with pytest.raises(NotFoundError):
+        export_patient(opened.out, "0" * 16)
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1", " =1", "\uff1d1+1", "=cmd|' /C calc'!A0", "\n=1", "  @x"],
+)
+def test_formulas_are_made_harmless(text: str) -> None:
+    assert safe_text(text) == f"'{text}"
+
+
+@pytest.mark.parametrize("text", ["", "ward-1/07.jpg", "a=b", "p_00", "O'Hara", "<b>"])
+def test_other_texts_stay(text: str) -> None:
+    assert safe_text(text) == text
+
+
+def test_csv_survives_hostile_names_and_comments(copy: Path) -> None:
+    hostile = ["=1+1", '@x,"y"', "a\r\nb", "<script>", "-2", "\u202ex", "%0A"]
+    path = copy / "predictions" / "part-00000.parquet"
+    table = pq.read_table(path)
+    rows = table.to_pylist()
+    for row, name in zip(rows, hostile, strict=False):
+        row["slide_id"] = name
+    pq.write_table(pa.Table.from_pylist(rows, table.schema), path, use_dictionary=False)
+    opened = open_run_table(str(copy.parent), NIGHT)
+    add(opened.out, opened.verdict_on_field(0, Action.COMMENT, "=who", comment='=HYPERLINK("http://x")\n2nd line, "q"'))
+    opened = open_run_table(str(copy.parent), NIGHT)
+    found = csv_rows(bytes_of(opened, Scope(), Format.CSV))
+    assert [r["slide_id"] for r in found[:7]] == ["'=1+1", '\'@x,"y"', "a\r\nb", "<script>", "'-2", "\u202ex", "%0A"]
+    assert found[0]["comment"] == '\'=HYPERLINK("http://x")\n2nd line, "q"'
+    assert len(found) == 38
+    resources = fhir(opened, Scope())  # valid whatever the names
+    assert len([r for r in resources if r["resourceType"] == "DiagnosticReport"]) == opened.slides().total
+
+
+def fhir(table: RunTable, scope: Scope) -> list[dict[str, Any]]:
+    """The resources of an export, after the library has accepted the whole of it."""
+    data = json.loads(bytes_of(table, scope, Format.FHIR))
+    Bundle.model_validate(data)
+    resources = [entry["resource"] for entry in data["entry"]]
+    for resource in resources:
+        {"DiagnosticReport": DiagnosticReport, "Observation": Observation}[resource["resourceType"]].model_validate(
+            resource
+        )
+    urls = [entry["fullUrl"] for entry in data["entry"]]
+    assert len(set(urls)) == len(urls)
+    for resource in resources:
+        for reference in resource.get("result", ()):
+            assert reference["reference"] in urls
+    return resources
+
+
+def test_fhir_is_valid_and_says_what_the_worklist_says(opened: RunTable) -> None:
+    resources = fhir(opened, Scope())
+    reports = [r for r in resources if r["resourceType"] == "DiagnosticReport"]
+    lines = opened.slides(Query(limit=500)).items
+    assert len(reports) == len(lines)
+    for report, line in zip(reports, lines, strict=True):
+        assert NOTICE in report["conclusion"]
+        assert report["status"] == "preliminary"
+        assert report["specimen"][0]["identifier"]["value"] == line.name
+        assert ("subject" in report) == (line.patient is not None)
+        assert len(report["result"]) == 10
+    observations = [r for r in resources if r["resourceType"] == "Observation"]
+    for code, values in (
+        ("malignant-share", [x.summary.malignant_share for x in lines]),
+        ("blast-fraction-estimate", [x.summary.blast_fraction for x in lines]),
+        ("fields-quarantined", [x.summary.counts.quarantined for x in lines]),
+    ):
+        found = [o for o in observations if o["code"]["coding"][0]["code"] == code]
+        assert [o["valueQuantity"]["value"] for o in found] == [round(v, 6) for v in values]  # type: ignore[arg-type]
+        assert all(NOTICE in o["note"][0]["text"] for o in found)
+    tags = json.loads(bytes_of(opened, Scope(), Format.FHIR))["meta"]
+    assert tags["tag"][0]["code"] == "research-use-only"
+    assert tags["security"][0]["code"] == "HRESCH"
+
+
+def test_fhir_names_no_code_system_that_it_has_no_code_of(opened: RunTable) -> None:
+    systems = set()
+
+    def look(value: Any) -> None:
+        if isinstance(value, dict):
+            if "system" in value:
+                systems.add(value["system"])
+            for inner in value.values():
+                look(inner)
+        elif isinstance(value, list):
+            for inner in value:
+                look(inner)
+
+    look(json.loads(bytes_of(opened, Scope(), Format.FHIR)))
+    foreign = {s for s in systems if not s.startswith("urn:leukoflow:")}
+    assert foreign <= {
+        "http://unitsofmeasure.org",
+        "http://terminology.hl7.org/CodeSystem/observation-category",
+        "http://terminology.hl7.org/CodeSystem/v2-0074",
+        "http://terminology.hl7.org/CodeSystem/v3-ActReason",
+        "http://terminology.hl7.org/CodeSystem/data-absent-reason",
+    }
+
+
+def test_fhir_of_a_patient_without_any_prediction(copy: Path) -> None:
+    for path in (copy / "predictions").iterdir():
+        rows = pq.read_table(path).to_pylist()
+        for row in rows:
+            row |= {"status": "rejected", "label": None, "n_cells": None, "prediction_set": None}
+            row |= dict.fromkeys(("confidence", "prob_benign", "prob_early", "prob_pre", "prob_pro"))
+        pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path, use_dictionary=False)
+    opened = open_run_table(str(copy.parent), NIGHT)
+    resources = fhir(opened, Scope(patient=patient_key_of(MARY)))
+    assert resources[0]["subject"]["identifier"]["value"] == MARY
+    assert "none of 13 fields could be predicted" in resources[0]["conclusion"]
+    absent = [r for r in resources if "dataAbsentReason" in r]
+    assert {r["code"]["coding"][0]["code"] for r in absent} == {
+        "likeliest-class", "malignant-share", "blast-fraction-estimate", "uncertain-share",
+    }  # fmt: skip
+
+
+def test_a_patient_over_all_runs(copy: Path) -> None:
+    out = copy.parent
+    shutil.copytree(copy, out / "second")
+    for name in ("manifest.json", "run.json"):
+        path = out / "second" / name
+        record = json.loads(path.read_text()) | {"run_id": "second", "started_at": "2027-01-01T00:00:00+00:00"}
+        path.write_text(json.dumps(record, ensure_ascii=False, sort_keys=True, indent=1) + "\n")
+    rows = csv_rows(b"".join(export_patient(str(out), patient_key_of(MARY))))
+    assert [r["run_id"] for r in rows] == ["night"] * 13 + ["second"] * 13
+    data = json.loads(b"".join(export_patient(str(out), patient_key_of(MARY), Format.FHIR)))
+    Bundle.model_validate(data)
+    reports = [e["resource"] for e in data["entry"] if e["resource"]["resourceType"] == "DiagnosticReport"]
+    assert len({r["identifier"][0]["value"] for r in reports}) == len(reports) == 2
+
+
+def test_reviews_are_handed_over(copy: Path) -> None:
+    out = str(copy.parent)
+    opened = open_run_table(out, NIGHT)
+    add(out, opened.verdict_on_field(1, Action.CORRECT, "dr. grey", "Pro", "rim"))
+    add(out, opened.verdict_on_field(1, Action.FLAG, "dr. grey"))
+    add(out, opened.verdict_on_slide(opened.field(1).slide_key, Action.CORRECT, "dr. grey", "Early"))
+    opened = open_run_table(out, NIGHT)
+    row = csv_rows(bytes_of(opened, Scope(), Format.CSV))[1]
+    assert (row["reviewed_label"], row["reviewed_by"], row["flagged"], row["comment"]) == (
+        "Pro",
+        "dr. grey",
+        "true",
+        "rim",
+    )
+    reports = [r for r in fhir(opened, Scope(slide=opened.field(1).slide_key)) if "conclusion" in r]
+    assert "A reviewer has labelled the slide: Malignant, early pre-B." in reports[0]["conclusion"]
+
+
+def test_labels_are_what_training_reads(copy: Path, tmp_path: Path) -> None:
+    out = str(copy.parent)
+    with pytest.raises(ConfigError, match="nothing to train on"):
+        write_training_set(out, tmp_path / "data")
+    opened = open_run_table(out, NIGHT)
+    ordinals = [
+        f.ordinal for f in opened.fields(Query(status=Status.PREDICTED, sort=Sort.ORDER, descending=False)).items
+    ]
+    for i, ordinal in enumerate(ordinals[:12]):
+        action, label = (Action.ACCEPT, None) if i % 2 else (Action.CORRECT, "Pro")
+        add(out, opened.verdict_on_field(ordinal, action, "dr. grey", label))
+    add(out, opened.verdict_on_field(ordinals[3], Action.FLAG, "dr. grey"))
+    add(out, opened.verdict_on_field(35, Action.CORRECT, "dr. grey", "Benign"))  # rejected, but a person knows better
+    add(out, opened.verdict_on_field(ordinals[20], Action.COMMENT, "dr. grey", comment="no label"))
+    labels = training_labels(out)
+    assert len(labels) == 12
+    text = labels_csv(labels).decode()
+    assert text.splitlines()[0] == ",".join(LABELS)
+    for word in (MARY, JANE, "mary", "jane", "ward-", "S0,", "S1,", "dr."):
+        assert word not in text.replace("S0000", "").replace("S0001", "")
+    made = write_training_set(out, tmp_path / "data")
+    assert (made.images, made.lost) == (12, 0)
+    read = read_labels(tmp_path / "data")
+    assert len(read) == 12
+    assert len(list(read_members(tmp_path / "data" / "all_fields.zip", read.keys))) == 12
+    assert len(set(read.cluster)) == 2  # mary's and jane's fields stay together
+    with zipfile.ZipFile(tmp_path / "data" / "all_fields.zip") as archive:
+        assert sorted(archive.namelist()) == sorted(read.keys)
+    with pytest.raises(ConfigError, match="name another folder"):
+        write_training_set(out, tmp_path / "data")
+    assert training_labels(out, [run_key_of("other")]) == []
+    erase_patient(out, MARY)
+    left = training_labels(out)
+    assert 0 < len(left) < 12
+    assert {x.group for x in left} == {"G0000"}
+
+
+def test_labels_of_images_that_are_gone_are_counted(
+    copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+
+    out = str(copy.parent)
+    opened = open_run_table(out, NIGHT)
+    add(out, opened.verdict_on_field(0, Action.ACCEPT, "dr. grey"))
+
+    def gone(*_: Any) -> Any:
+        raise SourceError("gone")
+
+    monkeypatch.setattr("tasks.handoff.open_reader", gone)
+    made = write_training_set(out, tmp_path / "data")
+    assert (made.images, made.lost) == (0, 1)
+
+
+def test_formats_know_their_names() -> None:
+    assert {f.suffix for f in Format} == {".csv", ".parquet", ".fhir.json"}
+    assert Format("fhir").media_type == "application/fhir+json"
+
+
+def test_the_commands(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", KEY.decode())
+    settings = {"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}
+
+    def invoke(*arguments: str) -> Any:
+        return CliRunner().invoke(app, list(arguments), env=settings)
+
+    out, target = str(copy.parent), tmp_path / "mary.csv"
+    done = invoke("export", out, "night", "--to", str(target), "--patient", "mary")
+    assert done.exit_code == 0, done.output
+    assert "13 fields of night" in done.output
+    assert {r["patient_id"] for r in csv_rows(target.read_bytes())} == {MARY}
+    for again, words in (
+        (("export", out, "night", "--to", str(target)), "exists"),
+        (("export", out, "night", "--to", "x.xlsx"), "the name says the format"),
+        (("export", out, "other", "--to", str(tmp_path / "x.csv")), "no such run"),
+        (("labels", out, "--to", str(tmp_path / "data")), "nothing to train on"),
+    ):
+        found = invoke(*again)
+        assert found.exit_code == 1
+        assert words in found.stderr
+    add(out, open_run_table(out, NIGHT).verdict_on_field(0, Action.ACCEPT, "dr. grey"))
+    done = invoke("labels", out, "--to", str(tmp_path / "data"), "--run", "night")
+    assert done.exit_code == 0, done.output
+    assert "1 labelled fields" in done.output

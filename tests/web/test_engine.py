@@ -1,0 +1,520 @@
+"""The engine: answers as in a run, in turn, whatever happens to its workers."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Coroutine, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import psutil
+import pyarrow as pa
+import pytest
+from PIL import Image
+
+from apps.web.engine import BusyError, Engine, EngineError, FairQueue, _Nursery
+from apps.web.frames import (
+    HEADER,
+    KINDS,
+    Answer,
+    FrameError,
+    TileShape,
+    finding_frame,
+    finding_of,
+    header_of,
+    record_of,
+)
+from leukoflow.config import LimitSettings
+from leukoflow.errors import BundleError
+from leukoflow.records import Quality, Status
+from leukoflow.schema import CELLS
+from tasks.ingest import Decoder
+from tasks.single import STAGES, Finding, TileView, examine, load_models
+
+pytestmark = pytest.mark.timeout(300)
+T = TypeVar("T")
+DIES, FOREVER, GREEDY, ONCE, NONSENSE, FAULTY = ((13, 37, blue) for blue in range(200, 206))
+LIMITS = LimitSettings(max_member_mb=8, max_megapixels=8, decode_memory_mb=512)
+ROOT = Path(__file__).resolve().parents[2]
+MADE_UP = Path(__file__).with_name("made_up_child.py")
+
+
+def field(colour: tuple[int, int, int] = (200, 180, 220), side: int = 64) -> bytes:
+    """An image whose first pixel says what comes of it."""
+    sink = io.BytesIO()
+    Image.new("RGB", (side, side), colour).save(sink, "PNG")
+    return sink.getvalue()
+
+
+class Served:
+    """An engine in an event loop of its own thread, for tests that are not coroutines."""
+
+    def __init__(self, engine: Engine) -> None:
+        self.engine = engine
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever)
+        self.thread.start()
+
+    def do(self, what: Coroutine[Any, Any, T]) -> T:
+        return asyncio.run_coroutine_threadsafe(what, self.loop).result(280)
+
+    def examine(self, data: bytes, who: str = "anna", **settings: Any) -> Finding:
+        return self.do(self.engine.examine(data, who=who, **settings))
+
+    def restarts(self) -> int:
+        """How often a worker was replaced, once there is one again."""
+        self.do(self.engine.ready())
+        return self.engine.load().restarts
+
+    def end(self) -> None:
+        self.do(self.engine.close())
+        self.loop.call_soon_threadsafe(self.loop.stop)
+        self.thread.join()
+        self.loop.close()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What workers look at."""
+    return tmp_path_factory.mktemp("workers")
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> Iterator[Served]:
+    """One engine for most tests, with made-up networks that make trouble on demand."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_Nursery, "program", (str(MADE_UP),))
+        patch.setenv("TEST_FOLDER", str(folder))
+        patch.setenv("LEUKOFLOW_PATIENT_KEY", "a secret")
+        patch.setenv("AWS_ACCESS_KEY_ID", "a secret")
+        served = Served(
+            Engine(["one", "two", "gone"], LIMITS, kept=1, threads=1, memory_mb=1024, waiting=12, waiting_each=8)
+        )
+        try:
+            served.do(served.engine.start())
+            served.do(served.engine.ready())
+            yield served
+        finally:
+            served.end()
+
+
+def family(of: int | None = None) -> list[psutil.Process]:
+    """Processes that this one (or another) has started."""
+    return psutil.Process(of).children(recursive=True)
+
+
+def workers() -> list[psutil.Process]:
+    """Those that compute: children of the one that starts them."""
+    return [p for p in family() if str(MADE_UP) in p.cmdline() and p.ppid() != os.getpid()]
+
+
+def gone(processes: list[psutil.Process], seconds: float = 10) -> bool:
+    return not psutil.wait_procs(processes, timeout=seconds)[1]
+
+
+# --- the queue -------------------------------------------------------------------------------------------------------
+
+
+def test_persons_take_turns() -> None:
+    queue: FairQueue[str] = FairQueue(100, 50)
+    for i in range(4):
+        queue.put("anna", f"a{i}")
+    queue.put("bert", "b0")
+    assert queue.take() == "a0"
+    queue.put("cleo", "c0")
+    queue.put("bert", "b1")
+    taken = []
+    while (item := queue.take()) is not None:
+        taken.append(item)
+    assert taken == ["b0", "a1", "c0", "b1", "a2", "a3"]
+
+
+def test_the_queue_is_bounded_in_all_and_per_person() -> None:
+    queue: FairQueue[int] = FairQueue(3, 2)
+    for i, who in enumerate(["anna", "anna", "bert"]):
+        assert queue.full_for(who) is None
+        queue.put(who, i)
+    assert queue.full_for("anna") == "2 of your images are waiting already"
+    assert queue.full_for("cleo") == "3 images are waiting already"
+    assert queue.discard("anna", 1)
+    assert not queue.discard("anna", 1)
+    assert queue.full_for("cleo") is None
+    queue.put("bert", 9, again=True)
+    assert [queue.take() for _ in range(4)] == [0, 9, 2, None]
+
+
+# --- frames ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def finding() -> Finding:
+    """One with everything in it: two tiles, cells, and offsets that are not aligned."""
+    rng = np.random.default_rng(0)
+
+    def tile(height: int, width: int, cells: int) -> TileView:
+        return TileView(
+            rng.integers(0, 256, (height, width, 3), np.uint8), rng.integers(0, 256, (height, width, 3), np.uint8),
+            rng.integers(0, 3, (height, width), np.uint8), rng.integers(0, 9, (height, width), np.uint16),
+            rng.random((2, 3), np.float32), np.arange(cells, dtype=np.int32), rng.random(cells, np.float32),
+            rng.random(cells, np.float32), rng.random((cells, 4, 8, 8)).astype(np.float16), 44,
+        )  # fmt: skip
+
+    columns = [pa.array([""] * 5) if f.name == "image_key" else pa.array([0, 1, 1, 0, 1]).cast(f.type) for f in CELLS]
+    return Finding(
+        sha256="ab" * 32, bundle="one", bundle_digest="cd" * 32, status=Status.ABSTAINED, reason="ambiguous: é",
+        label="Early", probabilities=(0.1, 0.4, 0.3, 0.2), prediction_set=("Early", "Pre"), ood=1.25, width_px=300,
+        height_px=200, quality=Quality(1.5, 0.5, 0.0, 0.2, 0.1, 1.0, 0.5, 0.4, ("first of 2 pages",)),
+        remarks=("first of 2 pages",), cells=pa.Table.from_arrays(columns, schema=CELLS),
+        tiles=(tile(13, 17, 3), tile(11, 7, 0), tile(5, 5, 2)), seconds=(("decode", 0.5), ("segment", 0.25)),
+    )  # fmt: skip
+
+
+def parsed(pieces: list[Any]) -> tuple[Answer, bytes]:
+    whole = b"".join(pieces)
+    kind, words, length = header_of(whole[: HEADER.size])
+    record = record_of(kind, whole[HEADER.size : HEADER.size + words])
+    assert isinstance(record, Answer)
+    body = whole[HEADER.size + words :]
+    assert len(body) == length
+    return record, body
+
+
+def same(one: Finding, other: Finding) -> None:
+    """Everything but the time it took."""
+    for name in Finding.__slots__:
+        mine, theirs = getattr(one, name), getattr(other, name)
+        if name == "tiles":
+            assert len(mine) == len(theirs)
+            for a, b in zip(mine, theirs, strict=True):
+                for field in type(a).__slots__:
+                    x, y = np.asarray(getattr(a, field)), np.asarray(getattr(b, field))
+                    assert x.dtype == y.dtype
+                    assert np.array_equal(x, y), field
+        elif name == "seconds":
+            assert [s for s, _ in mine] == [s for s, _ in theirs]
+        elif name == "cells":
+            assert (mine is None) == (theirs is None)
+            assert mine is None or mine.equals(theirs)
+        else:
+            assert mine == theirs, name
+
+
+def test_a_finding_passes_unaltered(finding: Finding) -> None:
+    answer, body = parsed(finding_frame(7, finding))
+    assert answer.number == 7
+    same(finding_of(answer, body), finding)
+
+
+def test_bytes_that_the_shapes_do_not_account_for_are_refused(finding: Finding) -> None:
+    answer, body = parsed(finding_frame(7, finding))
+    tile = answer.tiles[0]
+    for wrong in (
+        replace(answer, cells=1 << 30),
+        replace(answer, tiles=(replace(tile, height=1 << 31, width=1 << 31),)),
+        replace(answer, tiles=(replace(tile, cells=tile.cells + 1),)),
+        replace(answer, tiles=(*answer.tiles, TileShape(0, 0, 0, 0, 0))),
+        replace(answer, tiles=()),
+    ):
+        with pytest.raises(FrameError):
+            finding_of(wrong, body)
+    with pytest.raises(FrameError):
+        finding_of(answer, body[:-1])
+    with pytest.raises(FrameError):
+        finding_of(answer, body + b"x")
+
+
+def test_what_is_no_frame_is_refused() -> None:
+    for head in (HEADER.pack(200, 0, 0), HEADER.pack(1, 1 << 31, 0), HEADER.pack(1, 0, 1 << 60)):
+        with pytest.raises(FrameError):
+            header_of(head)
+    for words in (b"", b"{", b"[" * 100_000, b'{"number": "x"}', b"\x80\x04cos\nsystem\n."):
+        with pytest.raises(FrameError):
+            record_of(KINDS.index(Answer), words)
+
+
+# --- answers ---------------------------------------------------------------------------------------------------------
+
+
+def test_an_answer_is_that_of_the_pure_function(tmp_path: Path) -> None:
+    """With real networks, two bundles at a time."""
+    from harness import small_bundle, smears, with_other_thresholds
+
+    bundle = small_bundle(tmp_path / "small")
+    other = with_other_thresholds(bundle, tmp_path / "other", 3.0)
+    first, *_ = smears(tmp_path / "sample", 1, seed=3).values()
+    with Decoder(LIMITS, bundle.spec.method.segment) as decoder:
+        expected = examine(first, None, load_models(str(bundle.path)), LIMITS, decoder, lambda stage: None)
+
+    async def story() -> None:
+        async with Engine([str(bundle.path), str(other.path)], LIMITS, threads=1) as engine:
+            assert [(c.name, c.digest) for c in engine.bundles] == [(str(b.path), b.digest) for b in (bundle, other)]
+            assert engine.bundles[0].classes == ("Benign", "Early", "Pre", "Pro")
+            heard: list[str] = []
+            same(await engine.examine(first, who="anna", told=heard.append), expected)
+            assert tuple(heard) == STAGES
+            second = await engine.examine(first, who="anna", bundle=other.digest)
+            assert second.bundle_digest == other.digest
+            assert second.probabilities != expected.probabilities
+            assert len((await engine.examine(first, who="anna", um_per_px=0.84)).tiles) > 1
+
+    asyncio.run(story())
+
+
+def test_the_load_is_counted(served: Served) -> None:
+    before = served.engine.load()
+    assert served.examine(field()).label == "Pre"
+    assert served.examine(field(side=100)).width_px == 100
+    load = served.engine.load()
+    assert (load.waiting, load.running, load.answered - before.answered) == (0, 0, 2)
+    assert (load.workers, load.ready, load.trouble) == (1, 1, "")
+    assert 0 < load.p50_seconds <= load.p95_seconds
+
+
+def test_requests_that_make_no_sense_are_refused(served: Served) -> None:
+    for wrong in (0.0, -1.0, float("nan"), float("inf")):
+        with pytest.raises(ValueError, match="positive number"):
+            served.examine(field(), um_per_px=wrong)
+    with pytest.raises(BundleError, match="no bundle 'other' is loaded here; there are: one, two, gone"):
+        served.examine(field(), bundle="other")
+
+
+def test_images_that_are_none_are_findings_too(served: Served) -> None:
+    before = served.restarts()
+    hostile = {
+        b"": "empty: 0 bytes",
+        b"hello": "not an image: text",
+        np.random.default_rng(0).bytes(5000): "not an image: its first bytes are those of no JPEG, PNG, TIFF or BMP",
+        field(side=500)[:300]: "truncated",
+        b"\xff\xd8\xff" + bytes(9 << 20): "too large: 9,437,187 bytes",
+        field(side=3000): "too large: 3,000 x 3,000 px",
+    }
+    for data, words in hostile.items():
+        found = served.examine(data)
+        assert found.status is Status.QUARANTINED
+        assert found.reason is not None
+        assert found.reason.startswith(words)
+    assert served.examine(field()).label == "Pre"
+    assert served.restarts() == before
+
+
+def test_bundles_are_loaded_when_asked_for(served: Served) -> None:
+    first, second, again = (served.examine(field(), bundle=name) for name in ("", "two", "one"))
+    assert (first.bundle, second.bundle, again.bundle) == ("one", "two", "one")
+    with pytest.raises(BundleError, match="no longer there"):
+        served.examine(field(), bundle="gone")
+    assert served.examine(field()).bundle == "one"
+    assert len([p for p in family() if "tasks.decode_child" in p.cmdline()]) == 1  # at most one stays loaded
+
+
+def test_a_bundle_that_cannot_be_opened_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_Nursery, "program", (str(MADE_UP),))
+
+    async def story() -> None:
+        before = family()
+        engine = Engine(["nothing"], LIMITS)
+        with pytest.raises(EngineError, match="not running"):
+            await engine.examine(b"", who="anna")
+        with pytest.raises(BundleError, match="no bundle 'nothing'"):
+            await engine.start()
+        with pytest.raises(EngineError, match="not running"):
+            await engine.examine(b"", who="anna")
+        assert set(family()) <= set(before)
+
+    asyncio.run(story())
+    with pytest.raises(BundleError, match="no bundle was named"):
+        Engine([], LIMITS)
+
+
+def test_workers_know_no_secrets(served: Served) -> None:
+    served.do(served.engine.ready())
+    assert len(family()) == 3
+    for process in family():
+        assert "a secret" not in process.environ().values()
+
+
+# --- the queue at work -----------------------------------------------------------------------------------------------
+
+
+def test_a_person_with_many_images_does_not_hold_up_another(served: Served) -> None:
+    engine = served.engine
+
+    async def story() -> None:
+        order: list[str] = []
+
+        async def one(who: str) -> None:
+            await engine.examine(field(), who=who)
+            order.append(who)
+
+        many = [asyncio.create_task(one("anna")) for _ in range(8)]
+        await asyncio.sleep(0)
+        few = [asyncio.create_task(one("bert")) for _ in range(2)]
+        await asyncio.sleep(0)
+        with pytest.raises(BusyError, match="8 of your images are waiting") as busy:
+            await engine.examine(field(), who="anna")
+        assert busy.value.retry_after >= 1
+        await asyncio.gather(*many, *few)
+        assert order[:5].count("bert") == 2
+        assert engine.load().waiting == 0
+
+    served.do(story())
+
+
+def test_who_goes_away_takes_the_image_back(served: Served, folder: Path) -> None:
+    engine, before = served.engine, served.restarts()
+    (folder / "seconds").write_text("0.3")
+
+    async def story() -> None:
+        heard: list[str] = []
+        at_work = asyncio.create_task(engine.examine(field(), who="anna", told=heard.append))
+        waiting = asyncio.create_task(engine.examine(field(), who="anna", told=heard.append))
+        while "normalize" not in heard:
+            await asyncio.sleep(0.01)
+        assert (engine.load().waiting, engine.load().running) == (1, 1)
+        at_work.cancel()
+        waiting.cancel()
+        done = await asyncio.gather(at_work, waiting, return_exceptions=True)
+        assert [type(d) for d in done] == [asyncio.CancelledError] * 2
+        assert engine.load().waiting == 0
+        assert (await engine.examine(field(), who="bert")).label == "Pre"
+        assert heard == ["decode", "normalize"]
+
+    try:
+        served.do(story())
+    finally:
+        (folder / "seconds").unlink()
+    assert served.restarts() == before
+
+
+# --- workers that die ------------------------------------------------------------------------------------------------
+
+
+def test_what_kills_its_worker_is_quarantined_and_nobody_else_notices(served: Served) -> None:
+    engine, before = served.engine, served.restarts()
+
+    async def story() -> None:
+        poison = asyncio.create_task(engine.examine(field(DIES), who="mallory"))
+        others = [asyncio.create_task(engine.examine(field(), who=f"p{i}")) for i in range(4)]
+        assert all(f.label == "Pre" for f in await asyncio.gather(*others))
+        found = await poison
+        assert found.status is Status.QUARANTINED
+        assert found.reason == "its processing kills the worker process: signal 9"
+
+    served.do(story())
+    assert served.restarts() == before + 2
+
+
+def test_a_death_that_is_not_the_images_fault_costs_it_nothing(served: Served, folder: Path) -> None:
+    (folder / "once").unlink(missing_ok=True)
+    before = served.restarts()
+    heard: list[str] = []
+    assert served.examine(field(ONCE), told=heard.append).label == "Pre"
+    assert heard == ["decode", "normalize", *STAGES]
+    # ... also where the worker is killed while nothing is asked of it
+    (worker,) = workers()
+    worker.kill()
+    assert gone([worker])
+    assert served.examine(field()).label == "Pre"
+    assert served.restarts() == before + 2
+
+
+def test_what_takes_for_ever_is_stopped(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(served.engine, "_seconds", 1.5)
+        found = served.examine(field(FOREVER))
+    assert found.reason == "its processing kills the worker process: it ran longer than 1.5 s"
+    assert served.examine(field()).label == "Pre"
+
+
+def test_what_wants_all_memory_is_refused_and_the_worker_lives(served: Served) -> None:
+    before = served.restarts()
+    found = served.examine(field(GREEDY))
+    assert found.reason == "too large: diagnosing it needs more memory than the limit allows"
+    assert served.examine(field()).label == "Pre"
+    assert served.restarts() == before
+
+
+def test_a_fault_of_the_program_is_tried_on_another_worker(served: Served) -> None:
+    before = served.restarts()
+    found = served.examine(field(FAULTY))
+    assert found.reason == "its processing kills the worker process: a fault of the program (ValueError)"
+    assert served.restarts() == before + 2
+
+
+def test_nonsense_from_a_worker_harms_nobody(served: Served) -> None:
+    found = served.examine(field(NONSENSE))
+    assert found.status is Status.QUARANTINED
+    assert "nonsense" in (found.reason or "")
+    assert served.examine(field()).label == "Pre"
+
+
+def test_the_process_that_starts_workers_may_die(served: Served) -> None:
+    """Its workers die with it, and all begins anew."""
+    served.restarts()
+    before = family()
+    (starter,) = psutil.Process().children()
+    starter.kill()
+    assert gone(before)
+    assert served.examine(field()).label == "Pre"
+
+
+# --- the end ---------------------------------------------------------------------------------------------------------
+
+HOLDER = """
+import asyncio, sys
+from apps.web.engine import Engine, _Nursery
+from leukoflow.config import LimitSettings
+
+async def main():
+    _Nursery.program = (sys.argv[1],)
+    engine = Engine(["one"], LimitSettings(), threads=1)
+    await engine.start()
+    told = lambda stage: print(stage, flush=True)
+    await engine.examine(open(sys.argv[2], "rb").read(), who="anna", told=told)
+
+asyncio.run(main())
+"""
+
+
+def test_workers_end_with_a_server_that_is_killed(tmp_path: Path) -> None:
+    """Also one that is amid an image which takes for ever."""
+    image = tmp_path / "image.png"
+    image.write_bytes(field(FOREVER))
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLDER, str(MADE_UP), str(image)], stdout=subprocess.PIPE, text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    ) as server:  # fmt: skip
+        assert server.stdout is not None
+        assert [server.stdout.readline() for _ in range(2)] == ["decode\n", "normalize\n"]
+        started = family(server.pid)
+        assert len(started) == 3  # one that starts workers, a worker, its decoder
+        server.send_signal(signal.SIGKILL)
+        server.wait()
+    assert gone(started)
+
+
+def test_closing_leaves_no_process_and_nobody_waiting(served: Served) -> None:
+    """The last test, since it closes the engine of all others."""
+    engine = served.engine
+
+    async def story() -> None:
+        await engine.ready()
+        started = family()
+        assert len(started) == 3
+        tasks = [asyncio.create_task(engine.examine(field(FOREVER), who="anna")) for _ in range(3)]
+        while not engine.load().running:
+            await asyncio.sleep(0.01)
+        await engine.close()
+        for error in await asyncio.gather(*tasks, return_exceptions=True):
+            assert isinstance(error, EngineError)
+        assert gone(started, 5)
+        await engine.close()  # twice is fine
+
+    served.do(story())

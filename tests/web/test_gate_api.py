@@ -1,0 +1,247 @@
+"""The JSON API against its own description, on a real run."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import hypothesis
+import pytest
+import schemathesis
+from gate_world import World, archive, picture, world
+from harness import screen_here, small_bundle, smears, white, write_zip
+from hypothesis import HealthCheck, given
+from hypothesis import strategies as st
+from schemathesis.checks import not_a_server_error
+from schemathesis.generation import GenerationMode
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    negative_data_rejection,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from apps.web.api import document
+from tasks.worklist import patient_key_of, run_key_of
+
+API = "/api/v1"
+RUN = f"{API}/runs/{run_key_of('night')}"
+SEED = int(os.environ.get("LEUKOFLOW_CHAOS_SEED", "20"))
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of eight fields of two patients, one rejected."""
+    folder = tmp_path_factory.mktemp("api")
+    fields = list(smears(folder / "sample", 7, seed=5).values())
+    members = {f"ward-{i % 2}/{i}.jpg": data for i, data in enumerate(fields)} | {"ward-1/blank.png": white()}
+    lines = ["image_key,slide_id,patient_id,site,um_per_px"]
+    lines += [f"{name},S{name[5]},{'mary' if name[5] == '0' else 'jane'},north,0.5" for name in members]
+    (folder / "slides.csv").write_text("\n".join(lines))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LEUKOFLOW_PATIENT_KEY", "a key for tests")
+        screen_here(
+            write_zip(folder / "night.zip", members), folder / "out", "night", small_bundle(folder / "small"),
+            manifest=str(folder / "slides.csv"),
+        )  # fmt: skip
+    return folder / "out"
+
+
+@pytest.fixture
+def place(finished: Path, tmp_path: Path) -> World:
+    shutil.copytree(finished, tmp_path / "out")
+    return world(tmp_path, names=("testserver",))
+
+
+def test_a_morning_by_program(place: World) -> None:
+    program = place.program("rita", "read", "review", "export")
+    runs = program.get(f"{API}/runs").json()
+    assert [(r["run_id"], r["run_key"], r["members"]) for r in runs] == [("night", run_key_of("night"), 8)]
+    details = program.get(RUN).json()
+    assert details["reconciliation"]["balanced"] is True
+    assert details["reconciliation"]["rejected"] == 1
+    slides = program.get(f"{RUN}/slides").json()
+    assert slides["total"] == 2
+    assert [s["rank"] for s in slides["items"]] == [1, 2]
+    patients = program.get(f"{RUN}/patients", params={"limit": 1}).json()
+    assert (patients["total"], len(patients["items"])) == (2, 1)
+    fields = program.get(f"{RUN}/fields", params={"sort": "order", "descending": "false"}).json()
+    assert [f["ordinal"] for f in fields["items"]] == list(range(8))
+    first = next(f for f in fields["items"] if f["label"])
+    url = f"{RUN}/fields/{first['ordinal']}"
+    whole = program.get(url).json()
+    assert whole["details"]["member_sha256"]
+    cells = program.get(f"{url}/cells").json()
+    assert len(cells) == first["n_cells"]
+    assert "image_key" not in cells[0]
+    kept = program.post(f"{url}/verdicts", json={"action": "correct", "label": "Pro", "comment": "smudged"})
+    assert kept.status_code == 201
+    assert kept.json()["standing"]["decision"]["label"] == "Pro"
+    assert kept.json()["standing"]["decision"]["who"] == "rita"
+    assert program.get(url).json()["label"] == first["label"]  # the prediction stays
+    slide = slides["items"][0]["slide_key"]
+    flagged = program.post(f"{RUN}/slides/{slide}/verdicts", json={"action": "flag"})
+    assert flagged.json()["standing"]["flagged"] is True
+    found = program.post(f"{RUN}/search", json={"kind": "fields", "text": first["image_key"]}).json()
+    assert found["total"] >= 1
+    corrected = program.get(f"{RUN}/fields", params={"review": "corrected"}).json()
+    assert [f["ordinal"] for f in corrected["items"]] == [first["ordinal"]]
+    assert program.get(f"{API}/agreement").json()["n"] == 1
+    patient = patients["items"][0]
+    course = program.get(f"{API}/patients/{patient['patient_key']}/timeline").json()
+    assert patient_key_of(patient["patient"]) == patient["patient_key"]
+    assert len(course["points"]) == 1
+    kinds = {"csv": b"\xef\xbb\xbf", "parquet": b"PAR1", "fhir": b"{"}
+    for kind, start in kinds.items():
+        export = program.get(f"{RUN}/exports", params={"format": kind, "patient": patient["patient_key"]})
+        assert export.status_code == 200
+        assert export.content.startswith(start)
+        assert "attachment" in export.headers["content-disposition"]
+        assert patient["patient"] not in export.headers["content-disposition"]
+    log = place.log()
+    for secret in (patient["patient"], first["image_key"], slides["items"][0]["name"] + '"'):
+        assert secret not in log
+    assert [json.loads(line)["action"] for line in log.splitlines()].count("export") == 3
+
+
+def test_what_is_asked_for_wrongly(place: World) -> None:
+    program = place.program("rita", "read", "review", "export")
+    url = f"{RUN}/fields/0/verdicts"
+    for body in (
+        {}, {"action": "burn"}, {"action": "correct"}, {"action": "correct", "label": "Other"}, {"action": "comment"},
+        {"action": "flag", "who": "anna"}, {"action": "comment", "comment": "x" * 3000}, [], "x", None,
+        {"action": "comment", "comment": "\u0000"},
+    ):  # fmt: skip
+        answer = program.post(url, json=body)
+        assert answer.status_code == 422, body
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert answer.json()["status"] == 422
+    assert program.post(url, content=b"{").status_code == 422
+    assert program.post(url, content=b"\xff\xfe").status_code in (400, 422)
+    for params in (
+        {"limit": 501},
+        {"limit": 0},
+        {"offset": -1},
+        {"sort": "shoe size"},
+        {"label": "x"},
+        {"text": "mary"},
+    ):
+        assert program.get(f"{RUN}/fields", params=params).status_code == 422, params
+    assert program.get(f"{RUN}/fields/99").status_code == 404
+    assert program.get(f"{RUN}/fields", params={"slide": "0" * 16}).status_code in (200, 404)
+    assert program.get(f"{RUN}/exports", params={"slide": "0" * 16}).status_code == 404
+    assert program.get(f"{RUN}/exports", params={"format": "xlsx"}).status_code == 422
+    assert program.get(f"{API}/patients/{'0' * 16}/timeline").status_code == 404
+    assert program.delete(RUN).status_code == 405
+    assert program.delete(RUN).headers["allow"] == "GET"
+
+
+def test_values_that_are_wrong_are_not_repeated(place: World) -> None:
+    answer = place.program("rita", "read").get(f"{RUN}/fields", params={"sort": "Jane Doe", "review": "Jane Doe"})
+    assert answer.status_code == 422
+    assert "Jane" not in answer.text
+    assert len(answer.json()["errors"]) == 2
+
+
+def test_events_of_a_finished_run(place: World) -> None:
+    text = place.program("rita", "read").get(f"{RUN}/events").text
+    assert text.startswith("event: done\ndata: {")
+
+
+def test_several_images_and_bundles_at_once(place: World) -> None:
+    program = place.program("vera", "diagnose")
+    files = [("file", ("a.png", picture())), ("file", ("b.zip", archive({"x/1.png": picture(), "2.png": picture()})))]
+    found = program.post(f"{API}/diagnoses", files=files, params={"bundle": ["pocket", "other"]}).json()
+    assert [(i["name"], i["bundle"]) for i in found["items"]] == [
+        (name, bundle) for name in ("a.png", "b.zip / x/1.png", "b.zip / 2.png") for bundle in ("pocket", "other")
+    ]
+    assert all(i["status"] == "predicted" and i["error"] is None for i in found["items"])
+    unknown = program.post(f"{API}/diagnoses", files=files, params={"bundle": ["../../secret"]})
+    assert unknown.status_code == 422
+    assert "secret" not in unknown.text
+
+
+def test_the_page_that_documents_it_needs_nothing_from_elsewhere(place: World) -> None:
+    page = place.browser().get(f"{API}/docs")
+    assert page.status_code == 200
+    assert "http://" not in page.text.replace("http://localhost", "")
+    assert "https://" not in page.text
+    for path in document(place.app)["paths"]:
+        assert path in page.text
+    assert "text/html" in page.headers["content-type"]
+
+
+def test_the_description_is_openapi_3_1_with_problems_for_every_error(place: World) -> None:
+    found = place.browser().get(f"{API}/openapi.json").json()
+    assert found["openapi"].startswith("3.1")
+    for path, operations in found["paths"].items():
+        for method, operation in operations.items():
+            assert operation["summary"], (method, path)
+            for status, response in operation["responses"].items():
+                if int(status) >= 400:
+                    assert list(response["content"]) == ["application/problem+json"], (method, path, status)
+
+
+# --- schemathesis ----------------------------------------------------------------------------------------------------
+
+
+def hammer(place: World, cases: int) -> int:
+    """Sends so many made-up requests, valid and invalid ones, and returns how many were sent."""
+    described = schemathesis.openapi.from_dict(document(place.app))
+    described.app = place.app
+    scopes = (("read", "diagnose", "review", "export"), ("admin",))
+    tokens = [place.gate.accounts.add_token("anna", "test", s, 1.0)[1] for s in scopes]
+    operations = [o.ok() for o in described.get_all_operations()]
+    each = max(2, cases // (2 * len(operations)))
+    known: dict[str, Any] = {"run_key": run_key_of("night"), "ordinal": 1}
+    sent = 0
+    for operation in operations:
+        for mode in (GenerationMode.POSITIVE, GenerationMode.NEGATIVE):
+
+            @hypothesis.seed(SEED)
+            @hypothesis.settings(
+                max_examples=each, deadline=None, database=None, suppress_health_check=list(HealthCheck),
+                phases=[hypothesis.Phase.generate],
+            )  # fmt: skip
+            @given(case=operation.as_strategy(mode), real=st.booleans(), token=st.sampled_from([0, 0, 0, 1]))
+            def ask(case: Any, real: bool, token: int) -> None:
+                nonlocal sent
+                if real and case.path_parameters:
+                    case.path_parameters |= {k: v for k, v in known.items() if k in case.path_parameters}
+                sent += 1
+                headers = {"Authorization": f"Bearer {tokens[token]}"}
+                response = case.call(base_url="http://testserver", headers=headers)
+                case.validate_response(response, checks=_checks(case))
+
+            if mode is GenerationMode.NEGATIVE and not _can_be_wrong(operation):
+                continue
+            ask()
+    return sent
+
+
+def _can_be_wrong(operation: Any) -> bool:
+    raw = operation.definition.raw
+    return bool(raw.get("parameters") or raw.get("requestBody"))
+
+
+def _checks(case: Any) -> list[Any]:
+    found = [
+        not_a_server_error, status_code_conformance, content_type_conformance, response_headers_conformance,
+        response_schema_conformance,
+    ]  # fmt: skip
+    # Whatever bytes are sent as an image are an image that cannot be read, and not a wrong request.
+    return found if case.operation.path.endswith("/diagnoses") else [*found, negative_data_rejection]
+
+
+def test_a_few_hundred_made_up_requests(place: World) -> None:
+    assert hammer(place, 200) >= 150
+
+
+@pytest.mark.chaos
+@pytest.mark.timeout(3600)
+def test_five_thousand_made_up_requests(place: World) -> None:
+    assert hammer(place, 5200) >= 5000

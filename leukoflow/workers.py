@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import getpass
+import logging
 import os
 import shutil
 import uuid
@@ -86,7 +87,8 @@ def local_cluster(settings: ClusterSettings, gpu: bool) -> Any:
     limit: str | int = settings.memory_limit
     if limit == "auto":
         limit = int(psutil.virtual_memory().total * 0.8 / most)
-    common = {"nthreads": 1, "memory_limit": limit, "host": "127.0.0.1", "dashboard_address": None, "silence_logs": 40}
+    common = {"nthreads": 1, "memory_limit": limit, "host": "127.0.0.1", "dashboard_address": None}
+    common["silence_logs"] = logging.CRITICAL  # what fails in a stage is raised in the flow, which tells it in words
     plain = {"cls": Nanny, "options": common | {"env": {"CUDA_VISIBLE_DEVICES": ""}}}
     workers: dict[Any, Any] = {
         f"{STAYS}gpu-{i}": {"cls": Nanny, "options": common | gpu_options(i, gpus)} for i in range(len(gpus))

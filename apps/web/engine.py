@@ -550,7 +550,11 @@ class _Worker:
         """Has the process forked, and waits until its models are warm."""
         mine, theirs = socket.socketpair()
         with theirs:
-            reader, self._writer = await asyncio.open_unix_connection(sock=mine, limit=1 << 20)
+            try:
+                reader, self._writer = await asyncio.open_unix_connection(sock=mine, limit=1 << 20)
+            except BaseException:
+                mine.close()
+                raise
             self._number, self._ended = self._nursery.spawn(theirs)
         self._reader = asyncio.create_task(self._read(reader))
         await _within(self._warm)

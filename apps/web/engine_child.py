@@ -158,18 +158,18 @@ class _Nursery:
                     _kill(process)
         elif isinstance(order, Spawn):
             (descriptor,) = descriptors
+            starter = os.getpid()
             try:
                 process = os.fork()
             except OSError as error:
                 self._say(Ended(order.number, f"no process can be started: {error.strerror}"))
             else:
                 if process == 0:
-                    self._become_worker(descriptor)
+                    self._become_worker(descriptor, starter)
                 self._workers[process] = order.number
             os.close(descriptor)
 
-    def _become_worker(self, descriptor: int) -> NoReturn:
-        starter = os.getppid()
+    def _become_worker(self, descriptor: int, starter: int) -> NoReturn:
         try:
             os.setpgid(0, 0)
             _bind_to(starter)

@@ -120,8 +120,8 @@ def main() -> None:
 class _Nursery:
     """Forks workers, and ends them with all that they have started.
 
-    Threads do not survive a fork, so nothing here computes with several: the environment says OMP_NUM_THREADS=1, and
-    only workers ask for more.
+    Threads do not survive a fork, so there are none here: the environment says so to OpenMP, and to Arrow not to use
+    the allocator that has one. Only workers ask for more.
     """
 
     def __init__(self, orders: socket.socket, say: _Speaker, setup: Setup, models: Models) -> None:

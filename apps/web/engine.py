@@ -449,7 +449,7 @@ class _Nursery:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", *self.program, str(os.getpid()), str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, pass_fds=(theirs.fileno(),),
-                env=kept | worker_environment(self._setup.threads) | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": paths},
+                env=kept | worker_environment(1) | {"ARROW_DEFAULT_MEMORY_POOL": "system", "PYTHONPATH": paths},
                 process_group=0,
             )  # fmt: skip
         self._reader = asyncio.create_task(self._read(self._process))

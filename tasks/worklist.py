@@ -49,7 +49,8 @@ STATUSES = tuple(str(s) for s in Status)
 PREDICTED, ABSTAINED, REJECTED, QUARANTINED = range(4)
 PROBABILITIES = ("prob_benign", "prob_early", "prob_pre", "prob_pro")
 COLUMNS = (
-    "slide_id", "patient_id", "site", "scanner", "status", *PROBABILITIES, "prediction_set", "n_cells",
+    "slide_id", "patient_id", "site", "scanner", "status", "reason", *PROBABILITIES, "prediction_set", "ood_score",
+    "n_cells",
 )  # fmt: skip
 """Columns of the predictions that are read when a run is opened. The others are read when something asks for them."""
 SHOWN = (
@@ -490,7 +491,7 @@ class Frame:
         self.ordinals = ordinals
         self.status = _known(table["status"], STATUSES)
         self.p = np.stack([_floats(table[name]) for name in PROBABILITIES], 1) if len(table) else np.zeros((0, 4))
-        known = np.isfinite(self.p).all(1)
+        known: Mask = np.asarray(np.isfinite(self.p).all(1), np.bool_)
         self.label: Ints = np.where(known, np.where(known[:, None], self.p, 0.0).argmax(1), -1)
         self.malignant: Floats = self.p[:, MALIGNANT].sum(1)
         self.predicted: Mask = (self.status == PREDICTED) & np.isfinite(self.malignant)

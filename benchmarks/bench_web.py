@@ -515,7 +515,7 @@ def main() -> None:
     parser.add_argument("--bundle", default="", help="default: pocket; tiny random networks for mutations")
     parser.add_argument("--fields", type=int, default=200)
     parser.add_argument("--run", type=Path, help="folder of a finished run to compare with, instead of a new one")
-    parser.add_argument("--threads", type=int, default=2, help="of the worker's networks")
+    parser.add_argument("--threads", type=int, default=1, help="of the worker's networks")
     parser.add_argument("--images", type=int, default=100)
     parser.add_argument("--users", type=int, default=20)
     parser.add_argument("--seconds", type=float, default=60.0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -28,7 +28,7 @@ def _adapter(kind: Any) -> TypeAdapter[Any]:
 def loads(kind: type[T], data: bytes, what: str) -> T:
     """The record of `kind` in `data`. Raises StorageError naming `what` when the bytes are no such record."""
     try:
-        found: T = _adapter(kind).validate_json(data)
+        found: T = _adapter(cast(Any, kind)).validate_json(data)
     except ValidationError as error:
         raise StorageError(
             f"{what} is damaged ({error.error_count()} fields do not fit); delete it and rerun"

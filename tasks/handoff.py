@@ -31,7 +31,6 @@ from leukoflow.sources import open_reader
 from tasks.plan import read_shard, read_summary
 from tasks.verdicts import Standing
 from tasks.worklist import (
-    COLUMNS,
     MAX_PAGE,
     PROBABILITIES,
     Floats,
@@ -144,14 +143,15 @@ def _tables(what: Sequence[tuple[RunTable, Ints]]) -> Iterator[pa.Table]:
 
 def _rows(table: RunTable, rows: Ints) -> pa.Table:
     frame, schema = table.frame, exported_schema()
-    taken = frame.table.take(pa.array(rows))
-    keys = taken["image_key"].to_pylist()
+    places = pa.array(rows)
+    keys = frame.keys.take(places).to_pylist()
     said = [table.reviews.standings.get(("image", key), Standing()) for key in keys]
     decisions = [s.decision for s in said]
     p: Floats = frame.p[rows]
     confidence = np.where(np.isfinite(p).all(1), p.max(1, initial=-np.inf), np.nan)
     given: dict[str, Any] = {
         "run_id": [table.run_id] * len(rows),
+        "label": [CLASSES[code] if code >= 0 else None for code in frame.label[rows].tolist()],
         "confidence": pa.array(confidence, pa.float64(), from_pandas=True),
         "bundle_digest": [table.bundle[1]] * len(rows),
         "reviewed_label": [d.said if d else None for d in decisions],
@@ -163,11 +163,11 @@ def _rows(table: RunTable, rows: Ints) -> pa.Table:
     }
     arrays = []
     for field in schema:
-        values = given.get(field.name)
-        if field.name in COLUMNS:
-            arrays.append(taken[field.name].combine_chunks().cast(field.type))
-        else:
-            arrays.append(values if isinstance(values, pa.Array) else pa.array(values, field.type))
+        if field.name not in given:
+            arrays.append(frame.column(field.name).take(places).combine_chunks().cast(field.type))
+            continue
+        values = given[field.name]
+        arrays.append(values if isinstance(values, pa.Array) else pa.array(values, field.type))
     return pa.table(arrays, schema=schema)
 
 
@@ -507,7 +507,7 @@ def training_labels(out: str, run_keys: Sequence[str] | None = None) -> list[Lab
                 continue
             if not places:
                 places = {name: row for row, name in enumerate(frame.keys.to_pylist())}
-                digests = table.column("member_sha256").to_pylist()
+                digests = frame.column("member_sha256").to_pylist()
             row = places.get(key, -1)
             digest = digests[row] if row >= 0 else None
             if digest is None:

@@ -138,7 +138,8 @@ def warm(models: Models) -> None:
 
     features = models.bundle.spec.method.features
     drawn = render_field(np.random.default_rng(0), CLASSES[0]).rgb
-    _examined(Decoded(drawn, None, *drawn.shape[1::-1], ""), None, models, _Clock(lambda stage: None))
+    height, width = drawn.shape[:2]
+    _examined(Decoded(drawn, None, width, height, ""), None, models, _Clock(lambda stage: None))
     for size in [s for s in SHAPES if s <= features.cell_batch]:
         crops = np.zeros((size, features.cell_px, features.cell_px, 3), np.uint8)
         explain_batch(models.hybrid, models.shown, crops, crops[..., 0], models.device)

@@ -49,10 +49,14 @@ STATUSES = tuple(str(s) for s in Status)
 PREDICTED, ABSTAINED, REJECTED, QUARANTINED = range(4)
 PROBABILITIES = ("prob_benign", "prob_early", "prob_pre", "prob_pro")
 COLUMNS = (
-    "image_key", "slide_id", "patient_id", "site", "scanner", "status", "reason", "label", *PROBABILITIES,
-    "prediction_set", "ood_score", "n_cells",
+    "slide_id", "patient_id", "site", "scanner", "status", "reason", *PROBABILITIES, "prediction_set", "ood_score",
+    "n_cells",
 )  # fmt: skip
-"""Columns of the predictions that are held."""
+"""Columns of the predictions that are read when a run is opened. The others are read when something asks for them."""
+SHOWN = (
+    "image_key", "patient_id", "site", "scanner", "status", "reason", "prediction_set", "ood_score",
+)  # fmt: skip
+"""Columns that the line of a field shows as they are."""
 MAX_PAGE = 500
 READERS = 8
 HELD_ROWS = 2_000_000
@@ -474,15 +478,21 @@ def _floats(values: pa.ChunkedArray) -> Floats:
 
 
 class Frame:
-    """Rows of the predictions as arrays. n fields, in the order of the plan; missing columns are nulls."""
+    """Rows of the predictions as arrays. n fields, in the order of the plan; missing columns are nulls.
 
-    def __init__(self, table: pa.Table, ordinals: Ints) -> None:
+    `later` reads a column that is not in the table, in the order of its rows.
+    """
+
+    def __init__(self, table: pa.Table, ordinals: Ints, later: Callable[[str], pa.ChunkedArray]) -> None:
         table = table.combine_chunks()
         self.table = table
+        self._later = later
+        self._more: dict[str, pa.ChunkedArray] = {}
         self.ordinals = ordinals
         self.status = _known(table["status"], STATUSES)
-        self.label = _known(table["label"], CLASSES)
         self.p = np.stack([_floats(table[name]) for name in PROBABILITIES], 1) if len(table) else np.zeros((0, 4))
+        known: Mask = np.asarray(np.isfinite(self.p).all(1), np.bool_)
+        self.label: Ints = np.where(known, np.where(known[:, None], self.p, 0.0).argmax(1), -1)
         self.malignant: Floats = self.p[:, MALIGNANT].sum(1)
         self.predicted: Mask = (self.status == PREDICTED) & np.isfinite(self.malignant)
         self.diagnosed: Mask = (self.status == PREDICTED) | (self.status == ABSTAINED)
@@ -497,10 +507,18 @@ class Frame:
         """Number of fields."""
         return len(self.table)
 
-    @cached_property
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column of `predictions/`, read now where it is not held."""
+        if name in self.table.column_names:
+            return self.table[name]
+        if name not in self._more:
+            self._more[name] = pa.chunked_array([self._later(name).combine_chunks()])
+        return self._more[name]
+
+    @property
     def keys(self) -> pa.ChunkedArray:
         """Image keys."""
-        return self.table["image_key"]
+        return self.column("image_key")
 
     @cached_property
     def _slides(self) -> tuple[Ints, list[str]]:
@@ -837,11 +855,6 @@ class RunTable:
             raise StorageError(f"run {self.run_id}: field {ordinal} is not in its part; `leukoflow verify` tells more")
         return {**dict.fromkeys(PREDICTIONS.names), **found[0]}
 
-    def column(self, name: str) -> pa.ChunkedArray:
-        """A column of `predictions/` that is not held, in the order of the frame's rows."""
-        with _reading(self.run_id):
-            return read_columns(self.storage, list(dict.fromkeys(self._held.files.values())), [name])[name]
-
     # Verdicts
 
     def verdict_on_field(
@@ -1148,7 +1161,7 @@ class RunTable:
 
     def _field_line(self, row: int) -> FieldLine:
         frame = self.frame
-        stored = {name: frame.table[name][row].as_py() for name in COLUMNS}
+        stored = {name: frame.column(name)[row].as_py() for name in SHOWN}
         probabilities = tuple(float(v) for v in frame.p[row]) if np.isfinite(frame.p[row]).all() else ()
         patient = stored["patient_id"]
         return FieldLine(
@@ -1162,7 +1175,7 @@ class RunTable:
             scanner=stored["scanner"],
             status=Status(stored["status"]),
             reason=stored["reason"],
-            label=stored["label"],
+            label=CLASSES[frame.label[row]] if frame.label[row] >= 0 else None,
             confidence=max(probabilities) if probabilities else None,
             probabilities=probabilities,
             prediction_set=tuple(stored["prediction_set"] or ()),
@@ -1480,16 +1493,26 @@ def _open_finished(run: Storage, run_id: str, stamp: str, patient: str | None = 
     if manifest.shard_size < 1:
         raise StorageError(f"run {run_id}: its manifest is damaged; `leukoflow verify` tells what to do")
     listed = table_files(manifest.parts, "predictions")
+    keys = [f.key for f in listed]
     where = None if patient is None else pc.field("patient_id") == patient
-    table = read_columns(run, [f.key for f in listed], COLUMNS, where)
+    table = read_columns(run, keys, COLUMNS, where)
     ordinals = np.arange(len(table), dtype=np.int64)
     if patient is not None:  # rows are in the plan's order
-        with run.open("plan.parquet") as file:
-            planned = pq.read_table(file, columns=["patient_id"])["patient_id"]
+        planned = _planned(run, "patient_id")
         ordinals = np.flatnonzero(pc.fill_null(pc.equal(planned, patient), False).to_numpy())
         if len(ordinals) != len(table):
             raise StorageError(f"run {run_id}: plan and predictions differ; `leukoflow verify` tells what to do")
-    frame = Frame(table, ordinals)
+
+    def later(name: str) -> pa.ChunkedArray:
+        with _reading(run_id):
+            if name == "image_key":  # one file instead of hundreds; publishing has compared the two
+                names = _planned(run, name)
+                return names if patient is None else names.take(pa.array(ordinals))
+            if patient is None:
+                return read_columns(run, keys, [name])[name]
+            return read_columns(run, keys, [name, "patient_id"], where)[name]
+
+    frame = Frame(table, ordinals, later)
     files = {shard_name(ordinal): f.key for f in listed for ordinal in f.shards}
     return _Held(
         stamp=stamp,
@@ -1505,6 +1528,12 @@ def _open_finished(run: Storage, run_id: str, stamp: str, patient: str | None = 
         slides=Groups(frame, frame.slide, len(frame.slides)),
         patients=Groups(frame, frame.patient, len(frame.patients)),
     )
+
+
+def _planned(run: Storage, name: str) -> pa.ChunkedArray:
+    """A column of the plan."""
+    with run.open("plan.parquet") as file:
+        return pq.ParquetFile(file).read(columns=[name])[name]
 
 
 def _open_in_progress(shelf: _Shelf, run: Storage, run_id: str, before: _Held | None) -> _Held:
@@ -1539,7 +1568,13 @@ def _open_in_progress(shelf: _Shelf, run: Storage, run_id: str, before: _Held | 
         pass
     table = pa.concat_tables(found.values()) if found else _empty(COLUMNS)
     ordinals = [np.arange(len(t), dtype=np.int64) + int(shard) * binding.shard_size for shard, t in found.items()]
-    frame = Frame(table, np.concatenate(ordinals) if ordinals else np.zeros(0, np.int64))
+    files = {shard: f"predictions/part-{shard}.parquet" for shard in found}
+
+    def later(name: str) -> pa.ChunkedArray:
+        with _reading(run_id):
+            return read_columns(run, list(files.values()), [name])[name]
+
+    frame = Frame(table, np.concatenate(ordinals) if ordinals else np.zeros(0, np.int64), later)
     return _Held(
         stamp=stamp,
         frame=frame,
@@ -1547,7 +1582,7 @@ def _open_in_progress(shelf: _Shelf, run: Storage, run_id: str, before: _Held | 
         progress=progress,
         fingerprint=binding.fingerprint,
         shard_size=max(1, binding.shard_size),
-        files={shard: f"predictions/part-{shard}.parquet" for shard in found},
+        files=files,
         missing=missing,
         ignored=ignored,
         truncated=truncated,
@@ -1569,12 +1604,17 @@ def read_columns(run: Storage, keys: Sequence[str], columns: Sequence[str], wher
 
     def one(key: str) -> pa.Table:
         if run.is_local:
-            return _cut(pq.ParquetFile(run.uri(key)), schema)
+            return _cut(pq.ParquetFile(pa.OSFile(run.uri(key))), schema)
         with run.open(key) as file:
             return _cut(pq.ParquetFile(file), schema)
 
-    with ThreadPoolExecutor(min(READERS, os.cpu_count() or 1) if run.is_local else READERS) as pool:
-        table = pa.concat_tables(pool.map(one, keys))
+    # A slice of the files for each thread: handing out single ones would cost as much as reading them.
+    threads = min(READERS, os.cpu_count() or 1) if run.is_local else READERS
+    size = -(-len(keys) // threads)
+    slices = [keys[i : i + size] for i in range(0, len(keys), size)]
+    with ThreadPoolExecutor(len(slices)) as pool:
+        tables = list(pool.map(lambda own: [one(key) for key in own], slices))
+    table = pa.concat_tables([t for own in tables for t in own])
     return table if where is None else table.filter(where)
 
 
@@ -1656,8 +1696,7 @@ def _patients_of(shelf: _Shelf, run_id: str) -> Mapping[str, str]:
         kept = shelf.patients.get(run_id)
         if kept is not None and kept[0] == stamp:
             return kept[1]
-        with run.open("plan.parquet") as file:
-            column = pq.read_table(file, columns=["patient_id"])["patient_id"]
+        column = _planned(run, "patient_id")
     found = {patient_key_of(p): p for p in pc.unique(column).to_pylist() if p is not None}
     shelf.patients[run_id] = (stamp, found)
     return found

@@ -50,7 +50,7 @@ from apps.web.frames import (
 )
 from leukoflow.config import LimitSettings
 from leukoflow.errors import BundleError, LeukoflowError
-from leukoflow.host import cores, worker_environment
+from leukoflow.host import worker_environment
 from leukoflow.records import DIED, Status
 from tasks.ingest import too_large
 from tasks.single import STAGES, Finding
@@ -172,7 +172,8 @@ class Engine:
         waiting_each: images that may wait of one person.
         seconds: wall time of one image in a worker; after it the worker is killed and replaced.
         kept: bundles that a worker keeps loaded.
-        threads: of a worker's networks; 0 = the cores of this machine, shared among workers.
+        threads: of a worker's networks. One field takes a tenth of a second of one core; several threads wait for each
+            other, which costs more than they bring as soon as the machine has something else to do.
         memory_mb: what examining one image may take beyond models and libraries.
     """
 
@@ -186,7 +187,7 @@ class Engine:
         waiting_each: int = 64,
         seconds: float = 60,
         kept: int = 2,
-        threads: int = 0,
+        threads: int = 1,
         memory_mb: int = 4096,
     ) -> None:
         if not bundles:
@@ -194,8 +195,7 @@ class Engine:
         self.bundles: tuple[BundleCard, ...] = ()
         """What is known of each bundle; there once the engine is started."""
         self._limits, self._seconds, self._workers = limits, float(seconds), max(1, workers)
-        each = threads or max(1, cores() // self._workers)
-        self._setup = Setup(tuple(bundles), limits.model_dump_json(), max(1, kept), each, memory_mb)
+        self._setup = Setup(tuple(bundles), limits.model_dump_json(), max(1, kept), max(1, threads), memory_mb)
         self._queue: FairQueue[_Job] = FairQueue(waiting, waiting_each)
         self._numbers = itertools.count(1)
         self._running: set[_Job] = set()
@@ -449,7 +449,7 @@ class _Nursery:
             self._process = await asyncio.create_subprocess_exec(
                 sys.executable, "-P", *self.program, str(os.getpid()), str(theirs.fileno()),
                 stdin=asyncio.subprocess.DEVNULL, stdout=asyncio.subprocess.PIPE, pass_fds=(theirs.fileno(),),
-                env=kept | worker_environment(self._setup.threads) | {"OPENBLAS_NUM_THREADS": "1", "PYTHONPATH": paths},
+                env=kept | worker_environment(1) | {"ARROW_DEFAULT_MEMORY_POOL": "system", "PYTHONPATH": paths},
                 process_group=0,
             )  # fmt: skip
         self._reader = asyncio.create_task(self._read(self._process))
@@ -550,7 +550,11 @@ class _Worker:
         """Has the process forked, and waits until its models are warm."""
         mine, theirs = socket.socketpair()
         with theirs:
-            reader, self._writer = await asyncio.open_unix_connection(sock=mine, limit=1 << 20)
+            try:
+                reader, self._writer = await asyncio.open_unix_connection(sock=mine, limit=1 << 20)
+            except BaseException:
+                mine.close()
+                raise
             self._number, self._ended = self._nursery.spawn(theirs)
         self._reader = asyncio.create_task(self._read(reader))
         await _within(self._warm)

@@ -120,7 +120,8 @@ def main() -> None:
 class _Nursery:
     """Forks workers, and ends them with all that they have started.
 
-    A process that is to be forked must have one thread only; torch here computes with one.
+    Threads do not survive a fork, so there are none here: the environment says so to OpenMP, and to Arrow not to use
+    the allocator that has one. Only workers ask for more.
     """
 
     def __init__(self, orders: socket.socket, say: _Speaker, setup: Setup, models: Models) -> None:
@@ -158,18 +159,18 @@ class _Nursery:
                     _kill(process)
         elif isinstance(order, Spawn):
             (descriptor,) = descriptors
+            starter = os.getpid()
             try:
                 process = os.fork()
             except OSError as error:
                 self._say(Ended(order.number, f"no process can be started: {error.strerror}"))
             else:
                 if process == 0:
-                    self._become_worker(descriptor)
+                    self._become_worker(descriptor, starter)
                 self._workers[process] = order.number
             os.close(descriptor)
 
-    def _become_worker(self, descriptor: int) -> NoReturn:
-        starter = os.getppid()
+    def _become_worker(self, descriptor: int, starter: int) -> NoReturn:
         try:
             os.setpgid(0, 0)
             _bind_to(starter)
@@ -208,7 +209,6 @@ def _prepared(setup: Setup, say: _Speaker) -> Models:
 
     from models.bundle import load_bundle
 
-    _use_threads(1)
     cv2.setNumThreads(1)
     say(Hello(tuple(_card(name, load_bundle(name)) for name in setup.bundles)))
     return load_models(setup.bundles[0])

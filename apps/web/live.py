@@ -17,7 +17,18 @@ STREAMS_EACH = 8
 
 STREAM_SECONDS = 900.0
 STREAM: dict[int | str, dict[str, Any]] = {
-    200: {"content": {"text/event-stream": {"schema": {"type": "string"}}}, "description": "Server-sent events."}
+    200: {
+        "description": "Server-sent events; `data` is JSON.",
+        "content": {
+            "text/event-stream": {
+                "schema": {
+                    "type": "object",
+                    "required": ["event", "data"],
+                    "properties": {"event": {"enum": ["progress", "done"]}, "data": {"type": "string"}},
+                }
+            }
+        },
+    }
 }
 """How an operation that answers with events describes that."""
 

@@ -749,10 +749,10 @@ async def bench_field(request: Request, job_id: str, number: int, who: Diagnoser
     done = [n for n, i in enumerate(job.items) if i.finding is not None]
     at = done.index(number)
     same = [(n, i) for n, i in enumerate(job.items) if i.name == item.name and i.data is item.data]
-    others = [
-        (i.finding.bundle if i.finding else i.bundle, path_of(request, f"/bench/{job_id}/{n}"), i.finding, n == number)
-        for n, i in same
-    ]  # fmt: skip
+    others = []
+    for n, i in same:
+        name = words.bundle_name(i.finding.bundle if i.finding else i.bundle)
+        others.append((name, path_of(request, f"/bench/{job_id}/{n}"), i.finding, n == number))
     subject = scenes.of_item(item)
     return render(
         request, "bench_field.html", "bench", job=job, subject=subject, scene=scene, seconds=finding.seconds,

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pyarrow as pa
 
@@ -240,7 +240,10 @@ def frequency(bundle: str, label: str | None, confidence: float | None, status: 
     document = field_view.bundle_document(bundle)
     if document is None:
         return None
-    return worklist.frequency(document.get("metrics") or {}, words.class_name(label), confidence)
+    told = worklist.frequency(document.get("metrics") or {}, words.class_name(label), confidence)
+    if told.of_100 < 100:
+        return told
+    return replace(told, words=told.words.replace("about 100 are", "more than 99 are"))  # certainty is never told
 
 
 def references(out: str) -> tuple[tuple[str, tuple[ReferenceCell, ...]], ...]:

@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 import uvicorn
 from gate_world import GENEROUS, HASHER, PASSWORD, PEOPLE
-from harness import screen_here, small_bundle, white, write_zip
+from harness import screen_here, small_bundle, white, with_other_thresholds, write_zip
 
 from apps.web.app import create_app
 from apps.web.settings import WebSettings
@@ -80,15 +80,15 @@ def make_run(folder: Path, bundle: Bundle) -> tuple[Path, list[Path]]:
 
 
 @contextmanager
-def served(folder: Path, out: Path, bundle: Bundle | None, people: bool = True) -> Iterator[Site]:
-    """The application on a port of its own; without a bundle it diagnoses no single images."""
+def served(folder: Path, out: Path, *bundles: Bundle, people: bool = True) -> Iterator[Site]:
+    """The application on a port of its own; without bundles it diagnoses no single images."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     limits = LimitSettings(max_member_mb=8, max_megapixels=8, decode_memory_mb=512)
     settings = WebSettings(
         out=str(out), users_file=folder / "state" / "users.json", rates=GENEROUS, port=port,
-        bundles=() if bundle is None else (str(bundle.path),), limits=limits,
+        bundles=tuple(str(b.path) for b in bundles), limits=limits,
     )  # fmt: skip
     app = create_app(settings)
     accounts = app.state.gate.accounts
@@ -115,7 +115,8 @@ def whole_site(folder: Path) -> Iterator[Site]:
     """A server with a run and a bundle of tiny random networks."""
     bundle = small_bundle(folder / "bundle")
     out, fields = make_run(folder, bundle)
-    with served(folder, out, bundle) as site:
+    other = with_other_thresholds(bundle, folder / "other", 3.0)
+    with served(folder, out, bundle, other) as site:
         site.fields = fields
         yield site
 

@@ -30,7 +30,7 @@ def open_worklist(page: Any, site: Site, query: str = "") -> str:
 
 def test_first_start_makes_an_administrator(browser: Any, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
-    with served(tmp_path, tmp_path / "out", None, people=False) as site:
+    with served(tmp_path, tmp_path / "out", people=False) as site:
         page = page_of(browser, site, None)
         page.goto(site.app.state.gate.setup_link())
         page.fill("[name=name]", "anna")
@@ -110,6 +110,26 @@ def test_bench_from_upload_to_export(browser: Any, site: Site, tmp_path: Path) -
         assert path.read_bytes().startswith(begin)
     assert "Research use only" in json.loads((tmp_path / "export.json").read_text())["notice"]
     assert page.title() != "owned"
+    assert page.troubles == []
+    page.context.close()
+
+
+def test_two_bundles_side_by_side(browser: Any, site: Site) -> None:
+    page = page_of(browser, site, "vera")
+    page.goto(f"{site.url}/bench")
+    page.select_option("[name=other]", label="other")
+    page.set_input_files("#files", str(site.fields[3]))
+    page.wait_for_selector("#jobs section:not([aria-busy])", timeout=60_000)
+    assert page.locator(".card").count() == 2
+    page.click(".card a.go >> nth=0")
+    page.wait_for_selector("#versus")
+    table = page.inner_text("section:has(#versus)")
+    assert "bundle" in table
+    assert "other" in table
+    assert "models agree" in table
+    page.click("section:has(#versus) a")
+    page.wait_for_selector("#versus")
+    assert "other" in page.inner_text("section:has(#versus) b")
     assert page.troubles == []
     page.context.close()
 

@@ -1,6 +1,9 @@
 // Loads what a page needs. Everything here only adds to pages that also work by links and forms.
 import { startThemes } from "./themes.js";
 import { startKeys } from "./keys.js";
+import * as viewer from "./viewer.js";
+import * as review from "./review.js";
+import * as bench from "./bench.js";
 
 export function say(text, bad = false) {
   const toast = document.getElementById("toast");
@@ -10,15 +13,12 @@ export function say(text, bad = false) {
   say.timer = setTimeout(() => { toast.textContent = ""; }, bad ? 12000 : 4000);
 }
 
-const wanted = [
-  ["[data-scene], [data-viewer], [hx-trigger~='load']", "./viewer.js"],
-  ["[data-review]", "./review.js"],
-  ["[data-bench]", "./bench.js"],
-];
+// All of them are there once the page is: a key that is pressed early must not be lost.
+const wanted = [["[data-scene]", viewer], ["[data-review], [data-go]", review], ["[data-bench]", bench]];
 
-async function start(root) {
+function start(root) {
   for (const [selector, module] of wanted) {
-    if (root.querySelector(selector) || root.matches?.(selector)) (await import(module)).start(root);
+    if (root.querySelector(selector) || root.matches?.(selector)) module.start(root);
   }
 }
 

@@ -321,7 +321,7 @@ def _slides_table(slides: dict[str, _Slide]) -> pa.Table:
                 "top_confidence": slide.top and slide.top[0],
             }
         )
-    rows.sort(key=lambda r: (-r["urgency"], r["slide_id"]))  # type: ignore[operator]
+    rows.sort(key=lambda r: (-r["urgency"], r["slide_id"]))
     for rank, row in enumerate(rows, 1):
         row["rank"] = rank
     return pa.Table.from_pylist(rows, SLIDES)

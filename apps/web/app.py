@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from apps.web.jobs import EngineLike, Jobs
 from apps.web.problems import TITLES, problem
 from apps.web.settings import WebSettings
 from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError
+from tasks import worklist
 
 HERE = Path(__file__).parent
 UPLOADS = frozenset({"/api/v1/diagnoses", "/bench"})
@@ -53,6 +55,7 @@ def create_app(settings: WebSettings, engine: EngineLike | None = None) -> FastA
 @asynccontextmanager
 async def _life(app: FastAPI) -> AsyncIterator[None]:
     settings: WebSettings = app.state.settings
+    ahead = asyncio.create_task(asyncio.to_thread(_read_ahead, settings.out))
     mine = None
     if app.state.engine is None and settings.bundles:
         mine = Engine(settings.bundles, settings.limits, workers=settings.workers)
@@ -61,9 +64,16 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
     try:
         yield
     finally:
+        ahead.cancel()
         await app.state.jobs.close()
         if mine is not None:
             await mine.close()
+
+
+def _read_ahead(out: str) -> None:
+    """Opens the newest run, so that the first who comes in the morning does not wait for it."""
+    with suppress(LeukoflowError, OSError):  # told to whoever opens it
+        worklist.warm(out)
 
 
 def _templates() -> Jinja2Templates:

@@ -254,7 +254,8 @@ def verify(
 
         console = view.console()
         names, unfinished = ([run_id], []) if run_id is not None else finished_runs(reached(out))
-        if not names and not unfinished and verify_log(out) is None:
+        logs = [(file, log) for file in (LOG, WEB_LOG) if (log := verify_log(out, file)) is not None]
+        if not names and not unfinished and not logs:
             raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {out}` makes one")
         bad = 0
         for name in names:
@@ -269,10 +270,9 @@ def verify(
                 continue
             bad += not found.ok
             view.show_verification(console, found)
-        for file in (LOG, WEB_LOG):
-            if (log := verify_log(out, file)) is not None:
-                view.show_audit(console, out, log, file)
-                bad += bool(log.problems)
+        for file, log in logs:
+            view.show_audit(console, out, log, file)
+            bad += bool(log.problems)
         if unfinished:
             console.print(f"[dim]not finished, so not verified: {', '.join(unfinished)}[/]", soft_wrap=True)
         raise typer.Exit(1 if bad else 0)

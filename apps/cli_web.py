@@ -105,6 +105,7 @@ def serve(
     """
     with reported(debug):
         import asyncio
+        from dataclasses import replace
 
         from apps import view
         from apps.web.settings import (
@@ -131,12 +132,11 @@ def serve(
             )
         if proxy_sign_in and not trusted:
             raise ConfigError("--proxy-sign-in: name the proxy with --proxy-from, or anybody could claim to be anyone")
-        listening = _listen(host, port)
         settings = WebSettings(
             out=reached(out),
             users_file=checked_users_file(users, out),
             host=host,
-            port=listening.getsockname()[1],
+            port=port,
             bundles=tuple(bundle or ("pocket",)) if diagnose else (),
             names=tuple(checked_host_name(n) for n in name or ()),
             root_path=checked_root_path(root_path),
@@ -147,8 +147,9 @@ def serve(
             idle_minutes=idle_minutes,
             workers=workers,
         )
-        console = view.console()
-        asyncio.run(_serve(settings, listening, tls_cert, tls_key, console.print))
+        with _listen(host, port) as listening:
+            settings = replace(settings, port=listening.getsockname()[1])
+            asyncio.run(_serve(settings, listening, tls_cert, tls_key, view.console().print))
 
 
 async def _serve(

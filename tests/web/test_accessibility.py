@@ -72,7 +72,13 @@ def settled(page: Any, name: str) -> None:
             page.check(f"[name=over][value={value}]")
 
 
-@pytest.mark.parametrize(("scheme", "size"), [("light", WIDE), ("dark", WIDE), ("light", TABLET)])
+LATER = pytest.mark.chaos  # all pages again take a quarter of a minute
+
+
+@pytest.mark.parametrize(
+    ("scheme", "size"),
+    [("light", WIDE), pytest.param("dark", WIDE, marks=LATER), pytest.param("light", TABLET, marks=LATER)],
+)
 def test_every_page(browser: Any, site: Site, scheme: str, size: dict[str, int]) -> None:
     """No serious finding; no scrolling to the side; nothing from outside, nothing in line; less than 300 KB."""
     page = page_of(browser, site, "anna", color_scheme=scheme, viewport=size, reduced_motion="reduce")

@@ -243,4 +243,4 @@ def test_a_few_hundred_made_up_requests(place: World) -> None:
 @pytest.mark.chaos
 @pytest.mark.timeout(3600)
 def test_five_thousand_made_up_requests(place: World) -> None:
-    assert hammer(place, 5200) >= 5000
+    assert hammer(place, 6600) >= 5000  # some operations have no more different requests

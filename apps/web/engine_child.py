@@ -385,3 +385,4 @@ def _bind_to(parent: int) -> None:
 
 if __name__ == "__main__":
     main()
+    os._exit(0)  # torch's libraries complain of each other when an interpreter ends, to whoever stops the server

@@ -32,6 +32,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from bench_scaling import archive
+
 ROOT = Path(__file__).resolve().parent.parent
 PROBABILITIES = ("prob_benign", "prob_early", "prob_pre", "prob_pro")
 PASSWORD = "a smear under the lamp at night"
@@ -40,22 +42,6 @@ PASSWORD = "a smear under the lamp at night"
 def machine() -> str:
     """What else the machine does: a number from a busy machine says little."""
     return f"{len(os.sched_getaffinity(0))} cores, load {os.getloadavg()[0]:.1f}"
-
-
-def archive(folder: Path, members: int) -> Path:
-    """A zip of so many fields, real ones where they are, from all over the archive."""
-    here = Path(os.environ.get("LEUKOFLOW_DATA", ROOT.parent / "shared" / "data"))
-    if not (here / "all_fields.zip").is_file():
-        from tasks.sample import write_sample
-
-        print("the fields are drawn ones")
-        return write_sample(folder / "sample", members, seed=5).directory / "smears.zip"
-    target = folder / "fields.zip"
-    with zipfile.ZipFile(here / "all_fields.zip") as source, zipfile.ZipFile(target, "w") as cut:
-        names = [n for n in source.namelist() if not n.endswith("/")]
-        for name in names[:: max(1, len(names) // members)][:members]:
-            cut.writestr(zipfile.ZipInfo(name), source.read(name))
-    return target
 
 
 def contents(source: Path) -> dict[str, bytes]:

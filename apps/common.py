@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -141,8 +142,8 @@ def _without_prefect(console: Any, root: str, error: Exception) -> None:
         raise LeukoflowError(f"{words} ({where})")
     else:
         raise LeukoflowError(
-            f"the Prefect server does not answer ({error}); start it again, or leave out PREFECT_API_URL, and the run "
-            "starts one of its own. What is committed stays, and the same command continues where the run was"
+            f"the Prefect server does not answer ({error}); start it again, or unset PREFECT_API_URL so that the "
+            "run starts its own. What is committed stays, and the same command continues where the run was"
         ) from error
 
 
@@ -186,6 +187,9 @@ def use_configured_prefect(debug: bool) -> str | None:
 
     if debug:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
+    else:
+        # Log lines that a server did not take would be complained of for each batch; that it is away is said once.
+        logging.raiseExceptions = False
     url = prefect_server.configured_api_url()
     if url is not None:
         os.environ.update(prefect_server.client_environment(None))

@@ -9,7 +9,6 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -25,6 +24,7 @@ from leukoflow.reading import GuardedReader
 from leukoflow.records import Member, Shard, Source, SourceKind
 from leukoflow.tarlist import BLOCK, ByteStream, CompressedStream, PlainStream, TarWalk, is_header
 from leukoflow.ziplist import ZipWalk, find_directory, read_entry
+from leukoflow.zipnames import key_of
 
 DEFAULT_MEMBER_BYTES = 512 << 20
 _COMPRESSIONS = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
@@ -41,7 +41,6 @@ _PASSING = frozenset(
     }
 )  # fmt: skip
 """What a network share says when it is out of reach, or this machine when it is short of something."""
-_SURROGATE = re.compile("[\udc80-\udcff]")
 _S3_BLOCK = 4 << 20
 _S3_PAGE = 1000
 
@@ -253,9 +252,9 @@ def _stream(source: Source, file: BinaryIO) -> ByteStream:
 class Listing:
     """Members of a source in its own order, as a stream that can be walked once; with `entries` only these.
 
-    `ignored` (folders and litter of operating systems) and `truncated` (why the source is known to be incomplete, or
-    None) are complete once the iteration has ended. Of a compressed tar the members' `offset` is left at 0: it
-    depends on the shards (see `spool`).
+    `ignored` (folders and litter of operating systems), `truncated` (why the source is known to be incomplete, or
+    None) and `remarks` (what is odd, though nothing is missing) are complete once the iteration has ended. Of a
+    compressed tar the members' `offset` is left at 0: it depends on the shards (see `spool`).
     """
 
     def __init__(
@@ -268,6 +267,7 @@ class Listing:
         self._ordinal = 0
         self.ignored = 0
         self.truncated: str | None = None
+        self.remarks: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Member]:
         if self._entries is not None:
@@ -310,16 +310,15 @@ class Listing:
         with _open(self._source) as file:
             walk = ZipWalk(file, self._source.size_bytes)
             for entry in walk:
-                path = key_of(entry.name)
-                if entry.is_directory or is_litter(path):
+                if entry.is_directory or is_litter(entry.name):
                     self.ignored += 1
                     continue
                 identity = f"{entry.crc:08x}-{entry.size}-{entry.offset}"
                 yield self._member(
-                    path, entry.size, identity, offset=entry.offset, stored=entry.stored, method=entry.method,
+                    entry.name, entry.size, identity, offset=entry.offset, stored=entry.stored, method=entry.method,
                     refusal=entry.refusal,
                 )  # fmt: skip
-            self.truncated = walk.truncated
+            self.truncated, self.remarks = walk.truncated, walk.remarks
 
     def _tar(self) -> Iterator[Member]:
         compressed = self._source.kind is SourceKind.COMPRESSED_TAR
@@ -466,15 +465,6 @@ def is_archive(uri: str, name: str) -> bool:
         return identify(uri).kind in (SourceKind.ZIP, SourceKind.TAR, SourceKind.COMPRESSED_TAR)
     except SourceError:
         return False
-
-
-def key_of(name: bytes) -> str:
-    """`image_key` of a name inside a source: UTF-8, with every byte that is none as `%XX`."""
-    try:
-        return name.decode()
-    except UnicodeDecodeError:
-        text = name.decode("utf-8", "surrogateescape")
-        return _SURROGATE.sub(lambda match: f"%{ord(match[0]) - 0xDC00:02X}", text)
 
 
 def locator_of(path: bytes) -> str:

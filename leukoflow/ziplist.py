@@ -48,6 +48,10 @@ _METHODS = {0: "stored", 8: "deflate", 12: "bzip2", 14: "LZMA", 93: "zstd"}
 _UNSUPPORTED = {1: "shrink", 6: "implode", 9: "Deflate64", 20: "zstd (old)", 95: "xz", 98: "PPMd", 99: "AES"}
 
 
+class SplitArchiveError(SourceError):
+    """The file is one part of an archive in several; the words follow the name of the file and "is"."""
+
+
 class ZipEntry(NamedTuple):
     """One member as the archive describes it. `offset` is of the local header, from the start of the file."""
 
@@ -415,7 +419,7 @@ def _record_end(position: int, header: bytes, size: int) -> int | None:
 def find_directory(file: BinaryIO, size: int) -> ZipDirectory | None:
     """The last central directory whose end record fits it; None where there is none.
 
-    Raises SourceError for one part of a split archive.
+    Raises SplitArchiveError for one part of a split archive.
     """
     base = max(0, size - _END_RECORD.size - 0xFFFF)
     file.seek(base)
@@ -453,11 +457,11 @@ def find_directory(file: BinaryIO, size: int) -> ZipDirectory | None:
     if empty is not None:
         return empty
     if split is not None:
-        raise SourceError(_split_words(split))
+        raise SplitArchiveError(_split_words(split))
     if size >= 8:
         file.seek(0)
         if file.read(8) == _DESCRIPTOR + _LOCAL:
-            raise SourceError(_split_words(0))
+            raise SplitArchiveError(_split_words(0))
     return None
 
 

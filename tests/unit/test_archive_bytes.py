@@ -559,8 +559,8 @@ def test_whatever_tars_are_joined_and_cut_is_a_row_or_is_named(
     got = Counter(m.size_bytes for m in members if m.refusal is None)
     assert not Counter(len(data) for end, data in present if end <= size) - got
     assert not got - Counter(len(data) for _, data in present)
-    if any(begin < size < end for begin, end in inside):
-        assert listing.truncated is not None
+    if any(begin < size < end for begin, end in inside):  # a header that is cut off may pass for rubbish
+        assert listing.truncated is not None or any("belong to no file" in remark for remark in listing.remarks)
     if any(behind for _, behind in pieces[:-1]) and size == len(whole):
         assert listing.truncated is not None
     if pieces[-1][1] and size == len(whole):

@@ -421,7 +421,7 @@ def find_directory(file: BinaryIO, size: int) -> ZipDirectory | None:
 
     Raises SplitArchiveError for one part of a split archive.
     """
-    base = max(0, size - _END_RECORD.size - 0xFFFF)
+    base = max(0, size - _END_RECORD.size - 0xFFFF - _CHUNK)  # a comment, and some rubbish or padding behind it
     file.seek(base)
     tail = file.read(size - base)
     at, split, empty = len(tail), None, None

@@ -92,6 +92,7 @@ class PlanSummary:
     truncated: str | None  # why the source is known to be incomplete, or None
     shard_size: int
     digest: str  # of the members' identities, keys and manifest fields
+    remarks: tuple[str, ...] = ()  # what is odd about the source, though nothing is missing
 
     @property
     def shards(self) -> int:

@@ -285,7 +285,7 @@ def plan(
             _excuse(known, selection, found)
         missing = len(found) - sum(found)
         summary = PlanSummary(
-            source, count, listing.ignored, missing, listing.truncated, shard_size, digest.hexdigest()
+            source, count, listing.ignored, missing, listing.truncated, shard_size, digest.hexdigest(), listing.remarks
         )
         writer.add_key_value_metadata({_SUMMARY_KEY: json.dumps(asdict(summary))})
     if known and missing and missing_out is not None:
@@ -402,6 +402,7 @@ def read_summary(file: Sink) -> PlanSummary:
         raise ConfigError(f"{file} is not a plan: it carries no summary")
     fields = cast(dict[str, Any], json.loads(stored))
     source = fields.pop("source")
+    fields["remarks"] = tuple(fields.get("remarks", ()))  # plans of older versions have none
     return PlanSummary(source=Source(**{**source, "kind": SourceKind(source["kind"])}), **fields)
 
 

@@ -126,7 +126,7 @@ def publish(
         parts=parts,
         tables=tuple(tables),
         software=software(),
-        notes=(*_notes(run, parts), *notes),
+        notes=(*run.summary.remarks, *_notes(run, parts), *notes),
         hosts=_hosts(storage),
         config=run.config.canonical(),
         bundle_reference=run.binding.bundle_reference,

@@ -6,6 +6,7 @@ import csv
 import hashlib
 import hmac
 import io
+import json
 import tarfile
 import zipfile
 from dataclasses import replace
@@ -141,6 +142,21 @@ def test_truncation_reaches_the_summary(tmp_path: Path) -> None:
     summary, members = planned(tmp_path, source)
     assert "cut off" in (summary.truncated or "")
     assert len(members) == 10
+
+
+def test_remarks_reach_the_summary_and_plans_without_any_are_read(tmp_path: Path) -> None:
+    source = archive(tmp_path, NAMES)
+    source.write_bytes(b"#!/bin/sh\n" * 5 + source.read_bytes())
+    summary, members = planned(tmp_path, source)
+    assert summary.remarks == ("the first 50 bytes hold no file: the zip archive begins behind them",)
+    assert (len(members), summary.truncated) == (10, None)
+    path = tmp_path / "plan.parquet"
+    assert read_summary(path) == summary
+    table = pq.read_table(path)
+    stored = json.loads(pq.read_metadata(path).metadata[b"leukoflow.plan"])
+    del stored["remarks"]  # as older versions wrote it
+    pq.write_table(table.replace_schema_metadata({"leukoflow.plan": json.dumps(stored)}), path)
+    assert read_summary(path) == replace(summary, remarks=())
 
 
 # ---------------------------------------------------------------- the manifest

@@ -128,6 +128,8 @@ def nightly(config: RunConfig) -> State[Any]:
             _dashboard(run, stop) as dashboard,
         ):
             log.info("run %s: %s images in %s shards", run.run_id, run.summary.members, run.summary.shards)
+            for remark in run.summary.remarks:
+                log.warning("%s", remark)
             with _no_uploads_left(run):
                 with watching(run, stop, heart.note):
                     done = _process(run, stop, dashboard)

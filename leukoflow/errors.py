@@ -77,3 +77,15 @@ class RunBusyError(LeukoflowError):
 
 class MemberError(LeukoflowError):
     """One member of the source cannot be used; becomes a quarantined row whose `reason` is this message."""
+
+
+def words_of(error: BaseException) -> str:
+    """What may be passed on of an error: our own words; of others the kind, and of the system's the reason.
+
+    What a library says may quote a line of a manifest, a value or a name, and with it a patient.
+    """
+    if isinstance(error, LeukoflowError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return type(error).__name__

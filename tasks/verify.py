@@ -26,7 +26,8 @@ from leukoflow.progress import RunBinding
 from leukoflow.records import CLASSES, Marker, PartRef, RunManifest, Shard, ShardReceipt, StageTiming, Status
 from leukoflow.schema import CELLS, SCHEMA_VERSION, predictions_schema
 from leukoflow.storage import Storage
-from tasks.plan import META_PREFIX, read_summary
+from tasks.manifest_file import META_PREFIX
+from tasks.plan import read_summary
 from tasks.publish import REASONS, SLOWEST
 from tasks.tables import (
     finished,

@@ -1128,9 +1128,10 @@ class RunTable:
     def _slide_line(self, code: int) -> SlideLine:
         frame, groups = self.frame, self._held.slides
         grouping, _, name = frame.slides[code].partition(":")
-        row = int(groups.first[code])  # as `slides.parquet`: the first field names patient and site
+        row = int(groups.first[code])  # as `slides.parquet`: the first field names the site
         reviewed, flagged = self._reviewed_by_group["slides"]
-        patient = frame.patients[frame.patient[row]] if frame.patient[row] >= 0 else None
+        named = frame.patient[(frame.slide == code) & (frame.patient >= 0)]  # and the first that names one the patient
+        patient = frame.patients[named[0]] if len(named) else None
         return SlideLine(
             slide_key=self._slide_key(code),
             name=name,

@@ -138,7 +138,7 @@ def left(
     folder = tmp_path_factory.mktemp("privacy")
     out = folder / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEUKOFLOW_PATIENT_KEY", "a key for tests")
+        patch.setenv("LEUKOFLOW_PATIENT_KEY", "a key that only these tests have")
         manifest = write_manifest(folder / "slides.csv", members)
         settings = {"manifest": str(manifest), "alerts": {"quarantined_share": 0.1}, "metrics_port": 0}
         state = screen(write_archive(folder / "night.zip", members), out, "zip", **settings)

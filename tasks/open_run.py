@@ -104,11 +104,13 @@ def _open(config: RunConfig, manifest: Path | _FetchedFile | None) -> Run:
         raise ConfigError(f"--reuse {config.reuse}: there is no such run in {config.out}")
     if bound is not None:
         _check_plan(storage, bound)
+        if main is None:
+            _check_key(run_id, bound.patient_key_check)
     if main is not None:
         _take_plan(out.child(main.run_id), storage)
     summary = _frozen_plan(storage, config, source, manifest, selection)
     if main is None:
-        _check_key(run_id, summary)
+        _check_key(run_id, summary.patient_key_check)  # planned, and cut off before it was bound
     if bound is None:
         bound = RunBinding(
             run_id=run_id,
@@ -280,22 +282,22 @@ def _check_plan(storage: Storage, bound: RunBinding) -> None:
         )
 
 
-def _check_key(run_id: str, summary: PlanSummary) -> None:
+def _check_key(run_id: str, check: str) -> None:
     """Refuses to go on with a run whose pseudonyms another key has made: its patients would be nobody's elsewhere.
 
     Without any key there is nothing to confuse, and the plan has its pseudonyms.
     """
-    if not summary.patient_key_check:
+    if not check:
         return
     try:
         key = patient_key()
     except ConfigError:  # the server that may hold it is away: what is planned needs no key
         return
-    if key is not None and check_value(key) != summary.patient_key_check:
+    if key is not None and check_value(key) != check:
         raise RunConflictError(
-            f"run {run_id} has pseudonyms of its patients that another key has made than {PATIENT_KEY} (or the Prefect "
-            "Secret block) holds now, and with these they are found in no other run: if the key of before was right, "
-            "set it again; if this one is, choose a new --run-id, and delete the run of before"
+            f"the pseudonyms of run {run_id} were made with another patient key than {PATIENT_KEY} (or the Prefect "
+            "Secret block) holds now: if the key of before was right, set it again; if this one is, choose a new --run-id and "
+            f"delete {run_id}, whose patients are found in no other run"
         )
 
 

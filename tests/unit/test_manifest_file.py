@@ -103,7 +103,7 @@ def test_what_programs_put_around_values_makes_no_difference(tmp_path: Path, dat
 
 
 def test_lines_in_windows_1252_are_read_and_counted(tmp_path: Path) -> None:
-    lines = ["image_key,site".encode(), "ä.jpg,Süd".encode(), "b.jpg,Süd €".encode("cp1252"), b"c.jpg,Graz"]
+    lines = [b"image_key,site", "ä.jpg,Süd".encode(), "b.jpg,Süd €".encode("cp1252"), b"c.jpg,Graz"]
     known = read(tmp_path, b"\n".join(lines))
     assert column(known, "site") == ["Süd", "Süd €", "Graz"]
     assert known.remarks == (
@@ -138,8 +138,8 @@ def test_patients_that_are_nobody_are_never_one_patient(tmp_path: Path) -> None:
     assert column(known, "patient_id") == patients(*[None] * len(nobody), "7")
     assert column(known, "slide_id") == [*(f"S{i}" for i in range(len(nobody))), None]
     assert known.remarks == (
-        "slide_id says nothing (empty, NaN, NA, unknown or the like) in line 14: these images are grouped by the folder "
-        "that they lie in",
+        "slide_id says nothing (empty, NaN, NA, unknown or the like) in line 14: these images are grouped by the "
+        "folder that they lie in",
         "patient_id says nothing (empty, NaN, NA, unknown or the like) in lines 2, 3, 4, 5, 6, 7, 8, 9, 10, 11 and 2 "
         "more: these images have no patient",
     )
@@ -227,7 +227,7 @@ def test_ids_of_parquet(tmp_path: Path, ids: pa.Array, expected: list[str | None
 def test_parquet_columns_that_are_no_ids_are_refused(tmp_path: Path) -> None:
     dates = pa.array([20000], pa.int32()).cast(pa.date32())
     pq.write_table(pa.table({"image_key": ["a"], "patient_id": dates}), tmp_path / "slides.parquet")
-    with pytest.raises(ConfigError, match="the column patient_id has the type date32.*; store it as text"):
+    with pytest.raises(ConfigError, match="the column patient_id has the type date32"):
         read_manifest(tmp_path / "slides.parquet", (), KEY)
 
 

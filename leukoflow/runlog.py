@@ -7,12 +7,14 @@ import logging
 import re
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from leukoflow.errors import StorageError
+from leukoflow.errors import StorageError, words_of
 from leukoflow.storage import Storage
 from leukoflow.telemetry import WORKER_LOGGER
 
@@ -45,8 +47,18 @@ class JsonLines(logging.Formatter):
         if worker := getattr(record, "worker", None):
             line["worker"] = worker
         if record.exc_info and record.exc_info[0] is not None:
-            line["exception"] = f"{record.exc_info[0].__name__}: {record.exc_info[1]}"
+            kind, words = record.exc_info[0].__name__, words_of(record.exc_info[1] or Exception())
+            line["exception"] = kind if words == kind else f"{kind}: {words}"
         return json.dumps(line, ensure_ascii=False)
+
+
+class PlainLines(logging.Formatter):
+    """Lines for people; of an exception where it was raised, and not what a library says of the values."""
+
+    def formatException(self, ei: Any) -> str:
+        """The frames, and what may be passed on."""
+        kind, error, trace = ei
+        return "".join([*traceback.format_tb(trace), f"{kind.__name__}: {words_of(error)}"])
 
 
 class _LogFile(logging.FileHandler):
@@ -71,7 +83,7 @@ def run_log(root: str, run_id: str) -> Iterator[None]:
     storage = Storage(root)
     name = f"logs/run-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     ours, workers = logging.getLogger("leukoflow"), logging.getLogger(WORKER_LOGGER)
-    plain = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
+    plain = PlainLines("%(asctime)s %(levelname)-7s %(message)s")
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="leukoflow-log-")))
         for ending, formatter, level in ((".log", plain, logging.WARNING), (".jsonl", JsonLines(run_id), logging.INFO)):

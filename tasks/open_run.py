@@ -296,8 +296,8 @@ def _check_key(run_id: str, check: str) -> None:
     if key is not None and check_value(key) != check:
         raise RunConflictError(
             f"the pseudonyms of run {run_id} were made with another patient key than {PATIENT_KEY} (or the Prefect "
-            "Secret block) holds now: if the key of before was right, set it again; if this one is, choose a new --run-id and "
-            f"delete {run_id}, whose patients are found in no other run"
+            "Secret block) holds now: if the key of before was right, set it again; if this one is, choose a new "
+            f"--run-id and delete {run_id}, whose patients are found in no other run"
         )
 
 

@@ -29,7 +29,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.special import betaincinv
 
-from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError, RunNotFoundError, StorageError
+from leukoflow.errors import (
+    LeukoflowError,
+    NotFoundError,
+    RequestError,
+    RunBusyError,
+    RunNotFoundError,
+    StorageError,
+    words_of,
+)
 from leukoflow.progress import ProgressReader, RunProgress, read_manifest
 from leukoflow.progress import list_runs as run_names
 from leukoflow.records import CLASSES, RunManifest, Status
@@ -1263,7 +1271,7 @@ class _reading:
             ) from None
         if isinstance(error, (pa.ArrowException, OSError)):
             raise StorageError(
-                f"run {self.run_id} cannot be read ({error}); `leukoflow verify` tells what to do"
+                f"run {self.run_id} cannot be read ({words_of(error)}); `leukoflow verify` tells what to do"
             ) from None
 
 
@@ -1364,7 +1372,7 @@ def _line(shelf: _Shelf, run_id: str) -> RunLine | None:
         return None
     except (LeukoflowError, ValueError, KeyError, TypeError, AttributeError) as error:
         return RunLine(
-            run_key_of(run_id), run_id, "damaged", "", None, "", 0, 0, 0, 0, 0, 0, 0, "", "", None, str(error)
+            run_key_of(run_id), run_id, "damaged", "", None, "", 0, 0, 0, 0, 0, 0, 0, "", "", None, words_of(error)
         )
 
 

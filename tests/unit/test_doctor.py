@@ -171,9 +171,10 @@ def test_a_check_that_breaks_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(doctor, name, broken)
     monkeypatch.setattr(doctor, "check_decoding", lambda: iter([Check("decoding", "ok", "works")]))
     monkeypatch.setattr(doctor, "check_prefect", lambda start: iter([Check("prefect", "ok", "works")]))
+    monkeypatch.setattr(doctor, "check_patient_key", lambda: iter([Check("patient key", "ok", "none")]))
     monkeypatch.setattr(doctor, "check_bundle", no_bundle)
     checks = diagnose(None, "none", None, start_prefect=False)
-    assert [c.verdict for c in checks] == ["fail"] * 5 + ["ok"] * 2
+    assert [c.verdict for c in checks] == ["fail"] * 5 + ["ok"] * 3
     assert "by accident" in checks[0].found
     assert checks[4].found == "bundle none is absent; name another with --bundle"
 

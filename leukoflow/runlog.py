@@ -47,8 +47,7 @@ class JsonLines(logging.Formatter):
         if worker := getattr(record, "worker", None):
             line["worker"] = worker
         if record.exc_info and record.exc_info[0] is not None:
-            kind, words = record.exc_info[0].__name__, words_of(record.exc_info[1] or Exception())
-            line["exception"] = kind if words == kind else f"{kind}: {words}"
+            line["exception"] = _kind_and_words(record.exc_info[1])
         return json.dumps(line, ensure_ascii=False)
 
 
@@ -57,8 +56,12 @@ class PlainLines(logging.Formatter):
 
     def formatException(self, ei: Any) -> str:
         """The frames, and what may be passed on."""
-        kind, error, trace = ei
-        return "".join([*traceback.format_tb(trace), f"{kind.__name__}: {words_of(error)}"])
+        return "".join([*traceback.format_tb(ei[2]), _kind_and_words(ei[1])])
+
+
+def _kind_and_words(error: BaseException | None) -> str:
+    kind, words = type(error).__name__, words_of(error) if error is not None else ""
+    return kind if words in ("", kind) else f"{kind}: {words}"
 
 
 class _LogFile(logging.FileHandler):

@@ -213,7 +213,7 @@ def compare(keys: Iterable[str], items: Sequence[Item], taken: Taken, archives: 
 
 def _spelled_otherwise(keys: Sequence[str], images: Sequence[str]) -> set[str]:
     """Those of the manifest's keys that are one of the images, spelled otherwise: folders are never left out here."""
-    found = match(keys, images, matched=[""])
+    found = match(keys, images, matched=True)
     return {keys[row] for row in found.rows.values()}
 
 

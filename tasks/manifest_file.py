@@ -245,8 +245,8 @@ def _read_csv(path: PathLike, data: bytes, known: Sequence[str], metas: Sequence
     sheet = _Sheet(columns, numbers, "line")
     if text.foreign:
         sheet.remarks.append(
-            f"{len(text.foreign):,} lines of the manifest are not UTF-8 and were read as Windows-1252 "
-            f"({counted('line', text.foreign)}): save it as UTF-8"
+            f"{len(text.foreign):,} of the manifest's lines read as Windows-1252, since they are not UTF-8: "
+            f"{counted('line', text.foreign)}; save it as UTF-8"
         )
     return sheet
 
@@ -388,7 +388,7 @@ def _indexed(path: PathLike, table: pa.Table, sheet: _Sheet) -> Manifest:
             "one for each image"
         )
     extra = [second for _, second in repeated]
-    sheet.remarks.append(f"{sheet.places(extra)} of the manifest repeat earlier ones word for word, and count once")
+    sheet.remarks.append(f"repeated word for word in the manifest, and counted once: {sheet.places(extra)}")
     kept = sorted(rows.values())
     places = {row: place for place, row in enumerate(kept)}
     return Manifest(

@@ -32,10 +32,8 @@ class Matching:
     rules: tuple[Rule, ...]
 
 
-def match(
-    rows: Sequence[str], images: Sequence[str], matched: Iterable[str] = (), own_names: Sequence[str] = ()
-) -> Matching:
-    """Matches lines and images that are not equal; `matched` are the names of those that are.
+def match(rows: Sequence[str], images: Sequence[str], matched: bool = False, own_names: Sequence[str] = ()) -> Matching:
+    """Matches lines and images that are not equal; `matched` says that others are, so that folders mean what they say.
 
     `own_names` are those of the source itself, which a manifest may name in front of every image.
     """
@@ -58,7 +56,7 @@ def match(
     ):
         left, free = rest()
         apply(words, _pairs({r: form(rows[r]) for r in left}, {i: form(images[i]) for i in free}))
-    if not found and not any(True for _ in matched):
+    if not found and not matched:
         _folders(rows, images, own_names, apply)
     return Matching(found, tuple(rules))
 

@@ -197,17 +197,16 @@ class _Join:
             found = match(
                 [keys[row] for row in rows],
                 list(self._unlisted.values()),
-                (keys[row] for row in range(len(keys)) if self.found[row]),
+                any(self.found),
                 own_names,
             )
             for image, row in found.rows.items():
                 self._rows[images[image]] = rows[row]
                 self.found[rows[row]] = 1
+                self._keys[rows[row]] = self._unlisted.pop(images[image])
             for rule in found.rules:
                 places = self.known.places([rows[row] for row in rule.rows])
-                self.remarks.append(f"{places} of the manifest were matched {rule.words}")
-                for image in found.rows:
-                    self._keys[rows[found.rows[image]]] = self._unlisted.pop(images[image])
+                self.remarks.append(f"matched to their images {rule.words}: {places} of the manifest")
 
     def conclude(self) -> None:
         """Says what would match, and finds the slides of images that the manifest gives none."""

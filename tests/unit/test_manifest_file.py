@@ -107,7 +107,7 @@ def test_lines_in_windows_1252_are_read_and_counted(tmp_path: Path) -> None:
     known = read(tmp_path, b"\n".join(lines))
     assert column(known, "site") == ["Süd", "Süd €", "Graz"]
     assert known.remarks == (
-        "1 lines of the manifest are not UTF-8 and were read as Windows-1252 (line 3): save it as UTF-8",
+        "1 of the manifest's lines read as Windows-1252, since they are not UTF-8: line 3; save it as UTF-8",
     )
 
 
@@ -123,7 +123,7 @@ def test_a_line_that_is_repeated_word_for_word_counts_once(tmp_path: Path) -> No
     known = read(tmp_path, HEADER + "a,S1,7\nb,S1,8\na,S1,7 \nc,S2,9\n")
     assert dict(known.rows) == {"a": 0, "b": 1, "c": 2}
     assert column(known, "patient_id") == patients("7", "8", "9")
-    assert known.remarks == ("line 4 of the manifest repeat earlier ones word for word, and count once",)
+    assert known.remarks == ("repeated word for word in the manifest, and counted once: line 4",)
     assert known.places([2]) == "line 5"
     assert manifest_keys(tmp_path / "slides.csv") == ["a", "b", "c"]
 

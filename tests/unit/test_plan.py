@@ -258,7 +258,7 @@ def test_lines_find_images_that_are_spelled_differently(
     assert [m.site for m in members] == [None if i is None else f"site {i}" for i in expected]
     assert (summary.missing, len(summary.remarks)) == (0, 1)
     assert words in summary.remarks[0]
-    assert "of the manifest were matched" in summary.remarks[0]
+    assert summary.remarks[0].startswith("matched to their images ")
     assert read_summary(tmp_path / "plan.parquet") == summary
 
 

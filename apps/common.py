@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from leukoflow.errors import ConfigError, LeukoflowError
+from leukoflow.errors import QUOTING, ConfigError, LeukoflowError
 
 if TYPE_CHECKING:
     from leukoflow.config import RunConfig
@@ -60,10 +60,16 @@ def reported(debug: bool = False) -> Iterator[None]:
             traceback.print_exc()
         where = traceback.extract_tb(error.__traceback__)[-1]
         fail(
-            f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno}); "
+            f"{_without_values(error)} ({Path(where.filename).name}, line {where.lineno}); "
             "this is a fault of the program: --debug shows the whole traceback",
             1,
         )
+
+
+def _without_values(error: Exception) -> str:
+    """An unforeseen error in words; what a library says of values may name a patient, and is left out."""
+    kind = type(error).__name__
+    return kind if isinstance(error, QUOTING) or not str(error) else f"{kind}: {error}"
 
 
 def fail(message: str, code: int) -> NoReturn:

@@ -91,7 +91,7 @@ def show_plan(target: Console, run_id: str, root: str, summary: PlanSummary) -> 
     if summary.truncated:
         table.add_row("source", Text(f"incomplete: {summary.truncated}", style="yellow"))
     for remark in summary.remarks:
-        table.add_row("source", Text(remark, style="yellow"))
+        table.add_row("remark", Text(remark, style="yellow"))
     table.add_row("output", Text(root))
     target.print(table)
 

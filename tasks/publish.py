@@ -252,6 +252,10 @@ def _count(slides: dict[str, _Slide], row: dict[str, Any]) -> None:
     slide = slides.get(f"{grouping}:{slide_id}")
     if slide is None:
         slide = slides[f"{grouping}:{slide_id}"] = _Slide(grouping, row["patient_id"], row["site"])
+    if slide.patient_id is None:  # of an image without a line in the manifest, the slide is known and the patient not
+        slide.patient_id = row["patient_id"]
+    if slide.site is None:
+        slide.site = row["site"]
     slide.status[row["status"]] += 1
     slide.cells += row["n_cells"] or 0
     if row["status"] != Status.PREDICTED:

@@ -106,6 +106,9 @@ def render(request: Request, template: str, here: str = "", /, status: int = 200
         "number": words.number,
         "percent": words.percent,
         "prob": words.prob,
+        "sentence": words.sentence,
+        "upload_words": words.upload_words,
+        "why_of": scenes.why_of,
         "day": words.day,
         "moment": words.moment,
         "state_kind": lambda state: _STATES.get(state, "warn"),
@@ -145,8 +148,7 @@ def told() -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str:
-    text = words.shown(error, 400)
-    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '!', '?')) else '.'}"
+    return words.sentence(error, 400)
 
 
 def _out(request: Request) -> str:
@@ -649,7 +651,7 @@ async def bench_page(request: Request, who: Diagnoser) -> Response:
     engine, limits = request.app.state.engine, request.app.state.settings.uploads
     return render(
         request, "bench.html", "bench", bundles=() if engine is None else engine.bundles,
-        jobs=_jobs(request).of(who.name), max_files=limits.files, max_mb=limits.total_mb,
+        jobs=_jobs(request).of(who.name), max_files=limits.files, max_mb=limits.total_mb, file_mb=limits.file_mb,
         minutes=round(limits.job_minutes), warming=_warming(request),
     )  # fmt: skip
 

@@ -19,6 +19,7 @@ from leukoflow.records import CLASSES, Status
 from tasks import cytoplasm, field_view, wording, worklist
 from tasks.field_view import FieldView, ReferenceCell
 from tasks.single import Finding
+from tasks.wording import Scale
 from tasks.worklist import FieldLine, Frequency, RunTable
 
 REFERENCES = 6
@@ -276,6 +277,13 @@ def of_finding(finding: Finding, tile: int, base: str, um_per_px: float | None =
     mapped = bool(finding.probabilities)
     label = finding.label if finding.status == Status.PREDICTED else None
     return _scene(finding.tiles, cells, tile, base, label, True, mapped, (), um_per_px)
+
+
+def why_of(item: Item) -> tuple[str, str, str]:
+    """Why an image of the bench has no answer: what, the likeliest cause with the remedy, and what was measured."""
+    f: Finding = item.finding
+    scale = Scale(f.width_px, f.height_px, item.um_per_px, field_view.segment_settings(f.bundle))
+    return words.reason_words(f.reason, scale, "bench")
 
 
 def of_item(item: Item) -> Subject:

@@ -5,6 +5,7 @@ Confidence is told as a frequency, since that is what calibration means; attenti
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -27,6 +28,13 @@ CLASS_NOTES = {
     "Pre": "malignant, precursor B cells",
     "Pro": "malignant, progenitor B cells",
 }
+_BECAME = (
+    ("predicted", "answered"),
+    ("abstained", "without an answer"),
+    ("rejected", "rejected"),
+    ("quarantined", "could not be read"),
+    ("", "not diagnosed"),
+)
 STATUSES = ("predicted", "abstained", "rejected", "quarantined")
 STATUS_WORDS = {
     "predicted": "answered: a label with its confidence",
@@ -169,6 +177,23 @@ def moment(at: str | None) -> str:
         return f"{datetime.fromisoformat(at).astimezone(UTC):%Y-%m-%d %H:%M}"
     except ValueError:
         return shown(at, 40)
+
+
+def sentence(text: object, limit: int = 300) -> str:
+    """Foreign text as a sentence: with a capital and a full stop."""
+    words = shown(text, limit).strip()
+    return f"{words[:1].upper()}{words[1:]}{'' if words.endswith(('.', '!', '?')) else '.'}" if words else ""
+
+
+def upload_words(items: Sequence[Any], pictures: int) -> str:
+    """What became of an upload, by number: the parts add up to what was chosen, times the models that looked at it."""
+    found = Counter(str(i.finding.status) if i.finding is not None else "" for i in items if i.done)
+    parts = [f"{found[kind]} {said}" for kind, said in _BECAME if found[kind]]
+    if waiting := sum(not i.done for i in items):
+        parts.append(f"{waiting} to do")
+    models = len(items) // pictures if pictures else 1
+    head = f"{pictures} picture{'s' if pictures != 1 else ''}{f', {models} models' if models > 1 else ''}"
+    return f"{head}: {', '.join(parts)}"
 
 
 def versus(findings: Sequence[Any]) -> str:

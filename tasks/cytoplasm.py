@@ -11,11 +11,11 @@ from collections.abc import Sequence
 import numpy as np
 from numpy.typing import NDArray
 
-UNMEASURED_FROM = 0.995
-"""Ratios from here on are of masks without cytoplasm.
+UNMEASURED_FROM = 0.95
+"""Ratios from here on are of masks in which no cytoplasm was seen.
 
-A closed rim of cytoplasm one pixel wide is more than 5 % of any cell of up to 5,000 px, so what is left below half a
-percent is none: stray pixels at the edge of a nucleus, at most one of a cell of 200 px.
+A closed rim one pixel wide, the least that a mask can show, is 5 % of a cell of 5,000 pixels and more of any smaller
+one, and cells are smaller. What is less is a stray pixel at the edge of a nucleus, and no rim around it.
 """
 UNSEEN = "cytoplasm not seen"
 DESCRIPTION = f"area of the nucleus over that of the cell; null where it was not measured: {UNSEEN}"

@@ -127,7 +127,7 @@ def publish(
         parts=parts,
         tables=tuple(tables),
         software=software(),
-        notes=(*_notes(run, parts), *_scale_notes(run, guessed, totals["abstained"]), *notes),
+        notes=(*_notes(run, parts), *_scale_notes(run, guessed, sum(slides["n_abstained"].to_pylist())), *notes),
         hosts=_hosts(storage),
         config=run.config.canonical(),
         bundle_reference=run.binding.bundle_reference,

@@ -690,7 +690,7 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
 def _label(label: str | None) -> str:
     if label is None:
         return "–"
-    return f"{_dot(_LABEL_COLOURS.get(label, '#888'))}{_text(class_name(label))}"
+    return f'<span class="tag">{_dot(_LABEL_COLOURS.get(label, "#888"))}{_text(class_name(label))}</span>'
 
 
 def _gallery(name: str, cards: Sequence[_Card], notes: Sequence[str], empty: str) -> str:

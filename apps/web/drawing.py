@@ -39,6 +39,7 @@ FOR, AGAINST = "#ffe11a", "#12c9ff"
 LABEL_COLOURS = {"Benign": "#2f8579", "Early": "#b98a0f", "Pre": "#cf5f22", "Pro": "#ab3366"}
 _STOPS = ((0x5C, 0x74, 0x96), (0xF0, 0xA2, 0x1E), (0xE0, 0x22, 0x35))
 _STRONGEST = 217  # opacity of the strongest place of an activation map: the cell must be seen through it
+_DRAWN = {0xD7: "x", 0xB5: "u", 0x2013: "-", 0x2026: "..."}  # letters that the built-in font of pictures lacks
 _ENLARGED = 900  # pixels of the longer side of an exported picture, at least
 
 
@@ -365,7 +366,10 @@ def export_png(subject: Subject, tile: Tile | None, cells: Sequence[Cell], layer
         (RESEARCH_USE, 15, "#9b241c"),
     ]  # fmt: skip
     wrapped = [
-        (piece, size, ink) for text, size, ink in lines if text for piece in _wrap(text, size, picture.width - 48)
+        (piece, size, ink)
+        for text, size, ink in lines
+        if text
+        for piece in _wrap(text.translate(_DRAWN), size, picture.width - 48)
     ]
     tall = sum(size + 9 for _, size, _ in wrapped) + 36
     sheet = Image.new("RGB", (picture.width, picture.height + tall), "#fffefb")

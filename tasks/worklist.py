@@ -401,7 +401,7 @@ def entropy(probabilities: Floats) -> Floats:
 
 
 def beta_interval(malignant: Floats, predicted: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:
-    """Interval of the malignant share after so many fields, from even odds: [n] and [n]."""
+    """Interval of the mean malignant probability after so many fields, from even odds: [n] and [n]."""
     a, b = 1.0 + malignant, 1.0 + predicted - malignant
     edge = (1.0 - level) / 2
     return betaincinv(a, b, edge), betaincinv(a, b, 1.0 - edge)

@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 from leukoflow.codec import dumps, loads
 from leukoflow.errors import LeukoflowError, RequestError, RunBusyError, RunNotFoundError, StorageError, words_of
 from leukoflow.lock import LockHolder
-from leukoflow.records import CLASSES
+from leukoflow.records import CLASSES, Status
 from leukoflow.schema import VERDICTS
 from leukoflow.storage import Storage
 from tasks.tables import INTENT, in_order
@@ -82,6 +82,11 @@ class Verdict:
     def target(self) -> Target:
         """What it is about."""
         return ("image", self.image_key) if self.image_key is not None else slide_target(self.grouping, self.slide_id)
+
+    @property
+    def seen_answer(self) -> str | None:
+        """The label that the model answered with; None where it abstained, whatever was noted of its leaning."""
+        return None if self.seen_status == Status.ABSTAINED else self.seen_label
 
     @property
     def said(self) -> str | None:
@@ -178,6 +183,11 @@ def check_verdict(verdict: Verdict) -> None:
         raise RequestError(f"a correction needs a label, one of {', '.join(CLASSES)}")
     if verdict.action is not Action.CORRECT and verdict.label is not None:
         raise RequestError(f"only a correction has a label, not {verdict.action}")
+    if verdict.action is Action.ACCEPT and verdict.seen_status == Status.ABSTAINED:
+        raise RequestError(
+            "the model abstained from this field, so there is no answer to accept: say which class it is, flag it or "
+            "comment on it"
+        )
     if verdict.action is Action.ACCEPT and verdict.seen_label is None:
         raise RequestError("there is no prediction to accept here: correct it, flag it or comment on it")
     if verdict.action is Action.COMMENT and not (verdict.comment or "").strip():

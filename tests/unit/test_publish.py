@@ -102,6 +102,23 @@ def test_a_shard_that_is_not_committed_is_never_published(
     assert read_manifest(Storage(run.root)) is None
 
 
+def test_abstentions_from_pictures_without_a_scale_are_said(made: Callable[[Path], Run], tmp_path: Path) -> None:
+    run = made(tmp_path)
+    sizes = [(2592, None), (2592, 0.19), (run.bundle.spec.method.segment.field_px, None), (100, None)]
+
+    def abstain(table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        for row, (side, scale) in zip(rows, sizes, strict=True):
+            row |= {"status": "abstained", "width_px": side, "height_px": side, "um_per_px": scale}
+        return pa.Table.from_pylist(rows, table.schema)
+
+    rewrite(run, abstain)
+    (note,) = publish(run, 1.0, 2.0, 20).notes
+    assert note.startswith("2 of 4 abstentions are from pictures of another size than the training fields")
+    assert "--um-per-px" in note
+    assert "um_per_px in the manifest" in note
+
+
 def test_absent_activation_maps_are_said_and_change_nothing_else(made: Callable[[Path], Run], tmp_path: Path) -> None:
     run = made(tmp_path)
     whole = publish(run, 1.0, 2.0, 20)

@@ -49,9 +49,12 @@ function key(event) {
     event.preventDefault();
   } else {
     const button = bar()?.querySelector(`button[data-key="${CSS.escape(event.key)}"]`);
+    const none = event.key === "a" && bar()?.querySelector("[data-no-answer]");
     if (button && !button.disabled) {
       button.click();
       event.preventDefault();
+    } else if (none) {
+      say(none.dataset.noAnswer);
     }
   }
 }

@@ -190,12 +190,14 @@ def _opened(data: bytes) -> Iterator[_Picture]:
             raise
         raise RefusedError(f"not supported: {describe(page)}; save it in RGB with 8 or 16 bits") from None
     with image:
+        if values is not None and image.mode == "CMYK":
+            raise RefusedError("a JPEG of 12 bits in CMYK is not supported: save it in RGB")
         if page is not None and page.place[0] > 0:
             image.seek(page.place[0])
 
         def load(size: tuple[int, int]) -> tuple[Image.Image, str | None]:
             if values is not None:
-                return picture_of(values(), depth, cmyk=image.mode == "CMYK")
+                return picture_of(values(), depth)
             if image.format == "JPEG" and image.width * image.height > _DRAFT_PIXELS:
                 image.draft(None, size)
             image.load()

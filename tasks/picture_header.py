@@ -470,9 +470,9 @@ def tiff_refusal(page: TiffPage) -> str | None:
     """Say why the pixels of a page are not supported, with what to do; None where they may be."""
     if page.sample_format == 2:
         return "signed values are not supported: save it with unsigned values of 8 or 16 bits"
-    if page.sample_format == 3 or page.sample_format == 6:
+    if page.sample_format == 3:
         return "floating-point pixels are not supported: save it with 8 or 16 bits"
-    if page.sample_format == 5:
+    if page.sample_format in (5, 6):
         return "complex values are not supported: save it with 8 or 16 bits"
     if max(page.bits) > 32 or (max(page.bits) > 16 and page.samples > 1):
         return f"pixels of {max(page.bits)} bits are not supported: save it with 8 or 16 bits"

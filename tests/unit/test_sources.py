@@ -392,7 +392,7 @@ def test_litter_and_folders_are_ignored_not_lost(tmp_path: Path) -> None:
 
 
 LITTER = [
-    "a/@eaDir/x.jpg/SYNOFILE_THUMB_M.jpg", "$RECYCLE.BIN/$R1.jpg", "$Recycle.Bin/S-1-5/$R2.jpg", ".Trash-1000/files/x.png",
+    "a/@eaDir/x.jpg/SYNOFILE_THUMB_M.jpg", "$RECYCLE.BIN/$R1.jpg", "$Recycle.Bin/S-1-5/$R2.jpg", ".Trash-1000/x.png",
     ".Trashes/501/x.png", ".snapshot/hourly.0/x.png", "~snapshot/x.png", ".zfs/snapshot/x.png", "#recycle/x.png",
     "#snapshot/x.png", "@Recycle/x.png", ".@__thumb/x.jpg", ".AppleDouble/x.jpg", "lost+found/#12.jpg",
     "System Volume Information/x", ".Spotlight-V100/x", "a/THUMBS.DB", "Thumbs.db:encryptable", "Desktop.ini",
@@ -428,6 +428,11 @@ def test_an_inbox_sees_unfinished_files_but_no_other_litter(tmp_path: Path) -> N
 
 
 # ---------------------------------------------------------------- refused members
+
+
+def test_a_jpeg_2000_is_a_source_of_its_own(tmp_path: Path) -> None:
+    for magic in (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"):
+        assert identify(saved(tmp_path, magic + bytes(600), "x.jp2").uri).kind is SourceKind.IMAGE
 
 
 def test_a_file_whose_picture_is_elsewhere_is_refused_by_its_name(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from tasks.picture_header import (
     TiffPage,
     describe,
     jpeg2000_precision,
+    jpeg2000_profile,
     jpeg_frame,
     jpeg_refusal,
     png_depth,
@@ -80,7 +81,7 @@ _TOO_MUCH_MEMORY = "too large: decoding it needs more memory than the limit allo
 _STRIP_PIXELS = 4_000_000
 _DRAFT_PIXELS = 16_000_000  # a larger JPEG is decoded at a fraction of its size where that is enough
 _ORIENTATION = 0x0112
-_UNSUPPORTED = re.compile(r"unsupported|not supported|not implemented|unrecognized|unknown", re.IGNORECASE)
+_UNSUPPORTED = re.compile(r"unsupported|not supported|not implemented", re.IGNORECASE)
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -116,7 +117,11 @@ def decode_image(
             return _decode(picture, um_per_px, settings, max_pixels, min_side_px)
     except RefusedError:
         raise
-    except (MemoryError, ImportError):  # a codec's library does not fit either
+    except ModuleNotFoundError as error:
+        raise RefusedError(
+            f"not supported by this installation, which lacks {error.name}: run `make install`"
+        ) from None
+    except (MemoryError, ImportError):  # a codec whose library does not fit
         raise RefusedError(_TOO_MUCH_MEMORY) from None
     except UnreadableError as error:
         raise RefusedError(str(error)) from None
@@ -203,10 +208,11 @@ def _opened(data: bytes) -> Iterator[_Picture]:
             image.load()
             return image, None
 
+        profile = jpeg2000_profile(data) if data.startswith(JPEG2000) else image.info.get("icc_profile")
         # Of a TIFF the library itself applies the orientation; of a PNG asking for it decodes the pixels.
         yield _Picture(
             image.size, load, lambda: 1 if image.format == "TIFF" else _orientation(image),
-            image.info.get("icc_profile"), remark,
+            profile, remark,
         )  # fmt: skip
 
 

@@ -164,6 +164,30 @@ def jpeg2000_precision(data: bytes) -> int:
     return max(bits, default=8)
 
 
+def jpeg2000_profile(data: bytes) -> bytes | None:
+    """Return the ICC profile of a JPEG 2000 file; None where it has none (ISO 15444-1, annex I)."""
+    for kind, begin, end in _boxes(data, 0, len(data)):
+        if kind == b"jp2h":
+            for inner, start, stop in _boxes(data, begin, end):
+                if inner == b"colr" and data[start : start + 1] == b"\2":
+                    return data[start + 3 : stop]
+        elif kind == b"jp2c":
+            break
+    return None
+
+
+def _boxes(data: bytes, at: int, end: int) -> Iterator[tuple[bytes, int, int]]:
+    while at + 8 <= end:
+        length, begin = int.from_bytes(data[at : at + 4], "big"), at + 8
+        if length == 1:
+            length, begin = int.from_bytes(data[at + 8 : at + 16], "big"), at + 16
+        stop = end if length == 0 else at + length
+        if stop < begin or stop > end:
+            return
+        yield data[at + 4 : at + 8], begin, stop
+        at = stop
+
+
 # ---------------------------------------------------------------- PNG
 
 _PNG_TEXTS = (b"tEXt", b"zTXt", b"iTXt")

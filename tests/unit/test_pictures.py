@@ -378,6 +378,15 @@ def test_colour_profiles_of_wide_and_grey_pictures() -> None:
         field = decode(data)
         assert np.abs(field.rgb - expected).max() <= 3
         assert field.remarks == ("colours converted to sRGB by its colour profile",)
+    plain = encoded(rgb, "JPEG2000")
+    box = b"colr\2\0\0" + embedded
+    at = plain.index(b"colr") - 4
+    box = struct.pack(">L", len(box) + 4) + box
+    old = struct.unpack_from(">L", plain, at)[0]
+    head = plain.index(b"jp2h") - 4
+    grown = struct.pack(">L", struct.unpack_from(">L", plain, head)[0] + len(box) - old)
+    field = decode(plain[:head] + grown + plain[head + 4 : at] + box + plain[at + old :])
+    assert np.abs(field.rgb - expected).max() <= 3
     grey = rgb[:, :, 0]
     field = decode(encoded(grey, "PNG", icc_profile=profile((), 1.0)))
     linear = grey / 255.0
@@ -451,6 +460,9 @@ def test_the_child_decodes_them_within_its_limits() -> None:
         for out in decoder.decode((data, None) for data in kinds):
             np.testing.assert_array_equal(out.rgb, RGB)
         assert decoder.starts == 1
+    with Decoder(LimitSettings(decode_memory_mb=256), SETTINGS) as small:
+        for out in small.decode((data, None) for data in kinds):
+            np.testing.assert_array_equal(out.rgb, RGB)
     wide = tiff(np.zeros((8000, 8000, 3), np.uint16), photometric="rgb", compression="zstd")
     with Decoder(LimitSettings(decode_memory_mb=256), SETTINGS) as small:
         assert "memory" in (small.decode_one(wide).reason or "")

@@ -256,7 +256,7 @@ def _stream(source: Source, file: BinaryIO) -> ByteStream:
 class Listing:
     """Members of a source in its own order, as a stream that can be walked once; with `entries` only these.
 
-    `ignored` (folders and litter of operating systems) and `truncated` (why the source is known to be incomplete, or
+    `ignored` (folders and litter) and `truncated` (why the source is known to be incomplete, or
     None) are complete once the iteration has ended. Of a compressed tar the members' `offset` is left at 0: it
     depends on the shards (see `spool`).
     """

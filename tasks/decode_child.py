@@ -81,7 +81,7 @@ _TOO_MUCH_MEMORY = "too large: decoding it needs more memory than the limit allo
 _STRIP_PIXELS = 4_000_000
 _DRAFT_PIXELS = 16_000_000  # a larger JPEG is decoded at a fraction of its size where that is enough
 _ORIENTATION = 0x0112
-_UNSUPPORTED = re.compile(r"unsupported|not supported|not implemented", re.IGNORECASE)
+_UNSUPPORTED = re.compile(r"unsupported (?!marker)|not supported|not implemented", re.IGNORECASE)
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -202,7 +202,10 @@ def _opened(data: bytes) -> Iterator[_Picture]:
 
         def load(size: tuple[int, int]) -> tuple[Image.Image, str | None]:
             if values is not None:
-                return picture_of(values(), depth)
+                wide, remark = picture_of(values(), depth)
+                if wide.size != image.size:
+                    raise UnreadableError("damaged: the image's data does not fit its header")
+                return wide, remark
             if image.format == "JPEG" and image.width * image.height > _DRAFT_PIXELS:
                 image.draft(None, size)
             image.load()

@@ -70,6 +70,8 @@ def refusal_of(data: bytes) -> str | None:
     """Say what the bytes are where no decoder is to be asked: with what to do, in words for people; else None."""
     if not data:
         return "empty: 0 bytes"
+    if data[:2] in (b"II", b"MM") and data[8:10] == b"CR":  # CR2: a TIFF whose first page is a preview
+        return f"not supported: a camera's raw picture; {EXPORT}"
     if data.startswith(_READ):
         return None
     for magic, name in _NO_PICTURES:

@@ -44,6 +44,7 @@ def boxed(brand: bytes) -> bytes:
         (b"II\xbc\1" + bytes(90), "a JPEG XR picture"),
         (b"%PDF-1.7" + bytes(90), "a PDF document"),
         (b"FUJIFILMCCD-RAW " + bytes(90), "a camera's raw picture"),
+        (b"II*\0\x10\0\0\0CR\2\0" + bytes(90), "a camera's raw picture"),
         (b"IIU\0\x08" + bytes(90), "a camera's raw picture"),
         (b"p\0\0\0\x20\0\0\0*" + bytes(90), "an LIF file of Leica"),
         (b"\xda\xce\xbe\n" + bytes(90), "an ND2 picture of Nikon"),

@@ -449,6 +449,28 @@ def test_rare_codecs_are_imported_only_for_the_pictures_that_need_them() -> None
     assert "tifffile" in imported(tiff(TWELVE, photometric="rgb", bitspersample=12)).split()
 
 
+def test_random_damage_gives_pixels_or_a_reason() -> None:
+    generator = np.random.default_rng(1)
+    small, twelve = RGB[:64, :64].copy(), TWELVE[:64, :64].copy()
+    kinds = [
+        tiff(twelve, photometric="rgb", bitspersample=12),
+        tiff(small, photometric="rgb", bigtiff=True, byteorder=">", compression="lerc"),
+        imagecodecs.jpeg_encode(twelve, level=95, bitspersample=12),
+        imagecodecs.jpeg2k_encode(twelve, level=0, bitspersample=12),
+        imagecodecs.png_encode(SIXTEEN[:64, :64].copy()),
+        encoded(small, "PNG", icc_profile=profile(PROPHOTO, 1.8)),
+    ]
+    with Decoder(LimitSettings(), SETTINGS) as decoder:
+        for pristine in (np.frombuffer(data, np.uint8) for data in kinds):
+            for _ in range(40):
+                damaged = pristine.copy()
+                at = np.append(generator.integers(0, len(damaged), 4), generator.integers(4, 300, 2))
+                damaged[at] = generator.integers(0, 256, 6)
+                out = decoder.decode_one(damaged.tobytes())
+                assert (out.rgb is None) == (out.reason is not None)
+                assert "OpenCV" not in (out.reason or "")
+
+
 def test_the_child_decodes_them_within_its_limits() -> None:
     kinds = [
         tiff(RGB, photometric="rgb", compression="jpeg2000"),

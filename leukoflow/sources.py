@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, Protocol, cast
 from urllib.parse import unquote_to_bytes
 
 from leukoflow.errors import MemberError, SourceError, StorageError
+from leukoflow.names import is_left_behind, is_litter, no_picture
 from leukoflow.reading import GuardedReader
 from leukoflow.records import Member, Shard, Source, SourceKind
 from leukoflow.tarlist import BLOCK, ByteStream, CompressedStream, PlainStream, TarWalk, compression_of, is_header
@@ -27,7 +28,10 @@ from leukoflow.ziplist import SplitArchiveError, ZipEntry, ZipWalk, find_directo
 from leukoflow.zipnames import key_of
 
 DEFAULT_MEMBER_BYTES = 512 << 20
-_IMAGES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
+_IMAGES = (
+    b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM",
+    b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51",
+)  # fmt: skip
 _FOREIGN = {
     b"Rar!\x1a\x07": "a RAR archive",
     b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
@@ -37,9 +41,8 @@ _FOREIGN = {
     b"070701": "a cpio archive",
 }
 _NESTED = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
-_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
+_IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp", ".jp2", ".j2k")
 _ARCHIVE_ENDINGS = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
-_LITTER = frozenset({"Thumbs.db", "ehthumbs.db", "desktop.ini", "Desktop.ini", ".DS_Store"})
 _COPY_BYTES = 1 << 20
 _PASSING = frozenset(
     {
@@ -265,7 +268,7 @@ def _stream(source: Source, file: BinaryIO) -> ByteStream:
 class Listing:
     """Members of a source in its own order, as a stream that can be walked once; with `entries` only these.
 
-    `ignored` (folders and litter of operating systems), `truncated` (why the source is known to be incomplete, or
+    `ignored` (folders and litter), `truncated` (why the source is known to be incomplete, or
     None) and `remarks` (what is odd, though nothing is missing) are complete once the iteration has ended. Of a
     compressed tar the members' `offset` is left at 0: it depends on the shards (see `spool`).
     """
@@ -317,7 +320,7 @@ class Listing:
             return f"too large: {size:,} bytes, the limit is {self._limit:,}"
         if path[-5:].lower().endswith(_NESTED):
             return "archive within the source: unpack it and hand over its images"
-        return None
+        return no_picture(path)
 
     def _zip(self) -> Iterator[Member]:
         with _open(self._source) as file:
@@ -430,11 +433,12 @@ class Entry:
 def survey(uri: str) -> Iterator[Entry]:
     """Everything below a folder or prefix but folders and litter, in order of path; what cannot be read has a refusal.
 
+    Unfinished files are litter to a run, but are told here: an inbox waits for what is still being written.
     Raises SourceError where the folder itself is absent or cannot be read, StorageError where a retry may help.
     """
     if uri.startswith("s3://"):
         for key, item in _s3_objects(uri.rstrip("/")):
-            if key and not key.endswith("/") and not is_litter(key):
+            if key and not key.endswith("/") and not is_left_behind(key):
                 size, tag = int(item["Size"]), item["ETag"].strip('"')
                 changed = item["LastModified"].timestamp()
                 yield Entry(key, locator_of(key.encode()), size, f"{size}-{tag}", changed)
@@ -449,7 +453,7 @@ def survey(uri: str) -> Iterator[Entry]:
         if not relative:
             raise SourceError(f"{uri} is no folder")
         path = key_of(relative)
-        if is_litter(path):
+        if is_left_behind(path):
             continue
         refusal = _special(status)
         size = 0 if refusal else status.st_size
@@ -497,12 +501,6 @@ def is_archive(uri: str, name: str) -> bool:
 def locator_of(path: bytes) -> str:
     """Reversible text for a path of any bytes; unlike a key it also escapes the percent sign."""
     return key_of(path.replace(b"%", b"%25"))
-
-
-def is_litter(path: str) -> bool:
-    """Whether an operating system left this file behind: no image that anybody handed over."""
-    folder, _, name = path.rpartition("/")
-    return name in _LITTER or name.startswith("._") or "__MACOSX" in folder.split("/")
 
 
 class UniqueKeys:

@@ -14,22 +14,54 @@ import io
 import json
 import math
 import os
+import re
 import resource
 import struct
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, BinaryIO, cast
+from typing import TYPE_CHECKING, BinaryIO, cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageChops, PngImagePlugin, UnidentifiedImageError
 
 from leukoflow.geometry import field_geometry
+from tasks.colour import ToSrgb, has_colours, hides_everything, to_srgb
+from tasks.picture_header import (
+    JPEG2000,
+    PROFILE_BYTES,
+    Tiff,
+    TiffPage,
+    describe,
+    jpeg2000_precision,
+    jpeg2000_profile,
+    jpeg_frame,
+    jpeg_refusal,
+    png_depth,
+    read_tiff,
+    refusal_of,
+    tiff_choice,
+    tiff_refusal,
+    without_long_texts,
+)
+from tasks.wide_pixels import (
+    Depth,
+    UnreadableError,
+    Values,
+    jpeg2000_values,
+    jpeg_values,
+    needs_tifffile,
+    picture_of,
+    png_values,
+    tiff_unreadable,
+    tiff_values,
+)
 
 if TYPE_CHECKING:
     from leukoflow.method import SegmentSettings
@@ -44,26 +76,12 @@ READY = b"leukoflow decoder\n"
 OUT_OF_MEMORY = 12
 """Exit code where not even the image's bytes fit."""
 
-FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
-_MAGIC = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
-_OTHERS = (
-    (b"PK\x03\x04", "a zip archive"),
-    (b"\x1f\x8b", "a gzip archive"),
-    (b"7z\xbc\xaf", "a 7-Zip archive"),
-    (b"Rar!", "a RAR archive"),
-    (b"GIF8", "a GIF image"),
-    (b"%PDF", "a PDF document"),
-    (b"\0\0\0\x0cjP  ", "a JPEG 2000 image"),
-    (b"\xff\x4f\xff\x51", "a JPEG 2000 image"),
-    (b"\x7fELF", "a program"),
-    (b"MZ", "a program"),
-)
+FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "JPEG2000")
 _TOO_MUCH_MEMORY = "too large: decoding it needs more memory than the limit allows"
 _STRIP_PIXELS = 4_000_000
 _DRAFT_PIXELS = 16_000_000  # a larger JPEG is decoded at a fraction of its size where that is enough
 _ORIENTATION = 0x0112
-_BITS_PER_SAMPLE, _PHOTOMETRIC, _PLANES = 258, 262, 284  # TIFF 6.0
-_GREY_MODES = ("I", "I;16", "I;16B", "I;16L")
+_UNSUPPORTED = re.compile(r"unsupported (?!marker)|not supported|not implemented", re.IGNORECASE)
 _TURNED = (5, 6, 7, 8)  # EXIF orientations that swap width and height
 
 
@@ -84,27 +102,37 @@ class RefusedError(Exception):
 def decode_image(
     data: bytes, um_per_px: float | None, settings: SegmentSettings, max_pixels: int, min_side_px: int
 ) -> Field:
-    """Decode JPEG, PNG, TIFF or BMP to uint8 RGB [height, width, 3] at the scale of `field_geometry`.
+    """Decode JPEG, PNG, TIFF, BMP or JPEG 2000 to uint8 RGB [height, width, 3] at the scale of `field_geometry`.
 
-    Size limits are checked from the header, before anything is decoded. 16-bit values are scaled by their full range;
-    grey becomes RGB; palettes, CMYK and transparency (over white) are resolved; EXIF rotation is applied, and the
-    source's width and height are those of the upright image. Of several pages the first is used. Resolution tags are
+    Size limits are checked from the header, before anything is decoded. Values of more than 8 bits are scaled by the
+    depth that the header states, else by their full range; grey becomes RGB; an embedded colour profile is converted to
+    sRGB; palettes, CMYK and transparency (over white) are resolved; EXIF rotation is applied, and the source's width
+    and height are those of the upright image. Of several pages the first at full size is used. Resolution tags are
     ignored: microscopes' software leaves screen resolutions there. Raises RefusedError.
     """
-    _recognise(data)
+    if (reason := refusal_of(data)) is not None:
+        raise RefusedError(reason)
     try:
-        with _own_limits(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return _decode(image, um_per_px, settings, max_pixels, min_side_px)
+        with _own_limits(), _opened(data) as picture:
+            return _decode(picture, um_per_px, settings, max_pixels, min_side_px)
     except RefusedError:
         raise
-    except MemoryError:
+    except ModuleNotFoundError as error:
+        raise RefusedError(
+            f"not supported by this installation, which lacks {error.name}: run `make install`"
+        ) from None
+    except (MemoryError, ImportError):  # a codec whose library does not fit
         raise RefusedError(_TOO_MUCH_MEMORY) from None
+    except UnreadableError as error:
+        raise RefusedError(str(error)) from None
     except UnidentifiedImageError:
         raise RefusedError("damaged: the image's header cannot be read") from None
     except Exception as error:  # whatever a decoder raises on hostile bytes is about the bytes
         words = str(error) or type(error).__name__
         if "insufficient memory" in words.lower():
             raise RefusedError(_TOO_MUCH_MEMORY) from None
+        if _UNSUPPORTED.search(words):
+            raise RefusedError(f"not supported: {words[:200]}; save it as PNG or TIFF with 8 bits a colour") from None
         if "truncated" in words or "end of file" in words.lower():
             raise RefusedError(f"truncated: the image's data ends early ({len(data):,} bytes)") from None
         raise RefusedError(f"damaged: {words[:200]}") from None
@@ -113,48 +141,116 @@ def decode_image(
 @contextmanager
 def _own_limits() -> Iterator[None]:
     """Our limit on pixels, checked from the header, instead of the library's; and no warnings about odd metadata."""
-    before = Image.MAX_IMAGE_PIXELS
-    Image.MAX_IMAGE_PIXELS = None
+    before = Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK
+    Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = None, PROFILE_BYTES
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        Image.MAX_IMAGE_PIXELS = before
+        Image.MAX_IMAGE_PIXELS, PngImagePlugin.MAX_TEXT_CHUNK = before
 
 
-def _recognise(data: bytes) -> None:
-    if not data:
-        raise RefusedError("empty: 0 bytes")
-    if data.startswith(_MAGIC):
-        return
-    for magic, name in _OTHERS:
-        if data.startswith(magic):
-            raise RefusedError(f"not an image that is read: {name}; JPEG, PNG, TIFF and BMP are")
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        raise RefusedError("not an image that is read: a WebP image; JPEG, PNG, TIFF and BMP are")
-    if not data.strip(b"\0"):
-        raise RefusedError(f"damaged: {len(data):,} bytes, all zero")
-    head = data[:1024]
-    if all(byte >= 32 or byte in b"\t\n\r\f" for byte in head):
-        raise RefusedError("not an image: text")
-    raise RefusedError("not an image: its first bytes are those of no JPEG, PNG, TIFF or BMP")
+@dataclass(frozen=True, slots=True)
+class _Picture:
+    """A picture whose header is read and whose pixels are not. `load` is given the size that is wanted."""
+
+    size: tuple[int, int]
+    load: Callable[[tuple[int, int]], tuple[Image.Image, str | None]]
+    orientation: Callable[[], int]
+    profile: bytes | None
+    remark: str | None = None
+
+
+@contextmanager
+def _opened(data: bytes) -> Iterator[_Picture]:
+    """A picture of any kind that is read, after asking its header what it is. Raises RefusedError."""
+    page: TiffPage | None = None
+    remark: str | None = None
+    values: Callable[[], Values] | None = None
+    depth, header = Depth(8), data
+    if data[:2] in (b"II", b"MM") and (tiff := read_tiff(data)) is not None:
+        page, remark = _page_of(tiff)
+        if needs_tifffile(tiff, page):
+            yield _wide_tiff(data, page, remark)
+            return
+    elif data.startswith(b"\x89PNG"):
+        depth, header = Depth(*png_depth(data)), without_long_texts(data)
+        values = partial(png_values, data) if depth.stored == 16 else None
+    elif data.startswith(JPEG2000):
+        depth = Depth(jpeg2000_precision(data))
+        values = partial(jpeg2000_values, data) if depth.stored > 8 else None
+    elif data.startswith(b"\xff\xd8"):
+        frame = jpeg_frame(data)
+        if (reason := jpeg_refusal(frame)) is not None:
+            raise RefusedError(reason)
+        if frame is not None and frame.precision == 12:
+            # Pillow reads no header with 12 bits, of which everything else is as with 8.
+            header = data[: frame.precision_at] + b"\x08" + data[frame.precision_at + 1 :]
+            depth, values = Depth(12), partial(jpeg_values, data)
+    try:
+        image = Image.open(io.BytesIO(header), formats=FORMATS)
+    except UnidentifiedImageError:
+        if page is None or not page.width:
+            raise
+        raise RefusedError(f"not supported: {describe(page)}; save it in RGB with 8 or 16 bits") from None
+    with image:
+        if values is not None and image.mode == "CMYK":
+            raise RefusedError("a JPEG of 12 bits in CMYK is not supported: save it in RGB")
+        if page is not None and page.place[0] > 0:
+            image.seek(page.place[0])
+
+        def load(size: tuple[int, int]) -> tuple[Image.Image, str | None]:
+            if values is not None:
+                wide, remark = picture_of(values(), depth)
+                if wide.size != image.size:
+                    raise UnreadableError("damaged: the image's data does not fit its header")
+                return wide, remark
+            if image.format == "JPEG" and image.width * image.height > _DRAFT_PIXELS:
+                image.draft(None, size)
+            image.load()
+            return image, None
+
+        profile = jpeg2000_profile(data) if data.startswith(JPEG2000) else image.info.get("icc_profile")
+        # Of a TIFF the library itself applies the orientation; of a PNG asking for it decodes the pixels.
+        yield _Picture(
+            image.size, load, lambda: 1 if image.format == "TIFF" else _orientation(image),
+            profile, remark,
+        )  # fmt: skip
+
+
+def _page_of(tiff: Tiff) -> tuple[TiffPage, str | None]:
+    try:
+        page, remark = tiff_choice(tiff)
+    except ValueError as error:
+        raise RefusedError(str(error)) from None
+    if (reason := tiff_refusal(page)) is not None:
+        raise RefusedError(reason)
+    return page, remark
+
+
+def _wide_tiff(data: bytes, page: TiffPage, remark: str | None) -> _Picture:
+    if (reason := tiff_unreadable(page)) is not None:
+        raise RefusedError(reason)
+
+    def load(size: tuple[int, int]) -> tuple[Image.Image, str | None]:
+        alpha = bool(page.extra) and page.extra[0] in (1, 2)
+        depth = Depth(max(page.bits), page.stated_bits)
+        return picture_of(tiff_values(data, page), depth, page.photometric == 5, alpha, page.extra[:1] == (1,))
+
+    return _Picture((page.width, page.height), load, lambda: page.orientation, page.profile, remark)
 
 
 def _decode(
-    image: Image.Image, um_per_px: float | None, settings: SegmentSettings, max_pixels: int, min_side_px: int
+    picture: _Picture, um_per_px: float | None, settings: SegmentSettings, max_pixels: int, min_side_px: int
 ) -> Field:
-    remarks = []
-    width, height = image.size
+    remarks = [picture.remark]
+    width, height = picture.size
     if width * height > max_pixels:
         raise RefusedError(f"too large: {width:,} x {height:,} px, at most {max_pixels:,} pixels")
     if min(width, height) < min_side_px:
         raise RefusedError(f"too small: {width} x {height} px, at least {min_side_px}")
-    pages = getattr(image, "n_frames", 1)
-    if image.format == "TIFF" and pages > 1:
-        remarks.append(f"first of {pages} pages")
-    # Only now, since of a PNG this decodes the pixels; of a TIFF the library itself applies the orientation.
-    orientation = 1 if image.format == "TIFF" else _orientation(image)
+    orientation = picture.orientation()
     turned = orientation in _TURNED
     upright = (height, width) if turned else (width, height)
     target = field_geometry(*upright, um_per_px, settings)
@@ -164,24 +260,24 @@ def _decode(
             f"are {um_per_px:g} micrometres per pixel right?"
         )
     size = (target.height, target.width) if turned else (target.width, target.height)
-    if image.format == "JPEG" and width * height > _DRAFT_PIXELS:
-        image.draft(None, size)
-    inverted = image.format == "TIFF" and _check_tiff(image)
-    pixels = _pixels(image)
-    pixels = _resize(255 - pixels if inverted else pixels, size)
-    return Field(_upright(_rgb(pixels), orientation), *upright, tuple(remarks))
+    image, remark = picture.load(size)
+    remarks.append(remark)
+    hidden = hides_everything(image)
+    if hidden and not has_colours(image):
+        raise RefusedError("wholly transparent: there is no picture in it")
+    if hidden:
+        remarks.append("wholly transparent: its colours are used as if it were not")
+    colour, remark = to_srgb(picture.profile, _colour_mode(image))
+    remarks.append(remark)
+    pixels = _resize(_pixels(image, colour, opaque=hidden), size)
+    return Field(_upright(_rgb(pixels), orientation), *upright, tuple(filter(None, remarks)))
 
 
-def _check_tiff(image: Image.Image) -> bool:
-    """Whether 16-bit grey runs from white to black, which the library passes on as it is.
-
-    Raises RefusedError for 16-bit colours in separate planes, of which the library makes garbage without a word.
-    """
-    tags: dict[int, Any] = getattr(image, "tag_v2", {})
-    wide = max(tags.get(_BITS_PER_SAMPLE, (8,))) > 8
-    if wide and tags.get(_PLANES) == 2 and image.mode not in _GREY_MODES:
-        raise RefusedError("16-bit colours in separate planes are not supported: save it with interleaved colours")
-    return wide and tags.get(_PHOTOMETRIC) == 0 and image.mode in _GREY_MODES
+def _colour_mode(image: Image.Image) -> str:
+    """Which of L, RGB and CMYK a picture's profile speaks of."""
+    if image.mode == "CMYK":
+        return "CMYK"
+    return "L" if image.mode in ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L") else "RGB"
 
 
 def _orientation(image: Image.Image) -> int:
@@ -192,19 +288,18 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _pixels(image: Image.Image) -> NDArray[np.uint8]:
+def _pixels(image: Image.Image, colour: ToSrgb | None, opaque: bool) -> NDArray[np.uint8]:
     """All pixels as uint8 [h, w] or [h, w, 3], converted strip by strip so that no second whole copy is needed."""
-    image.load()
     width, height = image.size
     if width * height <= _STRIP_PIXELS:
-        return _converted(image)
+        return _converted(image, colour, opaque)
     rows = max(1, _STRIP_PIXELS // width)
     out: NDArray[np.uint8] | None = None
     for top in range(0, height, rows):
         bottom = min(top + rows, height)
         strip = image.crop((0, top, width, bottom))
-        strip.info = image.info  # transparency of a palette is kept there
-        part = _converted(strip)
+        strip.info, strip.format = image.info, image.format  # transparency of a palette is kept there
+        part = _converted(strip, colour, opaque)
         if out is None:
             out = np.empty((height, *part.shape[1:]), np.uint8)
         out[top:bottom] = part
@@ -212,7 +307,17 @@ def _pixels(image: Image.Image) -> NDArray[np.uint8]:
     return out
 
 
-def _converted(image: Image.Image) -> NDArray[np.uint8]:
+def _converted(image: Image.Image, colour: ToSrgb | None, opaque: bool) -> NDArray[np.uint8]:
+    if image.mode == "CMYK":
+        if image.format == "JPEG" and "adobe" not in image.info:
+            image = ImageChops.invert(image)  # the library takes all for Adobe's, whose colours are stored inverted
+        return np.asarray(image.convert("RGB")) if colour is None else colour(image)
+    pixels = _over_white(image, opaque)
+    return pixels if colour is None else colour(Image.fromarray(pixels))
+
+
+def _over_white(image: Image.Image, opaque: bool) -> NDArray[np.uint8]:
+    """A picture in grey or colours without its transparency: over white, or left out where it is `opaque`."""
     mode = image.mode
     if mode in ("L", "RGB"):
         if "transparency" not in image.info:
@@ -229,7 +334,7 @@ def _converted(image: Image.Image) -> NDArray[np.uint8]:
         return np.asarray(image.convert("L"))
     elif mode in ("P", "PA", "LA", "La", "RGBa"):
         image = image.convert("RGBA")
-    if image.mode == "RGBA":
+    if image.mode == "RGBA" and not opaque:
         white = Image.new("RGB", image.size, "white")
         white.paste(image, mask=image.getchannel("A"))
         return np.asarray(white)

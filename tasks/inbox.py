@@ -20,6 +20,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from leukoflow.ledger import CLAIM, ClaimHead, Ledger, Taken
+from leukoflow.names import is_unfinished
 from leukoflow.progress import now
 from leukoflow.site import ArrivalSettings, Site
 from leukoflow.sources import Entry, is_archive, survey
@@ -147,7 +148,7 @@ def _judge_item(
 
 def _is_partial(key: str, rules: ArrivalSettings) -> bool:
     name = key.rpartition("/")[2]
-    return any(fnmatchcase(name, pattern) for pattern in rules.partial)
+    return is_unfinished(key) or any(fnmatchcase(name, pattern) for pattern in rules.partial)
 
 
 def claim_of(

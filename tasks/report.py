@@ -868,7 +868,10 @@ def _provenance(t: _Totals) -> str:
         ("shards", f"{_number(t.shards)} of up to {_number(t.shard_size)} images"),
         ("started", _moment(t.started_at)),
         ("finished", _moment(t.finished_at) if t.finished_at else "–"),
-        ("ignored", f"{_number(t.ignored)} entries that are no images by name (folders, litter of operating systems)"),
+        (
+            "ignored",
+            f"{_number(t.ignored)} entries that are no images by name (folders, leftovers of systems and copies)",
+        ),
         *(("note", _text(note, 400)) for note in t.notes),
         *((_text(name), _text(version)) for name, version in t.software),
     ]

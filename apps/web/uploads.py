@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import io
-import re
 import unicodedata
 from dataclasses import dataclass, field
 from email.message import Message
@@ -17,13 +16,13 @@ from python_multipart.multipart import MultipartParser
 from apps.web.guard import Refused, gate_of
 from apps.web.settings import UploadLimits
 from leukoflow.errors import LeukoflowError, MemberError
+from leukoflow.names import is_litter, no_picture
 from leukoflow.ziplist import ZipEntry, ZipWalk, read_entry
 
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 _FIELDS, _FIELD_BYTES, _HEADER_BYTES = 32, 4096, 8192
 UNSENT = "unsent"
 """Field of a form for what the page could not send: a part for each, with its name, and why as content."""
-_LITTER = re.compile(r"(^|/)(__MACOSX/|\.DS_Store$|Thumbs\.db$|desktop\.ini$|\._)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,7 +181,8 @@ def _unpacked(reader: _Reader, limits: UploadLimits) -> Form:
                 uploads.append(Upload(shown_name(file), b"", "an archive without pictures"))
             uploads += [Upload(f"{shown_name(file)} / {m.name}", m.data, m.refusal) for m in members]
         elif content or file:  # browsers send an empty part where no file was chosen
-            uploads.append(Upload(shown_name(file), content, None if content else "empty: the file has no bytes"))
+            refusal = no_picture(file) if content else "empty: the file has no bytes"
+            uploads.append(Upload(shown_name(file), content if refusal is None else b"", refusal))
         if len(uploads) > limits.files:
             raise Refused(413, f"One upload may have up to {limits.files} images; send the rest in a further one.")
     return Form(tuple(uploads), tuple(fields))
@@ -209,7 +209,7 @@ def unpack(data: bytes, limits: UploadLimits, most: int, budget: int) -> list[Up
             if seen > 50 * limits.files:
                 raise Refused(413, "The archive has too many entries.")
             name = shown_name(entry.name)
-            if entry.is_directory or _LITTER.search(name):
+            if entry.is_directory or is_litter(entry.name):
                 continue
             if len(found) >= most:
                 raise Refused(413, f"One upload may have up to {limits.files} images; send the rest in another one.")
@@ -226,6 +226,8 @@ def unpack(data: bytes, limits: UploadLimits, most: int, budget: int) -> list[Up
 def _member(file: io.BytesIO, entry: ZipEntry, name: str, limits: UploadLimits, budget: int) -> Upload:
     if entry.refusal is not None:
         return Upload(name, b"", entry.refusal)
+    if (why := no_picture(entry.name)) is not None:
+        return Upload(name, b"", why)
     if entry.method not in (0, 8):
         return Upload(name, b"", "refused: its compression is not taken here; repack it with deflate")
     if entry.size > limits.file_mb << 20:

@@ -78,6 +78,14 @@ def test_what_is_still_arriving_stays(inbox: Inbox) -> None:
     assert inbox.states() == {"slide-a": "taken"}
 
 
+def test_what_systems_leave_behind_is_not_taken_and_unfinished_files_never(tmp_path: Path) -> None:
+    inbox = Inbox(tmp_path, rules="partial = []")
+    for key in ("slide-a/1.jpg", "slide-a/@eaDir/1.jpg/thumb.jpg", "#recycle/0.jpg", "slide-a/2.jpg.crdownload"):
+        inbox.put(key)
+    assert inbox.states() == {"slide-a": "complete"}
+    assert inbox.take() == {"ward-2026-03-01": ["slide-a/1.jpg"]}
+
+
 def test_a_copy_that_keeps_old_times_has_not_arrived(inbox: Inbox) -> None:
     inbox.put("slide-a/1.jpg")
     os.utime(inbox.root / "slide-a/1.jpg", (0, 0))

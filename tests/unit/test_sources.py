@@ -21,7 +21,7 @@ import zstandard
 
 from leukoflow.errors import MemberError, SourceError
 from leukoflow.records import Member, Shard, Source, SourceKind
-from leukoflow.sources import Listing, UniqueKeys, identify, open_reader, read_member, spool
+from leukoflow.sources import Listing, UniqueKeys, identify, open_reader, read_member, spool, survey
 from leukoflow.tarlist import CompressedStream
 from leukoflow.zipnames import key_of
 
@@ -392,7 +392,58 @@ def test_litter_and_folders_are_ignored_not_lost(tmp_path: Path) -> None:
         assert listing.ignored == 6
 
 
+LITTER = [
+    "a/@eaDir/x.jpg/SYNOFILE_THUMB_M.jpg", "$RECYCLE.BIN/$R1.jpg", "$Recycle.Bin/S-1-5/$R2.jpg", ".Trash-1000/x.png",
+    ".Trashes/501/x.png", ".snapshot/hourly.0/x.png", "~snapshot/x.png", ".zfs/snapshot/x.png", "#recycle/x.png",
+    "#snapshot/x.png", "@Recycle/x.png", ".@__thumb/x.jpg", ".AppleDouble/x.jpg", "lost+found/#12.jpg",
+    "System Volume Information/x", ".Spotlight-V100/x", "a/THUMBS.DB", "Thumbs.db:encryptable", "Desktop.ini",
+    "a/~$x.jpg", ".~lock.x.png#", ".nfs000000000a1b2c3d00000001", "x.jpg.part", "x.jpg.PART", "x.png.crdownload",
+    "x.tif.filepart", "x.tmp", "x.jpg.partial", "a/.x.jpg.Ab3dE9", ".~tmp~/x.jpg",
+]  # fmt: skip
+KEPT = [
+    "eaDir/x.jpg", "a/@eaDir", "recycle/x.jpg", "part/x.jpg", "x.part/y.jpg", "snapshot/x.png", "lost+found", "x~$.jpg",
+    ".hidden.jpg", "x.part.jpg", "Trash/x.jpg", "thumbs.jpg",
+]  # fmt: skip
+
+
+def test_what_systems_and_broken_copies_leave_behind_is_ignored_wherever_it_lies(tmp_path: Path) -> None:
+    files = dict.fromkeys(LITTER + KEPT, b"1")
+    for i, data in enumerate((zip_of(files), tar_of(files))):
+        members, listing = listed(saved(tmp_path, data, f"left{i}"))
+        assert sorted(m.image_key for m in members) == sorted(KEPT)
+        assert listing.ignored == len(LITTER)
+    for name in LITTER:
+        (tmp_path / "in" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "in" / name).write_bytes(b"1")
+    (tmp_path / "in" / "x.jpg").write_bytes(b"1")
+    members, listing = listed(identify(tmp_path / "in"))
+    assert [m.image_key for m in members] == ["x.jpg"]
+    assert listing.ignored == len(LITTER)
+
+
+def test_an_inbox_sees_unfinished_files_but_no_other_litter(tmp_path: Path) -> None:
+    for name in ("a/x.jpg", "a/y.jpg.part", "a/@eaDir/x.jpg", "a/@eaDir/y.jpg.part", "a/Thumbs.db"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"1")
+    assert [entry.key for entry in survey(str(tmp_path))] == ["a/x.jpg", "a/y.jpg.part"]
+
+
 # ---------------------------------------------------------------- refused members
+
+
+def test_a_jpeg_2000_is_a_source_of_its_own(tmp_path: Path) -> None:
+    for magic in (b"\0\0\0\x0cjP  \r\n\x87\n", b"\xff\x4f\xff\x51"):
+        assert identify(saved(tmp_path, magic + bytes(600), "x.jp2").uri).kind is SourceKind.IMAGE
+
+
+def test_a_file_whose_picture_is_elsewhere_is_refused_by_its_name(tmp_path: Path) -> None:
+    files = {"a/x.mrxs": b"1", "b.VSI": b"1", "mrxs/x.jpg": b"1", "y.mrxs.jpg": b"1"}
+    (tmp_path / "x.mrxs").write_bytes(b"\xff\xd8\xff\xe0" + bytes(600))
+    found = reasons(saved(tmp_path, zip_of(files), "slides"))
+    assert "thumbnail of a MIRAX slide" in (found["a/x.mrxs"] or "")
+    assert "overview of a VSI slide" in (found["b.VSI"] or "")
+    assert (found["mrxs/x.jpg"], found["y.mrxs.jpg"]) == (None, None)
+    assert "thumbnail of a MIRAX slide" in (reasons(identify(tmp_path / "x.mrxs"))["x.mrxs"] or "")
 
 
 def reasons(source: Source) -> dict[str, str | None]:

@@ -315,6 +315,7 @@ def test_images_that_are_none_are_findings_too(served: Served) -> None:
         b"": "empty: 0 bytes",
         b"hello": "not an image: text",
         np.random.default_rng(0).bytes(5000): "not an image: its first bytes are those of no JPEG, PNG, TIFF or BMP",
+        b"\0\0\0\x18ftypheic" + bytes(400): "not supported: an HEIC picture; export it as JPEG, PNG or TIFF",
         field(side=500)[:300]: "truncated",
         b"\xff\xd8\xff" + bytes(9 << 20): "too large: 9,437,187 bytes",
         field(side=3000): "too large: 3,000 x 3,000 px",

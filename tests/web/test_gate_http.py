@@ -498,7 +498,9 @@ def test_zip_bomb(tmp_path: Path) -> None:
         assert status == 200
         assert "unpacks to more" in errors[0]
         assert send(b"PK\x03\x04" + b"\0" * 100)[0] == 200
-        assert send(archive({"a/": b"", "__MACOSX/._a": b"x", "ok.png": picture()}))[1] == [""]
+        litter = {"a/": b"", "__MACOSX/._a": b"x", "@eaDir/ok.png": b"x", "ok.png.part": b"x"}
+        assert send(archive({**litter, "ok.png": picture()}))[1] == [""]
+        assert "thumbnail of a MIRAX slide" in send(archive({"a.mrxs": picture()}))[1][0]
     assert len(place.engine.seen) == 2
 
 

@@ -31,7 +31,7 @@ _REFUSALS = {
     b"3": "device: not a regular file",
     b"4": "device: not a regular file",
     b"6": "named pipe: not a regular file",
-    b"M": "continued from another volume of the archive: join all volumes before handing it over",
+    b"M": "continued from another volume: unpack all volumes together (tar --multi-volume), hand over the images",
     b"S": "sparse file: repack the archive without --sparse",
 }
 

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from harness import arrays, table
+from harness import arrays, digests, table
 from typer.testing import CliRunner
 
 from apps.cli import app

@@ -417,7 +417,14 @@ class _Cleaner:
     def ids(self, name: str) -> pa.Array:
         """A column of ids or names: tidied; null where it says nothing or what it said is lost."""
         encoded = self.sheet.columns[name].dictionary_encode()
-        values = [_plain(value) for value in encoded.dictionary.to_pylist()]
+        written = encoded.dictionary.to_pylist()
+        values = [_plain(value) for value in written]
+        dressed = {place for place, value in enumerate(values) if value and value != written[place]}
+        if name.endswith("_id") and dressed:
+            self.sheet.remarks.append(
+                f"{name} has blanks, quotation marks or invisible characters around it in "
+                f"{self.sheet.places(_rows(encoded.indices, dressed))}: they are left out"
+            )
         whole = [_WHOLE.fullmatch(value) for value in values]
         told = [value for value in values if value and value.casefold() not in _SAYS_NOTHING]
         if name.endswith("_id") and told and sum(map(bool, whole)) == len(told):

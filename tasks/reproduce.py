@@ -29,7 +29,7 @@ from numpy.typing import NDArray
 from leukoflow.cluster import code_digest
 from leukoflow.codec import loads
 from leukoflow.config import LimitSettings
-from leukoflow.errors import BundleError, ConfigError, ShardError, SourceError
+from leukoflow.errors import BundleError, ConfigError, ShardError, SourceError, words_of
 from leukoflow.host import cores, this_host
 from leukoflow.progress import RunBinding
 from leukoflow.records import Host, RunManifest, Shard, Source
@@ -451,7 +451,7 @@ def _limits(storage: Storage) -> tuple[LimitSettings, list[str]]:
     try:
         return LimitSettings.model_validate(json.loads(recorded)["limits"]), []
     except (ValueError, KeyError) as error:
-        raise ConfigError(f"{storage.uri('run.json')}: its settings cannot be read ({error})") from None
+        raise ConfigError(f"{storage.uri('run.json')}: its settings cannot be read ({words_of(error)})") from None
 
 
 def _jobs(

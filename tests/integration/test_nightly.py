@@ -200,7 +200,7 @@ def test_patients_are_only_ever_pseudonyms(
     images["slide-c/copy.jpg"] = images[names[0]]
     source = write_zip(tmp_path / "ward.zip", images)
     sheet = tmp_path / "ward.csv"
-    lines = [f"{name},{plain[0]}" for name in names] + [f"slide-c/copy.jpg,{plain[1]}"]
+    lines = [f"{name},{plain[0]}" for name in names] + [f"slide-c/copy.jpg, {plain[1]}"]
     sheet.write_text("image_key,patient_id\n" + "\n".join(lines) + "\n")
     monkeypatch.delenv("LEUKOFLOW_PATIENT_KEY", raising=False)
     refused = screen(source, tmp_path / "out", "ward", manifest=str(sheet))
@@ -216,6 +216,9 @@ def test_patients_are_only_ever_pseudonyms(
     manifest = read_manifest(Storage(str(root)))
     assert manifest is not None
     assert manifest.conflicts == 2
+    remark = "patient_id has blanks, quotation marks or invisible characters around it in line 12: they are left out"
+    assert manifest.notes == (remark,)
+    assert f"WARNING {remark}" in "".join(p.read_text() for p in (root / "logs").glob("*.log"))
     doubles = pq.read_table(root / "duplicates.parquet").to_pylist()
     assert [d["image_key"] for d in doubles] == [names[0], "slide-c/copy.jpg"]
     for path in (tmp_path / "out").rglob("*"):

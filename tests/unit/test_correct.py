@@ -184,6 +184,14 @@ def test_the_command(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert (done.exit_code, "13 images corrected" in done.output) == (0, True), done.output
     assert "13 images corrected" in invoke("--slide", "S0", "--patient", "mary").output
     assert "no run knows this patient" in invoke("--patient", "ruth", "--to", "mary").output
+    before = patients(copy)
+    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "the key that somebody has mistyped")
+    wrong = invoke("--slide", "S0", "--patient", "ruth")
+    assert (wrong.exit_code, "another key than the one that made the pseudonyms of night" in wrong.stderr) == (1, True)
+    with pytest.raises(ConfigError, match="run night is concerned, and its pseudonyms were made with another"):
+        correct_patient(str(copy.parent), RUTH, slide="S0", key=b"the key that somebody has mistyped")
+    assert patients(copy) == before
+    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", KEY.decode())
     for arguments in (("--patient", "mary"), ("--slide", "S0"), ("--to", "mary")):
         wrong = invoke(*arguments)
         assert (wrong.exit_code, len(wrong.stderr.splitlines())) == (1, 1)

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from harness import arrays, table
+from harness import arrays, digests, table
 from typer.testing import CliRunner
 
 from apps.cli import app
@@ -262,6 +262,14 @@ def test_the_command(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
         return CliRunner().invoke(app, ["erase", *arguments], env=settings)
 
     out = str(copy.parent)
+    before = digests(copy.parent)
+    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "the key that somebody has mistyped")
+    for more in (("--dry-run",), ()):
+        wrong = invoke(out, "--patient", "mary", *more)
+        assert (wrong.exit_code, len(wrong.stderr.splitlines())) == (1, 1)
+        assert "another key than the one that made the pseudonyms of night, so nobody would be found" in wrong.stderr
+    assert digests(copy.parent) == before
+    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", KEY.decode())
     assert "13 images would be erased" in invoke(out, "--patient", "mary", "--dry-run").output
     done = invoke(out, "--patient", "mary")
     assert done.exit_code == 0, done.output

@@ -123,7 +123,7 @@ def test_a_line_that_is_repeated_word_for_word_counts_once(tmp_path: Path) -> No
     known = read(tmp_path, HEADER + "a,S1,7\nb,S1,8\na,S1,7 \nc,S2,9\n")
     assert dict(known.rows) == {"a": 0, "b": 1, "c": 2}
     assert column(known, "patient_id") == patients("7", "8", "9")
-    assert known.remarks == ("repeated word for word in the manifest, and counted once: line 4",)
+    assert known.remarks[1:] == ("repeated word for word in the manifest, and counted once: line 4",)
     assert known.places([2]) == "line 5"
     assert manifest_keys(tmp_path / "slides.csv") == ["a", "b", "c"]
 
@@ -181,6 +181,12 @@ def test_blanks_and_invisible_characters_make_no_other_patient(tmp_path: Path) -
     known = read(tmp_path, HEADER + "".join(f"{i},S1 ,{one}\n" for i, one in enumerate(ids)))
     assert column(known, "patient_id") == patients(*["7"] * len(ids))
     assert set(column(known, "slide_id")) == {"S1"}
+    assert known.remarks == (
+        "slide_id has blanks, quotation marks or invisible characters around it in lines 2, 3, 4, 5, 6, 7, 8: they are "
+        "left out",
+        "patient_id has blanks, quotation marks or invisible characters around it in lines 2, 4, 5, 6, 7, 8: they are "
+        "left out",
+    )
 
 
 def test_ids_that_look_alike_stay_apart_with_a_remark(tmp_path: Path) -> None:

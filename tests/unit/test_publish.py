@@ -188,3 +188,10 @@ def test_the_most_suspicious_field_is_named() -> None:
     found = ranked([field("s", malignant=m, key=f"{m}.jpg") for m in (0.2, 0.8, 0.4)])
     assert (found[0]["top_image_key"], found[0]["top_confidence"]) == ("0.8.jpg", pytest.approx(0.8))
     assert np.isclose(found[0]["malignant_score"], 1.4 / 3)
+
+
+def test_a_slide_has_the_patient_that_any_of_its_fields_names() -> None:
+    named = {**field("S1"), "patient_id": "p_7", "site": "north"}
+    for rows in ([field("S1"), named], [named, field("S1")]):
+        (slide,) = ranked(rows)
+        assert (slide["slide_id"], slide["patient_id"], slide["site"], slide["n_images"]) == ("S1", "p_7", "north", 2)

@@ -127,7 +127,12 @@ def publish(
         parts=parts,
         tables=tuple(tables),
         software=software(),
-        notes=(*_notes(run, parts), *_scale_notes(run, guessed, sum(slides["n_abstained"].to_pylist())), *notes),
+        notes=(
+            *run.summary.remarks,
+            *_notes(run, parts),
+            *_scale_notes(run, guessed, sum(slides["n_abstained"].to_pylist())),
+            *notes,
+        ),
         hosts=_hosts(storage),
         config=run.config.canonical(),
         bundle_reference=run.binding.bundle_reference,
@@ -262,6 +267,10 @@ def _count(slides: dict[str, _Slide], row: dict[str, Any]) -> None:
     slide = slides.get(f"{grouping}:{slide_id}")
     if slide is None:
         slide = slides[f"{grouping}:{slide_id}"] = _Slide(grouping, row["patient_id"], row["site"])
+    if slide.patient_id is None:  # of an image without a line in the manifest, the slide is known and the patient not
+        slide.patient_id = row["patient_id"]
+    if slide.site is None:
+        slide.site = row["site"]
     slide.status[row["status"]] += 1
     slide.cells += row["n_cells"] or 0
     if row["status"] != Status.PREDICTED:

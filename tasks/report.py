@@ -250,6 +250,7 @@ def _from_receipts(storage: Storage, progress: RunProgress, receipts: Sequence[S
         shard_size=binding.shard_size,
         fingerprint=binding.fingerprint,
         software=(),
+        notes=summary.remarks,
     )
 
 

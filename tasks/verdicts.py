@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from leukoflow.codec import dumps, loads
-from leukoflow.errors import LeukoflowError, RequestError, RunBusyError, RunNotFoundError, StorageError
+from leukoflow.errors import LeukoflowError, RequestError, RunBusyError, RunNotFoundError, StorageError, words_of
 from leukoflow.lock import LockHolder
 from leukoflow.records import CLASSES, Status
 from leukoflow.schema import VERDICTS
@@ -242,7 +242,7 @@ def _decode(data: bytes, uri: str) -> tuple[Entry, list[dict[str, Any]]]:
             raise StorageError(f"{uri} holds no verdicts; take it out of that folder")
         return loads(Entry, head, uri), list(table.to_pylist())
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise StorageError(f"{uri} is damaged ({error}); restore it from a backup") from None
+        raise StorageError(f"{uri} is damaged ({words_of(error)}); restore it from a backup") from None
 
 
 def _seal(data: bytes, entry: Entry) -> bytes:
@@ -453,7 +453,7 @@ def _look(
         entry, rows = _decode(data, _key(number))
         digests = [_row_digest(row) for row in rows]
     except (StorageError, AttributeError, TypeError) as error:
-        return None, 0, f"damaged: {error}"
+        return None, 0, f"damaged: {words_of(error)}"
     kept = [digest for i, digest in enumerate(entry.rows) if i not in entry.erased]
     if digests != kept:
         return entry, len(rows), "altered: its rows are not those that were written"

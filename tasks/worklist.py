@@ -29,7 +29,15 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.special import betaincinv
 
-from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError, RunNotFoundError, StorageError
+from leukoflow.errors import (
+    LeukoflowError,
+    NotFoundError,
+    RequestError,
+    RunBusyError,
+    RunNotFoundError,
+    StorageError,
+    words_of,
+)
 from leukoflow.progress import ProgressReader, RunProgress, read_manifest
 from leukoflow.progress import list_runs as run_names
 from leukoflow.records import CLASSES, RunManifest, Status
@@ -1129,9 +1137,10 @@ class RunTable:
     def _slide_line(self, code: int) -> SlideLine:
         frame, groups = self.frame, self._held.slides
         grouping, _, name = frame.slides[code].partition(":")
-        row = int(groups.first[code])  # as `slides.parquet`: the first field names patient and site
+        row = int(groups.first[code])  # as `slides.parquet`: the first field names the site
         reviewed, flagged = self._reviewed_by_group["slides"]
-        patient = frame.patients[frame.patient[row]] if frame.patient[row] >= 0 else None
+        named = frame.patient[(frame.slide == code) & (frame.patient >= 0)]  # and the first that names one the patient
+        patient = frame.patients[named[0]] if len(named) else None
         return SlideLine(
             slide_key=self._slide_key(code),
             name=name,
@@ -1264,7 +1273,7 @@ class _reading:
             ) from None
         if isinstance(error, (pa.ArrowException, OSError)):
             raise StorageError(
-                f"run {self.run_id} cannot be read ({error}); `leukoflow verify` tells what to do"
+                f"run {self.run_id} cannot be read ({words_of(error)}); `leukoflow verify` tells what to do"
             ) from None
 
 
@@ -1365,7 +1374,7 @@ def _line(shelf: _Shelf, run_id: str) -> RunLine | None:
         return None
     except (LeukoflowError, ValueError, KeyError, TypeError, AttributeError) as error:
         return RunLine(
-            run_key_of(run_id), run_id, "damaged", "", None, "", 0, 0, 0, 0, 0, 0, 0, "", "", None, str(error)
+            run_key_of(run_id), run_id, "damaged", "", None, "", 0, 0, 0, 0, 0, 0, 0, "", "", None, words_of(error)
         )
 
 

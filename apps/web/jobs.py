@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from apps.web.engine import BusyError
-from apps.web.guard import log, without_words
+from apps.web.guard import log
 from apps.web.settings import UploadLimits
-from leukoflow.errors import LeukoflowError
+from leukoflow.errors import LeukoflowError, place_of
 
 if TYPE_CHECKING:
     from apps.web.uploads import Upload
@@ -220,7 +220,7 @@ class Jobs:
                         item.stage = "waiting"
                         await asyncio.sleep(1.0)
                 except Exception as error:
-                    log.error("%s", without_words(error))
+                    log.error("%s", place_of(error))
                     item.error = "this image could not be diagnosed because of a fault of the program"
                 finally:
                     item.seconds = time.monotonic() - job.created

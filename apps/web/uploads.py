@@ -208,7 +208,7 @@ def unpack(data: bytes, limits: UploadLimits, most: int, budget: int) -> list[Up
         for seen, entry in enumerate(walk):
             if seen > 50 * limits.files:
                 raise Refused(413, "The archive has too many entries.")
-            name = shown_name(entry.name.decode("utf-8", "replace"))
+            name = shown_name(entry.name)
             if entry.is_directory or _LITTER.search(name):
                 continue
             if len(found) >= most:

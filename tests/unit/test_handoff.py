@@ -37,12 +37,12 @@ from tasks.handoff import (
     write_training_set,
 )
 from tasks.open_run import Run
-from tasks.plan import pseudonym
+from tasks.patient_key import pseudonym
 from tasks.train_data import read_labels, read_members
 from tasks.verdicts import Action, add
 from tasks.worklist import Query, RunTable, Sort, open_run_table, patient_key_of, run_key_of
 
-KEY = b"a key for tests"
+KEY = b"a key that only these tests have"
 MARY, JANE = pseudonym("mary", KEY), pseudonym("jane", KEY)
 NIGHT = run_key_of("night")
 

@@ -131,6 +131,14 @@ def test_absent_activation_maps_are_said_and_change_nothing_else(made: Callable[
     assert open_run(run.config).finished == manifest
 
 
+def test_remarks_on_the_source_are_notes_of_the_run(made: Callable[[Path], Run], tmp_path: Path) -> None:
+    run = made(tmp_path)
+    odd = replace(run, summary=replace(run.summary, remarks=("the tar archive has a volume label",)))
+    manifest = publish(odd, 1.0, 2.0, 20)
+    assert manifest.notes == ("the tar archive has a volume label",)
+    assert manifest.exit_code == 3  # as without: members are quarantined, none is missing
+
+
 # --- slides ----------------------------------------------------------------------------------------------------------
 
 

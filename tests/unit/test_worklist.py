@@ -26,7 +26,7 @@ from tasks import worklist
 from tasks.compact import compact_run
 from tasks.erase import erase_patient
 from tasks.open_run import Run
-from tasks.plan import pseudonym
+from tasks.patient_key import pseudonym
 from tasks.publish import rank_slides
 from tasks.verdicts import Action, Verdict, add
 from tasks.worklist import (
@@ -48,7 +48,7 @@ from tasks.worklist import (
     timeline,
 )
 
-KEY = b"a key for tests"
+KEY = b"a key that only these tests have"
 MARY, JANE = pseudonym("mary", KEY), pseudonym("jane", KEY)
 NIGHT = run_key_of("night")
 PROBABILITIES = ("prob_benign", "prob_early", "prob_pre", "prob_pro")

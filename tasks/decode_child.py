@@ -27,9 +27,20 @@ from typing import TYPE_CHECKING, Any, BinaryIO, cast
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
+from PIL import Image, ImageFile, UnidentifiedImageError
 
 from leukoflow.geometry import field_geometry
+from tasks.integrity import (
+    MissingError,
+    Strips,
+    check_end,
+    check_jpeg,
+    check_png_pixels,
+    check_rows,
+    check_tiff,
+    ends_early,
+    sound_png,
+)
 
 if TYPE_CHECKING:
     from leukoflow.method import SegmentSettings
@@ -93,10 +104,13 @@ def decode_image(
     """
     _recognise(data)
     try:
+        data, remarks = sound_png(data) if data.startswith(_MAGIC[1]) else (data, [])
         with _own_limits(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
-            return _decode(image, um_per_px, settings, max_pixels, min_side_px)
+            return _decode(image, data, remarks, um_per_px, settings, max_pixels, min_side_px)
     except RefusedError:
         raise
+    except MissingError as missing:
+        raise RefusedError(str(missing)) from None
     except MemoryError:
         raise RefusedError(_TOO_MUCH_MEMORY) from None
     except UnidentifiedImageError:
@@ -106,7 +120,7 @@ def decode_image(
         if "insufficient memory" in words.lower():
             raise RefusedError(_TOO_MUCH_MEMORY) from None
         if "truncated" in words or "end of file" in words.lower():
-            raise RefusedError(f"truncated: the image's data ends early ({len(data):,} bytes)") from None
+            raise RefusedError(ends_early(data)) from None
         raise RefusedError(f"damaged: {words[:200]}") from None
 
 
@@ -142,9 +156,14 @@ def _recognise(data: bytes) -> None:
 
 
 def _decode(
-    image: Image.Image, um_per_px: float | None, settings: SegmentSettings, max_pixels: int, min_side_px: int
+    image: Image.Image,
+    data: bytes,
+    remarks: list[str],
+    um_per_px: float | None,
+    settings: SegmentSettings,
+    max_pixels: int,
+    min_side_px: int,
 ) -> Field:
-    remarks = []
     width, height = image.size
     if width * height > max_pixels:
         raise RefusedError(f"too large: {width:,} x {height:,} px, at most {max_pixels:,} pixels")
@@ -153,8 +172,11 @@ def _decode(
     pages = getattr(image, "n_frames", 1)
     if image.format == "TIFF" and pages > 1:
         remarks.append(f"first of {pages} pages")
-    # Only now, since of a PNG this decodes the pixels; of a TIFF the library itself applies the orientation.
-    orientation = 1 if image.format == "TIFF" else _orientation(image)
+    inverted = image.format == "TIFF" and _check_tiff(image)
+    remarks += _check_whole(image, data)
+    if image.format == "PNG":
+        image.load()  # asking for the orientation would, and must not be what meets the damage
+    orientation = 1 if image.format == "TIFF" else _orientation(image)  # of a TIFF the library itself applies it
     turned = orientation in _TURNED
     upright = (height, width) if turned else (width, height)
     target = field_geometry(*upright, um_per_px, settings)
@@ -166,8 +188,8 @@ def _decode(
     size = (target.height, target.width) if turned else (target.width, target.height)
     if image.format == "JPEG" and width * height > _DRAFT_PIXELS:
         image.draft(None, size)
-    inverted = image.format == "TIFF" and _check_tiff(image)
     pixels = _pixels(image)
+    remarks += check_end(pixels)
     pixels = _resize(255 - pixels if inverted else pixels, size)
     return Field(_upright(_rgb(pixels), orientation), *upright, tuple(remarks))
 
@@ -184,7 +206,67 @@ def _check_tiff(image: Image.Image) -> bool:
     return wide and tags.get(_PHOTOMETRIC) == 0 and image.mode in _GREY_MODES
 
 
+def _check_whole(image: Image.Image, data: bytes) -> list[str]:
+    """What the file says of its own wholeness; returns remarks. Raises MissingError."""
+    if image.format == "PNG":
+        check_png_pixels(data)
+    elif image.format in ("JPEG", "MPO"):
+        return check_jpeg(data)
+    elif image.format == "TIFF":
+        return check_tiff(data, _strips(image)) + _check_plain(image, data)
+    elif image.format == "BMP":
+        return _check_plain(image, data)
+    return []
+
+
+def _check_plain(image: Image.Image, data: bytes) -> list[str]:
+    """Pixels that lie uncompressed in one piece are looked at where they lie."""
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
+    pieces = [(tile.extents, tile.offset, tile.args) for tile in tiles if tile.codec_name == "raw"]
+    if not pieces or len(pieces) != len(tiles):
+        return []
+    width, height = image.size
+    _, start, layout = pieces[0]
+    mode = str(layout[0]) if isinstance(layout, tuple) else str(layout)
+    stride = layout[1] if isinstance(layout, tuple) and len(layout) > 1 else 0
+    channels = {"RGB": 3, "BGR": 3, "L": 1, "P": 1, "BGRX": 4, "RGBX": 4, "RGBA": 4, "BGRA": 4}.get(mode)
+    if channels is None:
+        return []
+    stride = stride or width * channels
+    at = start
+    for extents, offset, _ in pieces:
+        if offset != at or extents is None or extents[0] or extents[2] != width:
+            return []
+        at += stride * (extents[3] - extents[1])
+    if at <= len(data):
+        check_rows(data, start, stride, height)
+    return []
+
+
+def _strips(image: Image.Image) -> Strips:
+    """Where the strips or tiles of the first page lie, from its tags (TIFF 6.0)."""
+    tags: dict[int, Any] = getattr(image, "tag_v2", {})
+    width, height = int(tags[256]), int(tags[257])
+    bits = tags.get(_BITS_PER_SAMPLE, (1,))
+    planes = len(bits) if tags.get(_PLANES) == 2 else 1
+    depth = bits[0] if planes > 1 else sum(bits)
+    compression = int(tags.get(259, 1))
+    if 322 in tags:
+        wide, high = int(tags[322]), int(tags[323])
+        sizes = [high * -(-wide * depth // 8)] * (-(-width // wide) * -(-height // high))
+        places = (324, 325)
+    else:
+        high = min(int(tags.get(278, height)), height)
+        sizes = [min(high, height - top) * -(-width * depth // 8) for top in range(0, height, high)]
+        places = (273, 279)
+    if tags.get(_PHOTOMETRIC) == 6 and compression != 7:  # subsampled colours, whose size is another
+        compression = 0
+    offsets, counts = (tuple(int(v) for v in tags.get(place, ())) for place in places)
+    return Strips(compression, offsets, counts, tuple(sizes * planes), bytes(tags.get(347, b"")))
+
+
 def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation. Nothing is decoded here: of a PNG the pixels have been loaded before."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF does not make the pixels worse

@@ -75,7 +75,7 @@ from tasks.segment import CellTable, concatenate
 ACTIVATIONS = "activations"
 """The stage that no other is made from: a shard may lack it and yet be whole. It is made while the pixels are there."""
 STAGES = ("masks", "features", ACTIVATIONS, "predictions")
-REVISIONS = {"masks": 3, "features": 1, ACTIVATIONS: 1, "predictions": 1}
+REVISIONS = {"masks": 4, "features": 1, ACTIVATIONS: 1, "predictions": 1}
 """Raised when a stage's code changes what it writes; part of every content key."""
 
 ARRAYS = {

@@ -346,37 +346,44 @@ _BAND_ROWS = 8  # as many as a JPEG's block has
 _NEARLY_WHITE = 235  # an overexposed background is as even as a missing one
 
 _CHUNK = 8 << 20
+_LEAST_STRIDE = 96
+_LEAST_BLACK, _LEAST_STEP = 64, 18
+_SEGMENTS = 8
 _AHEAD, _BEHIND, _NEAR = 384, 96, 12
 """Bytes looked at after, before, and next to a sector's border."""
 
 
-def check_rows(data: bytes, start: int, stride: int, rows: int, step: int = 1, high: int = 0) -> None:
-    """Look for sectors of uncompressed pixels that do not belong where they are.
+def check_rows(data: bytes, start: int, stride: int, rows: int) -> None:
+    """Look for parts of uncompressed pixels that were never written, or do not belong where they are.
 
     Within rows of `stride` bytes, bytes change little from one row to the next. Where the change is great from a
     sector's border on, small before it, and small again one row further, other data begin at the border: something no
-    object in a picture does. `step` and `high`: every `step`-th byte from `high` on counts. Raises MissingError.
+    object in a picture does. Raises MissingError.
     """
     length = stride * rows
-    if stride // step < _AHEAD + _BEHIND or stride % step or SECTOR % step or rows < 6:
+    if stride < _LEAST_STRIDE or rows < 6:
         return
-    pixels = np.frombuffer(data, np.uint8, length, start)[high::step]
-    wide = stride // step
-    borders = np.arange(-(-start // SECTOR) * SECTOR - start, length, SECTOR) // step
+    pixels, wide = np.frombuffer(data, np.uint8, length, start), stride
+    _check_black_end(pixels, wide)
+    borders = np.arange(-(-start // SECTOR) * SECTOR - start, length, SECTOR)
     if _torn(pixels, wide, borders) or _torn(pixels[::-1], wide, len(pixels) - borders[::-1]):
         raise MissingError("damaged: a part of the picture does not belong where it is, from a disk sector's border on")
 
 
 def _torn(pixels: NDArray[np.uint8], wide: int, borders: NDArray[np.int64]) -> bool:
-    for first in range(0, len(pixels), _CHUNK):
-        piece = pixels[max(first - 3 * wide, 0) : first + _CHUNK + 4 * wide]
-        own = borders[(borders >= first) & (borders < first + _CHUNK)] - max(first - 3 * wide, 0)
-        own = own[(own >= 2 * wide + _BEHIND) & (own + 2 * wide + _AHEAD <= len(piece))]
-        if not len(own) or len(piece) < 6 * wide:
+    chunk = max(_CHUNK // wide, 1) * wide  # whole rows
+    for first in range(0, len(pixels), chunk):
+        piece = pixels[max(first - 3 * wide, 0) : first + chunk + 4 * wide]
+        own = borders[(borders >= first) & (borders < first + chunk)] - max(first - 3 * wide, 0)
+        own = own[(own >= 2 * wide + _BEHIND) & (own + 3 * wide <= len(piece))]
+        if not len(own):
             continue
-        change = cv2.absdiff(piece[wide:], piece[:-wide]).reshape(-1)
+        change = np.asarray(cv2.absdiff(piece[wide:], piece[:-wide]), np.uint8).reshape(-1)
         usual = max(float(np.median(change[:: max(1, len(change) // 65536)])), 1.0)
+        if _torn_line(change, own - wide, own, wide):
+            return True
         great = np.concatenate([[0], np.cumsum(change >= 4 * usual + 4, dtype=np.int32)])
+        own = own[own + wide + _AHEAD <= len(change)] if wide >= _AHEAD + _BEHIND else own[:0]
         at = own - wide
 
         def share(low: NDArray[np.int64], size: int, great: NDArray[np.int32] = great) -> NDArray[np.float64]:
@@ -389,6 +396,49 @@ def _torn(pixels: NDArray[np.uint8], wide: int, borders: NDArray[np.int64]) -> b
         if any(not _continues(piece, int(hit), wide) for hit in hits):
             return True
     return False
+
+
+def _torn_line(change: NDArray[np.uint8], at: NDArray[np.int64], own: NDArray[np.int64], wide: int) -> bool:
+    """Whether from a border on, for the length of a whole row, most of the picture differs from what lies above.
+
+    In eight parts of such a line, the change to the row above is compared with that of the lines before and after.
+    A line that begins near the edge of the picture may be a drawn frame, and tells nothing.
+    """
+    column = own % wide
+    at = at[(column > wide // 8) & (column < wide - wide // 8)]
+    total = np.concatenate([[0], np.cumsum(np.minimum(change, 64), dtype=np.int64)])
+    part = wide // _SEGMENTS
+    at = at[(at >= wide) & (at + 2 * wide + 2 * part < len(total))]
+    if not len(at):
+        return False
+    low = at[:, None] + np.arange(-2, _SEGMENTS + 2) * part  # two parts before the line, and two after it
+
+    def mean(shift: int) -> NDArray[np.float64]:
+        return np.asarray((total[low + shift + part] - total[low + shift]) / part)
+
+    usual = np.maximum(mean(-wide), mean(wide))
+    excess = mean(0) > 2.5 * usual + 2
+    calm = ~excess[:, :2].any(1) & ~excess[:, -2:].any(1)
+    return bool((calm & (excess[:, 2:-2].sum(1) >= _SEGMENTS - 2)).any())
+
+
+def _check_black_end(pixels: NDArray[np.uint8], wide: int) -> None:
+    """Raise MissingError where the pixels end in zeros that begin within a row below one that is not black.
+
+    A copy that was interrupted leaves that. The black of a round field of view continues from row to row.
+    """
+    if pixels[-_LEAST_BLACK:].any():
+        return
+    end = len(pixels)
+    while end > wide and not pixels[end - wide : end].any():
+        end -= wide
+    filled = np.flatnonzero(pixels[max(end - wide, 0) : end])
+    end = max(end - wide, 0) + (int(filled[-1]) + 1 if len(filled) else 0)
+    if end < wide:
+        return
+    above = pixels[end - wide : min((end // wide + 1) * wide, len(pixels)) - wide]
+    if len(above) >= _LEAST_STEP and float(np.mean(above > 16)) > 0.9:
+        raise MissingError("picture data missing: the picture's data end in zeros, from within a row on")
 
 
 def _continues(pixels: NDArray[np.uint8], at: int, wide: int) -> bool:

@@ -275,10 +275,11 @@ def show(table: dict[tuple[str, str], Counter[str]]) -> None:
             total["missing caught"] += counts["caught"]
     files = sum(total[o] for o in OUTCOMES if o != "flagged")
     print(f"{'all':6} {'':14} {files:6} " + " ".join(f"{total[o]:13}" for o in OUTCOMES))
-    print(f"\ncaught {total['caught'] / files:.1%} of {files:,}; of those with data missing "
+    print(
+          f"\ncaught {total['caught'] / files:.1%} of {files:,}; of those with data missing "
           f"{total['missing caught'] / max(total['missing'], 1):.1%} of {total['missing']:,}; answered with "
-          f"another label "
-          f"{total['ANOTHER LABEL'] / files:.2%} (real {total['real']}, drawn {total['drawn']})")  # fmt: skip
+          f"another label {total['ANOTHER LABEL'] / files:.2%} (real {total['real']}, drawn {total['drawn']})"
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

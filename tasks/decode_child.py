@@ -124,6 +124,19 @@ def decode_image(
         raise RefusedError(f"damaged: {words[:200]}") from None
 
 
+def check_image(data: bytes) -> None:
+    """Ask a JPEG, PNG, TIFF or BMP whether its picture is whole. Raises RefusedError where it is not."""
+    _recognise(data)
+    try:
+        data, _ = sound_png(data) if data.startswith(_MAGIC[1]) else (data, [])
+        with _own_limits(), Image.open(io.BytesIO(data), formats=FORMATS) as image:
+            _check_whole(image, data)
+    except MissingError as missing:
+        raise RefusedError(str(missing)) from None
+    except UnidentifiedImageError:
+        raise RefusedError("damaged: the image's header cannot be read") from None
+
+
 @contextmanager
 def _own_limits() -> Iterator[None]:
     """Our limit on pixels, checked from the header, instead of the library's; and no warnings about odd metadata."""

@@ -8,6 +8,7 @@ where something is odd but the picture is complete.
 
 from __future__ import annotations
 
+import bisect
 import re
 import struct
 import zlib
@@ -143,18 +144,10 @@ def check_jpeg(data: bytes) -> list[str]:
     if walk.gaps:
         lost = sum(b - a for a, b in walk.gaps)
         remarks.append(f"odd but complete: {lost:,} bytes between the JPEG's segments belong to none")
-    whole = data
     if walk.end is None:
-        whole = data + b"\xff\xd9"
-    try:
-        padding = _complaints(_without(whole, walk.gaps))
-    except MissingError:
-        if walk.end is None:
-            raise MissingError(ends_early(data)) from None
-        raise
-    if walk.end is None:
-        remarks.append("odd but complete: the JPEG's end mark is missing")
-    elif any(memoryview(data)[walk.end :]):
+        raise MissingError(ends_early(data))
+    padding = _complaints(_without(data, walk.gaps))
+    if any(memoryview(data)[walk.end :]):
         remarks.append(_trailing(len(data) - walk.end))
     for i, scan in enumerate(walk.scans):
         own = padding if i == len(walk.scans) - 1 else 0
@@ -163,7 +156,7 @@ def check_jpeg(data: bytes) -> list[str]:
             tail = data[scan.end - own : scan.end]
             if tail.strip(b"\0") and tail.strip(b"\xff"):
                 raise MissingError("damaged: the JPEG holds more picture data than its picture needs")
-            remarks.append(f"odd but complete: {own:,} bytes of padding before the JPEG's end mark")
+            remarks.append("odd but complete: padding before the JPEG's end mark")
     return remarks
 
 
@@ -242,7 +235,9 @@ def _complaints(data: bytes) -> int:
 def _check_runs(data: bytes, scan: _Scan, end: int, walk: _Jpeg) -> None:
     """Raise MissingError for bytes all alike where compressed data should be: a sector that was never written."""
     zeros = not (walk.progressive or walk.arithmetic or scan.zeros_are_even)
-    if (zeros and _ZEROS.search(data, scan.start, end)) or even_sectors(data, scan.start, end):
+    found = zeros and _ZEROS.search(data, scan.start, end) is not None
+    # Where an even surface can look so too, only a stretch that begins and ends as sectors do is damage.
+    if found or even_stretch(data, scan.start, end):
         raise MissingError("picture data missing: the JPEG has a stretch of bytes all alike among its picture data")
 
 
@@ -259,6 +254,23 @@ def even_sectors(data: bytes, start: int, end: int) -> list[int]:
         return []
     sectors = np.frombuffer(data, np.uint8, (high - low) * SECTOR, low * SECTOR).reshape(-1, SECTOR)
     return ((np.flatnonzero((sectors == sectors[:, :1]).all(1)) + low) * SECTOR).tolist()
+
+
+def even_stretch(data: bytes, start: int, end: int) -> bool:
+    """Whether between `start` and `end` bytes all alike begin at one sector's border and end at another's."""
+    even = even_sectors(data, start, end)
+    after = {at + SECTOR for at in even}
+    begins = [at for at in even if at > start and data[at - 1] != data[at]]
+    stops = [at for at in sorted(after) if at < end and data[at - 1] != data[at]]
+    return any(all(at in after for at in range(first + SECTOR, stop, SECTOR)) for first, stop in _pairs(begins, stops))
+
+
+def _pairs(begins: list[int], stops: list[int]) -> Iterator[tuple[int, int]]:
+    """Each beginning with the next stop after it."""
+    for first in begins:
+        place = bisect.bisect_right(stops, first)
+        if place < len(stops):
+            yield first, stops[place]
 
 
 def ends_early(data: bytes) -> str:
@@ -365,6 +377,8 @@ def check_rows(data: bytes, start: int, stride: int, rows: int) -> None:
         return
     pixels, wide = np.frombuffer(data, np.uint8, length, start), stride
     _check_black_end(pixels, wide)
+    if stride % SECTOR and even_stretch(data, start, start + length):
+        raise MissingError("picture data missing: a disk sector's length of bytes all alike within the picture")
     borders = np.arange(-(-start // SECTOR) * SECTOR - start, length, SECTOR)
     if _torn(pixels, wide, borders) or _torn(pixels[::-1], wide, len(pixels) - borders[::-1]):
         raise MissingError("damaged: a part of the picture does not belong where it is, from a disk sector's border on")
@@ -402,10 +416,10 @@ def _torn_line(change: NDArray[np.uint8], at: NDArray[np.int64], own: NDArray[np
     """Whether from a border on, for the length of a whole row, most of the picture differs from what lies above.
 
     In eight parts of such a line, the change to the row above is compared with that of the lines before and after.
-    A line that begins near the edge of the picture may be a drawn frame, and tells nothing.
+    A line that begins within a quarter of the picture's sides may be a drawn frame or bar, and tells nothing.
     """
     column = own % wide
-    at = at[(column > wide // 8) & (column < wide - wide // 8)]
+    at = at[(column > wide // 4) & (column < wide - wide // 4)]
     total = np.concatenate([[0], np.cumsum(np.minimum(change, 64), dtype=np.int64)])
     part = wide // _SEGMENTS
     at = at[(at >= wide) & (at + 2 * wide + 2 * part < len(total))]
@@ -419,7 +433,7 @@ def _torn_line(change: NDArray[np.uint8], at: NDArray[np.int64], own: NDArray[np
     usual = np.maximum(mean(-wide), mean(wide))
     excess = mean(0) > 2.5 * usual + 2
     calm = ~excess[:, :2].any(1) & ~excess[:, -2:].any(1)
-    return bool((calm & (excess[:, 2:-2].sum(1) >= _SEGMENTS - 2)).any())
+    return bool((calm & (excess[:, 2:-2].sum(1) >= _SEGMENTS - 1)).any())
 
 
 def _check_black_end(pixels: NDArray[np.uint8], wide: int) -> None:
@@ -442,13 +456,13 @@ def _check_black_end(pixels: NDArray[np.uint8], wide: int) -> None:
 
 
 def _continues(pixels: NDArray[np.uint8], at: int, wide: int) -> bool:
-    """Whether what begins at a byte also begins below it, as the side of a drawn scale bar does."""
+    """Whether what begins at a byte also begins above or below it, as the side of a drawn scale bar does."""
 
     def edge(place: int) -> float:
         behind, ahead = pixels[place - _NEAR : place], pixels[place : place + _NEAR]
         return abs(float(ahead.mean()) - float(behind.mean()))
 
-    return max(edge(at + wide), edge(at + 2 * wide)) > max(12.0, 0.8 * edge(at))
+    return max(edge(at + k * wide) for k in (-2, -1, 1, 2)) > max(12.0, 0.8 * edge(at))
 
 
 def check_end(pixels: NDArray[np.uint8]) -> list[str]:

@@ -24,15 +24,26 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, BinaryIO, cast
+from typing import TYPE_CHECKING, Any, BinaryIO, cast
 
 import cv2
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image, ImageChops, PngImagePlugin, UnidentifiedImageError
+from PIL import Image, ImageChops, ImageFile, PngImagePlugin, UnidentifiedImageError
 
 from leukoflow.geometry import field_geometry
 from tasks.colour import ToSrgb, has_colours, hides_everything, to_srgb
+from tasks.integrity import (
+    MissingError,
+    Strips,
+    check_end,
+    check_jpeg,
+    check_png_pixels,
+    check_rows,
+    check_tiff,
+    ends_early,
+    sound_png,
+)
 from tasks.picture_header import (
     JPEG2000,
     PROFILE_BYTES,
@@ -77,6 +88,7 @@ OUT_OF_MEMORY = 12
 """Exit code where not even the image's bytes fit."""
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP", "JPEG2000")
+_PNG = b"\x89PNG"
 _TOO_MUCH_MEMORY = "too large: decoding it needs more memory than the limit allows"
 _STRIP_PIXELS = 4_000_000
 _DRAFT_PIXELS = 16_000_000  # a larger JPEG is decoded at a fraction of its size where that is enough
@@ -113,10 +125,13 @@ def decode_image(
     if (reason := refusal_of(data)) is not None:
         raise RefusedError(reason)
     try:
+        data, remarks = sound_png(data) if data.startswith(_PNG) else (data, [])
         with _own_limits(), _opened(data) as picture:
-            return _decode(picture, um_per_px, settings, max_pixels, min_side_px)
+            return _decode(picture, remarks, um_per_px, settings, max_pixels, min_side_px)
     except RefusedError:
         raise
+    except MissingError as missing:
+        raise RefusedError(str(missing)) from None
     except ModuleNotFoundError as error:
         raise RefusedError(
             f"not supported by this installation, which lacks {error.name}: run `make install`"
@@ -134,8 +149,22 @@ def decode_image(
         if _UNSUPPORTED.search(words):
             raise RefusedError(f"not supported: {words[:200]}; save it as PNG or TIFF with 8 bits a colour") from None
         if "truncated" in words or "end of file" in words.lower():
-            raise RefusedError(f"truncated: the image's data ends early ({len(data):,} bytes)") from None
+            raise RefusedError(ends_early(data)) from None
         raise RefusedError(f"damaged: {words[:200]}") from None
+
+
+def check_image(data: bytes) -> None:
+    """Ask a picture's file whether the picture is whole. Raises RefusedError where it is not."""
+    if (reason := refusal_of(data)) is not None:
+        raise RefusedError(reason)
+    try:
+        data, _ = sound_png(data) if data.startswith(_PNG) else (data, [])
+        with _own_limits(), _opened(data) as picture:
+            picture.check()
+    except MissingError as missing:
+        raise RefusedError(str(missing)) from None
+    except UnidentifiedImageError:
+        raise RefusedError("damaged: the image's header cannot be read") from None
 
 
 @contextmanager
@@ -153,10 +182,14 @@ def _own_limits() -> Iterator[None]:
 
 @dataclass(frozen=True, slots=True)
 class _Picture:
-    """A picture whose header is read and whose pixels are not. `load` is given the size that is wanted."""
+    """A picture whose header is read and whose pixels are not. `load` is given the size that is wanted.
+
+    `check` comes before whatever may decode.
+    """
 
     size: tuple[int, int]
     load: Callable[[tuple[int, int]], tuple[Image.Image, str | None]]
+    check: Callable[[], list[str]]  # whether the file is whole: remarks, or MissingError
     orientation: Callable[[], int]
     profile: bytes | None
     remark: str | None = None
@@ -174,7 +207,7 @@ def _opened(data: bytes) -> Iterator[_Picture]:
         if needs_tifffile(tiff, page):
             yield _wide_tiff(data, page, remark)
             return
-    elif data.startswith(b"\x89PNG"):
+    elif data.startswith(_PNG):
         depth, header = Depth(*png_depth(data)), without_long_texts(data)
         values = partial(png_values, data) if depth.stored == 16 else None
     elif data.startswith(JPEG2000):
@@ -212,11 +245,13 @@ def _opened(data: bytes) -> Iterator[_Picture]:
             return image, None
 
         profile = jpeg2000_profile(data) if data.startswith(JPEG2000) else image.info.get("icc_profile")
-        # Of a TIFF the library itself applies the orientation; of a PNG asking for it decodes the pixels.
-        yield _Picture(
-            image.size, load, lambda: 1 if image.format == "TIFF" else _orientation(image),
-            profile, remark,
-        )  # fmt: skip
+
+        def orientation() -> int:
+            if image.format == "PNG":
+                image.load()  # asking for it would, and must not be what meets damage
+            return 1 if image.format == "TIFF" else _orientation(image)  # of a TIFF the library itself applies it
+
+        yield _Picture(image.size, load, lambda: _check_whole(image, data), orientation, profile, remark)
 
 
 def _page_of(tiff: Tiff) -> tuple[TiffPage, str | None]:
@@ -238,18 +273,25 @@ def _wide_tiff(data: bytes, page: TiffPage, remark: str | None) -> _Picture:
         depth = Depth(max(page.bits), page.stated_bits)
         return picture_of(tiff_values(data, page), depth, page.photometric == 5, alpha, page.extra[:1] == (1,))
 
-    return _Picture((page.width, page.height), load, lambda: page.orientation, page.profile, remark)
+    # tifffile and its codecs raise for what is missing or corrupt
+    return _Picture((page.width, page.height), load, lambda: [], lambda: page.orientation, page.profile, remark)
 
 
 def _decode(
-    picture: _Picture, um_per_px: float | None, settings: SegmentSettings, max_pixels: int, min_side_px: int
+    picture: _Picture,
+    remarks: list[str],
+    um_per_px: float | None,
+    settings: SegmentSettings,
+    max_pixels: int,
+    min_side_px: int,
 ) -> Field:
-    remarks = [picture.remark]
+    found: list[str | None] = [*remarks, picture.remark]
     width, height = picture.size
     if width * height > max_pixels:
         raise RefusedError(f"too large: {width:,} x {height:,} px, at most {max_pixels:,} pixels")
     if min(width, height) < min_side_px:
         raise RefusedError(f"too small: {width} x {height} px, at least {min_side_px}")
+    found += picture.check()
     orientation = picture.orientation()
     turned = orientation in _TURNED
     upright = (height, width) if turned else (width, height)
@@ -261,16 +303,17 @@ def _decode(
         )
     size = (target.height, target.width) if turned else (target.width, target.height)
     image, remark = picture.load(size)
-    remarks.append(remark)
+    found.append(remark)
     hidden = hides_everything(image)
     if hidden and not has_colours(image):
         raise RefusedError("wholly transparent: there is no picture in it")
     if hidden:
-        remarks.append("wholly transparent: its colours are used as if it were not")
+        found.append("wholly transparent: its colours are used as if it were not")
     colour, remark = to_srgb(picture.profile, _colour_mode(image))
-    remarks.append(remark)
-    pixels = _resize(_pixels(image, colour, opaque=hidden), size)
-    return Field(_upright(_rgb(pixels), orientation), *upright, tuple(filter(None, remarks)))
+    found.append(remark)
+    pixels = _pixels(image, colour, opaque=hidden)
+    found += check_end(pixels)
+    return Field(_upright(_rgb(_resize(pixels, size)), orientation), *upright, tuple(filter(None, found)))
 
 
 def _colour_mode(image: Image.Image) -> str:
@@ -280,7 +323,67 @@ def _colour_mode(image: Image.Image) -> str:
     return "L" if image.mode in ("1", "L", "LA", "La", "I", "I;16", "I;16B", "I;16L") else "RGB"
 
 
+def _check_whole(image: Image.Image, data: bytes) -> list[str]:
+    """What the file says of its own wholeness; returns remarks. Raises MissingError."""
+    if image.format == "PNG":
+        check_png_pixels(data)
+    elif image.format in ("JPEG", "MPO"):
+        return check_jpeg(data)
+    elif image.format == "TIFF":
+        return check_tiff(data, _strips(image)) + _check_plain(image, data)
+    elif image.format == "BMP":
+        return _check_plain(image, data)
+    return []
+
+
+def _check_plain(image: Image.Image, data: bytes) -> list[str]:
+    """Pixels that lie uncompressed in one piece are looked at where they lie."""
+    tiles = image.tile if isinstance(image, ImageFile.ImageFile) else []
+    pieces = [(tile.extents, tile.offset, tile.args) for tile in tiles if tile.codec_name == "raw"]
+    if not pieces or len(pieces) != len(tiles):
+        return []
+    width, height = image.size
+    _, start, layout = pieces[0]
+    mode = str(layout[0]) if isinstance(layout, tuple) else str(layout)
+    stride = layout[1] if isinstance(layout, tuple) and len(layout) > 1 else 0
+    channels = {"RGB": 3, "BGR": 3, "L": 1, "P": 1, "BGRX": 4, "RGBX": 4, "RGBA": 4, "BGRA": 4}.get(mode)
+    if channels is None:
+        return []
+    stride = stride or width * channels
+    at = start
+    for extents, offset, _ in pieces:
+        if offset != at or extents is None or extents[0] or extents[2] != width:
+            return []
+        at += stride * (extents[3] - extents[1])
+    if at <= len(data):
+        check_rows(data, start, stride, height)
+    return []
+
+
+def _strips(image: Image.Image) -> Strips:
+    """Where the strips or tiles of the first page lie, from its tags (TIFF 6.0)."""
+    tags: dict[int, Any] = getattr(image, "tag_v2", {})
+    width, height = int(tags[256]), int(tags[257])
+    bits = tags.get(258, (1,))
+    planes = len(bits) if tags.get(284) == 2 else 1
+    depth = bits[0] if planes > 1 else sum(bits)
+    compression = int(tags.get(259, 1))
+    if 322 in tags:
+        wide, high = int(tags[322]), int(tags[323])
+        sizes = [high * -(-wide * depth // 8)] * (-(-width // wide) * -(-height // high))
+        places = (324, 325)
+    else:
+        high = min(int(tags.get(278, height)), height)
+        sizes = [min(high, height - top) * -(-width * depth // 8) for top in range(0, height, high)]
+        places = (273, 279)
+    if tags.get(262) == 6 and compression != 7:  # subsampled colours, whose size is another
+        compression = 0
+    offsets, counts = (tuple(int(v) for v in tags.get(place, ())) for place in places)
+    return Strips(compression, offsets, counts, tuple(sizes * planes), bytes(tags.get(347, b"")))
+
+
 def _orientation(image: Image.Image) -> int:
+    """The EXIF orientation. Nothing is decoded here: of a PNG the pixels have been loaded before."""
     try:
         value = image.getexif().get(_ORIENTATION, 1)
     except Exception:  # damaged EXIF does not make the pixels worse

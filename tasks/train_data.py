@@ -23,6 +23,7 @@ from leukoflow.method import MethodSettings, Settings
 from leukoflow.records import CLASSES
 from models.bundle import Preset, preset
 from models.hybrid_cn_nas import BackboneSpec
+from tasks.decode_child import RefusedError, check_image
 from tasks.normalize import mask_overlays, normalize
 from tasks.segment import cell_table, crop_cells, pseudo_semantic, watershed_cells
 
@@ -121,6 +122,10 @@ def read_members(archive: Path, names: Sequence[str] | None) -> Iterator[NDArray
                 data = stored.read(name)
             except KeyError as error:
                 raise SourceError(f"{archive} has no member {name!r}") from error
+            try:
+                check_image(data)
+            except RefusedError as refusal:
+                raise SourceError(f"{archive}: {name!r} cannot be trained on: {refusal}") from None
             image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_COLOR_RGB)
             if image is None:
                 raise SourceError(f"{archive}: {name!r} is not an image that can be decoded")

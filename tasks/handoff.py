@@ -26,8 +26,9 @@ import pyarrow.parquet as pq
 
 from leukoflow.errors import ConfigError, LeukoflowError, NotFoundError, RequestError
 from leukoflow.progress import now
-from leukoflow.records import CLASSES, SourceKind
+from leukoflow.records import CLASSES, SourceKind, read_reason
 from leukoflow.sources import open_reader
+from tasks.page import probability
 from tasks.plan import read_shard, read_summary
 from tasks.verdicts import Standing
 from tasks.worklist import (
@@ -151,6 +152,7 @@ def _rows(table: RunTable, rows: Ints) -> pa.Table:
     confidence = np.where(np.isfinite(p).all(1), p.max(1, initial=-np.inf), np.nan)
     given: dict[str, Any] = {
         "run_id": [table.run_id] * len(rows),
+        "reason": [read_reason(r) for r in frame.column("reason").take(places).to_pylist()],
         "label": [CLASSES[code] if code >= 0 else None for code in frame.label[rows].tolist()],
         "confidence": pa.array(confidence, pa.float64(), from_pandas=True),
         "bundle_digest": [table.bundle[1]] * len(rows),
@@ -413,7 +415,7 @@ def _observations(summary: Summary) -> Iterator[tuple[str, str, dict[str, Any], 
             "malignant-share",
             "Mean malignant probability of the fields",
             summary.malignant_share,
-            f"95 % interval {summary.interval[0]:.3f} to {summary.interval[1]:.3f}, as if fields were independent.",
+            _interval_words(summary),
         ),
         (
             "blast-fraction-estimate",
@@ -442,6 +444,13 @@ def _observations(summary: Summary) -> Iterator[tuple[str, str, dict[str, Any], 
         yield code, display, {"valueQuantity": _quantity(count, f"{{{unit}}}", unit)}, "A count."
 
 
+def _interval_words(summary: Summary) -> str:
+    if summary.interval is None:
+        return "No field was predicted."
+    low, high = (probability(v) for v in summary.interval)
+    return f"95 % interval {low} to {high}, as if fields were independent"
+
+
 def _conclusion(line: SlideLine | PatientLine, name: str) -> str:
     s = line.summary
     if s.label is None or s.malignant_share is None:
@@ -449,8 +458,8 @@ def _conclusion(line: SlideLine | PatientLine, name: str) -> str:
     else:
         found = (
             f"{name}: likeliest class {_CLASS_WORDS[s.label]}; {s.malignant_fields:,} of {s.counts.predicted:,} "
-            f"predicted fields look malignant (mean probability {s.malignant_share:.2f}, 95 % interval "
-            f"{s.interval[0]:.2f} to {s.interval[1]:.2f}); {s.counts.abstained:,} abstained, "
+            f"predicted fields look malignant (mean probability {probability(s.malignant_share)}; "
+            f"{_interval_words(s)}); {s.counts.abstained:,} abstained, "
             f"{s.counts.rejected:,} rejected, {s.counts.quarantined:,} quarantined; {s.reviewed:,} of {s.diagnosed:,} "
             "reviewed by a person."
         )

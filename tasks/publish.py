@@ -26,8 +26,8 @@ from tasks.shard import ACTIVATIONS, STAGES, open_plan, read_marker
 from tasks.slides import MALIGNANT, slide_of, urgency_of
 
 RANKED = (
-    "image_key", "slide_id", "patient_id", "site", "status", "n_cells", "prob_benign", "prob_early", "prob_pre",
-    "prob_pro",
+    "run_id", "image_key", "slide_id", "patient_id", "site", "status", "n_cells", "prob_benign", "prob_early",
+    "prob_pre", "prob_pro",
 )  # fmt: skip
 """Columns of the predictions that the ranking of the slides looks at."""
 SLOWEST = 10
@@ -39,6 +39,7 @@ NAMED = 5
 class _Slide:
     """Running sums of one slide; never more than one slide's numbers, however many fields it has."""
 
+    run_id: str
     grouping: str
     patient_id: str | None
     site: str | None
@@ -194,7 +195,7 @@ def _read_tables(run: Run, storage: Storage) -> tuple[pa.Table, pa.Table, int]:
     patients: list[NDArray[np.uint64]] = []
     frozen, rows = open_plan(run.root), 0
     columns = [
-        "image_key", "member_sha256", "slide_id", "patient_id", "site", "status", "n_cells",
+        "run_id", "image_key", "member_sha256", "slide_id", "patient_id", "site", "status", "n_cells",
         "prob_benign", "prob_early", "prob_pre", "prob_pro", "confidence",
     ]  # fmt: skip
     for shard in shards(run.summary):
@@ -251,7 +252,7 @@ def _count(slides: dict[str, _Slide], row: dict[str, Any]) -> None:
     grouping, slide_id = slide_of(row["slide_id"], row["image_key"])
     slide = slides.get(f"{grouping}:{slide_id}")
     if slide is None:
-        slide = slides[f"{grouping}:{slide_id}"] = _Slide(grouping, row["patient_id"], row["site"])
+        slide = slides[f"{grouping}:{slide_id}"] = _Slide(row["run_id"], grouping, row["patient_id"], row["site"])
     slide.status[row["status"]] += 1
     slide.cells += row["n_cells"] or 0
     if row["status"] != Status.PREDICTED:
@@ -299,6 +300,7 @@ def _slides_table(slides: dict[str, _Slide]) -> pa.Table:
         malignant = float(slide.probabilities[MALIGNANT].sum())
         rows.append(
             {
+                "run_id": slide.run_id,
                 "slide_id": key.split(":", 1)[1],
                 "grouping": slide.grouping,
                 "patient_id": slide.patient_id,

@@ -23,7 +23,16 @@ from numpy.typing import NDArray
 
 from leukoflow.codec import loads
 from leukoflow.progress import ProgressReader, RunBinding, RunProgress
-from leukoflow.records import CLASSES, Marker, RunManifest, ShardReceipt, SourceKind, StageTiming
+from leukoflow.records import (
+    CLASSES,
+    Marker,
+    RunManifest,
+    ShardReceipt,
+    SourceKind,
+    StageTiming,
+    read_reason,
+    read_reasons,
+)
 from leukoflow.storage import Storage
 from tasks.field_view import Pixels
 from tasks.page import LABEL_COLOURS as _LABEL_COLOURS
@@ -33,12 +42,14 @@ from tasks.page import bar as _bar
 from tasks.page import dot as _dot
 from tasks.page import moment as _moment
 from tasks.page import number as _number
+from tasks.page import probability as _probability
 from tasks.page import seconds as _seconds
 from tasks.page import share as _share
 from tasks.page import style as _style
 from tasks.page import table as _table
 from tasks.page import text as _text
 from tasks.plan import read_summary
+from tasks.slides import patients_in_disagreement
 from tasks.tables import shard_name, table_files
 
 FIELDS_SHOWN = 12
@@ -68,7 +79,7 @@ class _Survey:
     """What one pass over the predictions keeps."""
 
     histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros((_BINS, 2), np.int64))  # predicted, abstained
-    labels: Counter[str] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)  # of predicted fields
     without: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # status -> first (key, reason)
     suspicious: dict[str, list[tuple[float, str, dict[str, Any]]]] = field(default_factory=dict)  # slide -> heap
     uncertain: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)  # heap, least certain kept
@@ -93,7 +104,6 @@ class _Totals:
     truncated: str | None
     conflicts: int
     cells: int
-    labels: tuple[int, int, int, int]
     reasons: tuple[tuple[str, int], ...]
     timings: tuple[StageTiming, ...]
     slowest: tuple[tuple[str, float], ...]
@@ -124,13 +134,14 @@ def build_report(root: str, manifest: RunManifest | None) -> str:
     totals = _from_manifest(storage, manifest) if manifest else _from_receipts(storage, progress, receipts)
     shards = [r.shard.name for r in receipts]
     survey = _survey(storage, _part_keys(manifest, "predictions", shards).values())
-    slides = _slides(storage, "slides.parquet" if manifest else "partial/slides.parquet")
+    ranking = "slides.parquet" if manifest else "partial/slides.parquet"
+    slides, split = _slides(storage, ranking), _disagreements(storage, ranking)
     with ExitStack() as stack:
         painter = _Painter(storage, totals, _part_keys(manifest, "cells", shards), stack)
         suspicious = [painter.card(row) for row in _most_suspicious(survey, slides)]
         uncertain = [painter.card(row) for _, _, row in sorted(survey.uncertain, key=lambda c: (-c[0], c[1]))]
         notes = painter.notes
-    return _page(totals, manifest is not None, progress, survey, slides, suspicious, uncertain, notes)
+    return _page(totals, manifest is not None, progress, survey, slides, split, suspicious, uncertain, notes)
 
 
 # --- gathering -------------------------------------------------------------------------------------------------------
@@ -172,8 +183,7 @@ def _from_manifest(storage: Storage, m: RunManifest) -> _Totals:
         truncated=m.source_truncated,
         conflicts=m.conflicts,
         cells=m.cells,
-        labels=m.labels,
-        reasons=m.reasons,
+        reasons=read_reasons(m.reasons),
         timings=m.timings,
         slowest=m.slowest,
         startup_seconds=m.startup_seconds,
@@ -194,10 +204,8 @@ def _from_receipts(storage: Storage, progress: RunProgress, receipts: Sequence[S
     reasons: Counter[str] = Counter()
     seconds: Counter[str] = Counter()
     images: Counter[str] = Counter()
-    labels = [0, 0, 0, 0]
     for receipt in receipts:
         reasons.update(dict(receipt.reasons))
-        labels = [a + b for a, b in zip(labels, receipt.labels, strict=True)]
         for timing in receipt.timings:
             seconds[timing.stage] += timing.seconds  # type: ignore[assignment]
             images[timing.stage] += timing.images
@@ -223,8 +231,7 @@ def _from_receipts(storage: Storage, progress: RunProgress, receipts: Sequence[S
         truncated=summary.truncated,
         conflicts=0,
         cells=sum(r.cells for r in receipts),
-        labels=(labels[0], labels[1], labels[2], labels[3]),
-        reasons=tuple(reasons.most_common(50)),
+        reasons=read_reasons(reasons.most_common(50)),
         timings=tuple(StageTiming(stage, float(seconds[stage]), images[stage]) for stage in seconds),
         slowest=tuple(slowest),
         startup_seconds=None,
@@ -264,12 +271,13 @@ def _take(survey: _Survey, row: dict[str, Any]) -> None:
     if status != "predicted":
         listed = survey.without.setdefault(status, [])
         if len(listed) < KEYS_SHOWN:
-            listed.append((key, row["reason"] or ""))
+            listed.append((key, read_reason(row["reason"]) or ""))
     if row["label"] is None:
         return
-    survey.labels[row["label"]] += 1
     place = min(_BINS - 1, max(0, int((row["confidence"] - 0.25) / 0.75 * _BINS)))
     survey.histogram[place, 0 if status == "predicted" else 1] += 1
+    if status == "predicted":
+        survey.labels[row["label"]] += 1
     if row["zarr_index"] is None:
         return
     _keep(survey.uncertain, (-row["confidence"], key, row), FIELDS_SHOWN)
@@ -520,12 +528,13 @@ def _page(
     progress: RunProgress,
     survey: _Survey,
     slides: Sequence[dict[str, Any]],
+    split: Mapping[str, str],
     suspicious: Sequence[_Card],
     uncertain: Sequence[_Card],
     notes: Sequence[str],
 ) -> str:
     sections: list[tuple[str, str, Callable[[], str]]] = [
-        ("slides", "Slides by urgency", lambda: _slides_section(slides, finished)),
+        ("slides", "Slides by urgency", lambda: _slides_section(slides, finished, split)),
         (
             "suspicious",
             "Most suspicious fields",
@@ -608,7 +617,29 @@ def _unranked(slides: Sequence[dict[str, Any]]) -> str:
     return f"{_number(whole)} of the {_number(len(slides))} slides shown are complete."
 
 
-def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
+def _disagreements(storage: Storage, key: str) -> dict[str, str]:
+    """Patients whose slides have different labels, over all slides of a ranking."""
+    try:
+        with storage.open(key) as file:
+            table = pq.read_table(file, columns=["patient_id", "slide_id", "label", "n_predicted"])
+    except FileNotFoundError:
+        return {}
+    return patients_in_disagreement(table.to_pylist())
+
+
+def _disagreement_note(found: Mapping[str, str]) -> str:
+    if not found:
+        return ""
+    rows = [(_text(patient[:12]), _text(remark, 500)) for patient, remark in list(found.items())[:KEYS_SHOWN]]
+    count = "The slides of 1 patient do" if len(found) == 1 else f"The slides of {_number(len(found))} patients do"
+    more = f'<p class="quiet">The first {KEYS_SHOWN}; slides.parquet has all.</p>' if len(found) > KEYS_SHOWN else ""
+    return (
+        f'<p class="verdict warn"><b>{count} not agree on the class.</b></p><details><summary>Which, and how'
+        f"</summary>{_table((('patient', 'key'), ('', '')), rows)}{more}</details>"
+    )
+
+
+def _slides_section(slides: Sequence[dict[str, Any]], finished: bool, split: Mapping[str, str]) -> str:
     if not finished and not slides:
         return '<p class="quiet">Slides are ranked when the run has finished, or at its deadline.</p>'
     head = (
@@ -622,7 +653,7 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
             _text(s["slide_id"], 60),
             _text(s["site"] or "–", 40),
             _text((s["patient_id"] or "–")[:12]),
-            f"{s['urgency']:.3f}",
+            _probability(s["urgency"]),
             _bar(s["urgency"], "var(--accent)"),
             _label(s["label"]),
             _number(s["n_malignant"]),
@@ -642,7 +673,7 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
     )
     grouped = any(s["grouping"] == "folder" for s in slides)
     note = (
-        '<p class="quiet">Without a slide in the manifest, the images of one folder count as a slide.</p>'
+        '<p class="quiet">Where the manifest names no slide, the images of one folder count as a slide.</p>'
         if grouped
         else ""
     )
@@ -657,7 +688,7 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
             '<p class="verdict warn"><b>A partial ranking</b> of the images that were done at the deadline: the order '
             f"will change, and a slide that is absent here has no image done. {_unranked(slides)}</p>" + explained
         )
-    return explained + note + _table(head, first, "No slide.") + folded + more
+    return explained + note + _disagreement_note(split) + _table(head, first, "No slide.") + folded + more
 
 
 def _label(label: str | None) -> str:
@@ -706,7 +737,7 @@ def _figure(card: _Card) -> str:
     row = card.row
     bars = "".join(
         f'<tr><td>{name}</td><td class="chart">{_bar(row[column], _LABEL_COLOURS[name])}</td>'
-        f'<td class="n">{row[column]:.3f}</td></tr>'
+        f'<td class="n">{_probability(row[column])}</td></tr>'
         for name, column in zip(CLASSES, ("prob_benign", "prob_early", "prob_pre", "prob_pro"), strict=True)
     )
     chosen = ", ".join(row["prediction_set"] or ()) or "none"
@@ -714,10 +745,10 @@ def _figure(card: _Card) -> str:
     lines = [f'<p class="key">{_text(row["image_key"], 80)}</p>']
     if row["slide_id"]:
         lines.append(f'<p class="quiet">slide {_text(row["slide_id"], 60)}</p>')
-    lines.append(f'<p class="said">{_label(row["label"])} <span class="n">{row["confidence"]:.3f}</span></p>')
+    lines.append(f'<p class="said">{_label(row["label"])} <span class="n">{_probability(row["confidence"])}</span></p>')
     lines.append(f"<table>{bars}</table><p class='quiet'>{facts}</p>")
     if row["status"] != "predicted":
-        lines.append(f'<p class="quiet"><b>{_text(row["status"])}</b>: {_text(row["reason"] or "")}</p>')
+        lines.append(f'<p class="quiet"><b>{_text(row["status"])}</b>: {_text(read_reason(row["reason"]) or "")}</p>')
     if card.remark:
         lines.append(f'<p class="quiet">{_text(card.remark, 300)}</p>')
     drawing = card.drawing or '<div class="nodrawing">no drawing</div>'
@@ -725,16 +756,20 @@ def _figure(card: _Card) -> str:
 
 
 def _distributions(t: _Totals, survey: _Survey) -> str:
-    total = sum(t.labels)
+    counts = [survey.labels[name] for name in CLASSES]
+    total = sum(counts)
     labels = _table(
         (("label", ""), ("fields", "n"), ("share", "n"), ("", "chart")),
         [
-            (_label(name), _number(n), _share(n, total), _bar(n / max(1, *t.labels), _LABEL_COLOURS[name]))
-            for name, n in zip(CLASSES, t.labels, strict=True)
+            (_label(name), _number(n), _share(n, total), _bar(n / max(1, *counts), _LABEL_COLOURS[name]))
+            for name, n in zip(CLASSES, counts, strict=True)
         ],
     )
+    abstained = dict(t.counts)["abstained"]
+    apart = f" Fields that were abstained from, {_number(abstained)}, have no label here." if abstained else ""
     return (
-        f'<div class="two"><div><h3>Labels</h3><p class="quiet">Predicted and abstained fields together.</p>{labels}'
+        f'<div class="two"><div><h3>Labels</h3><p class="quiet">Of the {_number(total)} predicted fields.{apart}</p>'
+        f"{labels}"
         f'<p class="quiet">{_number(t.cells)} cells were found.</p></div>'
         f'<div><h3>Confidence</h3><p class="quiet">{_dot(_STATUS_COLOURS["predicted"])}predicted '
         f"{_dot(_STATUS_COLOURS['abstained'])}abstained</p>"

@@ -103,7 +103,7 @@ class SummaryOut(Model):
     probabilities: list[float]
     urgency: float
     malignant_share: float | None
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None = Field(description="95 %; null where no field was predicted")
     malignant_fields: int
     blast_fraction: float | None
     uncertainty: float | None
@@ -494,6 +494,7 @@ class TimelineOut(Model):
     patient: str
     points: list[PointOut]
     unread: list[str]
+    remarks: list[str] = Field(description="where runs, or the slides of a run, do not agree on the class")
 
 
 class WeekOut(Model):
@@ -516,6 +517,7 @@ class AgreementOut(Model):
     confusion: list[list[int]] = Field(description="predicted by row, said by column, Benign Early Pre Pro")
     kappa: float | None
     kappa_interval: tuple[float, float] | None
+    no_kappa: str = Field(description="why there is no kappa, empty where there is one")
     weeks: list[WeekOut]
     unread: list[str]
 

@@ -22,17 +22,17 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from apps.web.words import (
-    CLASS_NAMES,
     RESEARCH_USE,
     Cell,
     Subject,
     class_name,
     frequency,
+    prob,
     reason_words,
     set_words,
     shown,
 )
-from leukoflow.records import CLASSES
+from leukoflow.records import CLASS_NAMES, CLASSES
 from tasks.worklist import TimelinePoint, WeekLine
 
 NUCLEUS, CYTOPLASM = "#35d6ff", "#ffd23e"  # seen on violet nuclei as on pale ground
@@ -236,6 +236,8 @@ def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
     xs = _places([p.at for p in points], left, width - left - right)
     segments: list[list[str]] = []
     for x, point in zip(xs, points, strict=True):
+        if point.summary.interval is None:
+            continue
         low, high = (level(v) for v in point.summary.interval)
         plot.line("whisker", x, low, x, high)
         plot.line("whisker", x - 5, low, x + 5, low)
@@ -398,7 +400,7 @@ def _headline(subject: Subject) -> str:
     if subject.status == "abstained":
         what, _, _ = reason_words(subject.reason)
         return f"Abstained (a guess would be {class_name(subject.label)}): {what}"
-    return f"{class_name(subject.label)}, confidence {subject.confidence or 0:.3f}"
+    return f"{class_name(subject.label)}, confidence {prob(subject.confidence or 0)}"
 
 
 def _provenance(subject: Subject) -> str:
@@ -488,7 +490,7 @@ def _probability(pdf: FPDF, name: str, probability: float) -> None:
     pdf.set_fill_color(*_rgb(LABEL_COLOURS[name]))
     pdf.rect(48, y + 1.2, max(0.2, 90 * probability), 2.6, style="F")
     pdf.set_xy(142, y)
-    pdf.cell(16, 5, f"{probability:.3f}", align="R", new_x="LMARGIN", new_y="NEXT")
+    pdf.cell(16, 5, prob(probability), align="R", new_x="LMARGIN", new_y="NEXT")
 
 
 def _cell_table(pdf: FPDF, cells: Sequence[Cell]) -> None:

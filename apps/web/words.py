@@ -12,13 +12,13 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from leukoflow.records import CLASSES, Quality
+from leukoflow.records import CLASS_NAMES, CLASSES, OUT_OF_DISTRIBUTION, Quality, read_reason
+from tasks import page
 
 RESEARCH_USE = (
     "Research use only. Not a medical device: no diagnosis, and no decision about a patient, may rest on this. "
     "Every finding needs the eye of a haematologist on the slide itself."
 )
-CLASS_NAMES = {"Benign": "Benign", "Early": "Early Pre-B", "Pre": "Pre-B", "Pro": "Pro-B"}
 CLASS_NOTES = {
     "Benign": "haematogones",
     "Early": "malignant, early precursor B cells",
@@ -35,7 +35,7 @@ STATUS_WORDS = {
 }
 
 _REASONS = {
-    "foreign": (
+    OUT_OF_DISTRIBUTION: (
         "It is unlike the fields the model learned from.",
         "Another stain, scanner or tissue may be the cause. Judge the slide by eye; the label below is a guess.",
     ),
@@ -154,7 +154,7 @@ def reason_words(reason: str | None) -> tuple[str, str, str]:
     """A reason as it is stored, in words: what, what to do about it, and the measured part."""
     if not reason:
         return ("No reason was stored.", "", "")
-    kind, _, rest = reason.partition(":")
+    kind, _, rest = (read_reason(reason) or "").partition(":")
     what, remedy = _REASONS.get(kind.strip(), ("", ""))
     if not what:
         return (shown(reason, 300), "", "")
@@ -186,12 +186,12 @@ def number(value: float, digits: int = 0) -> str:
 
 def prob(value: float) -> str:
     """A probability to three places, never rounded to certainty."""
-    return "> 0.999" if value >= 0.9995 else f"{value:.3f}"
+    return page.probability(value)
 
 
 def percent(share: float | None, digits: int = 0) -> str:
-    """A share in percent, a dash where there is none."""
-    return "–" if share is None else f"{100 * share:.{digits}f}\u202f%"
+    """A share in percent, a dash where there is none; never rounded to all or none of it."""
+    return page.percent(share, digits).replace(" %", "\u202f%")
 
 
 def day(at: str | None) -> str:

@@ -197,7 +197,7 @@ def gather(
     reference = find_reference(out, bundle_dir(found[-1][0].bundle) if found else out, baseline)
     if reference is None:
         notes.append(
-            "there is no drift reference: choose a night that somebody has looked at and found good, and give "
+            "there is no drift reference: choose a night that somebody has looked at and found good, then run "
             "`leukoflow drift reference OUT RUN_ID`; until then nights are only compared with the week before them"
         )
     return Nights(

@@ -53,8 +53,9 @@ def nights_page(found: Nights) -> str:
         f'<span class="state level-{last.level}">{drift}</span></h1>'
         f'<p class="quiet">{page.text(found.out)} · made {page.moment(found.made_at)}</p></header>'
         f"<main>{_verdict(found)}{_tiles(nights)}<nav>{contents}</nav>{body}</main>"
-        "<footer><b>Research use only.</b> Not a medical device. Drift says that fields look or answer otherwise than "
-        "they did, not that answers are wrong, and no drift does not say that they are right.</footer></body></html>"
+        "<footer><b>Research use only.</b> Not a medical device. Drift means that fields look different from before, "
+        "or are answered differently. It does not mean that the answers are wrong; no drift does not mean that they "
+        "are right.</footer></body></html>"
     )
 
 
@@ -83,7 +84,7 @@ def _verdict(found: Nights) -> str:
             )
         )
     if last.total("missing"):
-        lines.append(("warn", f"{page.number(last.total('missing'))} images that were announced did not come."))
+        lines.append(("warn", f"{page.number(last.total('missing'))} images that a manifest lists have not arrived."))
     for level, kind in (("act", "bad"), ("watch", "warn")):
         told = [
             f"{title_of(d.quantity)} ({_group_name(g)}, against {_AGAINST[g.against]}, index {d.psi:.2f})"
@@ -205,12 +206,12 @@ def _rates(nights: Sequence[Night]) -> str:
 
 def _drift(found: Nights) -> str:
     lead = (
-        f'<p class="quiet">Population stability index of each night against '
-        f"{'the reference' if found.reference else 'the week before'}. From {WATCH:g} above what chance gives: "
-        f'<b class="level-watch">watch</b>, from {ACT:g}: <b class="level-act">act</b>; but only if chance gives as '
-        f"much in fewer than 1 of {round(1 / CHANCE)} draws of whole slides, and at least {MIN_FIELDS} fields of "
-        f"{MIN_SLIDES} slides are there on both sides (a dot stands where they are not). Rest the pointer on a number "
-        "for more.</p>"
+        f'<p class="quiet">Each number is the population stability index of a night against '
+        f"{'the reference' if found.reference else 'the week before'}, less what chance alone gives. {WATCH:g} or more "
+        f'means <b class="level-watch">watch</b>, {ACT:g} or more <b class="level-act">act</b>, provided that chance '
+        f"reaches it in fewer than 1 of {round(1 / CHANCE)} random exchanges of whole slides and that both sides have "
+        f"at least {MIN_FIELDS} fields of {MIN_SLIDES} slides; where they have not, a dot is shown. Hover over a "
+        "number for details.</p>"
     )
     if found.reference:
         lead += (
@@ -517,7 +518,7 @@ def _line(
     kind = "plot bare" if bare else "plot wide"
     parts = [f'<svg class="{kind}" viewBox="0 0 {width} {height + foot}" role="img">']
     if not bare:
-        for value in (0.0, top):
+        for value in (0.0, top) if max(known) else (0.0,):
             y = at(0, value)[1]
             parts.append(f'<line x1="{side}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text x="{side - 6}" y="{y + 4:.1f}" text-anchor="end">{show(value)}</text>')

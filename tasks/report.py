@@ -581,17 +581,19 @@ def _verdict(t: _Totals, finished: bool, progress: RunProgress) -> str:
         kind = "bad"
     more = []
     if t.missing:
-        more.append(f"{_number(t.missing)} images that the manifest lists were not in the source (missing.parquet).")
+        more.append(
+            f"{_number(t.missing)} images that the manifest lists were not in the source; missing.parquet names them."
+        )
     if t.truncated:
         more.append(f"The source is incomplete: {_text(t.truncated, 400)}.")
     if t.conflicts:
         more.append(
             f"{_number(t.conflicts)} rows show identical images under different patients (duplicates.parquet): "
-            "clear this mix-up before anything is acted upon."
+            "resolve this mix-up before acting on any result."
         )
     if progress.shadow_of is not None:
         more.insert(0, f"<b>A shadow run of {_text(progress.shadow_of)}, not the night's result:</b> a candidate "
-                       "bundle saw what that run saw, and nobody may act upon this page.")  # fmt: skip
+                       "bundle was given the same images; do not act on this page.")  # fmt: skip
     if progress.failed_shards and not finished:
         more += [f"Shard {_text(shard)} failed: {_text(why, 400)}" for shard, why in progress.failed_shards[:10]]
     warnings = "".join(f'<p class="verdict warn">{line}</p>' for line in more)
@@ -643,7 +645,8 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool, split: Map
     if not finished and not slides:
         return '<p class="quiet">Slides are ranked when the run has finished, or at its deadline.</p>'
     head = (
-        ("#", "n"), ("slide", "key"), ("site", ""), ("patient", "key"), ("urgency", "n"), ("", "chart"), ("label", ""),
+        ("#", "n"), ("slide", "key"), ("site", ""), ("patient", "key"), ("urgency", "n"), ("", "chart"),
+        ("likeliest class", ""),
         ("malignant fields", "n"), ("predicted", "n"), ("abst.", "n"), ("rej.", "n"), ("quar.", "n"), ("cells", "n"),
         ("most suspicious field", "key"),
     )  # fmt: skip
@@ -655,7 +658,7 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool, split: Map
             _text((s["patient_id"] or "–")[:12]),
             _probability(s["urgency"]),
             _bar(s["urgency"], "var(--accent)"),
-            _label(s["label"]),
+            _slide_label(s),
             _number(s["n_malignant"]),
             f"{_number(s['n_predicted'])} of {_number(s.get('n_planned', s['n_images']))}",
             _number(s["n_abstained"]),
@@ -679,7 +682,9 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool, split: Map
     )
     explained = (
         '<p class="quiet">Urgency is the expected share of malignant fields; with few predicted fields it stays near '
-        "one half, so that silence is not taken for health.</p>"
+        "one half, so that a slide with little to go by is not taken for a healthy one. The likeliest class is the "
+        "one of highest mean probability; where that is Benign although the three malignant classes together are "
+        "likelier, the table says so.</p>"
     )
     first, rest = rows[:SLIDES_OPEN], rows[SLIDES_OPEN:]
     folded = f"<details><summary>{len(rest)} more</summary>{_table(head, rest)}</details>" if rest else ""
@@ -689,6 +694,14 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool, split: Map
             f"will change, and a slide that is absent here has no image done. {_unranked(slides)}</p>" + explained
         )
     return explained + note + _disagreement_note(split) + _table(head, first, "No slide.") + folded + more
+
+
+def _slide_label(slide: Mapping[str, Any]) -> str:
+    """A slide's likeliest class, with a remark where Benign is that although malignant is likelier than not."""
+    shown = _label(slide["label"])
+    if slide["label"] == "Benign" and (slide["malignant_score"] or 0.0) > 0.5:
+        shown += f" <small>but malignant {_probability(slide['malignant_score'])}</small>"
+    return shown
 
 
 def _label(label: str | None) -> str:
@@ -705,7 +718,7 @@ def _gallery(name: str, cards: Sequence[_Card], notes: Sequence[str], empty: str
     )
     lead = (
         f'<p class="quiet">Outlines: cells as segmented, coloured by attention within the field: {scale}. The three '
-        "cells that weighed most are boxed and numbered. Rest the pointer on an outline for its numbers.</p>"
+        "cells that weighed most are boxed and numbered. Hover over an outline for its numbers.</p>"
     )
     lead += "".join(f'<p class="verdict warn">{_text(note, 400)}</p>' for note in notes)
     lead += _heat_switch(name, cards)
@@ -847,7 +860,7 @@ def _timings(t: _Totals) -> str:
         pace = (
             f"<p>{_number(t.processed)} members in {_seconds(t.processing_seconds)}, "
             f"<b>{t.processed / t.processing_seconds:.1f} per second</b>, after {_seconds(t.startup_seconds)} of "
-            'start-up. <span class="quiet">Stages taken over from an earlier session cost nothing here.</span></p>'
+            'start-up. <span class="quiet">Stages reused from an earlier session are not counted.</span></p>'
         )
     slowest = _table(
         (("slowest shards", "key"), ("worker time", "n")),
@@ -866,7 +879,10 @@ def _provenance(t: _Totals) -> str:
         ("shards", f"{_number(t.shards)} of up to {_number(t.shard_size)} images"),
         ("started", _moment(t.started_at)),
         ("finished", _moment(t.finished_at) if t.finished_at else "–"),
-        ("ignored", f"{_number(t.ignored)} entries that are no images by name (folders, litter of operating systems)"),
+        (
+            "ignored",
+            f"{_number(t.ignored)} entries that are not images by their names (folders, files of the operating system)",
+        ),
         *(("note", _text(note, 400)) for note in t.notes),
         *((_text(name), _text(version)) for name, version in t.software),
     ]

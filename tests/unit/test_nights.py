@@ -243,7 +243,7 @@ def test_the_page_says_what_calls_for_a_look(out: str) -> None:
     Storage(out).delete("died")
     html = nights_page(seen(out))
     assert "<b>The night of 2026-03-05 is reconciled.</b>" in html
-    assert "3 images that were announced did not come" in html
+    assert "3 images that a manifest lists have not arrived" in html
     assert "<b>Drift, act:</b>" in html
     assert "stain: red over green (site Site-B, against the reference" in html
     assert 'class="cell-act"' in html

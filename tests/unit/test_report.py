@@ -128,7 +128,12 @@ def _write_run(root: Path, archive: Path) -> tuple[PlanSummary, tuple[ShardRecei
                 zeros = {f.name: 0.0 for f in CELLS if pa.types.is_float32(f.type)}
                 cells.append(
                     zeros
-                    | {"image_key": f"field-{i:05d}.jpg", "cell_id": cell_id, "attention": 1.0 / cell_id}
+                    | {
+                        "run_id": root.name,
+                        "image_key": f"field-{i:05d}.jpg",
+                        "cell_id": cell_id,
+                        "attention": 1.0 / cell_id,
+                    }
                     | {"nc_ratio": 0.8, "touches_border": False, "zarr_index": index}
                 )
             offsets.append(len(cells))
@@ -146,7 +151,7 @@ def _write_run(root: Path, archive: Path) -> tuple[PlanSummary, tuple[ShardRecei
         group.create_array("cell_offsets", data=np.array(offsets, np.int64))
         group.create_array("to_source", data=np.tile(np.eye(2, 3, dtype=np.float32), (len(masks), 1, 1)))
         status = [r["status"] for r in rows]
-        labels = [r["label"] for r in rows]
+        labels = [r["label"] for r in rows if r["status"] == "predicted"]
         receipt = ShardReceipt(
             shard,
             *(status.count(s) for s in ("predicted", "abstained", "rejected", "quarantined")),
@@ -180,7 +185,13 @@ def _write_run(root: Path, archive: Path) -> tuple[PlanSummary, tuple[ShardRecei
 def _manifest(root: Path, summary: PlanSummary, receipts: tuple[ShardReceipt, ...]) -> RunManifest:
     slides = [
         dict.fromkeys(SLIDES.names, 0)
-        | {"rank": i + 1, "slide_id": f"slide-{3 - i:04d}", "grouping": "manifest", "patient_id": None}
+        | {
+            "run_id": root.name,
+            "rank": i + 1,
+            "slide_id": f"slide-{3 - i:04d}",
+            "grouping": "manifest",
+            "patient_id": None,
+        }
         | {"site": "Site-A", "urgency": 0.9 - 0.2 * i, "label": "Early", "top_image_key": "field-00019.jpg"}
         for i in range(4)
     ]

@@ -131,7 +131,7 @@ def report_nights(out: str, nights: int, to: str | None) -> None:
     state = "balanced" if last.balanced else "not finished"
     count = "1 night," if len(found.nights) == 1 else f"{len(found.nights)} nights, the last one"
     judged, there = last.comparisons
-    drift = last.level if judged else "nothing could be compared"
+    drift: str = last.level if judged else "nothing could be compared"
     if judged < there and judged:
         drift += f", {judged} of {there} comparisons could be judged"
     console.print(

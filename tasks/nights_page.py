@@ -111,6 +111,10 @@ def _not_judged(night: Night) -> str:
     )
 
 
+def _percent(value: float | None) -> str:
+    return page.text(page.percent(value))
+
+
 _AGAINST = {"reference": "the reference", "week": "the week before"}
 
 
@@ -140,8 +144,8 @@ def _tiles(nights: Sequence[Night]) -> str:
         tiles.append(
             tile(
                 status,
-                page.percent(last.share(status)),
-                usual((n.share(status) for n in before), page.percent),
+                _percent(last.share(status)),
+                usual((n.share(status) for n in before), _percent),
                 page.STATUS_COLOURS[status],
             )
         )
@@ -193,8 +197,8 @@ def _rates(nights: Sequence[Night]) -> str:
         shares = [n.labels[i] / sum(n.labels) if sum(n.labels) else None for n in nights]
         charts.append((f"{label} among predicted", page.LABEL_COLOURS[label], shares))
     figures = "".join(
-        f'<div class="small"><h3>{page.dot(colour)}{name} <span class="n">{page.percent(values[-1])}</span></h3>'
-        f"{_line(nights, values, colour, page.percent)}</div>"
+        f'<div class="small"><h3>{page.dot(colour)}{name} <span class="n">{_percent(values[-1])}</span></h3>'
+        f"{_line(nights, values, colour, _percent)}</div>"
         for name, colour, values in charts
     )
     lead = (
@@ -303,7 +307,7 @@ def _pairs(drift: Drift) -> str:
             tall = value / top * (height - 8)
             parts.append(
                 f'<rect x="{(i + shift) * step:.1f}" y="{height - tall:.1f}" width="{0.4 * step:.1f}" '
-                f'height="{tall:.1f}" style="fill:{colour}"><title>{_bin(drift, i)}: {page.percent(value)}</title>'
+                f'height="{tall:.1f}" style="fill:{colour}"><title>{_bin(drift, i)}: {_percent(value)}</title>'
                 "</rect>"
             )
     parts.append(f'<line class="axis" x1="0" x2="{width}" y1="{height}" y2="{height}"/>')

@@ -42,9 +42,8 @@ from tasks.page import bar as _bar
 from tasks.page import dot as _dot
 from tasks.page import moment as _moment
 from tasks.page import number as _number
-from tasks.page import probability as _probability
+from tasks.page import probability, share
 from tasks.page import seconds as _seconds
-from tasks.page import share as _share
 from tasks.page import style as _style
 from tasks.page import table as _table
 from tasks.page import text as _text
@@ -696,6 +695,14 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool, split: Map
     return explained + note + _disagreement_note(split) + _table(head, first, "No slide.") + folded + more
 
 
+def _probability(value: float) -> str:
+    return _text(probability(value))
+
+
+def _share(part: float, whole: float) -> str:
+    return _text(share(part, whole))
+
+
 def _slide_label(slide: Mapping[str, Any]) -> str:
     """A slide's likeliest class, with a remark where Benign is that although malignant is likelier than not."""
     shown = _label(slide["label"])
@@ -798,10 +805,10 @@ def _histogram(counts: NDArray[np.int64]) -> str:
         return '<p class="quiet">No field was diagnosed.</p>'
     step = (width - side) / _BINS
     parts = [f'<svg class="plot" viewBox="0 0 {width} {height + foot}" role="img">']
-    for share in (0.5, 1.0):
-        y = height - share * (height - 14)
+    for part in (0.5, 1.0):
+        y = height - part * (height - 14)
         parts.append(f'<line x1="{side}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{side - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(top * share)}</text>')
+        parts.append(f'<text x="{side - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(top * part)}</text>')
     for i, (predicted, abstained) in enumerate(counts.tolist()):
         low, high = 0.25 + 0.75 * i / _BINS, 0.25 + 0.75 * (i + 1) / _BINS
         base = float(height)

@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from leukoflow.records import CLASSES
+from leukoflow.records import CLASSES, read_reasons
 
 if TYPE_CHECKING:
     from apps.doctor import Check
@@ -234,7 +234,7 @@ def show_outcome(target: Console, root: str, manifest: RunManifest) -> None:
     stages = ", ".join(f"{t.stage} {1000 * t.seconds / max(1, t.images):.0f} ms" for t in m.timings)
     if stages:
         pace.add_row("per image", stages)
-    for reason, count in m.reasons[:5]:
+    for reason, count in read_reasons(m.reasons)[:5]:
         pace.add_row("reason", Text(f"{count:,} × {reason}"))
     if m.source_truncated:
         pace.add_row("source", Text(f"incomplete: {m.source_truncated}", style="yellow"))

@@ -30,6 +30,7 @@ from leukoflow.records import CLASSES, SourceKind, read_reason
 from leukoflow.sources import open_reader
 from tasks.page import probability
 from tasks.plan import read_shard, read_summary
+from tasks.slides import disagreement
 from tasks.verdicts import Standing
 from tasks.worklist import (
     MAX_PAGE,
@@ -44,6 +45,7 @@ from tasks.worklist import (
     Summary,
     list_runs,
     open_run_table,
+    slide_labels,
     timeline,
 )
 
@@ -377,7 +379,7 @@ def _report(table: RunTable, line: SlideLine | PatientLine) -> list[tuple[str, d
         ],
         "code": _concept("smear-screening", "Screening of a blood smear by an image classifier, research use"),
         "result": [{"reference": url, "type": "Observation"} for url, _ in out],
-        "conclusion": _conclusion(line, name),
+        "conclusion": _conclusion(line, name, _contradiction(table, line)),
     }
     if specimen is not None:
         report["specimen"] = [specimen]
@@ -451,7 +453,15 @@ def _interval_words(summary: Summary) -> str:
     return f"95 % interval {low} to {high}, as if fields were independent"
 
 
-def _conclusion(line: SlideLine | PatientLine, name: str) -> str:
+def _contradiction(table: RunTable, line: SlideLine | PatientLine) -> str:
+    """What to remark where the slides of a patient were given different labels."""
+    if isinstance(line, SlideLine):
+        return ""
+    said = disagreement(slide_labels(table, table.rows_of(patient_key=line.patient_key)))
+    return f" The slides do not agree: {said}" if said else ""
+
+
+def _conclusion(line: SlideLine | PatientLine, name: str, contradiction: str = "") -> str:
     s = line.summary
     if s.label is None or s.malignant_share is None:
         found = f"{name}: none of {s.counts.fields:,} fields could be predicted."
@@ -465,7 +475,7 @@ def _conclusion(line: SlideLine | PatientLine, name: str) -> str:
         )
     if isinstance(line, SlideLine) and line.standing.decision is not None and line.standing.decision.said:
         found += f" A reviewer has labelled the slide: {_CLASS_WORDS[line.standing.decision.said]}."
-    return f"{_clean(found)} {NOTICE}"
+    return f"{_clean(found + contradiction)} {NOTICE}"
 
 
 # --- training labels -------------------------------------------------------------------------------------------------

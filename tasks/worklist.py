@@ -484,7 +484,8 @@ def frequency(metrics: Mapping[str, Any], label: str, confidence: float) -> Freq
         basis = "the model's own confidence; how often it is right was never measured for this bundle"
     n100 = round(100 * told)
     edges = (math.floor(100 * low), math.ceil(100 * high))
-    words = f"Of 100 fields that look like this to the model, about {n100} are {label}"
+    count = "more than 99" if told > 0.995 else "fewer than 1" if told < 0.005 else f"about {n100}"
+    words = f"Of 100 fields that look like this to the model, {count} are {label}"
     words += f" ({edges[0]} to {edges[1]})." if "ece" in measured or bins else "; how far that holds is not known."
     return Frequency(n100, edges[0], edges[1], words, basis)
 
@@ -1697,7 +1698,7 @@ def timeline(out: str, patient_key: str) -> Timeline:
                 bundle_digest=line.bundle_digest,
                 same_bundle=not points or points[-1].bundle_digest == line.bundle_digest,
                 patient=name,
-                slide_labels=_slide_labels(table, mine),
+                slide_labels=slide_labels(table, mine),
             )
         )
     if not points:
@@ -1705,7 +1706,7 @@ def timeline(out: str, patient_key: str) -> Timeline:
     return Timeline(patient_key, points[-1].patient, tuple(points), tuple(unread), course_remarks(points))
 
 
-def _slide_labels(table: RunTable, rows: Ints) -> tuple[tuple[str, str | None, int], ...]:
+def slide_labels(table: RunTable, rows: Ints) -> tuple[tuple[str, str | None, int], ...]:
     """The slides that some rows are on, in order, each with the label of these rows and how many were predicted."""
     frame = table.frame
     found: list[tuple[str, str | None, int]] = []

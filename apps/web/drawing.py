@@ -27,6 +27,7 @@ from apps.web.words import (
     Subject,
     class_name,
     frequency,
+    percent,
     prob,
     reason_words,
     set_words,
@@ -254,7 +255,7 @@ def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
             kind = f"c-{label}" if label in CLASSES else ""
             plot.parts.append(f'<circle class="point {kind}" cx="{x:.1f}" cy="{level(share_):.1f}" r="7"/>')
             dx, anchor = (-12, "end") if x > width - 90 else (12, "start")
-            plot.text(f"{100 * share_:.0f} %", x + dx, level(share_) - 9, anchor, "strong")
+            plot.text(percent(share_), x + dx, level(share_) - 9, anchor, "strong")
         if x - named >= 92:  # else the dates would run into each other
             plot.text(point.at[:10], x, height - 22, "middle")
             named = x

@@ -121,7 +121,8 @@ def field(slide: str | None, status: str = "predicted", malignant: float = 0.5, 
     p: list[float | None] = [1 - malignant, malignant, 0.0, 0.0] if status == "predicted" else [None] * 4
     names = ("prob_benign", "prob_early", "prob_pre", "prob_pro")
     return {
-        "run_id": "night", "image_key": key, "slide_id": slide, "patient_id": None, "site": None, "status": status, "n_cells": 4,
+        "run_id": "night",
+        "image_key": key, "slide_id": slide, "patient_id": None, "site": None, "status": status, "n_cells": 4,
         **dict(zip(names, p, strict=True)),
     }  # fmt: skip
 

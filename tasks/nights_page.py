@@ -481,7 +481,7 @@ def _columns(
     for share in (0.5, 1.0):
         y = height - share * (height - 12)
         parts.append(f'<line x1="{side}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{side - 6}" y="{y + 4:.1f}" text-anchor="end">{page.number(top * share)}</text>')
+        parts.append(f'<text x="{side - 6}" y="{y + 4:.1f}" text-anchor="end">{page.tick(top * share)}</text>')
     for i, night in enumerate(nights):
         middle, base = side + (i + 0.5) * step, float(height)
         for name, values in series.items():

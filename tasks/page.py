@@ -25,6 +25,11 @@ def number(value: float, digits: int = 0) -> str:
     return f"{value:,.{digits}f}"
 
 
+def tick(value: float) -> str:
+    """A number on an axis: with a decimal where it is small and would be another one without."""
+    return number(value, 1 if value < 10 and value % 1 else 0)
+
+
 def probability(value: float) -> str:
     """A probability to three places, never rounded to a certainty: `> 0.999`, `0.732`, `< 0.001`."""
     shown = f"{value:.3f}"

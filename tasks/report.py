@@ -47,6 +47,7 @@ from tasks.page import seconds as _seconds
 from tasks.page import style as _style
 from tasks.page import table as _table
 from tasks.page import text as _text
+from tasks.page import tick as _tick
 from tasks.plan import read_summary
 from tasks.slides import patients_in_disagreement
 from tasks.tables import shard_name, table_files
@@ -808,7 +809,7 @@ def _histogram(counts: NDArray[np.int64]) -> str:
     for part in (0.5, 1.0):
         y = height - part * (height - 14)
         parts.append(f'<line x1="{side}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{side - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(top * part)}</text>')
+        parts.append(f'<text x="{side - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(top * part)}</text>')
     for i, (predicted, abstained) in enumerate(counts.tolist()):
         low, high = 0.25 + 0.75 * i / _BINS, 0.25 + 0.75 * (i + 1) / _BINS
         base = float(height)

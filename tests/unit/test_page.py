@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from apps.web import words
-from tasks.page import percent, probability, share
+from tasks.page import percent, probability, share, tick
 
 
 @pytest.mark.parametrize(
@@ -46,3 +46,7 @@ def test_shares(value: float | None, digits: int, shown: str) -> None:
 def test_a_share_of_nothing_is_none() -> None:
     assert share(0, 0) == "–"
     assert share(1, 4) == "25.0 %"
+
+
+def test_a_tick_is_where_it_says() -> None:
+    assert [tick(v) for v in (2.5, 5, 12.5, 1200)] == ["2.5", "5", "12", "1,200"]

@@ -276,6 +276,8 @@ def verify(
             bad += bool(log.problems)
         if unfinished:
             console.print(f"[dim]not finished, so not verified: {', '.join(unfinished)}[/]", soft_wrap=True)
+        if not names:
+            console.print("[yellow]no run was verified[/]: none of OUT is finished", soft_wrap=True)
         raise typer.Exit(1 if bad else 0)
 
 

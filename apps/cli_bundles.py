@@ -324,6 +324,9 @@ def show_reproduction(console: Any, found: Any) -> None:
         console.print(f"not stored, so not compared: {', '.join(found.not_stored[:5])}", soft_wrap=True)
     for what, then, now in found.environment:
         console.print(f"other here: {what}: {then} then, {now} now", soft_wrap=True, markup=False)
+    if found.same and not compared:
+        console.print("[yellow]nothing was compared[/]: no value of the run could be computed again")
+        return
     if found.same:
         console.print("[green]all the same, to the last bit[/]")
         return

@@ -129,8 +129,14 @@ def report_nights(out: str, nights: int, to: str | None) -> None:
     place.write(f"{key.removesuffix('.html')}.json", facts)
     last = found.nights[-1]
     state = "balanced" if last.balanced else "not finished"
+    count = "1 night," if len(found.nights) == 1 else f"{len(found.nights)} nights, the last one"
+    judged, there = last.comparisons
+    drift: str = last.level if judged else "nothing could be compared"
+    if judged < there and judged:
+        drift += f", {judged} of {there} comparisons could be judged"
     console.print(
-        f"{place.uri(key)}  ({len(found.nights)} nights, the last one {state}, drift: {last.level})", soft_wrap=True
+        f"{place.uri(key)}  ({count} {state}, drift: {drift})",
+        soft_wrap=True,
     )
     for note in found.notes:
         console.print(f"note: {note}", style="yellow", soft_wrap=True, highlight=False, markup=False)

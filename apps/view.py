@@ -25,7 +25,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
-from leukoflow.records import CLASSES
+from leukoflow.records import CLASSES, read_reasons
 
 if TYPE_CHECKING:
     from apps.doctor import Check
@@ -192,6 +192,8 @@ def _counts(p: RunProgress) -> str:
 
 def show_outcome(target: Console, root: str, manifest: RunManifest) -> None:
     """Totals that reconcile, labels, pace, and where to look next."""
+    from tasks.page import share
+
     m = manifest
     totals = Table(box=None, padding=(0, 2), show_header=False)
     totals.add_column(style="dim")
@@ -203,7 +205,7 @@ def show_outcome(target: Console, root: str, manifest: RunManifest) -> None:
         ("rejected", m.rejected),
         ("quarantined", m.quarantined),
     ):
-        totals.add_row(name, f"{count:,}", f"{100 * count / max(1, m.members):.1f} %")
+        totals.add_row(name, f"{count:,}", share(count, m.members))
     balanced = m.predicted + m.abstained + m.rejected + m.quarantined == m.members
     totals.add_row("members", Text(f"{m.members:,}", style="bold"), "balanced" if balanced else "DO NOT BALANCE")
     for name, count in (("missing", m.missing), ("ignored", m.ignored), ("patient conflicts", m.conflicts)):
@@ -214,6 +216,10 @@ def show_outcome(target: Console, root: str, manifest: RunManifest) -> None:
     labels.add_column(style="dim")
     labels.add_column(justify="right")
     labels.add_column()
+    # A run of schema 1 has counted the labels of abstained images as well.
+    labels.add_row(
+        "labels", "", Text("of predicted" if m.schema_version >= 2 else "of predicted and abstained", style="dim")
+    )
     most = max([*m.labels, 1])
     for name, count in zip(CLASSES, m.labels, strict=True):
         labels.add_row(name, f"{count:,}", Text("█" * round(16 * count / most), style="cyan"))
@@ -230,7 +236,7 @@ def show_outcome(target: Console, root: str, manifest: RunManifest) -> None:
     stages = ", ".join(f"{t.stage} {1000 * t.seconds / max(1, t.images):.0f} ms" for t in m.timings)
     if stages:
         pace.add_row("per image", stages)
-    for reason, count in m.reasons[:5]:
+    for reason, count in read_reasons(m.reasons)[:5]:
         pace.add_row("reason", Text(f"{count:,} × {reason}"))
     if m.source_truncated:
         pace.add_row("source", Text(f"incomplete: {m.source_truncated}", style="yellow"))
@@ -401,6 +407,9 @@ def show_compaction(target: Console, done: Compaction) -> None:
 def show_audit(target: Console, out: str, log: AuditVerdict, name: str = "audit.jsonl") -> None:
     """The verdict on an audit log."""
     title = "audit log" if name == "audit.jsonl" else "audit log of the web application"
+    if not log.problems and not log.entries:
+        target.print(Text.assemble((title, "bold"), " is empty: nothing was looked at"), soft_wrap=True)
+        return
     if not log.problems:
         words = f" follows line by line: {log.entries:,} entries; last line SHA-256 {log.head}"
         target.print(Text.assemble((title, "bold green"), words), soft_wrap=True)
@@ -410,7 +419,7 @@ def show_audit(target: Console, out: str, log: AuditVerdict, name: str = "audit.
         target.print(Text.assemble("  ", (problem, "red")), soft_wrap=True)
     if len(log.problems) > _FINDINGS_SHOWN:
         target.print(f"  and {len(log.problems) - _FINDINGS_SHOWN:,} more")
-    target.print("  → compare it with a backup; then move it aside, and a new log is begun", soft_wrap=True)
+    target.print("  → compare it with a backup; then move it aside; the next entry starts a new log", soft_wrap=True)
 
 
 def show_retention(target: Console, found: Sequence[Decision], dry_run: bool) -> None:
@@ -446,7 +455,9 @@ def show_amended(target: Console, found: Sequence[Amended], done: str, dry_run: 
         line = f"  {words} {done}, {e.files:,} files rewritten; manifest SHA-256 {e.manifest_after}"
         target.print(Text.assemble((e.run_id, "bold"), line), soft_wrap=True)
     if not dry_run:
-        target.print("reports were deleted; `leukoflow report OUT RUN_ID` builds one anew, from the source as it is")
+        target.print(
+            "reports were deleted; `leukoflow report OUT RUN_ID` builds a new one, from the source as it is now"
+        )
 
 
 _SLIDES_SHOWN = 20
@@ -465,6 +476,9 @@ def show_diff(target: Console, found: RunDiff) -> None:
         for row in found.setup:
             setup.add_row(*map(Text, row))
         target.print(Padding(setup, (1, 0, 0, 0)))
+    if not found.images:
+        target.print("\n[yellow]nothing was compared[/]: neither run has an image")
+        return
     if found.same:
         target.print(f"\n[green]the same[/]: all {found.images:,} images have the same outcome in both")
         return
@@ -508,7 +522,7 @@ def show_diff(target: Console, found: RunDiff) -> None:
 
 
 def show_evaluation(target: Console, found: Mapping[str, Any]) -> None:
-    """The figures of `leukoflow evaluate`: each protocol beside its baselines, then masks and foreign blood."""
+    """The figures of `leukoflow evaluate`: each protocol beside its baselines, then masks and other laboratories."""
     for protocol, row in found["protocols"].items():
         table = Table(box=None, padding=(0, 2), header_style="dim")
         table.add_column({"cluster": "clusters held out", "slide": "slides held out"}.get(protocol, "random split"))
@@ -535,7 +549,10 @@ def show_evaluation(target: Console, found: Mapping[str, Any]) -> None:
     for key, value in found.get("segmentation", {}).items():
         facts.add_row(key.replace("_", " "), f"{value:.4g}")
     if foreign := found.get("foreign"):
-        facts.add_row("foreign, abstained or Benign", f"{foreign['abstained_or_benign']:.3f} of {foreign['images']}")
+        facts.add_row(
+            "healthy blood of another laboratory",
+            f"{foreign['abstained_or_benign']:.3f} of {foreign['images']} images abstained from or called Benign",
+        )
     target.print(facts)
 
 

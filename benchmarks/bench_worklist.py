@@ -91,6 +91,7 @@ def _rows(rng: np.random.Generator, first: int, n: int) -> dict[str, Any]:
 def _cells(rng: np.random.Generator, keys: list[str], number: np.ndarray[Any, Any]) -> pa.Table:
     m = int(number.sum())
     arrays: dict[str, Any] = {f.name: rng.random(m, np.float32) for f in CELLS if pa.types.is_float32(f.type)}
+    arrays["run_id"] = np.full(m, RUN, object)
     arrays["image_key"] = np.repeat(np.array(keys, object), number)
     arrays["cell_id"] = np.concatenate([np.arange(1, k + 1) for k in number]) if m else []
     arrays["touches_border"] = np.zeros(m, np.bool_)
@@ -126,8 +127,8 @@ def write_run(out: Path, fields: int) -> None:
             cells += len(own)
             for status in columns["status"]:
                 counts[str(status)] += 1
-            for label in columns["label"]:
-                if label is not None:
+            for label, status in zip(columns["label"], columns["status"], strict=True):
+                if str(status) == "predicted":
                     labels[CLASSES.index(label)] += 1
             zeros = dict.fromkeys(("offset", "stored_bytes", "size_bytes", "method"), np.zeros(n, np.int64))
             planned = {name: columns[name] for name in schema.names if name in columns}

@@ -66,6 +66,7 @@ from tasks.handover import FOLDER as PARTIAL
 from tasks.metrics import RunsCollector, metrics_endpoint
 from tasks.nights import GroupDrift, compare_groups
 from tasks.open_run import Run, open_run, spooled, stem
+from tasks.page import share
 from tasks.plan import shards, urgent_first
 from tasks.preflight import preflight
 from tasks.publish import publish
@@ -682,11 +683,10 @@ def summary(run: Run, manifest: RunManifest) -> str:
         "|---:|---:|---:|---:|---:|---:|---:|",
         f"| {m.members} | {m.predicted} | {m.abstained} | {m.rejected} | {m.quarantined} | {m.missing} | {m.ignored} |",
         "",
-        "| label | fields | share |",
+        "| label of the predicted | images | share |",
         "|---|---:|---:|",
     ]
-    labelled = max(1, sum(m.labels))
-    lines += [f"| {name} | {n} | {100 * n / labelled:.1f} % |" for name, n in zip(CLASSES, m.labels, strict=True)]
+    lines += [f"| {name} | {n} | {share(n, sum(m.labels))} |" for name, n in zip(CLASSES, m.labels, strict=True)]
     lines += ["", "| stage | images/s per worker | seconds, all shards |", "|---|---:|---:|"]
     lines += [
         f"| {t.stage} | {t.images / t.seconds if t.seconds else 0:.1f} | {t.seconds:.0f} |" for t in m.timings

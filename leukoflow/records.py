@@ -2,14 +2,39 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
 CLASSES: tuple[str, str, str, str] = ("Benign", "Early", "Pre", "Pro")
 """Class order everywhere: labels on disk, logits, probability columns."""
 
+CLASS_NAMES = {"Benign": "Benign", "Early": "Early Pre-B", "Pre": "Pre-B", "Pro": "Pro-B"}
+"""As haematologists write them."""
+
 DIED = "its processing kills the worker process"
 """How the reason of an image begins that no worker survives."""
+
+
+OUT_OF_DISTRIBUTION = "out of distribution"
+"""How the reason of an image begins that is unlike the fields that the model learned from."""
+_FORMER = "foreign"  # how it began in runs of schema 1
+
+
+def read_reason(reason: str | None) -> str | None:
+    """A reason, or its kind, in today's words, whichever version of leukoflow has stored it."""
+    if reason is not None and (reason == _FORMER or reason.startswith(f"{_FORMER}:")):
+        return OUT_OF_DISTRIBUTION + reason.removeprefix(_FORMER)
+    return reason
+
+
+def read_reasons(counts: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
+    """Counts of kinds of reasons in today's words, the most frequent first."""
+    found = Counter[str]()
+    for kind, count in counts:
+        found[read_reason(kind) or ""] += count
+    return tuple(found.most_common())
 
 
 class Status(StrEnum):
@@ -147,7 +172,7 @@ class ShardReceipt:
     rejected: int
     quarantined: int
     cells: int
-    labels: tuple[int, int, int, int]
+    labels: tuple[int, int, int, int]  # of predicted rows
     reasons: tuple[tuple[str, int], ...]  # reason of a row without a prediction, and how often
     seconds: float
     timings: tuple[StageTiming, ...] = field(default=())
@@ -211,7 +236,7 @@ class RunManifest:
     missing: int
     ignored: int
     cells: int
-    labels: tuple[int, int, int, int]  # of predicted and abstained rows together, in the order of CLASSES
+    labels: tuple[int, int, int, int]  # of predicted rows, in the order of CLASSES; schema 1: of abstained ones too
     reasons: tuple[tuple[str, int], ...]
     conflicts: int  # images found under more than one patient, see duplicates.parquet
     timings: tuple[StageTiming, ...]  # summed over shards

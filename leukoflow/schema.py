@@ -6,7 +6,9 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+"""Of what a run stores. Since 2, `cells/` and slides name their run, areas are given in square micrometres as well, and
+labels are counted over the predicted images alone."""
 
 PREDICTIONS = pa.schema(
     [
@@ -45,6 +47,7 @@ PREDICTIONS = pa.schema(
 
 CELLS = pa.schema(
     [
+        pa.field("run_id", pa.string(), nullable=False),
         pa.field("image_key", pa.string(), nullable=False),
         pa.field("cell_id", pa.int32(), nullable=False),
         pa.field("bbox_xmin_px", pa.float32(), nullable=False),
@@ -55,6 +58,8 @@ CELLS = pa.schema(
         pa.field("centroid_y_px", pa.float32(), nullable=False),
         pa.field("nucleus_area_px", pa.float32(), nullable=False),
         pa.field("cell_area_px", pa.float32(), nullable=False),
+        pa.field("nucleus_area_um2", pa.float32()),
+        pa.field("cell_area_um2", pa.float32()),
         pa.field("nc_ratio", pa.float32(), nullable=False),
         pa.field("eccentricity", pa.float32(), nullable=False),
         pa.field("touches_border", pa.bool_(), nullable=False),
@@ -62,10 +67,12 @@ CELLS = pa.schema(
         pa.field("zarr_index", pa.int32(), nullable=False),
     ]
 )
-"""One row per cell. Boxes and centroids are in source pixels, areas in pixels of the mask."""
+"""One row per cell. Boxes and centroids are in source pixels; `_area_px` counts pixels of the mask, `_area_um2` is the
+same area in square micrometres, null where the image's scale is not known."""
 
 SLIDES = pa.schema(
     [
+        pa.field("run_id", pa.string(), nullable=False),
         pa.field("rank", pa.int32(), nullable=False),
         pa.field("slide_id", pa.string(), nullable=False),
         pa.field("grouping", pa.string(), nullable=False),
@@ -121,6 +128,25 @@ VERDICTS = pa.schema(
     ]
 )
 """What people said of a field (`image_key`) or a slide (`slide_id`, `grouping`), and of which prediction."""
+
+
+SINCE_2 = ("run_id", "nucleus_area_um2", "cell_area_um2")
+"""Columns of `cells/` that runs of schema 1 do not have."""
+
+
+def cells_schema(schema_version: int) -> pa.Schema:
+    """Schema of `cells/` in a run whose manifest has this schema version."""
+    if schema_version >= 2:
+        return CELLS
+    return pa.schema([f for f in CELLS if f.name not in SINCE_2])
+
+
+def as_cells(table: pa.Table, run_id: str) -> pa.Table:
+    """Rows of a run's `cells/` in the columns of `CELLS`; what an older run does not have is null."""
+    known = {"run_id": pa.array([run_id] * len(table), pa.string())} if "run_id" not in table.column_names else {}
+    absent = {f.name: pa.nulls(len(table), f.type) for f in CELLS if f.name not in table.column_names} | known
+    columns = [absent[f.name] if f.name in absent else table[f.name] for f in CELLS]
+    return pa.table(columns, schema=CELLS)
 
 
 def predictions_schema(meta_columns: Sequence[str] = ()) -> pa.Schema:

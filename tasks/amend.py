@@ -42,7 +42,7 @@ from tasks.verdicts import Target, slide_target, without
 
 FileRef = tuple[str, int, str]
 _PSEUDONYM = re.compile(r"p_[0-9a-f]{32}")
-_KEPT_CELL_COLUMNS = ("image_key", "cell_id", "zarr_index")
+_KEPT_CELL_COLUMNS = ("run_id", "image_key", "cell_id", "zarr_index")
 _ROWS_ARE = {
     ("masks.zarr", "semantic"): "tiles",
     ("masks.zarr", "cells"): "tiles",

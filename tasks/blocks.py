@@ -5,6 +5,7 @@ Everything here is a pure function of its arguments. `tasks.shard` makes a run o
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -34,6 +35,7 @@ from tasks.segment import (
     own_cells,
     pseudo_semantic,
     single_cells,
+    square_micrometres,
 )
 
 
@@ -329,11 +331,33 @@ def outcome(fact: Fact, verdict: Verdict | None) -> Outcome:
 
 
 def cell_rows(
-    table: CellTable, offsets: NDArray[np.int64], keys: Sequence[str], verdicts: Sequence[Verdict]
+    table: CellTable,
+    offsets: NDArray[np.int64],
+    keys: Sequence[str],
+    verdicts: Sequence[Verdict],
+    to_source: NDArray[np.float32],
+    um_per_px: Sequence[float | None],
+    run_id: str = "",
 ) -> pa.Table:
-    """Rows of `cells/`, one per cell: `offsets` int64 [t + 1] into the table, `keys` the image of each tile."""
+    """Rows of `cells/`, one per cell.
+
+    Args:
+        table: cells, grouped by tile.
+        offsets: int64 [t + 1] into the table.
+        keys: the image of each tile [t].
+        verdicts: of each image, in the same order.
+        to_source: float32 [t, 2, 3], from a mask's pixel to the source pixel.
+        um_per_px: micrometres per source pixel of each tile's image [t], None where unknown.
+        run_id: of the run that writes them; empty outside of a run.
+    """
     counts = np.diff(offsets)
+    scales = np.repeat(np.array([math.nan if s is None else s for s in um_per_px], np.float64), counts)
+    affines = np.repeat(to_source, counts, axis=0)
     columns = {f.name: getattr(table, f.name) for f in fields(CellTable) if f.name in CELLS.names}
+    for name in ("nucleus_area", "cell_area"):
+        area = square_micrometres(columns[f"{name}_px"], affines, scales)
+        columns[f"{name}_um2"] = pa.array(area, pa.float32(), mask=np.isnan(area))
+    columns["run_id"] = pa.array([run_id] * int(counts.sum()), pa.string())
     columns["image_key"] = np.repeat(np.array(keys, object), counts)
     columns["attention"] = np.concatenate([v.attention for v in verdicts]) if verdicts else np.zeros(0, np.float32)
     columns["zarr_index"] = np.repeat(np.arange(len(counts), dtype=np.int32), counts)

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from leukoflow.errors import BundleError
-from leukoflow.records import CLASSES
+from leukoflow.records import CLASSES, OUT_OF_DISTRIBUTION
 from models.attention_classifier import AttentionClassifier
 from models.bundle import Bundle, Calibration, Statistics
 from models.hybrid_cn_nas import Readout
@@ -162,7 +162,9 @@ def decide(
         if count < calibration.min_cells:
             reasons.append(f"too few cells: {count} < {calibration.min_cells}")
         elif distance > calibration.max_ood:
-            reasons.append(f"foreign: distance from the training images {distance:.2f} > {calibration.max_ood:.2f}")
+            reasons.append(
+                f"{OUT_OF_DISTRIBUTION}: distance from the training images {distance:.2f} > {calibration.max_ood:.2f}"
+            )
         elif sure < calibration.min_confidence:
             reasons.append(f"ambiguous: confidence {sure:.2f} < {calibration.min_confidence:.2f}")
         else:

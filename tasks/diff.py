@@ -23,7 +23,7 @@ from typing import Any, Literal
 from leukoflow.codec import loads
 from leukoflow.errors import ConfigError, StorageError
 from leukoflow.progress import RunBinding
-from leukoflow.records import RunManifest, Status
+from leukoflow.records import RunManifest, Status, read_reason
 from leukoflow.storage import Storage
 from tasks.tables import BATCH_ROWS, finished, regroup, stream, table_files
 
@@ -123,7 +123,7 @@ def outcome_of(row: dict[str, Any]) -> Outcome:
         member_sha256=row["member_sha256"],
         slide=row["slide_id"] if row["slide_id"] is not None else row["image_key"].rpartition("/")[0] or ".",
         status=row["status"],
-        reason=row["reason"],
+        reason=read_reason(row["reason"]),
         label=row["label"],
         confidence=row["confidence"],
         prediction_set=None if chosen is None else tuple(chosen),

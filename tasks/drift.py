@@ -97,7 +97,7 @@ QUANTITIES = (
     Quantity("nc_ratio_measured", "nucleus to cell ratio, where cytoplasm is seen", 0.0, 1.0, False),
     Quantity("ood_score", "distance from the training fields", 0.1, 100.0, False, log=True),
     Quantity("confidence", "confidence", 0.25, 1.0, False),
-    Quantity("label", "labels", 0.0, 4.0, False, categories=CLASSES),
+    Quantity("label", "likeliest class, abstained fields included", 0.0, 4.0, False, categories=CLASSES),
 )
 _STARTS = np.cumsum([0, *(q.places for q in QUANTITIES)]).tolist()
 _TOTAL = _STARTS[-1]

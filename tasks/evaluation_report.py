@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from html import escape
 from typing import Any
 
-from leukoflow.records import CLASSES
+from leukoflow.records import CLASSES, read_reason
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 460, 260, 48, 34
 METRICS = {
@@ -131,7 +131,7 @@ def _detail(m: dict[str, Any], drawn: bool) -> str:
         f"{blast['sensitivity_at_specificity_0.99']:.3f} at 0.99; specificity "
         f"{blast['specificity_at_sensitivity_0.99']:.3f} at sensitivity 0.99. Prediction sets: coverage "
         f"{m['coverage']:.3f}, mean size {m['mean_set_size']:.2f}. Abstained: {_share(m['abstention_rate'])}"
-        + "".join(f", {escape(k)} {n}" for k, n in m["abstained"].items())
+        + "".join(f", {escape(read_reason(k) or k)} {n}" for k, n in m["abstained"].items())
         + (f"; accuracy on the others {answered:.3f}.</p>" if answered is not None else ".</p>")
     )
     out = f"<table>{head}{rows}</table>{text}"
@@ -255,7 +255,7 @@ def _rest(segmentation: dict[str, Any] | None, foreign: dict[str, Any] | None) -
         )
         out.append(f"<h2>Segmentation</h2><p>Masks and boxes that were held out.</p><table>{rows}</table>")
     if foreign:
-        kinds = ", ".join(f"{escape(k)} {n}" for k, n in foreign["outcomes"].items())
+        kinds = ", ".join(f"{escape(read_reason(k) or k)} {n}" for k, n in foreign["outcomes"].items())
         labels = ", ".join(f"{escape(k)} {n}" for k, n in foreign["labels_of_answered"].items())
         out.append(
             f"<h2>Healthy blood from another laboratory</h2><p>{foreign['images']} images: {kinds}. Labels of the "

@@ -26,9 +26,11 @@ import pyarrow.parquet as pq
 
 from leukoflow.errors import ConfigError, LeukoflowError, NotFoundError, RequestError
 from leukoflow.progress import now
-from leukoflow.records import CLASSES, SourceKind
+from leukoflow.records import CLASSES, SourceKind, read_reason
 from leukoflow.sources import open_reader
+from tasks.page import probability
 from tasks.plan import read_shard, read_summary
+from tasks.slides import disagreement
 from tasks.verdicts import Standing
 from tasks.wording import MEAN_MALIGNANT, MEAN_MALIGNANT_NOTE, mean_words
 from tasks.worklist import (
@@ -43,6 +45,7 @@ from tasks.worklist import (
     Summary,
     list_runs,
     open_run_table,
+    slide_labels,
     timeline,
 )
 
@@ -155,6 +158,7 @@ def _rows(table: RunTable, rows: Ints) -> pa.Table:
     sets = frame.column("prediction_set").take(places).to_pylist()
     given: dict[str, Any] = {
         "run_id": [table.run_id] * len(rows),
+        "reason": [read_reason(r) for r in frame.column("reason").take(places).to_pylist()],
         "label": [CLASSES[code] if code >= 0 else None for code in frame.answer[rows].tolist()],
         "prediction_set": [found if given_ else None for found, given_ in zip(sets, answered.tolist(), strict=True)],
         "confidence": pa.array(confidence, pa.float64(), from_pandas=True),
@@ -380,7 +384,7 @@ def _report(table: RunTable, line: SlideLine | PatientLine) -> list[tuple[str, d
         ],
         "code": _concept("smear-screening", "Screening of a blood smear by an image classifier, research use"),
         "result": [{"reference": url, "type": "Observation"} for url, _ in out],
-        "conclusion": _conclusion(line, name),
+        "conclusion": _conclusion(line, name, _contradiction(table, line)),
     }
     if specimen is not None:
         report["specimen"] = [specimen]
@@ -418,8 +422,8 @@ def _observations(summary: Summary) -> Iterator[tuple[str, str, dict[str, Any], 
             "mean-malignant-probability",
             MEAN_MALIGNANT,
             summary.mean_malignant_probability,
-            f"{MEAN_MALIGNANT_NOTE} {summary.counts.predicted:,} answered fields, {summary.answered_cells:,} cells; "
-            f"95 % interval {summary.interval[0]:.3f} to {summary.interval[1]:.3f}, as if fields were independent.",
+            f"{MEAN_MALIGNANT_NOTE} {summary.counts.predicted:,} answered fields, {summary.answered_cells:,} cells. "
+            f"{_interval_words(summary)}",
         ),
         (
             "uncertain-share",
@@ -441,7 +445,22 @@ def _observations(summary: Summary) -> Iterator[tuple[str, str, dict[str, Any], 
         yield code, display, {"valueQuantity": _quantity(count, f"{{{unit}}}", unit)}, "A count."
 
 
-def _conclusion(line: SlideLine | PatientLine, name: str) -> str:
+def _interval_words(summary: Summary) -> str:
+    if summary.interval is None:
+        return "No field was predicted."
+    low, high = (probability(v) for v in summary.interval)
+    return f"95 % interval {low} to {high}, as if fields were independent"
+
+
+def _contradiction(table: RunTable, line: SlideLine | PatientLine) -> str:
+    """What to remark where the slides of a patient were given different labels."""
+    if isinstance(line, SlideLine):
+        return ""
+    said = disagreement(slide_labels(table, table.rows_of(patient_key=line.patient_key)))
+    return f" The slides do not agree: {said}" if said else ""
+
+
+def _conclusion(line: SlideLine | PatientLine, name: str, contradiction: str = "") -> str:
     s = line.summary
     if s.label is None or s.mean_malignant_probability is None:
         found = f"{name}: no answer on any of {s.counts.fields:,} fields."
@@ -449,15 +468,14 @@ def _conclusion(line: SlideLine | PatientLine, name: str) -> str:
         found = (
             f"{name}: likeliest class {_CLASS_WORDS[s.label]}; {MEAN_MALIGNANT.lower()} "
             f"{mean_words(s.mean_malignant_probability)} ({s.counts.predicted:,} answered fields, "
-            f"{s.answered_cells:,} cells; 95 % interval {mean_words(s.interval[0])} to {mean_words(s.interval[1])}; no "
-            f"differential count); {s.malignant_fields:,} of the answered fields have a malignant probability above "
-            f"one half; {s.counts.abstained:,} abstained, "
+            f"{s.answered_cells:,} cells; {_interval_words(s)}; no differential count); {s.malignant_fields:,} of the "
+            f"answered fields have a malignant probability above one half; {s.counts.abstained:,} abstained, "
             f"{s.counts.rejected:,} rejected, {s.counts.quarantined:,} quarantined; {s.reviewed:,} of {s.diagnosed:,} "
             "reviewed by a person."
         )
     if isinstance(line, SlideLine) and line.standing.decision is not None and line.standing.decision.said:
         found += f" A reviewer has labelled the slide: {_CLASS_WORDS[line.standing.decision.said]}."
-    return f"{_clean(found)} {NOTICE}"
+    return f"{_clean(found + contradiction)} {NOTICE}"
 
 
 # --- training labels -------------------------------------------------------------------------------------------------

@@ -55,7 +55,7 @@ METRICS = {
         Metric(
             "leukoflow_last_run_share", "Share of a status among the images of the run that finished last.", "status"
         ),
-        Metric("leukoflow_last_run_labels", "Fields of each label in the run that finished last.", "label"),
+        Metric("leukoflow_last_run_labels", "Predicted images of each label in the run that finished last.", "label"),
         Metric(
             "leukoflow_last_run_stage_seconds", "Worker seconds of each stage of the run that finished last.", "stage"
         ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+from leukoflow.records import read_reason
 from models.bundle import Bundle, load_bundle
 
 ORIGIN = """\
@@ -33,8 +34,8 @@ business answering.
 FAILURES = """\
 ## Known failures
 
-- One hospital, one microscope, one stain. Scores elsewhere are not known; expect lower ones. The abstention as foreign
-  is a distance in feature space and lets foreign images through (counted above).
+- One hospital, one microscope, one stain. Scores elsewhere are not known; expect lower ones. The abstention as out of
+  distribution is a distance in feature space and lets unlike images through (counted above).
 - Figures come from cross-validating the recipe, not from the shipped weights, which saw all these fields. Segmenter and
   backbones saw the fields of every fold, without labels.
 - Clusters are few, so intervals are wide. A random split of the same data looks far better and means little: the colour
@@ -96,7 +97,7 @@ def _measured(metrics: dict[str, Any]) -> list[str]:
         lines += ["### Masks and boxes held out", "", "| | |", "|---|---|"]
         lines += [f"| {key.replace('_', ' ')} | {value:.4g} |" for key, value in segmentation.items()] + [""]
     if foreign := metrics.get("foreign"):
-        outcomes = ", ".join(f"{k} {n}" for k, n in foreign["outcomes"].items())
+        outcomes = ", ".join(f"{read_reason(k)} {n}" for k, n in foreign["outcomes"].items())
         lines += [
             f"Healthy blood from another laboratory, {foreign['images']} images: {outcomes}; abstained or Benign "
             f"{foreign['abstained_or_benign']:.3f}.",
@@ -120,7 +121,7 @@ def _protocol(title: str, protocol: dict[str, Any], comparison: dict[str, Any]) 
     answered = ours["accuracy_answered"]
     lines += [
         f"- Abstained: {ours['abstention_rate']:.3f} of the fields"
-        + "".join(f", {k} {n}" for k, n in ours["abstained"].items())
+        + "".join(f", {read_reason(k)} {n}" for k, n in ours["abstained"].items())
         + (f"; accuracy on the others {answered:.4f}" if answered is not None else ""),
         f"- Prediction sets (wanted coverage 0.95 per class): coverage {ours['coverage']:.3f}, by class "
         + ", ".join(f"{k} {v:.3f}" for k, v in ours["coverage_per_class"].items())

@@ -14,11 +14,12 @@ from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime, timedelta, tzinfo
 
 import numpy as np
+import pyarrow as pa
 
 from leukoflow.codec import loads
 from leukoflow.errors import LeukoflowError, words_of
 from leukoflow.progress import ProgressReader, list_runs, now
-from leukoflow.records import Marker, RunManifest, ShardReceipt, StageTiming
+from leukoflow.records import Marker, RunManifest, ShardReceipt, StageTiming, read_reasons
 from leukoflow.storage import Storage
 from models.bundle import load_bundle
 from tasks.drift import (
@@ -37,6 +38,7 @@ from tasks.drift import (
     run_facts,
     stored_facts,
 )
+from tasks.tables import answered_labels, table_files
 
 STATUSES = ("predicted", "abstained", "rejected", "quarantined")
 WEEK = timedelta(days=7)
@@ -105,7 +107,7 @@ class Night:
 
     @property
     def labels(self) -> tuple[int, ...]:
-        """Fields of each label."""
+        """Predicted fields of each label."""
         return tuple(sum(column) for column in zip(*(run.labels for run in self.runs), strict=True))
 
     @property
@@ -116,8 +118,8 @@ class Night:
 
     @property
     def balanced(self) -> bool:
-        """Whether every member that was handed over is accounted for."""
-        return self.total("done") == self.total("members")
+        """Whether every member that was handed over is accounted for, and every run has said so."""
+        return self.total("done") == self.total("members") and all(run.state == "finished" for run in self.runs)
 
     def drifts(self, against: str, kind: str = "all") -> tuple[Drift, ...]:
         """The night's drifts, all fields together unless `kind` says otherwise."""
@@ -127,6 +129,12 @@ class Night:
     def level(self) -> Level:
         """What the night calls for: the highest level of all fields, and of every site and scanner."""
         return max((d.level for g in self.drift for d in g.drifts), key=LEVELS.index, default="few")
+
+    @property
+    def comparisons(self) -> tuple[int, int]:
+        """How many quantities could be judged, and how many there were to compare."""
+        levels = [d.level for g in self.drift for d in g.drifts]
+        return sum(level != "few" for level in levels), len(levels)
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,8 +197,8 @@ def gather(
     reference = find_reference(out, bundle_dir(found[-1][0].bundle) if found else out, baseline)
     if reference is None:
         notes.append(
-            "there is no drift reference: choose a night that somebody has looked at and found good, and give "
-            "`leukoflow drift reference OUT RUN_ID`; until then nights are compared with the week before them alone"
+            "there is no drift reference: choose a night that somebody has looked at and found good, then run "
+            "`leukoflow drift reference OUT RUN_ID`; until then nights are only compared with the week before them"
         )
     return Nights(
         out=out,
@@ -208,13 +216,15 @@ def read_run(root: str, zone: tzinfo | None = None) -> RunFacts:
     reader = ProgressReader(root)
     binding, manifest = reader.binding(), reader.manifest()
     if manifest is not None:
-        return _from_manifest(manifest, night_of(binding.started_at, zone))
+        return _from_manifest(manifest, night_of(binding.started_at, zone), _labels(reader.storage, manifest))
     progress = reader.read()
     receipts = [m.receipt for m in _markers(reader.storage) if m.receipt is not None]
     reasons = Counter[str]()
     for receipt in receipts:
         reasons.update(dict(receipt.reasons))
     labels = np.array([r.labels for r in receipts], np.int64).reshape(-1, 4).sum(0).tolist()
+    if sum(labels) != sum(r.predicted for r in receipts):  # of schema 1, which counted abstained fields as well
+        labels = list(_counted(reader.storage, (f"predictions/part-{r.shard.name}.parquet" for r in receipts)))
     return RunFacts(
         run_id=binding.run_id,
         night=night_of(binding.started_at, zone),
@@ -229,7 +239,7 @@ def read_run(root: str, zone: tzinfo | None = None) -> RunFacts:
         missing=0,
         truncated=False,
         labels=(labels[0], labels[1], labels[2], labels[3]),
-        reasons=tuple(reasons.most_common()),
+        reasons=read_reasons(reasons.most_common()),
         timings=_timings(receipts),
         processed=0,
         processing_seconds=0.0,
@@ -239,7 +249,22 @@ def read_run(root: str, zone: tzinfo | None = None) -> RunFacts:
     )
 
 
-def _from_manifest(m: RunManifest, night: date) -> RunFacts:
+def _labels(storage: Storage, m: RunManifest) -> tuple[int, int, int, int]:
+    """Labels of the predicted fields alone, whichever version of leukoflow has counted them."""
+    if m.schema_version >= 2:
+        return m.labels
+    return _counted(storage, (f.key for f in table_files(m.parts, "predictions")))
+
+
+def _counted(storage: Storage, keys: Iterable[str]) -> tuple[int, int, int, int]:
+    """Labels of the predicted fields from the tables themselves; zeros where these cannot be read."""
+    try:
+        return answered_labels(storage, keys)
+    except (LeukoflowError, OSError, pa.ArrowException):
+        return (0, 0, 0, 0)
+
+
+def _from_manifest(m: RunManifest, night: date, labels: tuple[int, int, int, int]) -> RunFacts:
     return RunFacts(
         run_id=m.run_id,
         night=night,
@@ -253,8 +278,8 @@ def _from_manifest(m: RunManifest, night: date) -> RunFacts:
         quarantined=m.quarantined,
         missing=m.missing,
         truncated=m.source_truncated is not None,
-        labels=m.labels,
-        reasons=m.reasons,
+        labels=labels,
+        reasons=read_reasons(m.reasons),
         timings=m.timings,
         processed=m.processed,
         processing_seconds=m.processing_seconds,
@@ -350,4 +375,5 @@ def nights_json(found: Nights) -> bytes:
     for night, shown in zip(body["nights"], found.nights, strict=True):
         night["level"], night["balanced"] = shown.level, shown.balanced
         night["images_per_second"] = shown.images_per_second
+        night["judged"], night["comparisons"] = shown.comparisons
     return (json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=str) + "\n").encode()

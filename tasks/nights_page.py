@@ -15,7 +15,7 @@ from tasks.nights import LEVELS, STATUSES, GroupDrift, Night, Nights
 
 REASONS_SHOWN, CHARTS_SHOWN = 12, 6
 
-_LEVEL_WORDS = {"few": "too few", "none": "steady", "watch": "watch", "act": "act"}
+_LEVEL_WORDS = {"few": "too few to judge", "none": "steady", "watch": "watch", "act": "act"}
 _STAGE_COLOURS = {
     "prepare": "#6d8fb3",
     "segment": "#3f8f83",
@@ -39,6 +39,7 @@ def nights_page(found: Nights) -> str:
         ("reasons", "Why images have no prediction", _reasons(nights)),
         ("runs", "Runs", _runs(nights)),
     )
+    drift = _LEVEL_WORDS[last.level] if last.comparisons[1] else "drift not compared"
     contents = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in sections)
     body = "".join(f'<section id="{name}"><h2>{title}</h2>{html}</section>' for name, title, html in sections)
     span = f"{nights[0].night} to {last.night}" if len(nights) > 1 else str(last.night)
@@ -49,11 +50,12 @@ def nights_page(found: Nights) -> str:
         f"<title>nights to {last.night} · leukoflow</title>"
         f"<style>{page.style('report.css', 'nights.css')}</style></head>"
         f'<body><header><p class="brand">leukoflow <span>over the nights</span></p><h1>{span} '
-        f'<span class="state level-{last.level}">{_LEVEL_WORDS[last.level]}</span></h1>'
+        f'<span class="state level-{last.level}">{drift}</span></h1>'
         f'<p class="quiet">{page.text(found.out)} · made {page.moment(found.made_at)}</p></header>'
         f"<main>{_verdict(found)}{_tiles(nights)}<nav>{contents}</nav>{body}</main>"
-        "<footer><b>Research use only.</b> Not a medical device. Drift says that fields look or answer otherwise than "
-        "they did, not that answers are wrong, and no drift does not say that they are right.</footer></body></html>"
+        "<footer><b>Research use only.</b> Not a medical device. Drift means that fields look different from before, "
+        "or are answered differently. It does not mean that the answers are wrong; no drift does not mean that they "
+        "are right.</footer></body></html>"
     )
 
 
@@ -71,11 +73,18 @@ def _verdict(found: Nights) -> str:
         )
     else:
         left = last.total("members") - last.total("done")
+        states = ", ".join(
+            f"{page.text(r.run_id, 60)} {page.text(r.state)}" for r in last.runs if r.state != "finished"
+        )
+        said = f" Runs that are not finished: {states}." if states else ""
         lines.append(
-            ("open", f"<b>The night of {last.night} is not finished:</b> {page.number(left)} images are still open.")
+            (
+                "open",
+                f"<b>The night of {last.night} is not finished:</b> {page.number(left)} images are still open.{said}",
+            )
         )
     if last.total("missing"):
-        lines.append(("warn", f"{page.number(last.total('missing'))} images that were announced did not come."))
+        lines.append(("warn", f"{page.number(last.total('missing'))} images that a manifest lists have not arrived."))
     for level, kind in (("act", "bad"), ("watch", "warn")):
         told = [
             f"{title_of(d.quantity)} ({_group_name(g)}, against {_AGAINST[g.against]}, index {d.psi:.2f})"
@@ -86,8 +95,24 @@ def _verdict(found: Nights) -> str:
         if told:
             more = f" and {len(told) - 6} more" if len(told) > 6 else ""
             lines.append((kind, f"<b>Drift, {level}:</b> {'; '.join(told[:6])}{more}."))
+    if not last.comparisons[0]:
+        lines.append(("open", f"<b>Drift was not judged.</b> {_not_judged(last)}"))
     lines += [("warn", page.text(note, 400)) for note in found.notes]
     return "".join(f'<p class="verdict {kind}">{text}</p>' for kind, text in lines)
+
+
+def _not_judged(night: Night) -> str:
+    """Why nothing of a night could be compared."""
+    if not night.comparisons[1]:
+        return "Nothing could be compared: there is no reference, or no earlier night within a week."
+    return (
+        f"Nothing could be compared: on one side there are fewer than {MIN_FIELDS} fields or {MIN_SLIDES} slides of "
+        "every quantity."
+    )
+
+
+def _percent(value: float | None) -> str:
+    return page.text(page.percent(value))
 
 
 _AGAINST = {"reference": "the reference", "week": "the week before"}
@@ -134,10 +159,6 @@ def _tiles(nights: Sequence[Night]) -> str:
     return f'<div class="tiles">{"".join(tiles)}</div>'
 
 
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
 def _reconciliation(nights: Sequence[Night]) -> str:
     colours = page.STATUS_COLOURS | {"open": "var(--line)"}
     series = {s: [float(n.total(s)) for n in nights] for s in STATUSES}
@@ -174,24 +195,27 @@ def _rates(nights: Sequence[Night]) -> str:
     ]
     for i, label in enumerate(CLASSES):
         shares = [n.labels[i] / sum(n.labels) if sum(n.labels) else None for n in nights]
-        charts.append((f"{label} among labels", page.LABEL_COLOURS[label], shares))
+        charts.append((f"{label} among predicted", page.LABEL_COLOURS[label], shares))
     figures = "".join(
         f'<div class="small"><h3>{page.dot(colour)}{name} <span class="n">{_percent(values[-1])}</span></h3>'
-        f"{_line(nights, values, colour, lambda v: f'{100 * v:.1f} %')}</div>"
+        f"{_line(nights, values, colour, _percent)}</div>"
         for name, colour, values in charts
     )
-    lead = '<p class="quiet">Of what is accounted for; the dashed line is the median.</p>'
+    lead = (
+        '<p class="quiet">Shares of the images that are accounted for; those of the classes are of the predicted '
+        "images alone. The dashed line is the median.</p>"
+    )
     return f'{lead}<div class="smalls">{figures}</div>'
 
 
 def _drift(found: Nights) -> str:
     lead = (
-        f'<p class="quiet">Population stability index of each night against '
-        f"{'the reference' if found.reference else 'the week before'}. From {WATCH:g} above what chance gives: "
-        f'<b class="level-watch">watch</b>, from {ACT:g}: <b class="level-act">act</b>; but only if chance gives as '
-        f"much in fewer than 1 of {round(1 / CHANCE)} draws of whole slides, and at least {MIN_FIELDS} fields of "
-        f"{MIN_SLIDES} slides are there on both sides (a dot stands where they are not). Rest the pointer on a number "
-        "for more.</p>"
+        f'<p class="quiet">Each number is the population stability index of a night against '
+        f"{'the reference' if found.reference else 'the week before'}, less what chance alone gives. {WATCH:g} or more "
+        f'means <b class="level-watch">watch</b>, {ACT:g} or more <b class="level-act">act</b>, provided that chance '
+        f"reaches it in fewer than 1 of {round(1 / CHANCE)} random exchanges of whole slides and that both sides have "
+        f"at least {MIN_FIELDS} fields of {MIN_SLIDES} slides; where they have not, a dot is shown. Hover over a "
+        "number for details.</p>"
     )
     if found.reference:
         lead += (
@@ -252,7 +276,14 @@ def _flagged(night: Night) -> str:
         CHARTS_SHOWN, flagged, key=lambda item: (LEVELS.index(item[1].level), item[1].excess or 0.0)
     )
     if not flagged:
-        return '<p class="quiet">Nothing in the last night calls for a look.</p>'
+        judged, there = night.comparisons
+        if not judged:
+            return f'<p class="quiet">{_not_judged(night)}</p>'
+        few = f"; {page.number(there - judged)} had too few fields or slides" if there > judged else ""
+        return (
+            f'<p class="quiet">Of {page.number(there)} comparisons of the last night, {page.number(judged)} could be '
+            f"judged, and none of these calls for a look{few}.</p>"
+        )
     figures = "".join(
         f'<div class="small"><h3><b class="level-{d.level}">{d.level}</b> {title_of(d.quantity)}</h3>'
         f'<p class="quiet">{_group_name(g)}, against {_AGAINST[g.against]}: {_said(d)}</p>{_pairs(d)}</div>'
@@ -276,7 +307,8 @@ def _pairs(drift: Drift) -> str:
             tall = value / top * (height - 8)
             parts.append(
                 f'<rect x="{(i + shift) * step:.1f}" y="{height - tall:.1f}" width="{0.4 * step:.1f}" '
-                f'height="{tall:.1f}" style="fill:{colour}"><title>{_bin(drift, i)}: {_percent(value)}</title></rect>'
+                f'height="{tall:.1f}" style="fill:{colour}"><title>{_bin(drift, i)}: {_percent(value)}</title>'
+                "</rect>"
             )
     parts.append(f'<line class="axis" x1="0" x2="{width}" y1="{height}" y2="{height}"/>')
     if drift.cuts:
@@ -392,7 +424,11 @@ def _reasons(nights: Sequence[Night]) -> str:
                 _line(nights, values, "var(--accent)", lambda v: f"{v:.0f}", width=240, height=26, bare=True),
             )
         )
-    return page.table((("reason", ""), ("last night", "n"), ("all nights", "n"), ("", "spark")), rows, "All have one.")
+    return page.table(
+        (("reason", ""), ("last night", "n"), ("all nights", "n"), ("", "spark")),
+        rows,
+        "No image without a prediction.",
+    )
 
 
 def _runs(nights: Sequence[Night]) -> str:
@@ -445,7 +481,7 @@ def _columns(
     for share in (0.5, 1.0):
         y = height - share * (height - 12)
         parts.append(f'<line x1="{side}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{side - 6}" y="{y + 4:.1f}" text-anchor="end">{page.number(top * share)}</text>')
+        parts.append(f'<text x="{side - 6}" y="{y + 4:.1f}" text-anchor="end">{page.tick(top * share)}</text>')
     for i, night in enumerate(nights):
         middle, base = side + (i + 0.5) * step, float(height)
         for name, values in series.items():
@@ -486,7 +522,7 @@ def _line(
     kind = "plot bare" if bare else "plot wide"
     parts = [f'<svg class="{kind}" viewBox="0 0 {width} {height + foot}" role="img">']
     if not bare:
-        for value in (0.0, top):
+        for value in (0.0, top) if max(known) else (0.0,):
             y = at(0, value)[1]
             parts.append(f'<line x1="{side}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>')
             parts.append(f'<text x="{side - 6}" y="{y + 4:.1f}" text-anchor="end">{show(value)}</text>')

@@ -25,9 +25,32 @@ def number(value: float, digits: int = 0) -> str:
     return f"{value:,.{digits}f}"
 
 
+def tick(value: float) -> str:
+    """A number on an axis: with a decimal where it is small and would be another one without."""
+    return number(value, 1 if value < 10 and value % 1 else 0)
+
+
+def probability(value: float) -> str:
+    """A probability to three places, never rounded to a certainty: `> 0.999`, `0.732`, `< 0.001`."""
+    shown = f"{value:.3f}"
+    return {"1.000": "> 0.999", "0.000": "< 0.001"}.get(shown, shown)
+
+
+def percent(value: float | None, digits: int = 1) -> str:
+    """A share in percent, a dash where there is none; all and none of it are told of exactly these alone."""
+    if value is None:
+        return "–"
+    shown = f"{100 * value:.{digits}f} %"
+    if value > 0 and shown == f"{0:.{digits}f} %":
+        return f"< {10**-digits:.{digits}f} %"
+    if value < 1 and shown == f"{100:.{digits}f} %":
+        return f"> {100 - 10**-digits:.{digits}f} %"
+    return shown
+
+
 def share(part: float, whole: float) -> str:
-    """A part in percent."""
-    return f"{100 * part / whole:.1f} %" if whole else "–"
+    """A part in percent, a dash where there is no whole."""
+    return percent(part / whole if whole else None)
 
 
 def seconds(value: float) -> str:

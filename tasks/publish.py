@@ -27,8 +27,8 @@ from tasks.slides import MALIGNANT, mean_malignant_probability, slide_of, urgenc
 from tasks.wording import Scale, scale_note
 
 RANKED = (
-    "image_key", "slide_id", "patient_id", "site", "status", "n_cells", "prob_benign", "prob_early", "prob_pre",
-    "prob_pro",
+    "run_id", "image_key", "slide_id", "patient_id", "site", "status", "n_cells", "prob_benign", "prob_early",
+    "prob_pre", "prob_pro",
 )  # fmt: skip
 """Columns of the predictions that the ranking of the slides looks at."""
 SLOWEST = 10
@@ -40,6 +40,7 @@ NAMED = 5
 class _Slide:
     """Running sums of one slide; never more than one slide's numbers, however many fields it has."""
 
+    run_id: str
     grouping: str
     patient_id: str | None
     site: str | None
@@ -207,7 +208,7 @@ def _read_tables(run: Run, storage: Storage) -> tuple[pa.Table, pa.Table, int, i
     frozen, rows, guessed = open_plan(run.root), 0, 0
     settings = run.bundle.spec.method.segment
     columns = [
-        "image_key", "member_sha256", "slide_id", "patient_id", "site", "status", "n_cells",
+        "run_id", "image_key", "member_sha256", "slide_id", "patient_id", "site", "status", "n_cells",
         "prob_benign", "prob_early", "prob_pre", "prob_pro", "confidence", "um_per_px", "width_px", "height_px",
     ]  # fmt: skip
     for shard in shards(run.summary):
@@ -266,7 +267,7 @@ def _count(slides: dict[str, _Slide], row: dict[str, Any]) -> None:
     grouping, slide_id = slide_of(row["slide_id"], row["image_key"])
     slide = slides.get(f"{grouping}:{slide_id}")
     if slide is None:
-        slide = slides[f"{grouping}:{slide_id}"] = _Slide(grouping, row["patient_id"], row["site"])
+        slide = slides[f"{grouping}:{slide_id}"] = _Slide(row["run_id"], grouping, row["patient_id"], row["site"])
     if slide.patient_id is None:  # of an image without a line in the manifest, the slide is known and the patient not
         slide.patient_id = row["patient_id"]
     if slide.site is None:
@@ -318,6 +319,7 @@ def _slides_table(slides: dict[str, _Slide]) -> pa.Table:
         malignant = float(slide.probabilities[MALIGNANT].sum())
         rows.append(
             {
+                "run_id": slide.run_id,
                 "slide_id": key.split(":", 1)[1],
                 "grouping": slide.grouping,
                 "patient_id": slide.patient_id,

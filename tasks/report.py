@@ -24,7 +24,16 @@ from numpy.typing import NDArray
 from leukoflow.codec import loads
 from leukoflow.method import SegmentSettings
 from leukoflow.progress import ProgressReader, RunBinding, RunProgress
-from leukoflow.records import CLASSES, Marker, RunManifest, ShardReceipt, SourceKind, StageTiming
+from leukoflow.records import (
+    CLASSES,
+    Marker,
+    RunManifest,
+    ShardReceipt,
+    SourceKind,
+    StageTiming,
+    read_reason,
+    read_reasons,
+)
 from leukoflow.storage import Storage
 from tasks.cytoplasm import ratio_words
 from tasks.field_view import Pixels, alpha_of, segment_settings
@@ -35,12 +44,14 @@ from tasks.page import bar as _bar
 from tasks.page import dot as _dot
 from tasks.page import moment as _moment
 from tasks.page import number as _number
+from tasks.page import probability, share
 from tasks.page import seconds as _seconds
-from tasks.page import share as _share
 from tasks.page import style as _style
 from tasks.page import table as _table
 from tasks.page import text as _text
+from tasks.page import tick as _tick
 from tasks.plan import read_summary
+from tasks.slides import patients_in_disagreement
 from tasks.tables import shard_name, table_files
 from tasks.wording import (
     MEAN_MALIGNANT,
@@ -82,7 +93,7 @@ class _Survey:
 
     settings: SegmentSettings
     histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros((_BINS, 2), np.int64))  # predicted, abstained
-    labels: Counter[str] = field(default_factory=Counter)
+    labels: Counter[str] = field(default_factory=Counter)  # of predicted fields
     without: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # status -> first (key, reason)
     suspicious: dict[str, list[tuple[float, str, dict[str, Any]]]] = field(default_factory=dict)  # slide -> heap
     uncertain: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)  # heap, least certain kept
@@ -108,7 +119,6 @@ class _Totals:
     truncated: str | None
     conflicts: int
     cells: int
-    labels: tuple[int, int, int, int]
     reasons: tuple[tuple[str, int], ...]
     timings: tuple[StageTiming, ...]
     slowest: tuple[tuple[str, float], ...]
@@ -140,13 +150,14 @@ def build_report(root: str, manifest: RunManifest | None) -> str:
     shards = [r.shard.name for r in receipts]
     keys = _part_keys(manifest, "predictions", shards).values()
     survey = _survey(storage, keys, segment_settings(totals.bundle))
-    slides = _slides(storage, "slides.parquet" if manifest else "partial/slides.parquet")
+    ranking = "slides.parquet" if manifest else "partial/slides.parquet"
+    slides, split = _slides(storage, ranking), _disagreements(storage, ranking)
     with ExitStack() as stack:
         painter = _Painter(storage, totals, _part_keys(manifest, "cells", shards), stack)
         suspicious = [painter.card(row) for row in _most_suspicious(survey, slides)]
         uncertain = [painter.card(row) for _, _, row in sorted(survey.uncertain, key=lambda c: (-c[0], c[1]))]
         notes = painter.notes
-    return _page(totals, manifest is not None, progress, survey, slides, suspicious, uncertain, notes)
+    return _page(totals, manifest is not None, progress, survey, slides, split, suspicious, uncertain, notes)
 
 
 # --- gathering -------------------------------------------------------------------------------------------------------
@@ -188,8 +199,7 @@ def _from_manifest(storage: Storage, m: RunManifest) -> _Totals:
         truncated=m.source_truncated,
         conflicts=m.conflicts,
         cells=m.cells,
-        labels=m.labels,
-        reasons=m.reasons,
+        reasons=read_reasons(m.reasons),
         timings=m.timings,
         slowest=m.slowest,
         startup_seconds=m.startup_seconds,
@@ -210,10 +220,8 @@ def _from_receipts(storage: Storage, progress: RunProgress, receipts: Sequence[S
     reasons: Counter[str] = Counter()
     seconds: Counter[str] = Counter()
     images: Counter[str] = Counter()
-    labels = [0, 0, 0, 0]
     for receipt in receipts:
         reasons.update(dict(receipt.reasons))
-        labels = [a + b for a, b in zip(labels, receipt.labels, strict=True)]
         for timing in receipt.timings:
             seconds[timing.stage] += timing.seconds  # type: ignore[assignment]
             images[timing.stage] += timing.images
@@ -239,8 +247,7 @@ def _from_receipts(storage: Storage, progress: RunProgress, receipts: Sequence[S
         truncated=summary.truncated,
         conflicts=0,
         cells=sum(r.cells for r in receipts),
-        labels=(labels[0], labels[1], labels[2], labels[3]),
-        reasons=tuple(reasons.most_common(50)),
+        reasons=read_reasons(reasons.most_common(50)),
         timings=tuple(StageTiming(stage, float(seconds[stage]), images[stage]) for stage in seconds),
         slowest=tuple(slowest),
         startup_seconds=None,
@@ -281,14 +288,15 @@ def _take(survey: _Survey, row: dict[str, Any]) -> None:
     if status != "predicted":
         listed = survey.without.setdefault(status, [])
         if len(listed) < KEYS_SHOWN:
-            listed.append((key, row["reason"] or ""))
+            listed.append((key, read_reason(row["reason"]) or ""))
     if status == "abstained":
         survey.guessed += Scale(row["width_px"], row["height_px"], row["um_per_px"], survey.settings).guessed
     if row["label"] is None:
         return
-    survey.labels[row["label"]] += 1
     place = min(_BINS - 1, max(0, int((row["confidence"] - 0.25) / 0.75 * _BINS)))
     survey.histogram[place, 0 if status == "predicted" else 1] += 1
+    if status == "predicted":
+        survey.labels[row["label"]] += 1
     if row["zarr_index"] is None:
         return
     _keep(survey.uncertain, (-row["confidence"], key, row), FIELDS_SHOWN)
@@ -546,12 +554,13 @@ def _page(
     progress: RunProgress,
     survey: _Survey,
     slides: Sequence[dict[str, Any]],
+    split: Mapping[str, str],
     suspicious: Sequence[_Card],
     uncertain: Sequence[_Card],
     notes: Sequence[str],
 ) -> str:
     sections: list[tuple[str, str, Callable[[], str]]] = [
-        ("slides", "Slides by urgency", lambda: _slides_section(slides, finished)),
+        ("slides", "Slides by urgency", lambda: _slides_section(slides, finished, split)),
         (
             "suspicious",
             "Most suspicious fields",
@@ -598,17 +607,19 @@ def _verdict(t: _Totals, finished: bool, progress: RunProgress) -> str:
         kind = "bad"
     more = []
     if t.missing:
-        more.append(f"{_number(t.missing)} images that the manifest lists were not in the source (missing.parquet).")
+        more.append(
+            f"{_number(t.missing)} images that the manifest lists were not in the source; missing.parquet names them."
+        )
     if t.truncated:
         more.append(f"The source is incomplete: {_text(t.truncated, 400)}.")
     if t.conflicts:
         more.append(
             f"{_number(t.conflicts)} rows show identical images under different patients (duplicates.parquet): "
-            "clear this mix-up before anything is acted upon."
+            "resolve this mix-up before acting on any result."
         )
     if progress.shadow_of is not None:
         more.insert(0, f"<b>A shadow run of {_text(progress.shadow_of)}, not the night's result:</b> a candidate "
-                       "bundle saw what that run saw, and nobody may act upon this page.")  # fmt: skip
+                       "bundle was given the same images; do not act on this page.")  # fmt: skip
     if progress.failed_shards and not finished:
         more += [f"Shard {_text(shard)} failed: {_text(why, 400)}" for shard, why in progress.failed_shards[:10]]
     warnings = "".join(f'<p class="verdict warn">{line}</p>' for line in more)
@@ -634,13 +645,35 @@ def _unranked(slides: Sequence[dict[str, Any]]) -> str:
     return f"{_number(whole)} of the {_number(len(slides))} slides shown are complete."
 
 
-def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
+def _disagreements(storage: Storage, key: str) -> dict[str, str]:
+    """Patients whose slides have different labels, over all slides of a ranking."""
+    try:
+        with storage.open(key) as file:
+            table = pq.read_table(file, columns=["patient_id", "slide_id", "label", "n_predicted"])
+    except FileNotFoundError:
+        return {}
+    return patients_in_disagreement(table.to_pylist())
+
+
+def _disagreement_note(found: Mapping[str, str]) -> str:
+    if not found:
+        return ""
+    rows = [(_text(patient[:12]), _text(remark, 500)) for patient, remark in list(found.items())[:KEYS_SHOWN]]
+    count = "The slides of 1 patient do" if len(found) == 1 else f"The slides of {_number(len(found))} patients do"
+    more = f'<p class="quiet">The first {KEYS_SHOWN}; slides.parquet has all.</p>' if len(found) > KEYS_SHOWN else ""
+    return (
+        f'<p class="verdict warn"><b>{count} not agree on the class.</b></p><details><summary>Which, and how'
+        f"</summary>{_table((('patient', 'key'), ('', '')), rows)}{more}</details>"
+    )
+
+
+def _slides_section(slides: Sequence[dict[str, Any]], finished: bool, split: Mapping[str, str]) -> str:
     if not finished and not slides:
         return '<p class="quiet">Slides are ranked when the run has finished, or at its deadline.</p>'
     head = (
-        ("#", "n"), ("slide", "key"), ("site", ""), ("patient", "key"), ("urgency", "n"), ("", "chart"), ("label", ""),
-        ("mean malignant probability", "n"), ("fields above ½", "n"), ("predicted", "n"), ("abst.", "n"), ("rej.", "n"),
-        ("quar.", "n"), ("cells", "n"), ("most suspicious field", "key"),
+        ("#", "n"), ("slide", "key"), ("site", ""), ("patient", "key"), ("urgency", "n"), ("", "chart"),
+        ("likeliest class", ""), ("mean malignant probability", "n"), ("fields above ½", "n"), ("predicted", "n"),
+        ("abst.", "n"), ("rej.", "n"), ("quar.", "n"), ("cells", "n"), ("most suspicious field", "key"),
     )  # fmt: skip
     rows = [
         (
@@ -648,9 +681,9 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
             _text(s["slide_id"], 60),
             _text(s["site"] or "–", 40),
             _text((s["patient_id"] or "–")[:12]),
-            f"{s['urgency']:.3f}",
+            _probability(s["urgency"]),
             _bar(s["urgency"], "var(--accent)"),
-            _label(s["label"]),
+            _slide_label(s),
             mean_words(s["malignant_score"]),
             _number(s["n_malignant"]),
             f"{_number(s['n_predicted'])} of {_number(s.get('n_planned', s['n_images']))}",
@@ -669,14 +702,16 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
     )
     grouped = any(s["grouping"] == "folder" for s in slides)
     note = (
-        '<p class="quiet">Without a slide in the manifest, the images of one folder count as a slide.</p>'
+        '<p class="quiet">Where the manifest names no slide, the images of one folder count as a slide.</p>'
         if grouped
         else ""
     )
     explained = (
         '<p class="quiet">Urgency is the expected share of malignant fields; with few predicted fields it stays near '
-        f"one half, so that silence is not taken for health. {MEAN_MALIGNANT}: {MEAN_MALIGNANT_NOTE[:1].lower()}"
-        f"{MEAN_MALIGNANT_NOTE[1:]} Beside it, the answered fields in which that probability is above one half.</p>"
+        "one half, so that a slide with little to go by is not taken for a healthy one. The likeliest class is the "
+        "one of highest mean probability; where that is Benign although the three malignant classes together are "
+        f"likelier, the table says so. {MEAN_MALIGNANT}: {MEAN_MALIGNANT_NOTE[:1].lower()}{MEAN_MALIGNANT_NOTE[1:]} "
+        "Beside it, the answered fields in which that probability is above one half.</p>"
     )
     first, rest = rows[:SLIDES_OPEN], rows[SLIDES_OPEN:]
     folded = f"<details><summary>{len(rest)} more</summary>{_table(head, rest)}</details>" if rest else ""
@@ -685,7 +720,23 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
             '<p class="verdict warn"><b>A partial ranking</b> of the images that were done at the deadline: the order '
             f"will change, and a slide that is absent here has no image done. {_unranked(slides)}</p>" + explained
         )
-    return explained + note + _table(head, first, "No slide.") + folded + more
+    return explained + note + _disagreement_note(split) + _table(head, first, "No slide.") + folded + more
+
+
+def _probability(value: float) -> str:
+    return _text(probability(value))
+
+
+def _share(part: float, whole: float) -> str:
+    return _text(share(part, whole))
+
+
+def _slide_label(slide: Mapping[str, Any]) -> str:
+    """A slide's likeliest class, with a remark where Benign is that although malignant is likelier than not."""
+    shown = _label(slide["label"])
+    if slide["label"] == "Benign" and (slide["malignant_score"] or 0.0) > 0.5:
+        shown += f" <small>but malignant {_probability(slide['malignant_score'])}</small>"
+    return shown
 
 
 def _label(label: str | None) -> str:
@@ -702,7 +753,7 @@ def _gallery(name: str, cards: Sequence[_Card], notes: Sequence[str], empty: str
     )
     lead = (
         f'<p class="quiet">Outlines: cells as segmented, coloured by attention within the field: {scale}. The three '
-        "cells that weighed most are boxed and numbered. Rest the pointer on an outline for its numbers.</p>"
+        "cells that weighed most are boxed and numbered. Hover over an outline for its numbers.</p>"
     )
     lead += "".join(f'<p class="verdict warn">{_text(note, 400)}</p>' for note in notes)
     lead += _heat_switch(name, cards)
@@ -734,14 +785,15 @@ def _figure(card: _Card) -> str:
     row = card.row
     bars = "".join(
         f'<tr><td>{class_name(name)}</td><td class="chart">{_bar(row[column], _LABEL_COLOURS[name])}</td>'
-        f'<td class="n">{row[column]:.3f}</td></tr>'
+        f'<td class="n">{_probability(row[column])}</td></tr>'
         for name, column in zip(CLASSES, ("prob_benign", "prob_early", "prob_pre", "prob_pro"), strict=True)
     )
     lines = [f'<p class="key">{_text(row["image_key"], 80)}</p>']
     if row["slide_id"]:
         lines.append(f'<p class="quiet">slide {_text(row["slide_id"], 60)}</p>')
     if row["status"] == "predicted":
-        lines.append(f'<p class="said">{_label(row["label"])} <span class="n">{row["confidence"]:.3f}</span></p>')
+        confidence = _probability(row["confidence"])
+        lines.append(f'<p class="said">{_label(row["label"])} <span class="n">{confidence}</span></p>')
         lines.append(f"<table>{bars}</table>")
         lines.append(f'<p class="quiet">{_text(set_words(row["prediction_set"] or (), card.alpha), 400)}</p>')
     else:
@@ -760,16 +812,20 @@ def _figure(card: _Card) -> str:
 
 
 def _distributions(t: _Totals, survey: _Survey) -> str:
-    total = sum(t.labels)
+    counts = [survey.labels[name] for name in CLASSES]
+    total = sum(counts)
     labels = _table(
         (("label", ""), ("fields", "n"), ("share", "n"), ("", "chart")),
         [
-            (_label(name), _number(n), _share(n, total), _bar(n / max(1, *t.labels), _LABEL_COLOURS[name]))
-            for name, n in zip(CLASSES, t.labels, strict=True)
+            (_label(name), _number(n), _share(n, total), _bar(n / max(1, *counts), _LABEL_COLOURS[name]))
+            for name, n in zip(CLASSES, counts, strict=True)
         ],
     )
+    abstained = dict(t.counts)["abstained"]
+    apart = f" Fields that were abstained from, {_number(abstained)}, have no label here." if abstained else ""
     return (
-        f'<div class="two"><div><h3>Labels</h3><p class="quiet">Predicted and abstained fields together.</p>{labels}'
+        f'<div class="two"><div><h3>Labels</h3><p class="quiet">Of the {_number(total)} predicted fields.{apart}</p>'
+        f"{labels}"
         f'<p class="quiet">{_number(t.cells)} cells were found.</p></div>'
         f'<div><h3>Confidence</h3><p class="quiet">{_dot(_STATUS_COLOURS["predicted"])}predicted '
         f"{_dot(_STATUS_COLOURS['abstained'])}abstained</p>"
@@ -785,10 +841,10 @@ def _histogram(counts: NDArray[np.int64]) -> str:
         return '<p class="quiet">No field was diagnosed.</p>'
     step = (width - side) / _BINS
     parts = [f'<svg class="plot" viewBox="0 0 {width} {height + foot}" role="img">']
-    for share in (0.5, 1.0):
-        y = height - share * (height - 14)
+    for part in (0.5, 1.0):
+        y = height - part * (height - 14)
         parts.append(f'<line x1="{side}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>')
-        parts.append(f'<text x="{side - 6}" y="{y + 4:.1f}" text-anchor="end">{_number(top * share)}</text>')
+        parts.append(f'<text x="{side - 6}" y="{y + 4:.1f}" text-anchor="end">{_tick(top * part)}</text>')
     for i, (predicted, abstained) in enumerate(counts.tolist()):
         low, high = 0.25 + 0.75 * i / _BINS, 0.25 + 0.75 * (i + 1) / _BINS
         base = float(height)
@@ -849,7 +905,7 @@ def _timings(t: _Totals) -> str:
         pace = (
             f"<p>{_number(t.processed)} members in {_seconds(t.processing_seconds)}, "
             f"<b>{t.processed / t.processing_seconds:.1f} per second</b>, after {_seconds(t.startup_seconds)} of "
-            'start-up. <span class="quiet">Stages taken over from an earlier session cost nothing here.</span></p>'
+            'start-up. <span class="quiet">Stages reused from an earlier session are not counted.</span></p>'
         )
     slowest = _table(
         (("slowest shards", "key"), ("worker time", "n")),
@@ -870,7 +926,7 @@ def _provenance(t: _Totals) -> str:
         ("finished", _moment(t.finished_at) if t.finished_at else "–"),
         (
             "ignored",
-            f"{_number(t.ignored)} entries that are no images by name (folders, leftovers of systems and copies)",
+            f"{_number(t.ignored)} entries that are not images by their names (folders, files of the operating system)",
         ),
         *(("note", _text(note, 400)) for note in t.notes),
         *((_text(name), _text(version)) for name, version in t.software),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
 
 import cv2
 import numpy as np
@@ -257,6 +258,21 @@ def cell_table(
         eccentricity=eccentricity.astype(np.float32),
         touches_border=np.asarray((x0 == 0) | (y0 == 0) | (x1 == width) | (y1 == height), np.bool_),
     )
+
+
+def square_micrometres(
+    area_px: NDArray[Any], to_source: NDArray[np.float32], um_per_px: NDArray[np.float64]
+) -> NDArray[np.float32]:
+    """Areas in square micrometres, float32 [m]; NaN where the scale is not known.
+
+    Args:
+        area_px: [m], areas in pixels of the masks.
+        to_source: float32 [m, 2, 3], from a pixel of the cell's mask to the source pixel; axis-parallel.
+        um_per_px: float64 [m], micrometres per source pixel, NaN where unknown.
+    """
+    source_px = np.abs(to_source[:, 0, 0].astype(np.float64) * to_source[:, 1, 1].astype(np.float64))
+    out: NDArray[np.float32] = (area_px * source_px * um_per_px**2).astype(np.float32)
+    return out
 
 
 def crop_cells(rgb: NDArray[np.uint8], centers: NDArray[np.float32], window_px: int, out_px: int) -> NDArray[np.uint8]:

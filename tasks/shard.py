@@ -24,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import zarr
 from distributed import get_worker
@@ -75,7 +76,7 @@ from tasks.segment import CellTable, concatenate
 ACTIVATIONS = "activations"
 """The stage that no other is made from: a shard may lack it and yet be whole. It is made while the pixels are there."""
 STAGES = ("masks", "features", ACTIVATIONS, "predictions")
-REVISIONS = {"masks": 4, "features": 1, ACTIVATIONS: 1, "predictions": 1}
+REVISIONS = {"masks": 4, "features": 1, ACTIVATIONS: 1, "predictions": 2}
 """Raised when a stage's code changes what it writes; part of every content key."""
 
 ARRAYS = {
@@ -509,7 +510,7 @@ def recall(job: ShardJob, block: Block, before: Trail | None = None) -> Segmente
                     f"shard {job.shard.name}: member {fact.ordinal} is no longer what its masks were made from; "
                     "the source changed, so start a new run"
                 )
-        table, offsets = read_cells(job.root, job.shard)
+        table, offsets, _ = read_cells(job.root, job.shard)
         rows = slice(before.rows, before.rows + len(block.tiles))
         piece = offsets[rows.start : rows.stop + 1]
         table = CellTable(*(getattr(table, f.name)[piece[0] : piece[-1]] for f in fields(CellTable)))
@@ -712,13 +713,14 @@ def read_facts(root: str, shard: Shard) -> list[Fact]:
     return out
 
 
-def read_cells(root: str, shard: Shard) -> tuple[CellTable, NDArray[np.int64]]:
-    """The committed cell table of a shard, and the offsets of each tile's rows: int64 [tiles + 1]."""
+def read_cells(root: str, shard: Shard) -> tuple[CellTable, NDArray[np.int64], NDArray[np.float32]]:
+    """The committed cell table of a shard, the offsets of each tile's rows, int64 [tiles + 1], and each tile's map to
+    the source, float32 [tiles, 2, 3]."""
     group = _stored(root, f"masks.zarr/{shard.name}")
-    rows, offsets = _read_arrays(group, "cell_table", "cell_offsets")
+    rows, offsets, to_source = _read_arrays(group, "cell_table", "cell_offsets", "to_source")
     empty = concatenate([])
     columns = {f.name: rows[:, i].astype(getattr(empty, f.name).dtype) for i, f in enumerate(fields(CellTable))}
-    return CellTable(**columns), offsets.astype(np.int64)
+    return CellTable(**columns), offsets.astype(np.int64), to_source.astype(np.float32)
 
 
 def write_parquet(job: ShardJob, name: str, table: pa.Table) -> None:
@@ -795,7 +797,7 @@ def classify(job: ShardJob, trail: Trail | None, resumed: tuple[str, ...] = ()) 
                 pool.submit(read_cells, job.root, job.shard),
                 pool.submit(_read_features, job.root, job.shard),
             )
-        facts, (table, _), (hybrid, cells, offsets) = known.result(), counted.result(), stored.result()
+        facts, (table, _, to_source), (hybrid, cells, offsets) = known.result(), counted.result(), stored.result()
         diagnosis = diagnose(
             bundle,
             classifier,
@@ -807,7 +809,7 @@ def classify(job: ShardJob, trail: Trail | None, resumed: tuple[str, ...] = ()) 
         )
         fields_ = [f for f in facts if f.zarr_index is not None]
         verdicts = pool_tiles(bundle, diagnosis, offsets, np.array([f.n_tiles for f in fields_], np.int64))
-        rows, found_cells = _tables(job, bundle, members, facts, fields_, table, offsets, verdicts)
+        rows, found_cells = _tables(job, members, facts, fields_, table, offsets, to_source, verdicts)
         write_parquet(job, f"predictions/part-{job.shard.name}.parquet", rows)
         write_parquet(job, f"cells/part-{job.shard.name}.parquet", found_cells)
         receipt = _receipt(job, rows, len(found_cells), trail, resumed, started)
@@ -825,18 +827,19 @@ def _read_features(root: str, shard: Shard) -> list[NDArray[Any]]:
 
 def _tables(
     job: ShardJob,
-    bundle: Bundle,
     members: Sequence[Member],
     facts: Sequence[Fact],
     diagnosed: Sequence[Fact],
     table: CellTable,
     offsets: NDArray[np.int64],
+    to_source: NDArray[np.float32],
     verdicts: Sequence[Verdict],
 ) -> tuple[pa.Table, pa.Table]:
     """Rows of `predictions/` (one per member, in plan order) and of `cells/` (one per cell)."""
     verdict_of = {fact.ordinal: verdict for fact, verdict in zip(diagnosed, verdicts, strict=True)}
     rows: list[dict[str, Any]] = []
     keys_of_tiles: list[str] = []
+    scales: list[float | None] = []
     for member, fact in zip(members, facts, strict=True):
         verdict = verdict_of.get(fact.ordinal)
         found = outcome(fact, verdict)
@@ -866,6 +869,7 @@ def _tables(
         }
         if verdict is not None:
             keys_of_tiles += [member.image_key] * fact.n_tiles
+            scales += [member.um_per_px] * fact.n_tiles
             row |= dict(zip(_PROBABILITIES, found.probabilities, strict=True))
             row |= {
                 "label": found.label,
@@ -876,14 +880,14 @@ def _tables(
         row |= dict(member.meta)
         rows.append(row)
     predictions = pa.Table.from_pylist(rows, predictions_schema(job.meta_columns))
-    return predictions, cell_rows(table, offsets, keys_of_tiles, verdicts)
+    return predictions, cell_rows(table, offsets, keys_of_tiles, verdicts, to_source, scales, job.run_id)
 
 
 def _receipt(
     job: ShardJob, rows: pa.Table, cells: int, trail: Trail | None, resumed: tuple[str, ...], started: float
 ) -> ShardReceipt:
     status = Counter(rows["status"].to_pylist())
-    labels = Counter(rows["label"].to_pylist())
+    labels = Counter(rows.filter(pc.field("status") == str(Status.PREDICTED))["label"].to_pylist())
     # "out of focus: 1.8 < 4.0" is counted as "out of focus": a reason is a kind, its numbers are in the row.
     reasons = Counter(r.split(":")[0] for r in rows["reason"].to_pylist() if r)
     seconds: dict[str, float] = {}

@@ -80,7 +80,7 @@ class Finding:
 
     `reason` says why there is no answer, as in a run; `probabilities` and `prediction_set` are empty where nothing was
     diagnosed. `width_px` and `height_px` are the upright source's, 0 where it could not be decoded. `cells` has the
-    rows of `leukoflow.schema.CELLS` in the order of `cell_id`, `image_key` being "" and `zarr_index` the tile's number;
+    rows of `leukoflow.schema.CELLS` in the order of `cell_id`; `run_id` and `image_key` are "", `zarr_index` the tile;
     None where nothing was diagnosed. `tiles` are at the model's scale; a rejected image has them too, without cells.
     `seconds` are (stage, wall seconds).
     """
@@ -237,7 +237,7 @@ def _examined(image: Decoded, um_per_px: float | None, models: Models, clock: _C
         area = table.cell_area_px.astype(np.float32)
         diagnosis = diagnose(bundle, models.classifier, whole, single, offsets, area, device, shape_for(n, ROWS))
         (verdict,) = pool_tiles(bundle, diagnosis, offsets, np.array([n], np.int64))
-        rows = cell_rows(table, offsets, [""] * n, [verdict])
+        rows = cell_rows(table, offsets, [""] * n, [verdict], block.to_source, [um_per_px] * n)
         chosen = _most_attended(verdict.attention, offsets)
         views = tuple(
             _view(image.rgb, block, t, semantic, cells, table, slice(offsets[t], offsets[t + 1]), maps, method)

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
+
+from leukoflow.records import CLASS_NAMES
 
 MALIGNANT = slice(1, 4)
 """Places of the malignant classes among CLASSES."""
@@ -34,3 +37,40 @@ def mean_malignant_probability(sums: Any, answered: Any) -> Any:
         answered: their number [...], at least 1.
     """
     return (sums / np.asarray(answered)[..., None])[..., MALIGNANT].sum(-1)
+
+
+NAMED = 3  # runs or slides of a label that a remark names
+
+
+def disagreement(found: Iterable[tuple[str, str | None, int]]) -> str:
+    """What to say where runs, or slides, of one patient were given different labels; empty where they agree.
+
+    `found` has a run's or slide's name, its label (None where nothing was predicted), and its predicted fields.
+    """
+    by_label: dict[str, list[tuple[str, int]]] = {}
+    for name, label, fields in found:
+        if label is not None:
+            by_label.setdefault(label, []).append((name, fields))
+    if len(by_label) < 2:
+        return ""
+    parts = []
+    for label, named in by_label.items():
+        shown = ", ".join(name for name, _ in named[:NAMED])
+        more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
+        fields = sum(n for _, n in named)
+        parts.append(f"{CLASS_NAMES[label]} in {shown}{more} ({fields:,} field{'' if fields == 1 else 's'})")
+    if "Benign" in by_label:
+        causes = "Another sample or treatment can be the reason, but also a wrong answer or a mix-up of patients."
+    else:
+        causes = "One of the answers may be wrong, or the samples may not be of one patient."
+    return f"{'; '.join(parts)}. {causes} Judge the slides by eye."
+
+
+def patients_in_disagreement(slides: Iterable[dict[str, Any]]) -> dict[str, str]:
+    """Patients whose slides have different labels, each with the remark; `slides` are rows of `slides.parquet`."""
+    by_patient: dict[str, list[tuple[str, str | None, int]]] = {}
+    for s in slides:
+        if s["patient_id"] is not None:
+            by_patient.setdefault(s["patient_id"], []).append((s["slide_id"], s["label"], s["n_predicted"]))
+    said = {patient: disagreement(own) for patient, own in by_patient.items()}
+    return {patient: remark for patient, remark in said.items() if remark}

@@ -11,11 +11,12 @@ from itertools import islice
 from typing import TypeVar
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from leukoflow.errors import StorageError, words_of
 from leukoflow.progress import read_manifest
-from leukoflow.records import PartRef, RunManifest, Shard
+from leukoflow.records import CLASSES, PartRef, RunManifest, Shard, Status
 from leukoflow.storage import Storage
 
 BATCH_ROWS = 8192
@@ -181,3 +182,16 @@ def finished(root: str) -> tuple[Storage, RunManifest]:
             "how far it is and how to finish it"
         )
     raise StorageError(f"{root} holds no run; list the runs with `leukoflow status {out or '.'}`")
+
+
+def answered_labels(storage: Storage, keys: Iterable[str]) -> tuple[int, int, int, int]:
+    """Labels of the predicted rows of some files of `predictions/`, in the order of CLASSES.
+
+    For runs of schema 1, whose manifests and receipts count the labels of abstained rows as well.
+    """
+    counts = dict.fromkeys(CLASSES, 0)
+    for rows in stream(storage, keys, ["status", "label"]):
+        predicted = rows.filter(pc.field("status") == str(Status.PREDICTED))
+        for entry in pc.value_counts(predicted["label"].combine_chunks()).to_pylist():
+            counts[entry["values"]] += entry["counts"]
+    return counts["Benign"], counts["Early"], counts["Pre"], counts["Pro"]

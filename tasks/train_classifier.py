@@ -39,7 +39,7 @@ RATE = 3e-4  # of the attention, which shall weigh cells and not learn fields by
 INVERSE_RIDGE = 0.01  # scikit-learn's C of the evidence, the weights of all fields together being their number
 ABSENT = -30.0  # evidence for a class that the training fields do not have
 CROSS_FITS = 5  # parts of whole clusters for out-of-fold calibration
-MOST_FOREIGN = 0.025  # share of unseen fields that may be refused as foreign
+MOST_FOREIGN = 0.025  # share of unseen fields that may be refused as out of distribution
 MOST_AMBIGUOUS = 0.015  # and as ambiguous
 SELECTIVE_ACCURACY = 0.98  # wanted among answered fields; no more are refused than that takes
 

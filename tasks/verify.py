@@ -24,7 +24,7 @@ from leukoflow.codec import dumps, loads
 from leukoflow.errors import LeukoflowError, StorageError, words_of
 from leukoflow.progress import RunBinding
 from leukoflow.records import CLASSES, Marker, PartRef, RunManifest, Shard, ShardReceipt, StageTiming, Status
-from leukoflow.schema import CELLS, SCHEMA_VERSION, predictions_schema
+from leukoflow.schema import SCHEMA_VERSION, cells_schema, predictions_schema
 from leukoflow.storage import Storage
 from tasks.manifest_file import META_PREFIX
 from tasks.plan import read_summary
@@ -133,7 +133,7 @@ def check_manifest(m: RunManifest, data: bytes, again: str) -> Iterator[Finding]
     name = "manifest.json"
     if not as_written(data, m):
         yield Finding(name, "its text is not as it was written; somebody has edited it", _anew(name, again))
-    if m.schema_version != SCHEMA_VERSION:
+    if not 1 <= m.schema_version <= SCHEMA_VERSION:
         yield Finding(
             name,
             f"it has schema version {m.schema_version}, this leukoflow knows {SCHEMA_VERSION}",
@@ -141,8 +141,8 @@ def check_manifest(m: RunManifest, data: bytes, again: str) -> Iterator[Finding]
         )
     if m.predicted + m.abstained + m.rejected + m.quarantined != m.members:
         yield Finding(name, "its totals do not balance", _anew(name, again))
-    if sum(m.labels) != m.predicted + m.abstained:
-        yield Finding(name, "its labels are not as many as its diagnosed images", _anew(name, again))
+    if sum(m.labels) != labelled(m, m.schema_version):
+        yield Finding(name, "its labels are not as many as the images that they count", _anew(name, again))
     seen: set[tuple[str, int]] = set()
     stages = list(dict.fromkeys(part.stage for part in m.parts))
     for part in m.parts:
@@ -187,7 +187,14 @@ def check_binding(m: RunManifest, binding: RunBinding) -> Iterator[Finding]:
             )
 
 
-def check_marker(marker: Marker, part: PartRef, data: bytes, stages: Collection[str]) -> str | None:
+def labelled(counts: RunManifest | ShardReceipt, schema_version: int) -> int:
+    """How many images the labels of a manifest or receipt count: until schema 2, abstained ones as well."""
+    return counts.predicted + (counts.abstained if schema_version < 2 else 0)
+
+
+def check_marker(
+    marker: Marker, part: PartRef, data: bytes, stages: Collection[str], schema_version: int = SCHEMA_VERSION
+) -> str | None:
     """What is wrong with a marker, given the part that the manifest lists; None when nothing is."""
     if not as_written(data, marker):
         return "its text is not as it was written"
@@ -201,8 +208,8 @@ def check_marker(marker: Marker, part: PartRef, data: bytes, stages: Collection[
         return None
     if receipt.shard.name != marker.part.shard or receipt.rows != receipt.shard.count:
         return f"it accounts for {receipt.rows} of {receipt.shard.count} members"
-    if sum(receipt.labels) != receipt.predicted + receipt.abstained:
-        return "its labels are not as many as its diagnosed images"
+    if sum(receipt.labels) != labelled(receipt, schema_version):
+        return "its labels are not as many as the images that they count"
     if receipt.seconds != sum(t.seconds for t in receipt.timings):
         return "its seconds are not those of its stages"
     if not set(receipt.resumed) <= set(stages):
@@ -280,10 +287,11 @@ def check_rows(planned: pa.Table, rows: pa.Table, m: RunManifest, shard: str) ->
     return None
 
 
-def count_rows(rows: pa.Table, into: Counter[str]) -> None:
-    """Adds a table's statuses and labels."""
-    for name in ("status", "label"):
-        for entry in pc.value_counts(rows[name].combine_chunks()).to_pylist():
+def count_rows(rows: pa.Table, into: Counter[str], schema_version: int = SCHEMA_VERSION) -> None:
+    """Adds a table's statuses, and the labels that a manifest of this schema version counts."""
+    counted = rows if schema_version < 2 else rows.filter(pc.field("status") == str(Status.PREDICTED))
+    for column in (rows["status"], counted["label"]):
+        for entry in pc.value_counts(column.combine_chunks()).to_pylist():
             if entry["values"] is not None:
                 into[entry["values"]] += entry["counts"]
 
@@ -515,7 +523,7 @@ def _markers(storage: Storage, m: RunManifest, again: str, book: _Book) -> list[
             book.add([Finding(where, "damaged: it is no marker", f"delete it. Then: {remedy}")])
             complete = False
             continue
-        wrong = check_marker(marker, part, data, stages)
+        wrong = check_marker(marker, part, data, stages, m.schema_version)
         if wrong is None and marker.part.shard != shard_name(place[1]):
             wrong = "it belongs to another shard"
         if wrong is None and place[0] == "predictions":
@@ -582,7 +590,7 @@ def _rows(storage: Storage, m: RunManifest, cells: Sequence[int], again: str, bo
             else:
                 wrong = wrong or check_rows(planned.select(columns), rows, m, shard_name(ordinal))
                 wrong = wrong or check_cells(rows, own)
-                count_rows(rows, counted)
+                count_rows(rows, counted, m.schema_version)
                 total += len(rows)
             if wrong is not None:
                 book.add([Finding(f"predictions of shard {shard_name(ordinal)}", wrong, _parts_anew(again))])
@@ -594,7 +602,7 @@ def _shapes(
     storage: Storage, m: RunManifest, metas: Sequence[str], cells: Sequence[int], again: str
 ) -> Iterator[Finding]:
     """Number of rows and schema of every Parquet part, from its footer."""
-    expected = {"predictions": predictions_schema(metas), "cells": CELLS}
+    expected = {"predictions": predictions_schema(metas), "cells": cells_schema(m.schema_version)}
     counts = shard_counts(m)
 
     def footer(key: str) -> tuple[int, pa.Schema]:

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 
 from leukoflow.geometry import scale_is_guessed
 from leukoflow.method import SegmentSettings
-from leukoflow.records import CLASSES
+from leukoflow.records import CLASS_NAMES, CLASSES, OUT_OF_DISTRIBUTION, read_reason
 
-CLASS_NAMES = {"Benign": "Benign", "Early": "Early Pre-B", "Pre": "Pre-B", "Pro": "Pro-B"}
 NO_ANSWER = "No answer: the model abstained."
 LEANING = (
     "The probabilities were computed all the same. They are no answer: what is known of their calibration does not "
@@ -34,7 +33,7 @@ SET_DESCRIPTION = (
 )
 
 _REASONS = {
-    "out of distribution": ("It is unlike the fields the model learned from.", ""),
+    OUT_OF_DISTRIBUTION: ("It is unlike the fields the model learned from.", ""),
     "ambiguous": (
         "No class stands out.",
         "Two or more classes are nearly as likely. Other fields of the slide may help.",
@@ -57,8 +56,7 @@ _REASONS = {
         "Check the white balance, and that the picture is a Romanowsky-stained smear.",
     ),
 }
-_ABSTENTIONS = ("out of distribution", "ambiguous", "too few cells")
-_OLD = {"foreign": "out of distribution"}  # as runs of earlier versions have it
+_ABSTENTIONS = (OUT_OF_DISTRIBUTION, "ambiguous", "too few cells")
 _STAIN = "Another stain, scanner or tissue may be the cause. Judge the slide by eye."
 _THEN = "If it abstains again, think of another stain, scanner or tissue."
 _REMEDIES = {
@@ -125,10 +123,10 @@ def reason_words(reason: str | None, scale: Scale | None = None, where: str = "r
     Returns:
         Three texts, the last two possibly empty. What is stored otherwise is returned as it is.
     """
+    reason = read_reason(reason)
     if not reason:
         return ("No reason was stored.", "", "")
     kind, _, rest = (part.strip() for part in reason.partition(":"))
-    kind = _OLD.get(kind, kind)
     if f"{kind}: {rest}" in _REASONS:
         kind, rest = f"{kind}: {rest}", ""
     if kind not in _REASONS:

@@ -40,11 +40,11 @@ from leukoflow.errors import (
 )
 from leukoflow.progress import ProgressReader, RunProgress, read_manifest
 from leukoflow.progress import list_runs as run_names
-from leukoflow.records import CLASSES, RunManifest, Status
-from leukoflow.schema import CELLS, PREDICTIONS, SCHEMA_VERSION
+from leukoflow.records import CLASSES, RunManifest, Status, read_reason
+from leukoflow.schema import CELLS, PREDICTIONS, SCHEMA_VERSION, as_cells
 from leukoflow.storage import Storage
 from tasks.plan import read_summary
-from tasks.slides import MALIGNANT, mean_malignant_probability, urgency_of
+from tasks.slides import MALIGNANT, disagreement, mean_malignant_probability, urgency_of
 from tasks.tables import INTENT, shard_name, table_files
 from tasks.verdicts import Action, Standing, Target, Verdict, VerdictReader, Verdicts, moment
 
@@ -228,7 +228,7 @@ class Summary:
     probabilities: tuple[float, ...]
     urgency: float
     mean_malignant_probability: float | None
-    interval: tuple[float, float]
+    interval: tuple[float, float] | None
     malignant_fields: int
     uncertainty: float | None
     entropy: float | None
@@ -270,7 +270,10 @@ class PatientLine:
 
 @dataclass(frozen=True, slots=True)
 class FieldLine:
-    """A field. `urgency` is what this field alone would make of a slide; a field without a prediction has one half.
+    """A field. `urgency` is its malignant probability; a field without a prediction has one half.
+
+    A slide's urgency is drawn towards one half where few fields speak; a single field's is not, or no field could ever
+    have more than two thirds.
 
     `label`, `confidence` and `prediction_set` are those of an answer: of a field that the model abstained from they are
     None and empty, though its run has stored what the model leaned to. `probabilities` are there, and no answer.
@@ -341,6 +344,7 @@ class TimelinePoint:
     bundle_digest: str
     same_bundle: bool  # as the point before: only then are two points made by the same measure
     patient: str  # the pseudonym
+    slide_labels: tuple[tuple[str, str | None, int], ...] = ()  # slide, label, fields that speak for it; the patient's
 
 
 @dataclass(frozen=True, slots=True)
@@ -351,6 +355,7 @@ class Timeline:
     patient: str
     points: tuple[TimelinePoint, ...]
     unread: tuple[str, ...] = ()  # runs that could not be looked into
+    remarks: tuple[str, ...] = ()  # where runs, or the slides of a run, do not agree on the class
 
 
 @dataclass(frozen=True, slots=True)
@@ -374,12 +379,13 @@ class Agreement:
     n: int
     accepted: int
     corrected: int  # to another label; a correction to the label that was predicted counts as accepted
-    without_prediction: int  # labelled by people where there was no label; not in n
+    without_prediction: int  # labelled by people where nothing was predicted, abstained fields included; not in n
     confusion: tuple[tuple[int, ...], ...]  # [4, 4]: predicted by row, said by column
     kappa: float | None  # Cohen's
     kappa_interval: tuple[float, float] | None  # 95 %
     weeks: tuple[WeekLine, ...]
     reviewers: tuple[tuple[str, int, int], ...]  # who, decisions, corrections
+    no_kappa: str = ""  # why there is no kappa
     unread: tuple[str, ...] = ()
 
 
@@ -415,22 +421,44 @@ def beta_interval(malignant: Floats, predicted: Floats, level: float = LEVEL) ->
     return betaincinv(a, b, edge), betaincinv(a, b, 1.0 - edge)
 
 
-def kappa_of(confusion: Ints) -> tuple[float | None, tuple[float, float] | None]:
-    """Cohen's kappa of [4, 4] with its 95 % interval (Fleiss, Cohen and Everitt 1969); None where it is not defined."""
+MIN_DECISIONS = 10
+"""Decisions from which kappa is told: with fewer, a single one moves it by more than a tenth."""
+
+
+def no_kappa(confusion: Ints) -> str:
+    """Why there is no kappa of [4, 4], empty where there is one.
+
+    Where all predictions, or all decisions, are of one class, kappa is 0 or undefined whatever people decide.
+    """
     n = int(confusion.sum())
-    if not n:
+    if n < MIN_DECISIONS:
+        return f"too few decisions ({n} of at least {MIN_DECISIONS})"
+    for axis, what in ((1, "predictions"), (0, "decisions")):
+        if np.count_nonzero(confusion.sum(axis)) < 2:
+            return f"all {what} are of one class"
+    return ""
+
+
+def kappa_of(confusion: Ints) -> tuple[float | None, tuple[float, float] | None]:
+    """Cohen's kappa of [4, 4] with its 95 % interval (Fleiss, Cohen and Everitt 1969).
+
+    None where `no_kappa` gives a reason; the interval is None also where all agree, since the formula's width is then
+    zero, however few they are.
+    """
+    if no_kappa(confusion):
         return None, None
+    n = int(confusion.sum())
     p = confusion / n
     rows, columns = p.sum(1), p.sum(0)
     seen, chance = float(np.trace(p)), float(rows @ columns)
-    if chance >= 1.0:
-        return None, None
     kappa = (seen - chance) / (1.0 - chance)
     weights = rows[None, :] + columns[:, None]  # of cell (i, j): share of column class i plus share of row class j
     first = float((np.diag(p) * ((1 - chance) - (rows + columns) * (1 - seen)) ** 2).sum())
     off = p * weights**2
     second = (1 - seen) ** 2 * float(off.sum() - np.trace(off))
     variance = (first + second - (seen * chance - 2 * chance + seen) ** 2) / (n * (1 - chance) ** 4)
+    if n == int(np.trace(confusion)):
+        return kappa, None
     spread = 1.96 * math.sqrt(max(0.0, variance))
     return kappa, (max(-1.0, kappa - spread), min(1.0, kappa + spread))
 
@@ -465,7 +493,8 @@ def frequency(metrics: Mapping[str, Any], label: str, confidence: float) -> Freq
         basis = "the model's own confidence; how often it is right was never measured for this bundle"
     n100 = round(100 * told)
     edges = (math.floor(100 * low), math.ceil(100 * high))
-    words = f"Of 100 fields that look like this to the model, about {n100} are {label}"
+    count = "more than 99" if told > 0.995 else "fewer than 1" if told < 0.005 else f"about {n100}"
+    words = f"Of 100 fields that look like this to the model, {count} are {label}"
     words += f" ({edges[0]} to {edges[1]})." if "ece" in measured or bins else "; how far that holds is not known."
     return Frequency(n100, edges[0], edges[1], words, basis)
 
@@ -564,8 +593,8 @@ class Frame:
 
     @cached_property
     def urgency(self) -> Floats:
-        """Of each field alone [n]."""
-        return np.asarray(urgency_of(np.where(self.predicted, self.malignant, 0.0), self.predicted * 1.0), np.float64)
+        """Malignant probability of each field, one half where it was not predicted [n]."""
+        return np.asarray(np.where(self.predicted, self.malignant, 0.5), np.float64)
 
 
 class Groups:
@@ -654,7 +683,7 @@ class Groups:
             probabilities=tuple(float(v) / n for v in self.sums[i]) if n else (),
             urgency=float(self.urgency[i]) if urgency is None else urgency,
             mean_malignant_probability=_number(self.share[i]),
-            interval=(float(low[0]), float(high[0])),
+            interval=(float(low[0]), float(high[0])) if n else None,
             malignant_fields=int(self.positive[i]),
             uncertainty=_number(self.uncertainty[i]),
             entropy=_number(self.entropy[i]),
@@ -853,7 +882,8 @@ class RunTable:
         if not key or not self.frame.diagnosed[row]:
             return CELLS.empty_table()
         with _reading(self.run_id), self.storage.open(key) as file:
-            return pq.read_table(file, filters=[("image_key", "=", name)]).sort_by("cell_id")
+            found = pq.read_table(file, filters=[("image_key", "=", name)])
+        return as_cells(found, self.run_id).sort_by("cell_id")
 
     def stored_row(self, ordinal: int) -> dict[str, Any]:
         """A field's whole row of `predictions/`, columns that its run lacks being None. Raises NotFoundError."""
@@ -864,7 +894,7 @@ class RunTable:
             found: list[dict[str, Any]] = pq.read_table(file, filters=[("image_key", "=", name)]).to_pylist()
         if len(found) != 1:
             raise StorageError(f"run {self.run_id}: field {ordinal} is not in its part; `leukoflow verify` tells more")
-        return {**dict.fromkeys(PREDICTIONS.names), **found[0]}
+        return {**dict.fromkeys(PREDICTIONS.names), **found[0], "reason": read_reason(found[0]["reason"])}
 
     # Verdicts
 
@@ -1184,7 +1214,7 @@ class RunTable:
             site=stored["site"],
             scanner=stored["scanner"],
             status=Status(stored["status"]),
-            reason=stored["reason"],
+            reason=read_reason(stored["reason"]),
             label=CLASSES[frame.answer[row]] if answered else None,
             confidence=max(probabilities) if answered else None,
             probabilities=probabilities,
@@ -1677,11 +1707,37 @@ def timeline(out: str, patient_key: str) -> Timeline:
                 bundle_digest=line.bundle_digest,
                 same_bundle=not points or points[-1].bundle_digest == line.bundle_digest,
                 patient=name,
+                slide_labels=slide_labels(table, mine),
             )
         )
     if not points:
         raise NotFoundError("no run here knows this patient (any more)")
-    return Timeline(patient_key, points[-1].patient, tuple(points), tuple(unread))
+    return Timeline(patient_key, points[-1].patient, tuple(points), tuple(unread), course_remarks(points))
+
+
+def slide_labels(table: RunTable, rows: Ints) -> tuple[tuple[str, str | None, int], ...]:
+    """The slides that some rows are on, in order, each with the label of these rows and how many were predicted."""
+    frame = table.frame
+    found: list[tuple[str, str | None, int]] = []
+    for code in np.unique(frame.slide[rows]).tolist():
+        own = rows[frame.slide[rows] == code]
+        said = own[frame.predicted[own]]
+        label = CLASSES[int(frame.p[said].sum(0).argmax())] if len(said) else None
+        found.append((frame.slides[code].partition(":")[2], label, len(said)))
+    return tuple(found)
+
+
+def course_remarks(points: Sequence[TimelinePoint]) -> tuple[str, ...]:
+    """Where a patient's runs, or the slides of one run, were given different labels, in sentences."""
+    remarks = []
+    if said := disagreement((p.run_id, p.summary.label, p.summary.counts.predicted) for p in points):
+        bundles = len({p.bundle_digest for p in points if p.summary.label})
+        models = " Not all of these runs used the same model." if bundles > 1 else ""
+        remarks.append(f"Runs do not agree on this patient: {said}{models}")
+    for point in points:
+        if said := disagreement(point.slide_labels):
+            remarks.append(f"Slides of run {point.run_id} do not agree: {said}")
+    return tuple(remarks)
 
 
 def _open_patient(shelf: _Shelf, run_id: str, patient: str) -> RunTable:
@@ -1726,10 +1782,16 @@ def agreement(out: str) -> Agreement:
     return agreement_of(decided, unread)
 
 
+def _answered(verdict: Verdict) -> bool:
+    """Whether the field that a verdict is about was predicted: the label of an abstained one is no prediction."""
+    return verdict.seen_status == Status.PREDICTED
+
+
 def agreement_of(decided: Iterable[Verdict], unread: Sequence[str] = ()) -> Agreement:
     """Agreement of decisions, one for each field."""
-    known = [(v, CLASSES.index(v.seen_answer), CLASSES.index(v.said)) for v in decided if v.seen_answer and v.said]
-    without = sum(1 for v in decided if v.said and not v.seen_answer)
+    labelled = [v for v in decided if v.said]
+    known = [(v, CLASSES.index(v.seen_answer), CLASSES.index(v.said or "")) for v in labelled if v.seen_answer]
+    without = len(labelled) - len(known)
     confusion = np.zeros((4, 4), np.int64)
     weeks: dict[str, NDArray[np.int64]] = {}
     reviewers: dict[str, list[int]] = {}
@@ -1750,6 +1812,7 @@ def agreement_of(decided: Iterable[Verdict], unread: Sequence[str] = ()) -> Agre
         confusion=tuple(tuple(int(v) for v in row) for row in confusion),
         kappa=kappa,
         kappa_interval=interval,
+        no_kappa=no_kappa(confusion),
         weeks=tuple(
             WeekLine(week, int(c.sum()), int(np.trace(c)), int(c.sum() - np.trace(c)), kappa_of(c)[0])
             for week, c in sorted(weeks.items())

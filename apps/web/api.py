@@ -138,6 +138,8 @@ class CellOut(Model):
     centroid_y_px: float
     nucleus_area_px: float
     cell_area_px: float
+    nucleus_area_um2: float | None = Field(None, description="in square micrometres; null without a scale")
+    cell_area_um2: float | None = None
     nc_ratio: float | None = Field(description=cytoplasm.DESCRIPTION)
     eccentricity: float | None
     touches_border: bool

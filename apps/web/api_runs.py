@@ -104,7 +104,9 @@ class SummaryOut(Model):
     probabilities: list[float] = Field(description="means over the answered fields, Benign Early Pre Pro")
     urgency: float
     mean_malignant_probability: float | None = Field(description=f"{MEAN_MALIGNANT_NOTE} Null without answered fields.")
-    interval: tuple[float, float] = Field(description="95 % interval of the mean, as if fields were independent")
+    interval: tuple[float, float] | None = Field(
+        description="95 % interval of the mean, as if fields were independent; null without answered fields"
+    )
     malignant_fields: int = Field(description="answered fields with a malignant probability above one half")
     uncertainty: float | None
     entropy: float | None
@@ -499,6 +501,7 @@ class TimelineOut(Model):
     patient: str
     points: list[PointOut]
     unread: list[str]
+    remarks: list[str] = Field(description="where runs, or the slides of a run, do not agree on the class")
 
 
 class WeekOut(Model):
@@ -521,6 +524,7 @@ class AgreementOut(Model):
     confusion: list[list[int]] = Field(description="predicted by row, said by column, Benign Early Pre Pro")
     kappa: float | None
     kappa_interval: tuple[float, float] | None
+    no_kappa: str = Field(description="why there is no kappa, empty where there is one")
     weeks: list[WeekOut]
     unread: list[str]
 

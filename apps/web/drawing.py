@@ -29,9 +29,9 @@ from apps.web.words import (
     prob,
     shown,
 )
-from leukoflow.records import CLASSES
+from leukoflow.records import CLASS_NAMES, CLASSES
 from tasks.cytoplasm import measured, measured_words
-from tasks.wording import CLASS_NAMES, LEANING, NO_ANSWER, class_name, mean_words, set_words
+from tasks.wording import LEANING, NO_ANSWER, class_name, mean_words, set_words
 from tasks.worklist import TimelinePoint, WeekLine
 
 NUCLEUS, CYTOPLASM = "#35d6ff", "#ffd23e"  # seen on violet nuclei as on pale ground
@@ -236,6 +236,8 @@ def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
     xs = _places([p.at for p in points], left, width - left - right)
     segments: list[list[str]] = []
     for x, point in zip(xs, points, strict=True):
+        if point.summary.interval is None:
+            continue
         low, high = (level(v) for v in point.summary.interval)
         plot.line("whisker", x, low, x, high)
         plot.line("whisker", x - 5, low, x + 5, low)

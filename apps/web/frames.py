@@ -201,8 +201,9 @@ def frame(record: Frame, *body: Buffer) -> list[Buffer]:
 
 # --- findings --------------------------------------------------------------------------------------------------------
 
-_COLUMNS: tuple[pa.Field, ...] = tuple(field for field in CELLS if field.name != "image_key")
-"""Columns of the cells that travel; the image's key is "" throughout."""
+_NAMES = ("run_id", "image_key")
+_COLUMNS: tuple[pa.Field, ...] = tuple(field for field in CELLS if field.name not in _NAMES)
+"""Columns of the cells that travel; run and image are "" throughout. What is null travels as NaN."""
 
 
 def _dtype(column: pa.Field) -> Any:
@@ -242,8 +243,10 @@ def finding_of(answer: Answer, body: bytes | bytearray) -> Finding:
         for column in _COLUMNS:
             values = take(_dtype(column), (answer.cells,))
             flags = column.type == pa.bool_()
-            columns[column.name] = pa.array(values.astype(np.bool_) if flags else values, column.type)
-        columns["image_key"] = pa.array([""] * answer.cells, pa.string())  # only now that the number is believed
+            unknown = np.isnan(values) if column.nullable else None
+            columns[column.name] = pa.array(values.astype(np.bool_) if flags else values, column.type, mask=unknown)
+        for name in _NAMES:  # only now that the number is believed
+            columns[name] = pa.array([""] * answer.cells, pa.string())
         cells = pa.Table.from_arrays([columns[f.name] for f in CELLS], schema=CELLS)
     take.finish()
     return Finding(

@@ -15,7 +15,7 @@ from typing import Any
 
 from leukoflow.method import SegmentSettings
 from leukoflow.records import CLASSES, Quality, Status
-from tasks import wording
+from tasks import page, wording
 from tasks.wording import Scale, class_name
 
 RESEARCH_USE = (
@@ -156,12 +156,12 @@ def number(value: float, digits: int = 0) -> str:
 
 def prob(value: float) -> str:
     """A probability to three places, never rounded to certainty."""
-    return "> 0.999" if value >= 0.9995 else "< 0.001" if value < 0.0005 else f"{value:.3f}"
+    return page.probability(value)
 
 
 def percent(share: float | None, digits: int = 0) -> str:
-    """A share in percent, a dash where there is none."""
-    return "–" if share is None else f"{100 * share:.{digits}f}\u202f%"
+    """A share in percent, a dash where there is none; never rounded to all or none of it."""
+    return page.percent(share, digits).replace(" %", "\u202f%")
 
 
 def day(at: str | None) -> str:

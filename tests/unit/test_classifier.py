@@ -175,7 +175,7 @@ def test_sets_and_reasons_in_order_of_gravity() -> None:
         None,
         "ambiguous: confidence 0.30 < 0.40",
         None,
-        "foreign: distance from the training images 2.00 > 1.50",
+        "out of distribution: distance from the training images 2.00 > 1.50",
         "too few cells: 1 < 2",
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import subprocess
 import sys
 import time
@@ -33,6 +34,7 @@ from leukoflow.records import (
     StageTiming,
 )
 from leukoflow.storage import Storage
+from tasks.audit import AuditVerdict
 
 COMMANDS = (
     "run", "status", "report", "verify", "diff", "compact", "retention", "erase", "doctor", "sample", "train",
@@ -45,10 +47,10 @@ SUMMARY = PlanSummary(Source("smears.zip", SourceKind.ZIP, "1-2", 10), 100, 3, 0
 def _manifest(**changes: Any) -> RunManifest:
     return replace(
         RunManifest(
-            run_id="smears-1", schema_version=1, fingerprint="f", source=SUMMARY.source, source_truncated=None,
+            run_id="smears-1", schema_version=2, fingerprint="f", source=SUMMARY.source, source_truncated=None,
             bundle="pocket", bundle_digest="b", device="cpu", shard_size=32, started_at=now(), finished_at=now(),
             startup_seconds=12.3, processing_seconds=10.0, processed=100, members=100, predicted=90, abstained=6,
-            rejected=4, quarantined=0, missing=0, ignored=3, cells=500, labels=(40, 30, 20, 6),
+            rejected=4, quarantined=0, missing=0, ignored=3, cells=500, labels=(39, 28, 18, 5),
             reasons=(("out of focus", 4),), conflicts=0,
             timings=(StageTiming("prepare", 2.0, 100),), slowest=(), parts=(), tables=(), software=(),
         ),
@@ -376,6 +378,29 @@ def test_status_of_a_finished_run_shows_its_outcome(tmp_path: Path) -> None:
     output = _invoke("status", str(tmp_path), "smears-1").output
     assert "finished" in output
     assert "balanced" in output
+    assert re.search(r"labels +of predicted\s", output)
+
+
+def test_labels_of_an_old_run_are_named_for_what_they_count(tmp_path: Path) -> None:
+    written = io.StringIO()
+    old = _manifest(schema_version=1, labels=(40, 30, 20, 6))
+    view.show_outcome(Console(file=written, width=160), str(tmp_path), old)
+    assert "of predicted and abstained" in written.getvalue()
+
+
+def test_a_small_share_is_not_told_as_none(tmp_path: Path) -> None:
+    written = io.StringIO()
+    found = _manifest(members=10_000, predicted=9_999, abstained=0, rejected=0, quarantined=1)
+    view.show_outcome(Console(file=written, width=160), str(tmp_path), found)
+    assert "> 99.9 %" in written.getvalue()
+    assert "< 0.1 %" in written.getvalue()
+
+
+def test_nothing_looked_at_is_not_called_well(tmp_path: Path) -> None:
+    written = io.StringIO()
+    out = Console(file=written, width=160)
+    view.show_audit(out, str(tmp_path), AuditVerdict(0, "", ()))
+    assert "is empty: nothing was looked at" in written.getvalue()
 
 
 def test_status_of_nothing_says_what_to_do(tmp_path: Path) -> None:

@@ -81,6 +81,13 @@ def test_the_page_shows_every_section_and_needs_nothing_else() -> None:
     assert page.count("<svg") == 8
 
 
+def test_abstention_is_told_in_todays_words() -> None:
+    """The figures are of a bundle that was measured when the reason had another word."""
+    page = render(RESULT)
+    assert "out of distribution 3" in page
+    assert "foreign" not in page
+
+
 def test_names_are_escaped() -> None:
     page = render(RESULT)
     assert "<b>pocket" not in page

@@ -24,7 +24,7 @@ def test_an_ordinary_night_only_finishes() -> None:
     assert name == "leukoflow.run.finished"
     assert payload == {
         "members": 96, "predicted": 76, "abstained": 12, "rejected": 4, "quarantined": 4, "missing": 0,
-        "abstained_share": 0.125, "quarantined_share": 0.0417, "label_benign": 40, "label_early": 30, "label_pre": 10,
+        "abstained_share": 0.125, "quarantined_share": 0.0417, "label_benign": 34, "label_early": 26, "label_pre": 8,
         "label_pro": 8, "drift_level": "none", "drift_quantity": "stain_red", "drift_excess": payload["drift_excess"],
         "exit_code": 3,
     }  # fmt: skip

@@ -47,7 +47,7 @@ def binding(run_id: str, started_at: str, members: int = 96) -> RunBinding:
 def manifest(run_id: str, started_at: str, quarantined: int = 4, missing: int = 0) -> RunManifest:
     return RunManifest(
         run_id=run_id,
-        schema_version=1,
+        schema_version=2,
         fingerprint="f" * 16,
         source=Source(f"/in/{run_id}.zip", SourceKind.ZIP, "identity", 1),
         source_truncated=None,
@@ -68,7 +68,7 @@ def manifest(run_id: str, started_at: str, quarantined: int = 4, missing: int = 
         missing=missing,
         ignored=0,
         cells=400,
-        labels=(40, 30, 10, 12 - quarantined),
+        labels=(34, 26, 8, 12 - quarantined),
         reasons=(("ambiguous", 12), ("out of focus", 4), ("not an image", quarantined)),
         conflicts=0,
         timings=(StageTiming("segment", 9.6, 96), StageTiming("extract", 4.8, 96)),
@@ -102,7 +102,7 @@ def put(out: str, run_id: str, day: int, shift: float = 0.0, finished: bool = Tr
         return
     storage.write("heartbeat.json", dumps(Heartbeat(1, "elsewhere", started, "running")))
     receipt = ShardReceipt(
-        Shard(0, 0, 32), 20, 6, 4, 2, 90, (10, 8, 6, 2), (("ambiguous", 6),), 4.0, (StageTiming("segment", 3.2, 32),)
+        Shard(0, 0, 32), 20, 6, 4, 2, 90, (8, 6, 4, 2), (("ambiguous", 6),), 4.0, (StageTiming("segment", 3.2, 32),)
     )
     part = PartRef("predictions", "00000", "one", "key", ())
     storage.write("markers/predictions/00000.json", dumps(Marker(part, receipt)))
@@ -144,14 +144,15 @@ def test_runs_of_a_night_are_added_up(out: str) -> None:
     assert fifth.balanced
     assert fifth.images_per_second == 2.0
     assert fifth.share("quarantined") == 14 / 192
-    assert fifth.labels == (80, 60, 20, 10)
+    assert fifth.labels == (68, 52, 16, 10)
+    assert sum(fifth.labels) == fifth.total("predicted")
 
 
 def test_an_unfinished_run_counts_with_what_it_has_committed(out: str) -> None:
     last = seen(out).nights[-1]
     (run,) = last.runs
     assert (run.state, run.members, run.done, run.quarantined, run.failed_shards) == ("killed", 96, 32, 2, 1)
-    assert run.labels == (10, 8, 6, 2)
+    assert run.labels == (8, 6, 4, 2)
     assert not last.balanced
     assert last.images_per_second is None
 
@@ -242,10 +243,73 @@ def test_the_page_says_what_calls_for_a_look(out: str) -> None:
     Storage(out).delete("died")
     html = nights_page(seen(out))
     assert "<b>The night of 2026-03-05 is reconciled.</b>" in html
-    assert "3 images that were announced did not come" in html
+    assert "3 images that a manifest lists have not arrived" in html
     assert "<b>Drift, act:</b>" in html
     assert "stain: red over green (site Site-B, against the reference" in html
     assert 'class="cell-act"' in html
+
+
+def test_shares_of_classes_are_of_the_predicted(out: str) -> None:
+    Storage(out).delete("died")
+    html = nights_page(seen(out))
+    assert 'Benign among predicted <span class="n">46.6 %</span>' in html  # 68 of 146
+    assert "of the predicted images alone" in html
+
+
+def test_a_night_with_nothing_to_compare_is_not_called_well(tmp_path: Path) -> None:
+    place = str(tmp_path / "alone")
+    put(place, "night-1", 1)
+    (only,) = seen(place).nights
+    assert only.comparisons == (0, 0)
+    html = nights_page(seen(place))
+    assert "Nothing could be compared: there is no reference, or no earlier night within a week." in html
+    assert "Drift was not judged." in html
+    assert "drift not compared" in html
+    assert "calls for a look" not in html
+
+
+def test_a_night_of_too_few_fields_is_not_called_well(tmp_path: Path) -> None:
+    place = str(tmp_path / "few")
+    for day in (1, 2):
+        put(place, f"night-{day}", day)
+        small = replace(
+            facts(f"night-{day}", day), groups=(Group("Site-A", None, facts("x", day).groups[0].counts[:2]),)
+        )
+        Storage(place).write(f"night-{day}/drift.json", facts_bytes(small))
+    judged, there = seen(place).nights[-1].comparisons
+    assert judged == 0
+    assert there > 0
+    html = nights_page(seen(place))
+    assert (
+        "Nothing could be compared: on one side there are fewer than 40 fields or 5 slides of every quantity." in html
+    )
+    assert "too few to judge" in html
+    assert "calls for a look" not in html
+
+
+def test_a_steady_night_says_how_much_was_compared(out: str) -> None:
+    for run in ("died", "night-5", "second-5"):
+        Storage(out).delete(run)
+    last = seen(out).nights[-1]
+    judged, there = last.comparisons
+    assert 0 < judged < there  # the facts hold one quantity alone
+    html = nights_page(seen(out))
+    assert f"Of {there} comparisons of the last night, {judged} could be judged, and none of these calls" in html
+    body = json.loads(nights_json(seen(out)))["nights"][-1]
+    assert (body["judged"], body["comparisons"]) == (judged, there)
+
+
+def test_a_night_whose_run_failed_is_not_reconciled(tmp_path: Path) -> None:
+    """All rows are there, but the run has not said that they are whole."""
+    place = str(tmp_path / "failed")
+    put(place, "night-1", 1, finished=False)
+    Storage(place).write("night-1/run.json", dumps(binding("night-1", "2026-03-01T22:00:00+00:00", members=32)))
+    (only,) = seen(place).nights
+    assert only.total("done") == only.total("members") == 32
+    assert not only.balanced
+    html = nights_page(seen(place))
+    assert "is reconciled" not in html
+    assert "night-1 killed" in html
 
 
 def test_foreign_text_stays_text(out: str) -> None:

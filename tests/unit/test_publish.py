@@ -146,6 +146,7 @@ def field(slide: str | None, status: str = "predicted", malignant: float = 0.5, 
     p: list[float | None] = [1 - malignant, malignant, 0.0, 0.0] if status == "predicted" else [None] * 4
     names = ("prob_benign", "prob_early", "prob_pre", "prob_pro")
     return {
+        "run_id": "night",
         "image_key": key, "slide_id": slide, "patient_id": None, "site": None, "status": status, "n_cells": 4,
         **dict(zip(names, p, strict=True)),
     }  # fmt: skip
@@ -163,6 +164,7 @@ def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 def test_slides_are_ranked_by_urgency() -> None:
     rows = [field("calm", malignant=0.1)] * 8 + [field("ill", malignant=0.9)] * 8 + [field("blurred", "rejected")] * 3
     found = ranked(rows)
+    assert {s["run_id"] for s in found} == {"night"}
     assert [(s["rank"], s["slide_id"]) for s in found] == [(1, "ill"), (2, "blurred"), (3, "calm")]
     ill, blurred, calm = found
     assert ill["urgency"] == pytest.approx((8 * 0.9 + 1) / 10)

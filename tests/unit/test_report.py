@@ -128,7 +128,12 @@ def _write_run(root: Path, archive: Path) -> tuple[PlanSummary, tuple[ShardRecei
                 zeros = {f.name: 0.0 for f in CELLS if pa.types.is_float32(f.type)}
                 cells.append(
                     zeros
-                    | {"image_key": f"field-{i:05d}.jpg", "cell_id": cell_id, "attention": 1.0 / cell_id}
+                    | {
+                        "run_id": root.name,
+                        "image_key": f"field-{i:05d}.jpg",
+                        "cell_id": cell_id,
+                        "attention": 1.0 / cell_id,
+                    }
                     | {"nc_ratio": 0.8, "touches_border": False, "zarr_index": index}
                 )
             offsets.append(len(cells))
@@ -146,7 +151,7 @@ def _write_run(root: Path, archive: Path) -> tuple[PlanSummary, tuple[ShardRecei
         group.create_array("cell_offsets", data=np.array(offsets, np.int64))
         group.create_array("to_source", data=np.tile(np.eye(2, 3, dtype=np.float32), (len(masks), 1, 1)))
         status = [r["status"] for r in rows]
-        labels = [r["label"] for r in rows]
+        labels = [r["label"] for r in rows if r["status"] == "predicted"]
         receipt = ShardReceipt(
             shard,
             *(status.count(s) for s in ("predicted", "abstained", "rejected", "quarantined")),
@@ -180,7 +185,13 @@ def _write_run(root: Path, archive: Path) -> tuple[PlanSummary, tuple[ShardRecei
 def _manifest(root: Path, summary: PlanSummary, receipts: tuple[ShardReceipt, ...]) -> RunManifest:
     slides = [
         dict.fromkeys(SLIDES.names, 0)
-        | {"rank": i + 1, "slide_id": f"slide-{3 - i:04d}", "grouping": "manifest", "patient_id": None}
+        | {
+            "run_id": root.name,
+            "rank": i + 1,
+            "slide_id": f"slide-{3 - i:04d}",
+            "grouping": "manifest",
+            "patient_id": None,
+        }
         | {"site": "Site-A", "urgency": 0.9 - 0.2 * i, "label": "Early", "top_image_key": "field-00019.jpg"}
         for i in range(4)
     ]
@@ -279,6 +290,52 @@ def test_a_ratio_that_was_not_measured_is_a_dash(run: tuple[Path, RunManifest]) 
     assert "nucleus to cell – (cytoplasm not seen)" in figures["field-00014.jpg"]
     assert "nucleus to cell 1.00" not in figures["field-00014.jpg"]
     assert "nucleus to cell 0.80" in figures["field-00019.jpg"]
+
+
+def test_labels_are_counted_over_the_predicted(run: tuple[Path, RunManifest]) -> None:
+    text = _plain(build_report(str(run[0]), run[1]))
+    counts = [int(n) for n in re.findall(r"(?:Benign|Pre-B|Pro-B) (\d+) [\d.]+ %", text.partition("Labels")[2])]
+    assert sum(counts) == run[1].predicted == 17
+    assert "Of the 17 predicted fields. Fields that were abstained from, 1, have no label here." in text
+
+
+def test_patients_whose_slides_disagree_are_named(run: tuple[Path, RunManifest]) -> None:
+    root, manifest = run
+    rows = pq.read_table(root / "slides.parquet").to_pylist()
+    assert "not agree on the class" not in build_report(str(root), manifest)
+    for row, label in zip(rows, ("Early", "Pro", "Pre", "Pre"), strict=True):
+        row |= {"patient_id": "p_one" if row["rank"] < 3 else "p_two", "label": label, "n_predicted": 5}
+    pq.write_table(pa.Table.from_pylist(rows, SLIDES), root / "slides.parquet")
+    text = _plain(build_report(str(root), manifest))
+    assert "The slides of 1 patient do not agree on the class." in text
+    assert "p_one Early Pre-B in slide-0003 (5 fields); Pro-B in slide-0002 (5 fields)." in text
+    assert "p_two Pre" not in text
+
+
+def test_benign_as_the_likeliest_of_malignant_classes_is_told(run: tuple[Path, RunManifest]) -> None:
+    root, manifest = run
+    rows = pq.read_table(root / "slides.parquet").to_pylist()
+    for row, score in zip(rows, (0.58, 0.42, 0.9, 0.9), strict=True):
+        row |= {"malignant_score": score, "label": "Benign" if row["rank"] < 3 else "Pro"}
+    pq.write_table(pa.Table.from_pylist(rows, SLIDES), root / "slides.parquet")
+    text = _plain(build_report(str(root), manifest))
+    assert text.count("but malignant") == 1
+    assert "Benign but malignant 0.580" in text
+
+
+def test_no_probability_is_rounded_to_a_certainty(run: tuple[Path, RunManifest]) -> None:
+    root, manifest = run
+    for path in sorted((root / "predictions").iterdir()):
+        rows = pq.read_table(path).to_pylist()
+        for row in rows:
+            if row["status"] == "predicted":
+                row |= {"prob_benign": 1e-9, "prob_early": 0.0, "prob_pre": 1e-5, "prob_pro": 0.99999}
+                row |= {"label": "Pro", "confidence": 0.99999}
+        pq.write_table(pa.Table.from_pylist(rows, PREDICTIONS), path, use_dictionary=False)
+    html = build_report(str(root), manifest)
+    assert '<span class="n">&gt; 0.999</span>' in html
+    assert '<td class="n">&lt; 0.001</td>' in html
+    assert not re.search(r'class="n">(1|0)\.000<', html)
 
 
 def test_the_page_needs_nothing_from_outside(run: tuple[Path, RunManifest]) -> None:

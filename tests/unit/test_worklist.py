@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
 import shutil
 import socket
 from dataclasses import replace
@@ -443,7 +444,7 @@ def test_a_run_of_an_older_version(copy: Path) -> None:
 
 def test_a_run_of_a_newer_version_is_refused(copy: Path) -> None:
     path = copy / "manifest.json"
-    path.write_text(path.read_text().replace('"schema_version": 1', '"schema_version": 99'))
+    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 99'))
     with pytest.raises(StorageError, match="newer leukoflow"):
         open_run_table(str(copy.parent), NIGHT)
 
@@ -464,7 +465,7 @@ def test_a_run_where_nothing_was_predicted(copy: Path) -> None:
     for line in lines:
         s = line.summary
         assert (s.label, s.mean_malignant_probability, s.uncertainty, s.entropy) == (None,) * 4
-        assert s.interval == pytest.approx((0.025, 0.975))
+        assert s.interval is None  # even odds are no measurement
     assert table.patients().total == 0
     assert table.field(0).probabilities == ()
 
@@ -541,6 +542,16 @@ def weeks(spread: Path) -> Path:
     return out
 
 
+def test_a_fields_urgency_is_its_own_probability(spread: Path) -> None:
+    """Not drawn towards one half, as a slide's is: no field could ever have more than two thirds."""
+    lines = everything(open_run_table(str(spread.parent), NIGHT).fields)
+    for line in lines:
+        said = line.status is Status.PREDICTED
+        assert line.urgency == pytest.approx(sum(line.probabilities[1:]) if said else 0.5)
+    assert max(line.urgency for line in lines) > 0.667
+    assert [line.urgency for line in lines] == sorted((line.urgency for line in lines), reverse=True)
+
+
 def test_a_patients_course(weeks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = str(weeks)
     for warm in (False, True):
@@ -560,21 +571,60 @@ def test_a_patients_course(weeks: Path, monkeypatch: pytest.MonkeyPatch) -> None
         timeline(out, patient_key_of("p_nobody"))
 
 
+def _answer(run: Path, patient: str, labels: dict[int, str]) -> None:
+    """Predicts a patient's diagnosed fields: of slide number `i` the label `labels[i]`, all others the last one."""
+    for path in sorted((run / "predictions").iterdir()):
+        rows = pq.read_table(path).to_pylist()
+        for row in rows:
+            if row["label"] is None or row["patient_id"] != patient:
+                continue
+            label = labels.get(int(row["image_key"][5]), next(iter(labels.values())))
+            row |= {"status": "predicted", "reason": None, "label": label, "confidence": 0.97}
+            row |= {p: 0.97 if c == label else 0.01 for p, c in zip(PROBABILITIES, CLASSES, strict=True)}
+        pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path, use_dictionary=False)
+
+
+def test_runs_that_contradict_each_other_are_remarked(weeks: Path) -> None:
+    for run, label in (("night", "Pro"), ("second", "Pro"), ("third", "Early")):
+        _answer(weeks / run, MARY, {0: label})
+    found = timeline(str(weeks), patient_key_of(MARY))
+    fields = [p.summary.counts.predicted for p in found.points]
+    assert found.remarks == (
+        f"Runs do not agree on this patient: Pro-B in night, second ({fields[0] + fields[1]} fields); Early Pre-B in "
+        f"third ({fields[2]} fields). One of the answers may be wrong, or the samples may not be of one patient. Judge "
+        "the slides by eye. Not all of these runs used the same model.",
+    )
+
+
+def test_slides_of_a_run_that_contradict_each_other_are_remarked(weeks: Path) -> None:
+    for run in ("night", "second", "third"):
+        _answer(weeks / run, JANE, {1: "Pre", 2: "Pre"})
+    assert timeline(str(weeks), patient_key_of(JANE)).remarks == ()
+    _answer(weeks / "second", JANE, {1: "Pre", 2: "Benign"})
+    remarks = timeline(str(weeks), patient_key_of(JANE)).remarks
+    (remark,) = [r for r in remarks if r.startswith("Slides of run second do not agree: ")]
+    assert re.search(r"Pre-B in S1 \(\d+ fields\)", remark)
+    assert re.search(r"Benign in (S2, ward-2|ward-2, S2) \(\d+ fields\)", remark)
+    assert all("Slides of run night" not in r for r in remarks)
+
+
 def test_reading_one_patient_does_not_hold_the_run(weeks: Path) -> None:
     timeline(str(weeks), patient_key_of(MARY))
     assert worklist._shelf(str(weeks)).tables == {}
 
 
-def _decided(seen: str | None, said: str, at: str = "2026-11-25T08:00:00+00:00", who: str = "dr. grey") -> Verdict:
+def _decided(
+    seen: str | None, said: str, at: str = "2026-11-25T08:00:00+00:00", who: str = "dr. grey", status: str = "predicted"
+) -> Verdict:
     action = Action.ACCEPT if seen == said else Action.CORRECT
     label = None if action is Action.ACCEPT else said
-    return Verdict("night", action, who, at, image_key="x", label=label, seen_label=seen)
+    return Verdict("night", action, who, at, image_key="x", label=label, seen_status=status, seen_label=seen)
 
 
 def test_agreement_by_hand() -> None:
     decided = (
         [_decided("Pre", "Pre")] * 20 + [_decided("Pre", "Pro")] * 5 + [_decided("Pro", "Pre", who="dr. webber")] * 10
-        + [_decided("Pro", "Pro", "2026-11-30T00:00:00+00:00")] * 15 + [_decided(None, "Early")]
+        + [_decided("Pro", "Pro", "2026-11-30T00:00:00+00:00")] * 15 + [_decided(None, "Early", status="rejected")]
     )  # fmt: skip
     found = agreement_of(decided)
     assert (found.n, found.accepted, found.corrected, found.without_prediction) == (50, 35, 15, 1)
@@ -588,6 +638,33 @@ def test_agreement_by_hand() -> None:
     assert found.weeks[1].kappa is None  # one class alone says nothing beyond chance
     assert found.reviewers == (("dr. grey", 40, 5), ("dr. webber", 10, 10))
     assert agreement_of([]).kappa is None
+
+
+def test_kappa_is_not_told_of_a_few_decisions() -> None:
+    one = agreement_of([_decided("Pre", "Early")])
+    assert (one.n, one.kappa, one.kappa_interval) == (1, None, None)
+    assert one.no_kappa == "too few decisions (1 of at least 10)"
+    ten = agreement_of([_decided("Pre", "Pre")] * 5 + [_decided("Pro", "Pro")] * 4 + [_decided("Pro", "Pre")])
+    assert (ten.n, ten.no_kappa) == (10, "")
+    assert ten.kappa == pytest.approx(0.8)  # 0.9 seen, 0.5 by chance
+    assert ten.kappa_interval is not None
+    assert agreement_of([_decided("Pre", "Early")] * 5 + [_decided("Pre", "Pre")] * 5).no_kappa == (
+        "all predictions are of one class"
+    )
+    assert agreement_of([_decided("Pre", "Pro")] * 5 + [_decided("Pro", "Pro")] * 5).no_kappa == (
+        "all decisions are of one class"
+    )
+
+
+def test_perfect_agreement_has_no_interval() -> None:
+    """The formula's width would be zero, however few decisions there are."""
+    found = agreement_of([_decided("Pre", "Pre")] * 6 + [_decided("Pro", "Pro")] * 6)
+    assert (found.kappa, found.kappa_interval, found.no_kappa) == (1.0, None, "")
+
+
+def test_a_label_on_an_abstained_field_is_no_prediction() -> None:
+    found = agreement_of([_decided("Pre", "Pro", status="abstained"), _decided("Pre", "Pre", status="abstained")])
+    assert (found.n, found.corrected, found.without_prediction) == (0, 0, 2)
 
 
 def test_kappa_and_its_interval_against_a_reference() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ from schemathesis.specs.openapi.checks import (
 
 from apps.web.api import document
 from leukoflow.records import CLASSES
-from tasks.worklist import patient_key_of, run_key_of
+from tasks.worklist import patient_key_of, run_key_of, timeline
 
 API = "/api/v1"
 RUN = f"{API}/runs/{run_key_of('night')}"
@@ -71,7 +72,7 @@ def test_a_morning_by_program(place: World) -> None:
     assert (patients["total"], len(patients["items"])) == (2, 1)
     fields = program.get(f"{RUN}/fields", params={"sort": "order", "descending": "false"}).json()
     assert [f["ordinal"] for f in fields["items"]] == list(range(8))
-    first = next(f for f in fields["items"] if f["label"])
+    first = next(f for f in fields["items"] if f["status"] == "predicted")
     url = f"{RUN}/fields/{first['ordinal']}"
     whole = program.get(url).json()
     assert whole["details"]["member_sha256"]
@@ -244,3 +245,35 @@ def test_a_few_hundred_made_up_requests(place: World) -> None:
 @pytest.mark.timeout(3600)
 def test_five_thousand_made_up_requests(place: World) -> None:
     assert hammer(place, 6600) >= 5000  # some operations have no more different requests
+
+
+def test_a_patients_page_says_where_runs_do_not_agree(place: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = str(place.settings.out)
+    program = place.program("rita", "read")
+    patient = program.get(f"{RUN}/patients").json()["items"][0]["patient_key"]
+    course = timeline(out, patient)
+    nothing = replace(
+        course.points[0].summary, label=None, probabilities=(), mean_malignant_probability=None, interval=None
+    )
+    points = (course.points[0], replace(course.points[0], run_id="empty", summary=nothing))
+    said = "Runs do not agree on this patient: Pro-B in a (3 fields); Early Pre-B in b (2 fields)."
+    monkeypatch.setattr("tasks.worklist.timeline", lambda out, key: replace(course, points=points, remarks=(said,)))
+    page = place.browser("rita").get(f"/patients/{patient}").text
+    assert said in page
+    assert "2–98" not in page  # an interval from even odds is no measurement
+    assert "3–98" not in page
+    assert program.get(f"{API}/patients/{patient}/timeline").json()["remarks"] == [said]
+
+
+def test_the_agreement_page_tells_no_kappa_of_one_decision(place: World) -> None:
+    program = place.program("rita", "read", "review")
+    fields = program.get(f"{RUN}/fields").json()["items"]
+    answered = next(f for f in fields if f["status"] == "predicted")
+    other = next(c for c in CLASSES if c != answered["label"])
+    url = f"{RUN}/fields/{answered['ordinal']}/verdicts"
+    assert program.post(url, json={"action": "correct", "label": other}).status_code == 201
+    found = program.get(f"{API}/agreement").json()
+    assert (found["n"], found["kappa"], found["kappa_interval"]) == (1, None, None)
+    page = place.browser("rita").get("/agreement").text
+    assert "too few decisions (1 of at least 10)" in page
+    assert "0.00" not in page

@@ -146,7 +146,7 @@ def test_kill_leaves_nobody_behind(
     first_commit(command, tmp_path / "long")
     assert len(command.workers()) == 2
     assert command.find("tasks.decode_child")
-    assert command.find("prefect server start")
+    assert command.find("_prefect_process.py")
     command.process.kill()
     command.process.wait()
     assert command.survivors() == []

@@ -3,8 +3,9 @@
 One server per home at a time: the server inherits a lock that the kernel releases when it is gone, so neither a stale
 file nor a reused process id can be mistaken for a live server. It inherits its listening socket too, which is opened
 before it starts: runs that start together cannot race for a port. Each home has a port of its own that it prefers, so
-that a run whose server has died does not find the server of another home there. A server that is not kept dies with the
-process that started it, even when that is killed. All of Prefect's own settings in the environment are kept away from it.
+that a run whose server has died does not find the server of another home there. A server that is not kept dies with
+the process that started it, even when that is killed. All of Prefect's own settings in the environment are kept away
+from it.
 """
 
 from __future__ import annotations
@@ -281,8 +282,8 @@ def _free_place(home: Path, only_first: bool) -> tuple[Path, int, int]:
         return place, n, lock
     if only_first:
         raise PrefectServerError(
-            f"a run that is going on uses the Prefect server of {home}, which ends with it: wait for the end of that run, "
-            "leave out --keep-prefect, or set LEUKOFLOW_PREFECT_HOME to another directory"
+            f"a run that is going on uses the Prefect server of {home}, which ends with it: wait for the end of that "
+            "run, leave out --keep-prefect, or set LEUKOFLOW_PREFECT_HOME to another directory"
         )
     raise PrefectServerError(
         f"{_PARALLEL} Prefect servers run below {home} already: set PREFECT_API_URL to one of them"

@@ -140,9 +140,10 @@ def _follow(target: Console, root: str, ended: threading.Event) -> None:
         while not ended.wait(_PLAIN_SECONDS):
             progress = _try_read(reader)
             if progress is not None:
+                pace_now = pace.describe(progress.done, progress.members)
                 target.print(
                     f"{progress.done:,} of {progress.members:,} images, {progress.shards_done} of {progress.shards} "
-                    f"shards; {pace.describe(progress.done, progress.members)}; {_counts(progress)}",
+                    f"shards; {pace_now if progress.done else progress.phase or pace_now}; {_counts(progress)}",
                     soft_wrap=True,
                 )
         return
@@ -154,7 +155,7 @@ def _follow(target: Console, root: str, ended: threading.Event) -> None:
         console=target,
         transient=True,
     ) as bar:
-        task: TaskID = bar.add_task("run", total=None, line="starting workers and loading the models")
+        task: TaskID = bar.add_task("run", total=None, line="starting")
         while True:
             progress = _try_read(reader)
             if progress is not None and progress.done:
@@ -163,6 +164,7 @@ def _follow(target: Console, root: str, ended: threading.Event) -> None:
                 bar.update(task, completed=progress.done, total=progress.members, line=line)
             elif progress is not None:
                 pace.describe(0, progress.members)
+                bar.update(task, line=escape(progress.phase or "starting"))
             if ended.wait(_POLL_SECONDS):
                 return
 
@@ -271,6 +273,13 @@ def show_runs(target: Console, out: str, runs: Sequence[RunProgress], damaged: S
     target.print(f"[dim]one of them in detail: leukoflow status {escape(shlex.quote(out))} RUN_ID[/]", soft_wrap=True)
 
 
+def _state_in_words(p: RunProgress) -> str:
+    """The state with what it does or waits for, or with the exit code and the reason of its end."""
+    code = f" (exit code {p.exit_code})" if p.exit_code is not None and p.state in ("failed", "cancelled") else ""
+    doing = p.phase if p.state == "running" else ""
+    return ": ".join([p.state + code, *filter(None, [doing, p.message])])
+
+
 def show_status(target: Console, root: str, p: RunProgress) -> None:
     """One run in detail, with what to do about it."""
     from leukoflow.progress import ProgressReader
@@ -280,11 +289,10 @@ def show_status(target: Console, root: str, p: RunProgress) -> None:
     table.add_row("run", Text(p.run_id, style="bold"))
     if p.shadow_of is not None:
         table.add_row("shadow of", Text(f"{p.shadow_of}: not the night's result", style="yellow"))
-    table.add_row(
-        "state", Text(f"{p.state}{': ' + p.message if p.message else ''}", style=_STATE_STYLE.get(p.state, "yellow"))
-    )
+    table.add_row("state", Text(_state_in_words(p), style=_STATE_STYLE.get(p.state, "yellow")))
     share = f" ({100 * p.done / p.members:.0f} %)" if p.members else ""
-    table.add_row("images", f"{p.done:,} of {p.members:,}{share}: {_counts(p)}")
+    planned = f"{p.done:,} of {p.members:,}{share}: {_counts(p)}" if p.members else "the source is not planned yet"
+    table.add_row("images", planned)
     for stage in ("masks", "features", "predictions"):
         done = len(reader.storage.names(f"markers/{stage}"))
         table.add_row(stage, f"{done:,} of {p.shards:,} shards")

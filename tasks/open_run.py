@@ -54,17 +54,20 @@ class Run:
     finished: RunManifest | None
 
 
-def open_run(config: RunConfig) -> Run:
-    """Plans the run, or finds the plan that was frozen, and binds its id; starts neither Prefect nor Dask.
+def open_run(config: RunConfig, begun: Callable[[str], object] = lambda root: None) -> Run:
+    """Binds the run's id, then plans the run or finds the plan that was frozen; starts neither Prefect nor Dask.
+
+    `begun` is called with the run's root as soon as it is known that there is something to do for it, and before
+    anything of it is done: from then on whatever goes wrong can be written down there.
 
     Raises SourceError (nothing usable there), RunConflictError (the id stands for something else), ConfigError,
     BundleError, StorageError.
     """
     with manifest_file(_wanted_manifest(config)) as manifest:
-        return _open(config, manifest)
+        return _open(config, manifest, begun)
 
 
-def _open(config: RunConfig, manifest: Path | _FetchedFile | None) -> Run:
+def _open(config: RunConfig, manifest: Path | _FetchedFile | None, begun: Callable[[str], object]) -> Run:
     out = Storage(config.out)
     out.probe()
     asked = reference(config.bundle)
@@ -95,39 +98,50 @@ def _open(config: RunConfig, manifest: Path | _FetchedFile | None) -> Run:
         raise ConfigError(f"run id {run_id!r} is not usable: letters, digits, '.', '_' and '-' only, at most 100")
     storage = out.child(run_id)
     bound = _binding(storage)
+    if bound is not None and not bound.is_planned:
+        bound = None  # it ended before it had anything; what was wrong with source or manifest may be mended by now
     if bound is not None and bound.fingerprint != fingerprint:
         raise RunConflictError(
             f"run {run_id} exists and was made from another source, other settings or another bundle "
             f"({bound.fingerprint}, now {fingerprint}); choose a new --run-id, and --reuse {run_id} to keep what holds"
         )
-    if config.reuse and _binding(out.child(config.reuse)) is None:
-        raise ConfigError(f"--reuse {config.reuse}: there is no such run in {config.out}")
-    if bound is not None:
-        _check_plan(storage, bound)
-    if main is not None:
-        _take_plan(out.child(main.run_id), storage)
-    summary = _frozen_plan(storage, config, source, manifest, selection)
+    if config.reuse and ((reused := _binding(out.child(config.reuse))) is None or not reused.is_planned):
+        raise ConfigError(f"--reuse {config.reuse}: there is no such run in {config.out}, or it has done nothing yet")
+    if read_manifest(storage) is None:
+        begun(storage.root)
     if bound is None:
+        for key in ("plan.parquet", "missing.parquet"):
+            storage.delete(key)  # of a source or manifest that nobody can tell any more
         bound = RunBinding(
             run_id=run_id,
             fingerprint=fingerprint,
             source_uri=source.uri,
-            members=summary.members,
-            shards=summary.shards,
-            shard_size=summary.shard_size,
+            members=0,
+            shards=0,
+            shard_size=config.shard_size,
             bundle=bundle_uri,
             bundle_digest=bundle.digest,
             device=device,
             started_at=now(),
             command=resume_command(config, run_id, bundle_uri),
-            plan_sha256=storage.digest("plan.parquet")[2],
             reuse=config.reuse,
             config=config.canonical(),
             bundle_reference=asked,
             shadow_of=config.shadow_of,
         )
-        storage.create("run.json", dumps(bound))
-    elif config.reuse and config.reuse != bound.reuse:
+        storage.write("run.json", dumps(bound))
+    _check_plan(storage, bound)
+    if main is not None:
+        _take_plan(out.child(main.run_id), storage)
+    summary = _frozen_plan(storage, config, source, manifest, selection)
+    if not bound.is_planned:
+        planned = storage.digest("plan.parquet")[2]
+        bound = replace(
+            bound,
+            members=summary.members, shards=summary.shards, shard_size=summary.shard_size, plan_sha256=planned,
+        )  # fmt: skip
+        storage.write("run.json", dumps(bound))
+    if config.reuse and config.reuse != bound.reuse:
         bound = replace(bound, reuse=config.reuse, command=resume_command(config, run_id, bundle_uri))
         storage.write("run.json", dumps(bound))
     for group in ("masks.zarr", "features.zarr", "activations.zarr"):

@@ -164,15 +164,16 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         log=log, root=root, finished=None, outcome=None, manifest=_manifest(), error=None, config=None
     )
 
-    def open_run(config: Any) -> Any:
+    def open_run(config: Any, begun: Any) -> Any:
         log.append("planned")
         played.config = config
+        begun(str(root))
         if played.error is not None:
             raise played.error
         return types.SimpleNamespace(run_id="smears-1", root=str(root), summary=SUMMARY, finished=played.finished)
 
-    def nightly(config: Any, return_state: bool) -> _State:
-        assert return_state
+    def screen(config: Any) -> _State:
+        assert config.run_id == "smears-1"
         log.append(f"flow with {os.environ['PREFECT_API_URL']}")
         if played.outcome is None and played.manifest is not None:
             (root / "manifest.json").write_bytes(dumps(played.manifest))
@@ -184,7 +185,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     for name, content in (
         ("tasks.open_run", {"open_run": open_run}),
-        ("flows.nightly", {"nightly": nightly}),
+        ("flows.nightly", {"screen": screen}),
         ("tasks.shard", {}),
     ):
         module = types.ModuleType(name)

@@ -31,6 +31,7 @@ from apps.web.accounts import Accounts
 from infra.backup import create, put_back
 from infra.postgres import Postgres, find_binaries
 from infra.processes import MARK, STEP, Processes, StackError, end, unprivileged_user, wait_until
+from leukoflow.progress import list_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "/prefect"
@@ -493,7 +494,8 @@ class Stack:
     def _sample(self, say: Callable[[str], None]) -> None:
         """A night's archive in the inbox, on the first start of a stack that was not restored from a backup."""
         sample = self.folder / "sample"
-        if not (sample / "smears.zip").is_file() and not any(self.results.iterdir()):
+        known = list_runs(str(self.results)) or (self.results / "inbox").exists()  # the web application's log is neither
+        if not (sample / "smears.zip").is_file() and not known:
             say("a sample for the inbox")
             command = [LEUKOFLOW, "sample", str(sample), "--images", "32", "--seed", "7"]
             self.run(command, {})

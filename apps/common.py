@@ -226,6 +226,14 @@ def reached(out: str) -> str:
     return out.rstrip("/")
 
 
+def existing(out: str) -> str:
+    """As `reached`, for commands that would else make the folder. Raises ConfigError where there is none."""
+    if "://" not in out and not Path(out).expanduser().is_dir():
+        what = "is a file" if Path(out).expanduser().exists() else "does not exist"
+        raise ConfigError(f"{out} {what}; name the folder that was given to `leukoflow run --out`")
+    return reached(out)
+
+
 def refuse_remote(**places: Path | None) -> None:
     """Refuses s3:// where only the local disk will do; else a folder named `s3:` would be made."""
     for name, path in places.items():

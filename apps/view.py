@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,14 +39,15 @@ if TYPE_CHECKING:
     from tasks.retention import Decision
     from tasks.verify import Verification
 
+_UNBOUNDED = 100_000
 _POLL_SECONDS = 1.0
 _PLAIN_SECONDS = 10.0
 _STATE_STYLE = {"running": "cyan", "finished": "green", "cancelled": "yellow", "killed": "red", "failed": "red"}
 
 
 def console() -> Console:
-    """The console for results: standard output."""
-    return Console(highlight=False)
+    """The console for results: standard output. What is piped or kept in a file is never cut to lines of a width."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _UNBOUNDED)
 
 
 def duration(seconds: float) -> str:
@@ -236,7 +238,7 @@ def show_outcome(target: Console, root: str, manifest: RunManifest) -> None:
         pace.add_row("source", Text(f"incomplete: {m.source_truncated}", style="yellow"))
     for note in m.notes:
         pace.add_row("note", Text(note, style="yellow"))
-    target.print(Group(Padding(both, (1, 0)), pace))
+    target.print(Group(Padding(both, (1, 0), expand=False), pace))
     table = root.replace("'", "''") + "/predictions/*.parquet"
     for name, line in (  # printed unwrapped, to be copied
         ("report", f"{root}/report.html"),
@@ -452,7 +454,9 @@ def show_amended(target: Console, found: Sequence[Amended], done: str, dry_run: 
         line = f"  {words} {done}, {e.files:,} files rewritten; manifest SHA-256 {e.manifest_after}"
         target.print(Text.assemble((e.run_id, "bold"), line), soft_wrap=True)
     if not dry_run:
-        target.print("reports were deleted; `leukoflow report OUT RUN_ID` builds one anew, from the source as it is")
+        target.print(
+            "reports were deleted; `leukoflow report OUT RUN_ID` builds it again, from the source as it is now"
+        )
 
 
 _SLIDES_SHOWN = 20
@@ -470,7 +474,7 @@ def show_diff(target: Console, found: RunDiff) -> None:
             setup.add_column(name, overflow="fold")
         for row in found.setup:
             setup.add_row(*map(Text, row))
-        target.print(Padding(setup, (1, 0, 0, 0)))
+        target.print(Padding(setup, (1, 0, 0, 0), expand=False))
     if found.same:
         target.print(f"\n[green]the same[/]: all {found.images:,} images have the same outcome in both")
         return
@@ -488,7 +492,7 @@ def show_diff(target: Console, found: RunDiff) -> None:
                 n = counts.get((before, after), 0)
                 cells.append(Text(f"{n:,}" if n else "·", style="dim" if before == after or not n else "yellow"))
             matrix.add_row(before, *cells)
-        target.print(Padding(matrix, (1, 0, 0, 0)))
+        target.print(Padding(matrix, (1, 0, 0, 0), expand=False))
     slides = Table(box=None, padding=(0, 2), header_style="dim")
     slides.add_column("slide", overflow="fold")
     for name in ("images", "label or status", "any change"):
@@ -499,7 +503,7 @@ def show_diff(target: Console, found: RunDiff) -> None:
         steps = ", ".join(f"{a} → {b} {n:,}" for a, b, n in s.transitions[:4])
         example = Text(s.examples[0] if s.examples else "")
         slides.add_row(Text(s.slide), f"{s.images:,}", f"{s.moved:,}", f"{s.changed:,}", steps, example)
-    target.print(Padding(slides, (1, 0)))
+    target.print(Padding(slides, (1, 0), expand=False))
     if len(found.slides) > _SLIDES_SHOWN:
         target.print(f"and {len(found.slides) - _SLIDES_SHOWN:,} more slides; --csv or --json has all of them")
     fields = ", ".join(f"{name} {n:,}" for name, n in found.fields)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import shlex
 import signal
 import threading
 import time
@@ -14,14 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import psutil
 from distributed import KilledWorker
 from distributed.client import ClosedClientError
 from prefect import flow, get_run_logger, tags, task
-from prefect.artifacts import create_link_artifact, create_table_artifact
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
@@ -86,6 +86,7 @@ from tasks.shard import (
     started_key,
     trail_of,
 )
+from tasks.worklist import run_key_of
 
 LOSSES = 20
 """How often a shard is done anew because its worker died of something else, before that is taken for a fault."""
@@ -179,7 +180,7 @@ def process_shard(work: _Work, shard: Shard) -> ShardReceipt:
     for _ in range(LOSSES):
         if (receipt := _attempt(work, shard)) is not None:
             break
-        log.info("shard %s: its worker was lost to something else; the shard is done anew", shard.name)
+        log.info("shard %s: its worker was lost to something else; the shard is started again", shard.name)
         work.cluster.settle()
     else:
         raise ShardError(
@@ -330,7 +331,7 @@ class _Work:
                 search = self.cluster.client.submit(find_culprits, job, key=name, pure=False)
                 self.culprits[shard.ordinal] = self.cluster.result(search)
             except (KilledWorker, AttemptError, ClosedClientError):
-                log.info("shard %s: the search was lost with its worker and begins anew", shard.name)
+                log.info("shard %s: the search was lost with its worker and is started again", shard.name)
                 self.cluster.settle()
             else:
                 return self.job(shard)
@@ -605,17 +606,20 @@ def _tell(run: Run, manifest: RunManifest, answers: bool) -> None:
     try:
         if drifts:
             create_table_artifact(drift_rows(drifts), key="nightly-drift", description="Drift against the reference")
-        create_link_artifact(
-            _link(Storage(run.root).uri("report.html")), key="nightly-report", link_text=f"Report of {run.run_id}"
-        )
+        create_markdown_artifact(where_the_report_is(run), key="nightly-report", description=f"Report of {run.run_id}")
     except Exception as error:
         get_run_logger().warning("artifacts could not be written (%s: %s)", type(error).__name__, error)
     for event, payload in run_events(manifest, drifts, run.config.alerts):
         emit(event, run.run_id, payload)
 
 
-def _link(uri: str) -> str:
-    return uri if "://" in uri else Path(uri).as_uri()
+def where_the_report_is(run: Run) -> str:
+    """How people come to the report, Markdown: a browser follows no link from here to a file."""
+    file = f"File: `{Storage(run.root).uri('report.html')}`"
+    if run.config.web_url is None:
+        command = shlex.join(["leukoflow", "serve", run.config.out])
+        return f"{file}\n\nIn the browser: `{command}`, then open run {run.run_id} there."
+    return f"[{run.run_id} in the web application]({run.config.web_url.rstrip('/')}/runs/{run_key_of(run.run_id)})\n\n{file}"
 
 
 # --- what people read ------------------------------------------------------------------------------------------------

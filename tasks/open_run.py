@@ -107,6 +107,7 @@ def _open(config: RunConfig, manifest: Path | _FetchedFile | None, begun: Callab
         )
     if config.reuse and ((reused := _binding(out.child(config.reuse))) is None or not reused.is_planned):
         raise ConfigError(f"--reuse {config.reuse}: there is no such run in {config.out}, or it has done nothing yet")
+    require_writable(storage)
     if read_manifest(storage) is None:
         begun(storage.root)
     if bound is None:
@@ -377,8 +378,36 @@ def _apart(source: Source, out: str) -> None:
     if source.kind is not SourceKind.DIRECTORY or storage.is_local != ("://" not in source.uri):
         return
     inside = Path(source.uri).absolute() if storage.is_local else PurePosixPath(source.uri)
+    if PurePosixPath(storage.root) == inside:
+        raise ConfigError(f"--out {out} is the source itself; choose a place outside of it")
     if PurePosixPath(storage.root).is_relative_to(inside):
         raise ConfigError(f"--out {out} lies inside the source {source.uri}; choose a place outside of it")
+    if not storage.is_local or not inside.is_relative_to(storage.root):
+        return
+    top = Path(storage.root)
+    for folder in (Path(inside), *Path(inside).parents):
+        if folder != top and folder.is_relative_to(top) and (folder / "run.json").is_file():
+            raise ConfigError(f"{source.uri} lies inside the results of run {folder.name}; name the images themselves")
+
+
+def require_writable(storage: Storage) -> None:
+    """Makes a run's folder. Raises ConfigError where none can be made, or nothing can be written into it."""
+    if not storage.is_local:
+        return
+    folder = Path(storage.root)
+    in_the_way = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+    if in_the_way is not None:
+        raise ConfigError(f"--out: {in_the_way} is a file; name a folder, new or existing")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: the folder {folder} cannot be made ({error.strerror}); name one where this user may write"
+        ) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"--out: {folder} cannot be written by this user; change its permissions, or name another one"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -430,7 +459,12 @@ def _file_digest(path: Path | _FetchedFile) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ConfigError(f"--manifest {path} cannot be read: {error.strerror}") from None
+        what = (
+            "is a folder; name the CSV or Parquet file in it"
+            if isinstance(error, IsADirectoryError)
+            else f"cannot be read: {error.strerror}"
+        )
+        raise ConfigError(f"--manifest {path} {what}") from None
 
 
 def spooled(source: Source) -> bool:

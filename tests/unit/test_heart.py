@@ -42,9 +42,7 @@ def test_it_beats_from_the_first_moment_and_says_what_it_waits_for(tmp_path: Pat
         (MemoryError(), "failed", "MemoryError while planning the source", 1),
     ],
 )
-def test_what_ends_it_is_its_last_word(
-    tmp_path: Path, error: BaseException, state: str, words: str, code: int
-) -> None:
+def test_what_ends_it_is_its_last_word(tmp_path: Path, error: BaseException, state: str, words: str, code: int) -> None:
     with pytest.raises(type(error)), beating(str(tmp_path), "planning the source"):
         raise error
     last = beat(tmp_path)

@@ -86,9 +86,8 @@ def test_what_a_run_did_when_its_process_went_away_is_said(storage: Storage) -> 
     beat(storage, pid=gone.pid, phase="starting 2 workers")
     p = read_progress(storage.root)
     assert (p.state, p.exit_code) == ("killed", None)
-    assert p.message == (
-        f"it stopped while starting 2 workers, without a last word: process {gone.pid} on {socket.gethostname()} is gone"
-    )
+    where = f"process {gone.pid} on {socket.gethostname()} is gone"
+    assert p.message == f"it stopped while starting 2 workers, without a last word: {where}"
 
 
 def test_another_process_with_the_number_of_a_dead_one_is_not_taken_for_it(storage: Storage) -> None:

@@ -619,7 +619,8 @@ def where_the_report_is(run: Run) -> str:
     if run.config.web_url is None:
         command = shlex.join(["leukoflow", "serve", run.config.out])
         return f"{file}\n\nIn the browser: `{command}`, then open run {run.run_id} there."
-    return f"[{run.run_id} in the web application]({run.config.web_url.rstrip('/')}/runs/{run_key_of(run.run_id)})\n\n{file}"
+    page = f"{run.config.web_url.rstrip('/')}/runs/{run_key_of(run.run_id)}"
+    return f"[{run.run_id} in the web application]({page})\n\n{file}"
 
 
 # --- what people read ------------------------------------------------------------------------------------------------

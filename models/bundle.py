@@ -279,8 +279,8 @@ def load_bundle(name_or_dir: str | Path, digest: str | None = None) -> Bundle:
     if not document.is_file():
         known = sorted(p.parent.name for p in EMBEDDED.glob("*/bundle.json"))
         raise BundleError(
-            f"there is no bundle {str(name_or_dir)!r}: name a folder that holds a bundle.json, or one that comes with leukoflow "
-            f"({', '.join(known)})"
+            f"there is no bundle {str(name_or_dir)!r}: name a folder that holds a bundle.json, or one that comes with "
+            f"leukoflow ({', '.join(known)})"
         )
     try:
         data = document.read_bytes()

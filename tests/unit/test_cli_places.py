@@ -119,6 +119,9 @@ def test_a_run_that_fails_before_it_has_a_plan_says_why_and_can_be_repeated(
     assert "image_key" in shown
     assert "the source is not planned yet" in shown
     assert "unknown" not in call("status", str(out)).output
+    reported = call("report", str(out), "night")
+    assert reported.exit_code == 1
+    assert "before its source was planned" in reported.output
     (log,) = (out / "night" / "logs").glob("*.jsonl")
     assert "image_key" in json.loads(log.read_text())["message"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -34,7 +35,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Nightly batch inference on blood smears: for every image that was handed over, a calibrated prediction with "
     "its evidence, or the reason why there is none. Research use only.\n\n"
-    "Start with `leukoflow sample demo` and `leukoflow run demo/smears.zip --out out`.",
+    "Start with `leukoflow sample demo` and the command that it prints.",
 )
 prefect_app = typer.Typer(
     cls=Commands,
@@ -46,6 +47,24 @@ prefect_app = typer.Typer(
 )
 app.add_typer(prefect_app, name="prefect")
 app.add_typer(automations_app, name="automations")
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        from importlib.metadata import version as installed
+
+        typer.echo(f"leukoflow {installed('leukoflow')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and end."),
+    ] = False,
+) -> None:
+    """Options of the command itself; what it is for is said where `app` is made."""
 
 
 def main() -> None:
@@ -478,7 +497,12 @@ def sample(
             soft_wrap=True,
             highlight=False,
         )
-        console.print(f"next: leukoflow run {made.archive} --out out --manifest {made.manifest}", soft_wrap=True)
+        console.print(f"next: {next_command(made.archive, made.manifest)}", soft_wrap=True, markup=False)
+
+
+def next_command(archive: Path, manifest: Path) -> str:
+    """The command that screens a sample, as the README has it."""
+    return shlex.join(["leukoflow", "run", str(archive), "--out", "out", "--manifest", str(manifest)])
 
 
 # --- train -----------------------------------------------------------------------------------------------------------

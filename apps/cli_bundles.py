@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -210,15 +211,18 @@ def shadow(
             raise ConfigError("--bundle names the candidate; `leukoflow bundles list` shows those of the registry")
         console = view.console()
         use_configured_prefect(debug)
+        from leukoflow.heart import beating
         from leukoflow.progress import read_manifest
         from leukoflow.storage import Storage
         from tasks.open_run import open_run
         from tasks.shadow import SUMMARY, ShadowSummary, shadow_config
 
         config = shadow_config(out, run_id, bundle, workers, cluster)
-        opened = open_run(config)
-        view.show_plan(console, opened.run_id, opened.root, opened.summary)
-        with prefect_api(keep_prefect, debug), view.live_progress(console, opened.root):
+        with ExitStack() as life:
+            opened = open_run(config, lambda root: life.enter_context(beating(root, "planning the source")))
+            view.show_plan(console, opened.run_id, opened.root, opened.summary)
+            life.enter_context(prefect_api(keep_prefect, debug))
+            life.enter_context(view.live_progress(console, opened.root))
             from flows.shadow import shadow as flow
 
             state = flow(out, config.shadow_of, bundle, workers, cluster, return_state=True)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from apps.common import Commands, Debug, Out, reached, refuse_remote, reported
+from apps.common import Commands, Debug, Out, existing, refuse_remote, reported
 from leukoflow.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def serve(
         if proxy_sign_in and not trusted:
             raise ConfigError("--proxy-sign-in: name the proxy with --proxy-from, or anybody could claim to be anyone")
         settings = WebSettings(
-            out=reached(out),
+            out=existing(out),
             users_file=checked_users_file(users, out),
             host=host,
             port=port,
@@ -231,7 +231,9 @@ def users_add(
     **Example**: `leukoflow users add anna --role reviewer`
     """
     with reported(debug):
-        _accounts(users).add(name, role, _password(password_stdin))
+        accounts = _accounts(users)
+        accounts.check_new(name, role)  # before anybody types a password
+        accounts.add(name, role, _password(password_stdin))
         typer.echo(f"{name} may come in as {role}")
 
 
@@ -284,7 +286,9 @@ def users_password(
 ) -> None:
     """Set somebody's password anew; their sessions end."""
     with reported(debug):
-        _accounts(users).set_password(name, _password(password_stdin))
+        accounts = _accounts(users)
+        accounts.check_known(name)  # before anybody types a password
+        accounts.set_password(name, _password(password_stdin))
         typer.echo(f"{name} has a new password and is signed out everywhere")
 
 

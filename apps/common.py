@@ -10,7 +10,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, NoReturn
@@ -21,7 +21,10 @@ from typer.core import TyperGroup
 from leukoflow.errors import QUOTING, ConfigError, LeukoflowError
 
 if TYPE_CHECKING:
+    from rich.console import Console
+
     from leukoflow.config import RunConfig
+    from tasks.open_run import Run
 
 _USAGE = 1  # a mistyped command; 2 is taken by an unusable source
 Debug = Annotated[bool, typer.Option("--debug", help="Show Prefect's log and the traceback of an error.")]
@@ -88,26 +91,42 @@ def execute(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
     console = view.console()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the flow takes over, stopping is just stopping
     use_configured_prefect(debug)  # a patient key may come from a block of that server
-    with console.status("planning", spinner="dots"):
-        from leukoflow.progress import read_manifest
-        from leukoflow.storage import Storage
-        from tasks.open_run import open_run
+    with ExitStack() as life:  # the run's record begins before anything can fail, and ends with what has become of it
+        with console.status("planning", spinner="dots"):
+            from leukoflow.heart import beating
+            from tasks.open_run import open_run
 
-        opened = open_run(settings)
-    if opened.finished is not None:
-        console.print(f"[green]{opened.run_id} is finished already[/]; nothing was started.")
-        view.show_outcome(console, opened.root, opened.finished)
-        return opened.finished.exit_code
+            opened = open_run(settings, lambda root: life.enter_context(beating(root, "planning the source")))
+        if opened.finished is not None:
+            console.print(f"[green]{opened.run_id} is finished already[/]; nothing was started.")
+            view.show_outcome(console, opened.root, opened.finished)
+            return opened.finished.exit_code
+        settled = settings.model_copy(update={"run_id": opened.run_id})
+        return _carry_out(console, opened, settled, keep_prefect, debug)
+
+
+def _carry_out(console: Console, opened: Run, settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
+    """Runs the flow of a run that was opened; shows and returns what has become of it. Raises LeukoflowError."""
+    from apps import view
+    from leukoflow.heart import beating
+    from leukoflow.progress import read_manifest
+    from leukoflow.storage import Storage
+
     view.show_plan(console, opened.run_id, opened.root, opened.summary)
     # What the flow will import takes its seconds on one core while the server starts on the other; Prefect itself must
     # not be among it yet.
     threading.Thread(target=importlib.import_module, args=("tasks.shard",), daemon=True).start()
-    with prefect_api(keep_prefect, debug), view.live_progress(console, opened.root):
-        from flows.nightly import nightly
+    with (
+        beating(opened.root, "waiting for Prefect's server") as heart,
+        prefect_api(keep_prefect, debug),
+        view.live_progress(console, opened.root),
+    ):
+        heart.phase("waiting for Prefect to begin the run")
+        from flows.nightly import screen
 
         state, silent = None, None
         try:
-            state = nightly(settings, return_state=True)
+            state = screen(settings)
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "httpx" and "Failed to reach API" not in str(error):
                 raise
@@ -215,6 +234,14 @@ def reached(out: str) -> str:
 
     Storage(out).probe()
     return out.rstrip("/")
+
+
+def existing(out: str) -> str:
+    """As `reached`, for commands that would else make the folder. Raises ConfigError where there is none."""
+    if "://" not in out and not Path(out).expanduser().is_dir():
+        what = "is a file" if Path(out).expanduser().exists() else "does not exist"
+        raise ConfigError(f"{out} {what}; name the folder that was given to `leukoflow run --out`")
+    return reached(out)
 
 
 def refuse_remote(**places: Path | None) -> None:

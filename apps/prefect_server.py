@@ -1,8 +1,11 @@
 """A real local Prefect server, for a run that was given none: loopback only, SQLite, no analytics, own home.
 
 One server per home at a time: the server inherits a lock that the kernel releases when it is gone, so neither a stale
-file nor a reused process id can be mistaken for a live server. A server that is not kept dies with the process that
-started it, even when that is killed. All of Prefect's own settings in the environment are kept away from it.
+file nor a reused process id can be mistaken for a live server. It inherits its listening socket too, which is opened
+before it starts: runs that start together cannot race for a port. Each home has a port of its own that it prefers, so
+that a run whose server has died does not find the server of another home there. A server that is not kept dies with
+the process that started it, even when that is killed. All of Prefect's own settings in the environment are kept away
+from it.
 """
 
 from __future__ import annotations
@@ -26,15 +29,16 @@ from pathlib import Path
 
 from leukoflow.errors import LeukoflowError
 
-STARTUP_SECONDS = 60.0
-"""How long a server may take until it answers: a first start creates the database and unpacks the dashboard."""
+STARTUP_SECONDS = 300.0
+"""How long a server may take until it answers: seconds, but minutes where many start at once on few cores. One that
+has died is noticed at once."""
 
 FASTAPI_BELOW = "0.151"
 """Prefect 3.8 allows newer ones, but its server does not start with 0.155, which dropped `Body(min_items=...)`."""
 
 _PREFERRED_PORT = 4200
 _LOCK, _STATE, _LOG = "server.lock", "server.json", "server.log"
-_PARALLEL = 16  # runs at the same time that may each have a server of their own
+_PARALLEL = 64  # runs at the same time that may each have a server of their own
 
 
 class PrefectServerError(LeukoflowError):
@@ -211,19 +215,28 @@ def running_server(home: Path | None = None) -> LocalServer | None:
 
 
 def start_server(keep: bool, home: Path | None = None) -> LocalServer:
-    """A server that answers: the kept one of this home if there is one, otherwise a new one (up to 60 s).
+    """A server that answers: the kept one of this home if there is one, otherwise a new one.
 
     Call it from the main thread: the kernel ties a server that is not kept to the thread that started it. Raises
     PrefectServerError with the last lines of the server's log.
     """
     home = home or default_home()
-    if (server := running_server(home)) is not None:
-        return server
     if not keep and threading.current_thread() is not threading.main_thread():
         raise PrefectServerError("a server that ends with its run must be started from the main thread")
-    place, lock = _free_place(home, only_first=keep)
+    deadline = time.monotonic() + STARTUP_SECONDS
+    while True:
+        if (server := running_server(home)) is not None:
+            return server
+        try:
+            place, number, lock = _free_place(home, only_first=keep)
+            break
+        except PrefectServerError:
+            starting = keep and _is_locked(home) and not (home / _STATE).exists()  # by another command, to stay
+            if not starting or time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
     try:
-        return _start_in(place, lock, keep)
+        return _start_in(place, lock, keep, _PREFERRED_PORT + number)
     finally:
         os.close(lock)  # the server holds its own copy
 
@@ -246,8 +259,8 @@ def stop(home: Path | None = None) -> bool:
     return True
 
 
-def _free_place(home: Path, only_first: bool) -> tuple[Path, int]:
-    """The first home of `home`, `home/parallel-1`, ... without a server, and its lock as a file descriptor.
+def _free_place(home: Path, only_first: bool) -> tuple[Path, int, int]:
+    """The first home of `home`, `home/parallel-1`, ... without a server, its number, and its lock's file descriptor.
 
     Two servers never share a SQLite database; a run beside another one gets a place of its own.
     """
@@ -266,44 +279,51 @@ def _free_place(home: Path, only_first: bool) -> tuple[Path, int]:
         except OSError:
             os.close(lock)
             continue
-        return place, lock
+        return place, n, lock
     if only_first:
         raise PrefectServerError(
-            f"a run that is going on uses the Prefect server of {home}: wait for its end, or set "
-            "LEUKOFLOW_PREFECT_HOME to another directory"
+            f"a run that is going on uses the Prefect server of {home}, which ends with it: wait for the end of that "
+            "run, leave out --keep-prefect, or set LEUKOFLOW_PREFECT_HOME to another directory"
         )
     raise PrefectServerError(
         f"{_PARALLEL} Prefect servers run below {home} already: set PREFECT_API_URL to one of them"
     )
 
 
-def _start_in(home: Path, lock: int, keep: bool) -> LocalServer:
+def _start_in(home: Path, lock: int, keep: bool, port: int) -> LocalServer:
     (home / _STATE).unlink(missing_ok=True)
     deadline = time.monotonic() + STARTUP_SECONDS
-    port = free_port(_PREFERRED_PORT)
-    for attempt in (1, 2, 3):
-        url = f"http://127.0.0.1:{port}/api"
-        process = _spawn(home, lock, port, keep)
-        try:
-            while process.poll() is None and time.monotonic() < deadline:
-                if _is_of(home, url):
-                    server = LocalServer(url, process.pid, home, keep, process)
-                    _record(server)
-                    return server
-                time.sleep(0.1)
-        except BaseException:  # Ctrl-C while waiting
-            _terminate(process.pid, process)
-            raise
-        if process.poll() is None:
-            _terminate(process.pid, process)
-            raise PrefectServerError(_failure(home, f"did not answer within {STARTUP_SECONDS:.0f} s"))
-        if "already in use" not in _tail(home) or attempt == 3:
-            break
-        port = free_port(0)  # somebody took the port in between
+    with _listen(port) as listening:
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
+        process = _spawn(home, lock, listening, keep)
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            if _is_of(home, url):
+                server = LocalServer(url, process.pid, home, keep, process)
+                _record(server)
+                return server
+            time.sleep(0.1)
+    except BaseException:  # Ctrl-C while waiting
+        _terminate(process.pid, process)
+        raise
+    if process.poll() is None:
+        _terminate(process.pid, process)
+        raise PrefectServerError(_failure(home, f"did not answer within {STARTUP_SECONDS:.0f} s"))
     raise PrefectServerError(_failure(home, f"ended at once with status {process.returncode}"))
 
 
-def _spawn(home: Path, lock: int, port: int, keep: bool) -> subprocess.Popen[bytes]:
+def _listen(preferred: int) -> socket.socket:
+    """A socket that listens on the loopback address, at `preferred` if nobody else does, else at any free port."""
+    for port in (preferred, 0):
+        try:
+            return socket.create_server(("127.0.0.1", port), backlog=2048)
+        except OSError:
+            continue
+    raise PrefectServerError("no free TCP port on 127.0.0.1: is the loopback interface up?")
+
+
+def _spawn(home: Path, lock: int, listening: socket.socket, keep: bool) -> subprocess.Popen[bytes]:
+    port = listening.getsockname()[1]
     settings = {
         "PREFECT_HOME": str(home),
         "PREFECT_SERVER_DATABASE_CONNECTION_URL": f"sqlite+aiosqlite:///{home / 'prefect.db'}",
@@ -312,15 +332,14 @@ def _spawn(home: Path, lock: int, port: int, keep: bool) -> subprocess.Popen[byt
         "PREFECT_SERVER_UI_STATIC_DIRECTORY": str(home / "ui"),  # the installation may be read-only
         "PREFECT_SERVER_UI_API_URL": f"http://127.0.0.1:{port}/api",
         "PREFECT_SERVER_LOGGING_LEVEL": "WARNING",
-        "PREFECT_CLI_PROMPT": "false",
         "DO_NOT_TRACK": "1",
         "NO_COLOR": "1",
     }
     inherited = {k: v for k, v in os.environ.items() if not k.startswith("PREFECT_")}
-    command = [sys.executable, "-P", "-m", "prefect", "server", "start", "--host", "127.0.0.1", "--port", str(port)]
+    folder = Path(__file__).parent
+    command = [sys.executable, "-P", str(folder / "_prefect_process.py"), str(listening.fileno())]
     if not keep:
-        wrapper = Path(__file__).with_name("_bound_process.py")
-        command = [sys.executable, "-P", str(wrapper), str(os.getpid()), *command]
+        command = [sys.executable, "-P", str(folder / "_bound_process.py"), str(os.getpid()), *command]
     with (home / _LOG).open("wb") as log:
         return subprocess.Popen(
             command,
@@ -329,7 +348,7 @@ def _spawn(home: Path, lock: int, port: int, keep: bool) -> subprocess.Popen[byt
             stdin=subprocess.DEVNULL,
             stdout=log,
             stderr=subprocess.STDOUT,
-            pass_fds=(lock,),
+            pass_fds=(lock, listening.fileno()),
             start_new_session=True,  # Ctrl-C must reach the run, which drains, and not the server that it still needs
         )
 

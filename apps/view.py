@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shlex
+import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -38,14 +39,15 @@ if TYPE_CHECKING:
     from tasks.retention import Decision
     from tasks.verify import Verification
 
+_UNBOUNDED = 100_000
 _POLL_SECONDS = 1.0
 _PLAIN_SECONDS = 10.0
 _STATE_STYLE = {"running": "cyan", "finished": "green", "cancelled": "yellow", "killed": "red", "failed": "red"}
 
 
 def console() -> Console:
-    """The console for results: standard output."""
-    return Console(highlight=False)
+    """The console for results: standard output. What is piped or kept in a file is never cut to lines of a width."""
+    return Console(highlight=False, width=None if sys.stdout.isatty() else _UNBOUNDED)
 
 
 def duration(seconds: float) -> str:
@@ -142,9 +144,10 @@ def _follow(target: Console, root: str, ended: threading.Event) -> None:
         while not ended.wait(_PLAIN_SECONDS):
             progress = _try_read(reader)
             if progress is not None:
+                pace_now = pace.describe(progress.done, progress.members)
                 target.print(
                     f"{progress.done:,} of {progress.members:,} images, {progress.shards_done} of {progress.shards} "
-                    f"shards; {pace.describe(progress.done, progress.members)}; {_counts(progress)}",
+                    f"shards; {pace_now if progress.done else progress.phase or pace_now}; {_counts(progress)}",
                     soft_wrap=True,
                 )
         return
@@ -156,7 +159,7 @@ def _follow(target: Console, root: str, ended: threading.Event) -> None:
         console=target,
         transient=True,
     ) as bar:
-        task: TaskID = bar.add_task("run", total=None, line="starting workers and loading the models")
+        task: TaskID = bar.add_task("run", total=None, line="starting")
         while True:
             progress = _try_read(reader)
             if progress is not None and progress.done:
@@ -165,6 +168,7 @@ def _follow(target: Console, root: str, ended: threading.Event) -> None:
                 bar.update(task, completed=progress.done, total=progress.members, line=line)
             elif progress is not None:
                 pace.describe(0, progress.members)
+                bar.update(task, line=escape(progress.phase or "starting"))
             if ended.wait(_POLL_SECONDS):
                 return
 
@@ -242,7 +246,7 @@ def show_outcome(target: Console, root: str, manifest: RunManifest) -> None:
         pace.add_row("source", Text(f"incomplete: {m.source_truncated}", style="yellow"))
     for note in m.notes:
         pace.add_row("note", Text(note, style="yellow"))
-    target.print(Group(Padding(both, (1, 0)), pace))
+    target.print(Group(Padding(both, (1, 0), expand=False), pace))
     table = root.replace("'", "''") + "/predictions/*.parquet"
     for name, line in (  # printed unwrapped, to be copied
         ("report", f"{root}/report.html"),
@@ -279,6 +283,13 @@ def show_runs(target: Console, out: str, runs: Sequence[RunProgress], damaged: S
     target.print(f"[dim]one of them in detail: leukoflow status {escape(shlex.quote(out))} RUN_ID[/]", soft_wrap=True)
 
 
+def _state_in_words(p: RunProgress) -> str:
+    """The state with what it does or waits for, or with the exit code and the reason of its end."""
+    code = f" (exit code {p.exit_code})" if p.exit_code is not None and p.state in ("failed", "cancelled") else ""
+    doing = p.phase if p.state == "running" else ""
+    return ": ".join([p.state + code, *filter(None, [doing, p.message])])
+
+
 def show_status(target: Console, root: str, p: RunProgress) -> None:
     """One run in detail, with what to do about it."""
     from leukoflow.progress import ProgressReader
@@ -288,11 +299,10 @@ def show_status(target: Console, root: str, p: RunProgress) -> None:
     table.add_row("run", Text(p.run_id, style="bold"))
     if p.shadow_of is not None:
         table.add_row("shadow of", Text(f"{p.shadow_of}: not the night's result", style="yellow"))
-    table.add_row(
-        "state", Text(f"{p.state}{': ' + p.message if p.message else ''}", style=_STATE_STYLE.get(p.state, "yellow"))
-    )
+    table.add_row("state", Text(_state_in_words(p), style=_STATE_STYLE.get(p.state, "yellow")))
     share = f" ({100 * p.done / p.members:.0f} %)" if p.members else ""
-    table.add_row("images", f"{p.done:,} of {p.members:,}{share}: {_counts(p)}")
+    planned = f"{p.done:,} of {p.members:,}{share}: {_counts(p)}" if p.members else "the source is not planned yet"
+    table.add_row("images", planned)
     for stage in ("masks", "features", "predictions"):
         done = len(reader.storage.names(f"markers/{stage}"))
         table.add_row(stage, f"{done:,} of {p.shards:,} shards")
@@ -456,7 +466,7 @@ def show_amended(target: Console, found: Sequence[Amended], done: str, dry_run: 
         target.print(Text.assemble((e.run_id, "bold"), line), soft_wrap=True)
     if not dry_run:
         target.print(
-            "reports were deleted; `leukoflow report OUT RUN_ID` builds a new one, from the source as it is now"
+            "reports were deleted; `leukoflow report OUT RUN_ID` builds it again, from the source as it is now"
         )
 
 
@@ -475,7 +485,7 @@ def show_diff(target: Console, found: RunDiff) -> None:
             setup.add_column(name, overflow="fold")
         for row in found.setup:
             setup.add_row(*map(Text, row))
-        target.print(Padding(setup, (1, 0, 0, 0)))
+        target.print(Padding(setup, (1, 0, 0, 0), expand=False))
     if not found.images:
         target.print("\n[yellow]nothing was compared[/]: neither run has an image")
         return
@@ -496,7 +506,7 @@ def show_diff(target: Console, found: RunDiff) -> None:
                 n = counts.get((before, after), 0)
                 cells.append(Text(f"{n:,}" if n else "·", style="dim" if before == after or not n else "yellow"))
             matrix.add_row(before, *cells)
-        target.print(Padding(matrix, (1, 0, 0, 0)))
+        target.print(Padding(matrix, (1, 0, 0, 0), expand=False))
     slides = Table(box=None, padding=(0, 2), header_style="dim")
     slides.add_column("slide", overflow="fold")
     for name in ("images", "label or status", "any change"):
@@ -507,7 +517,7 @@ def show_diff(target: Console, found: RunDiff) -> None:
         steps = ", ".join(f"{a} → {b} {n:,}" for a, b, n in s.transitions[:4])
         example = Text(s.examples[0] if s.examples else "")
         slides.add_row(Text(s.slide), f"{s.images:,}", f"{s.moved:,}", f"{s.changed:,}", steps, example)
-    target.print(Padding(slides, (1, 0)))
+    target.print(Padding(slides, (1, 0), expand=False))
     if len(found.slides) > _SLIDES_SHOWN:
         target.print(f"and {len(found.slides) - _SLIDES_SHOWN:,} more slides; --csv or --json has all of them")
     fields = ", ".join(f"{name} {n:,}" for name, n in found.fields)

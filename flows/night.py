@@ -20,7 +20,7 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows.nightly import STATE_NAMES, headline, nightly
+from flows.nightly import STATE_NAMES, headline, screen
 from leukoflow.config import RunConfig
 from leukoflow.errors import ConfigError, DeadlineError, LeukoflowError, RunCancelledError, SourceError, StorageError
 from leukoflow.ledger import ClaimHead, ClaimOutcome, Ledger, RunOutcome, read_selection
@@ -150,7 +150,7 @@ def _do_run(site: Site, ledger: Ledger, head: ClaimHead, run_id: str, deadline: 
     storage = Storage(site.out).child(run_id)
     config = run_config(site, ledger, head, run_id, deadline)
     _wait_for_others(storage.root)
-    state = nightly(config, return_state=True)
+    state = screen(config, f"site:{site.name}")
     if state.is_cancelled() or state.is_cancelling():
         raise RunCancelledError(
             f"the night was stopped in run {run_id}; the next one, or {_again(site)}, goes on with it"

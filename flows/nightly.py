@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import itertools
 import json
-import os
+import shlex
 import signal
-import socket
 import threading
 import time
 import uuid
@@ -16,14 +15,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from functools import partial
-from pathlib import Path
 from typing import Any, BinaryIO, cast
 
 import psutil
 from distributed import KilledWorker
 from distributed.client import ClosedClientError
-from prefect import flow, get_run_logger, task
-from prefect.artifacts import create_link_artifact, create_table_artifact
+from prefect import flow, get_run_logger, tags, task
+from prefect.artifacts import create_markdown_artifact, create_table_artifact
 from prefect.cache_policies import NO_CACHE
 from prefect.client.schemas.objects import State
 from prefect.futures import PrefectFuture, wait
@@ -37,8 +35,7 @@ from flows.dashboard import Dashboard
 from flows.deadline import watching
 from flows.events import drift_rows, emit, run_events
 from leukoflow.cluster import Cluster, code_digest, open_cluster
-from leukoflow.codec import dumps
-from leukoflow.config import RunConfig
+from leukoflow.config import ClusterSettings, RunConfig
 from leukoflow.errors import (
     QUOTING,
     AttemptError,
@@ -52,7 +49,8 @@ from leukoflow.errors import (
     place_of,
     words_of,
 )
-from leukoflow.progress import HEARTBEAT_SECONDS, Heartbeat, now
+from leukoflow.heart import Heart, beating
+from leukoflow.progress import now
 from leukoflow.records import CLASSES, RunManifest, Shard, ShardReceipt
 from leukoflow.runlog import run_log
 from leukoflow.sources import spool
@@ -92,6 +90,7 @@ from tasks.shard import (
     started_key,
     trail_of,
 )
+from tasks.worklist import run_key_of
 
 LOSSES = 20
 """How often a shard is done anew because its worker died of something else, before that is taken for a fault."""
@@ -107,9 +106,11 @@ DEATHS_BEFORE_SEARCH = 2
 
 
 def _run_name() -> str:
+    """As the dashboard lists it: the run's id where it is settled before the flow begins, else the source's name."""
     config = flow_run.parameters["config"]
-    source = config.source if isinstance(config, RunConfig) else config["source"]
-    return f"screening of {stem(source)}"
+    settings = config.model_dump() if isinstance(config, RunConfig) else config
+    run_id = settings.get("run_id")
+    return f"screening, run {run_id}" if run_id else f"screening of {stem(settings['source'])}"
 
 
 @flow(name="leukoflow nightly", flow_run_name=_run_name, task_runner=ThreadPoolTaskRunner(max_workers=256))  # type: ignore[arg-type]
@@ -120,35 +121,11 @@ def nightly(config: RunConfig) -> State[Any]:
     """
     log = get_run_logger()
     try:
-        run = open_run(config)
-        if run.finished is not None:
-            return Completed(message=f"run {run.run_id} was finished already: {headline(run.finished)}")
-        stop = threading.Event()
-        with (
-            run_log(run.root, run.run_id),
-            _metrics(run),
-            _Heart(run) as heart,
-            _draining(stop),
-            _dashboard(run, stop) as dashboard,
-        ):
-            log.info("run %s: %s images in %s shards", run.run_id, run.summary.members, run.summary.shards)
-            for remark in run.summary.remarks:
-                log.warning("%s", remark)
-            with _no_uploads_left(run):
-                with watching(run, stop, heart.note):
-                    done = _process(run, stop, dashboard)
-                manifest = publish(run, *done, notes=dashboard.notes())
-            Storage(run.root).delete("_attempts")
-            Storage(run.root).delete(PARTIAL)
-            _report(run, manifest)
-            if config.shadow_of is None:  # a shadow run is not the night's result
-                dashboard.summary(summary(run, manifest), f"What became of {stem(config.source)}")
-                _tell(run, manifest, answers=not dashboard.away)
-            log.info("run %s: %s", run.run_id, headline(manifest))
-            heart.say("finished", headline(manifest))
-            if dashboard.cancelled():  # too late, but Prefect lets a run that is being cancelled end as nothing else
-                return Cancelled(message=f"it was finished when Cancel was pressed: {headline(manifest)}")
-        return Completed(name=STATE_NAMES[manifest.exit_code], message=headline(manifest))
+        with ExitStack() as life:
+            run = open_run(config, lambda root: life.enter_context(beating(root, "planning the source")))
+            if run.finished is not None:
+                return Completed(message=f"run {run.run_id} was finished already: {headline(run.finished)}")
+            return _screen(run)
     except DeadlineError as late:
         log.error("%s", late)
         return Failed(name="DeadlineMissed", message=str(late), data=late)
@@ -165,6 +142,45 @@ def nightly(config: RunConfig) -> State[Any]:
         return Failed(message=str(fault), data=fault)
 
 
+def _screen(run: Run) -> State[Any]:
+    """Does what is missing of an opened run; returns the state in which it has ended. Raises LeukoflowError."""
+    log, config, stop = get_run_logger(), run.config, threading.Event()
+    with (
+        run_log(run.root, run.run_id),
+        _metrics(run),
+        beating(run.root, "looking for what is done already") as heart,
+        _draining(stop),
+        _dashboard(run, stop) as dashboard,
+    ):
+        heart.dashboard = PREFECT_UI_URL.value() or ""
+        log.info("run %s: %s images in %s shards", run.run_id, run.summary.members, run.summary.shards)
+        for remark in run.summary.remarks:
+            log.warning("%s", remark)
+        with _no_uploads_left(run):
+            with watching(run, stop, heart.note):
+                done = _process(run, stop, dashboard, heart)
+            heart.phase("writing tables and manifest")
+            manifest = publish(run, *done, notes=dashboard.notes())
+        Storage(run.root).delete("_attempts")
+        Storage(run.root).delete(PARTIAL)
+        _report(run, manifest)
+        if config.shadow_of is None:  # a shadow run is not the night's result
+            dashboard.summary(summary(run, manifest), f"What became of {stem(config.source)}")
+            _tell(run, manifest, answers=not dashboard.away)
+        log.info("run %s: %s", run.run_id, headline(manifest))
+        heart.say("finished", headline(manifest), manifest.exit_code)
+        if dashboard.cancelled():  # too late, but Prefect lets a run that is being cancelled end as nothing else
+            return Cancelled(message=f"it was finished when Cancel was pressed: {headline(manifest)}")
+    return Completed(name=STATE_NAMES[manifest.exit_code], message=headline(manifest))
+
+
+def screen(config: RunConfig, *labels: str) -> State[Any]:
+    """The flow of a run whose id is settled, with the tags by which an operator finds it in the dashboard."""
+    with tags("leukoflow", f"run:{config.run_id}", *labels):
+        state: State[Any] = nightly(config, return_state=True)
+    return state
+
+
 # --- shards: what Prefect sees ---------------------------------------------------------------------------------------
 
 
@@ -179,7 +195,7 @@ def process_shard(work: _Work, shard: Shard) -> ShardReceipt:
             raise ShardError(f"shard {shard.name}: {place_of(error)}") from None
         if receipt is not None:
             break
-        log.info("shard %s: its worker was lost to something else; the shard is done anew", shard.name)
+        log.info("shard %s: its worker was lost to something else; the shard is started again", shard.name)
         work.cluster.settle()
     else:
         raise ShardError(
@@ -330,7 +346,7 @@ class _Work:
                 search = self.cluster.client.submit(find_culprits, job, key=name, pure=False)
                 self.culprits[shard.ordinal] = self.cluster.result(search)
             except (KilledWorker, AttemptError, ClosedClientError):
-                log.info("shard %s: the search was lost with its worker and begins anew", shard.name)
+                log.info("shard %s: the search was lost with its worker and is started again", shard.name)
                 self.cluster.settle()
             else:
                 return self.job(shard)
@@ -340,7 +356,7 @@ class _Work:
 # --- the run ---------------------------------------------------------------------------------------------------------
 
 
-def _process(run: Run, stop: threading.Event, dashboard: Dashboard) -> tuple[float, float, int]:
+def _process(run: Run, stop: threading.Event, dashboard: Dashboard, heart: Heart) -> tuple[float, float, int]:
     """Does what is missing; returns seconds of start-up, seconds of processing and how many members it did.
 
     Raises RunCancelledError, ShardError, PreflightError, ClusterError.
@@ -352,16 +368,30 @@ def _process(run: Run, stop: threading.Event, dashboard: Dashboard) -> tuple[flo
         return time.time() - born, 0.0, 0
     settings, gpu = run.config.cluster, run.device == "cuda"
     preflight(run, local_sizes(settings, gpu)[-1] if settings.address == "local" else 0)
+    heart.phase(_awaited(settings, gpu))
     with open_cluster(settings, gpu) as cluster:
+        heart.phase("loading the models in the workers")
         cluster.ready(partial(load_models, run.bundle_uri, run.bundle.digest, run.device))
         started = time.time()
         work = _Work(run, cluster)
+        heart.phase("screening images")
         try:
             with worker_messages(cluster.client, run.run_id):
                 images = _dispatch(work, first, pending, stop, dashboard)
         finally:
             Storage(run.root).delete(work.spool)
     return started - born, time.time() - started, images
+
+
+def _awaited(settings: ClusterSettings, gpu: bool) -> str:
+    """What a run waits for before its first shard, in words."""
+    if "://" in settings.address:
+        return f"waiting for the workers of the Dask scheduler at {settings.address}"
+    if settings.address != "local":
+        return f"waiting for workers from {settings.address}"
+    gpus, count, _ = local_sizes(settings, gpu)
+    count += len(gpus)
+    return f"starting {count} worker{'s' if count > 1 else ''}"
 
 
 @contextmanager
@@ -501,55 +531,6 @@ def _remember_failure(run: Run, shard: Shard, message: str) -> None:
 # --- signs of life, and the wish to stop -----------------------------------------------------------------------------
 
 
-class _Heart:
-    """Writes the heartbeat file, in a thread of its own."""
-
-    def __init__(self, run: Run) -> None:
-        self.storage = Storage(run.root)
-        self._over = threading.Event()
-        self._last = ("failed", "it ended without a word")
-        self._note = ""
-        self._thread = threading.Thread(target=self._beat, name="leukoflow-heart", daemon=True)
-
-    def __enter__(self) -> _Heart:
-        self._write("running", "")
-        self._thread.start()
-        return self
-
-    def note(self, words: str) -> None:
-        """What `leukoflow status` says of a running run, from the next beat on."""
-        self._note = words
-
-    def say(self, state: str, message: str) -> None:
-        """The last word, written when the run ends."""
-        self._last = (state, message)
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._over.set()
-        self._thread.join(timeout=30)
-        if isinstance(error, RunCancelledError):
-            self._last = ("cancelled", str(error))
-        elif isinstance(error, KeyboardInterrupt):
-            self._last = ("cancelled", "it was stopped at once, by a second signal")
-        elif error is not None:
-            self._last = ("failed", place_of(error) if isinstance(error, QUOTING) else str(error) or place_of(error))
-        try:
-            self._write(*self._last)
-        except Exception as trouble:  # what ended the run is what people must read
-            get_logger().warning("heartbeat: %s", trouble)
-
-    def _write(self, state: Any, message: str) -> None:
-        beat = Heartbeat(os.getpid(), socket.gethostname(), now(), state, message, PREFECT_UI_URL.value() or "")
-        self.storage.write("heartbeat.json", dumps(beat))
-
-    def _beat(self) -> None:
-        while not self._over.wait(HEARTBEAT_SECONDS / 2):
-            try:
-                self._write("running", self._note)
-            except Exception as error:  # a missed beat must not end a night's work
-                get_logger().warning("heartbeat: %s", error)
-
-
 def _dashboard(run: Run, stop: threading.Event) -> Dashboard:
     """What Prefect is told beside the task runs; `stop` is set when somebody presses Cancel there."""
     return Dashboard(
@@ -640,17 +621,21 @@ def _tell(run: Run, manifest: RunManifest, answers: bool) -> None:
     try:
         if drifts:
             create_table_artifact(drift_rows(drifts), key="nightly-drift", description="Drift against the reference")
-        create_link_artifact(
-            _link(Storage(run.root).uri("report.html")), key="nightly-report", link_text=f"Report of {run.run_id}"
-        )
+        create_markdown_artifact(where_the_report_is(run), key="nightly-report", description=f"Report of {run.run_id}")
     except Exception as error:
         get_run_logger().warning("artifacts could not be written (%s: %s)", type(error).__name__, words_of(error))
     for event, payload in run_events(manifest, drifts, run.config.alerts):
         emit(event, run.run_id, payload)
 
 
-def _link(uri: str) -> str:
-    return uri if "://" in uri else Path(uri).as_uri()
+def where_the_report_is(run: Run) -> str:
+    """How people come to the report, Markdown: a browser follows no link from here to a file."""
+    file = f"File: `{Storage(run.root).uri('report.html')}`"
+    if run.config.web_url is None:
+        command = shlex.join(["leukoflow", "serve", run.config.out])
+        return f"{file}\n\nIn the browser: `{command}`, then open run {run.run_id} there."
+    page = f"{run.config.web_url.rstrip('/')}/runs/{run_key_of(run.run_id)}"
+    return f"[{run.run_id} in the web application]({page})\n\n{file}"
 
 
 # --- what people read ------------------------------------------------------------------------------------------------

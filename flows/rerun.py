@@ -8,7 +8,7 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
-from flows.nightly import nightly
+from flows.nightly import screen
 from leukoflow.config import RunConfig
 from leukoflow.errors import LeukoflowError
 from leukoflow.progress import ProgressReader
@@ -29,8 +29,7 @@ def rerun(out: str, run_id: str) -> State[Any]:
     except LeukoflowError as error:
         get_run_logger().error("%s", error)
         return Failed(message=str(error), data=error)
-    state: State[Any] = nightly(config, return_state=True)
-    return state
+    return screen(config)
 
 
 def rerun_config(out: str, run_id: str) -> RunConfig:

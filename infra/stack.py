@@ -31,6 +31,7 @@ from apps.web.accounts import Accounts
 from infra.backup import create, put_back
 from infra.postgres import Postgres, find_binaries
 from infra.processes import MARK, STEP, Processes, StackError, end, unprivileged_user, wait_until
+from leukoflow.progress import list_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "/prefect"
@@ -228,6 +229,7 @@ class Stack:
             "DO_NOT_TRACK": "1",
             "PREFECT_FLOWS_HEARTBEAT_FREQUENCY": "30",
             "LEUKOFLOW_SITE": str(self.folder / "site.toml"),
+            "LEUKOFLOW_WEB_URL": self.web_url,
             "LEUKOFLOW_CLUSTER__ADDRESS": self.scheduler_url,
             "LEUKOFLOW_PATIENT_KEY": self.secrets["PATIENT_KEY"],
             "AWS_ENDPOINT_URL": self.url("objects"),
@@ -493,7 +495,10 @@ class Stack:
     def _sample(self, say: Callable[[str], None]) -> None:
         """A night's archive in the inbox, on the first start of a stack that was not restored from a backup."""
         sample = self.folder / "sample"
-        if not (sample / "smears.zip").is_file() and not any(self.results.iterdir()):
+        known = (
+            list_runs(str(self.results)) or (self.results / "inbox").exists()
+        )  # the web application's log is neither
+        if not (sample / "smears.zip").is_file() and not known:
             say("a sample for the inbox")
             command = [LEUKOFLOW, "sample", str(sample), "--images", "32", "--seed", "7"]
             self.run(command, {})
@@ -641,7 +646,7 @@ def main(arguments: list[str]) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    console = Console(soft_wrap=True, highlight=False)
+    console = Console(soft_wrap=True, highlight=False, width=None if sys.stdout.isatty() else 100_000)
     stack = Stack(default_folder())
     begun = time.monotonic()
     try:

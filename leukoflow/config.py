@@ -186,6 +186,9 @@ class RunConfig(BaseSettings):
     drift_reference: str | None = Field(None, description="file of the drift reference; else the bundle's, or OUT's")
     metrics_port: int | None = Field(None, ge=0, le=65535, description="port of the flow's own Prometheus metrics")
     metrics_address: str = Field("127.0.0.1", description="address at which the flow's metrics are served")
+    web_url: str | None = Field(
+        None, pattern=r"^https?://\S+$", description="address of the web application of `out`, for links in Prefect"
+    )
 
     @field_validator("shard_size")
     @classmethod
@@ -291,7 +294,10 @@ def read_toml(file: str | Path) -> dict[str, Any]:
     try:
         return tomllib.loads(Path(file).read_text(encoding="utf-8"))
     except OSError as error:
-        why = "does not exist" if isinstance(error, FileNotFoundError) else f"cannot be read: {error.strerror}"
+        why = {
+            FileNotFoundError: "does not exist; correct its path",
+            IsADirectoryError: "is a folder; name the TOML file in it",
+        }.get(type(error), f"cannot be read: {error.strerror}")
         raise ConfigError(f"configuration file {file} {why}") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise ConfigError(f"configuration file {file} is not valid TOML: {error}") from None

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import socket
 import time
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Literal
+
+import psutil
 
 from leukoflow.codec import loads
 from leukoflow.errors import StorageError
@@ -17,11 +18,16 @@ from leukoflow.storage import Storage
 
 State = Literal["running", "finished", "cancelled", "failed", "killed", "unknown"]
 HEARTBEAT_SECONDS = 10.0
+CLOCK_SECONDS = 30.0
+"""How far apart clocks that tell of one process may be."""
 
 
 @dataclass(frozen=True, slots=True)
 class RunBinding:
-    """`run.json`, written once before anything else: what the run id stands for."""
+    """`run.json`, written before anything else: what the run id stands for.
+
+    It is written a second time once the source is planned, which gives it members, shards and the plan's digest.
+    """
 
     run_id: str
     fingerprint: str
@@ -41,6 +47,11 @@ class RunBinding:
     shadow_of: str | None = None  # the run that this one only accompanies: not the night's result
     patient_key_check: str = ""  # of the key that made its pseudonyms; empty without patients, and in older runs
 
+    @property
+    def is_planned(self) -> bool:
+        """Whether its source was planned; before that it has nothing that could be lost."""
+        return self.members > 0
+
 
 @dataclass(frozen=True, slots=True)
 class Heartbeat:
@@ -52,6 +63,8 @@ class Heartbeat:
     state: Literal["running", "cancelled", "failed", "finished"]
     message: str = ""
     dashboard: str = ""
+    phase: str = ""  # what it does or waits for, as in "starting 2 workers"
+    exit_code: int | None = None  # of the last word
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +88,8 @@ class RunProgress:
     failed_shards: tuple[tuple[str, str], ...]  # (shard, what happened)
     command: str
     shadow_of: str | None = None
+    phase: str = ""  # what a running run does or waits for, and a killed one did
+    exit_code: int | None = None  # of a run that failed or was stopped
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,10 +134,11 @@ class ProgressReader:
         receipts = [r for name, r in self._receipts.items() if name in present]
         beat = self.heartbeat()
         failures = tuple((name.removesuffix(".json"), self._failure(name)) for name in self.storage.names("failures"))
+        state = self.state(beat)
         return RunProgress(
             run_id=binding.run_id,
-            state=self.state(beat),
-            message=beat.message if beat else "",
+            state=state,
+            message=_words(state, beat),
             dashboard=beat.dashboard if beat else "",
             members=binding.members,
             done=sum(r.rows for r in receipts),
@@ -137,6 +153,8 @@ class ProgressReader:
             failed_shards=failures,
             command=binding.command,
             shadow_of=binding.shadow_of,
+            phase=beat.phase if beat else "",
+            exit_code=beat.exit_code if beat and state == beat.state else None,
         )
 
     def binding(self) -> RunBinding:
@@ -174,7 +192,7 @@ class ProgressReader:
         if beat.state != "running":
             return "unknown" if beat.state == "finished" else beat.state
         if beat.host == socket.gethostname():
-            return "running" if _alive(beat.pid) else "killed"
+            return "running" if _alive(beat) else "killed"
         age = time.time() - datetime.fromisoformat(beat.at).timestamp()
         return "running" if age < 6 * HEARTBEAT_SECONDS else "killed"
 
@@ -229,11 +247,22 @@ def list_runs(out: str) -> list[str]:
     return found
 
 
-def _alive(pid: int) -> bool:
+def _words(state: State, beat: Heartbeat | None) -> str:
+    """What is to be said about a state: the run's own last word, or what can be told from its silence."""
+    if beat is None:
+        return "" if state == "finished" else "it has never given a sign of life, or its heartbeat.json is damaged"
+    if state != "killed":
+        return beat.message
+    doing = f" while {beat.phase}" if beat.phase else ""
+    return f"it stopped{doing}, without a last word: process {beat.pid} on {beat.host} is gone"
+
+
+def _alive(beat: Heartbeat) -> bool:
+    """Whether the process of this machine that wrote a beat lives; a younger one of the same number is another."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        born = float(psutil.Process(beat.pid).create_time())
+        return born < datetime.fromisoformat(beat.at).timestamp() + CLOCK_SECONDS
+    except psutil.NoSuchProcess:
         return False
-    except PermissionError:
+    except (psutil.Error, ValueError):
         return True
-    return True

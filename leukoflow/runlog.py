@@ -19,6 +19,7 @@ from leukoflow.storage import Storage
 from leukoflow.telemetry import WORKER_LOGGER
 
 LOGGERS = ("leukoflow", "prefect.flow_runs", "prefect.task_runs")
+_open: list[str] = []
 _SHARD = re.compile(r"shard (\d{5,})")
 
 
@@ -88,6 +89,8 @@ def run_log(root: str, run_id: str) -> Iterator[None]:
     ours, workers = logging.getLogger("leukoflow"), logging.getLogger(WORKER_LOGGER)
     plain = PlainLines("%(asctime)s %(levelname)-7s %(message)s")
     with ExitStack() as stack:
+        _open.append(storage.root)
+        stack.callback(_open.remove, storage.root)
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="leukoflow-log-")))
         for ending, formatter, level in ((".log", plain, logging.WARNING), (".jsonl", JsonLines(run_id), logging.INFO)):
             path = Path(storage.uri(name + ending)) if storage.is_local else scratch / f"run{ending}"
@@ -111,6 +114,19 @@ def run_log(root: str, run_id: str) -> Iterator[None]:
         stack.callback(workers.setLevel, before[1])
         stack.callback(setattr, workers, "propagate", before[2])
         yield
+
+
+def log_once(root: str, message: str) -> None:
+    """Writes one error into a log of its own, unless the run's log is open in this process and has it already.
+
+    What goes wrong before a run's log is open would else be in no log. A log that cannot be written is passed over: the
+    error itself counts.
+    """
+    storage = Storage(root)
+    if storage.root in _open:
+        return
+    with suppress(StorageError, OSError), run_log(root, storage.root.rpartition("/")[2]):
+        logging.getLogger("leukoflow").error("%s", message)
 
 
 class _Relay(logging.Handler):

@@ -279,7 +279,8 @@ def load_bundle(name_or_dir: str | Path, digest: str | None = None) -> Bundle:
     if not document.is_file():
         known = sorted(p.parent.name for p in EMBEDDED.glob("*/bundle.json"))
         raise BundleError(
-            f"no bundle {str(name_or_dir)!r}: neither a directory with a bundle.json, nor an embedded one of {known}"
+            f"there is no bundle {str(name_or_dir)!r}: name a folder that holds a bundle.json, or one that comes with "
+            f"leukoflow ({', '.join(known)})"
         )
     try:
         data = document.read_bytes()

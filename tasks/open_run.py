@@ -54,17 +54,20 @@ class Run:
     finished: RunManifest | None
 
 
-def open_run(config: RunConfig) -> Run:
-    """Plans the run, or finds the plan that was frozen, and binds its id; starts neither Prefect nor Dask.
+def open_run(config: RunConfig, begun: Callable[[str], object] = lambda root: None) -> Run:
+    """Binds the run's id, then plans the run or finds the plan that was frozen; starts neither Prefect nor Dask.
+
+    `begun` is called with the run's root as soon as it is known that there is something to do for it, and before
+    anything of it is done: from then on whatever goes wrong can be written down there.
 
     Raises SourceError (nothing usable there), RunConflictError (the id stands for something else), ConfigError,
     BundleError, StorageError.
     """
     with manifest_file(_wanted_manifest(config)) as manifest:
-        return _open(config, manifest)
+        return _open(config, manifest, begun)
 
 
-def _open(config: RunConfig, manifest: Path | _FetchedFile | None) -> Run:
+def _open(config: RunConfig, manifest: Path | _FetchedFile | None, begun: Callable[[str], object]) -> Run:
     out = Storage(config.out)
     out.probe()
     asked = reference(config.bundle)
@@ -95,44 +98,59 @@ def _open(config: RunConfig, manifest: Path | _FetchedFile | None) -> Run:
         raise ConfigError(f"run id {run_id!r} is not usable: letters, digits, '.', '_' and '-' only, at most 100")
     storage = out.child(run_id)
     bound = _binding(storage)
+    if bound is not None and not bound.is_planned and bound.fingerprint != fingerprint:
+        bound = None  # it ended before it had anything; what was wrong with source or manifest may be mended by now
     if bound is not None and bound.fingerprint != fingerprint:
         raise RunConflictError(
             f"run {run_id} exists and was made from another source, other settings or another bundle "
             f"({bound.fingerprint}, now {fingerprint}); choose a new --run-id, and --reuse {run_id} to keep what holds"
         )
-    if config.reuse and _binding(out.child(config.reuse)) is None:
-        raise ConfigError(f"--reuse {config.reuse}: there is no such run in {config.out}")
-    if bound is not None:
-        _check_plan(storage, bound)
-        if main is None:
-            _check_key(run_id, bound.patient_key_check)
-    if main is not None:
-        _take_plan(out.child(main.run_id), storage)
-    summary = _frozen_plan(storage, config, source, manifest, selection)
-    if main is None:
-        _check_key(run_id, summary.patient_key_check)  # planned, and cut off before it was bound
+    if config.reuse and ((reused := _binding(out.child(config.reuse))) is None or not reused.is_planned):
+        raise ConfigError(f"--reuse {config.reuse}: there is no such run in {config.out}, or it has done nothing yet")
+    require_writable(storage)
+    if read_manifest(storage) is None:
+        begun(storage.root)
     if bound is None:
+        for key in ("plan.parquet", "missing.parquet"):
+            storage.delete(key)  # of a source or manifest that nobody can tell any more
         bound = RunBinding(
             run_id=run_id,
             fingerprint=fingerprint,
             source_uri=source.uri,
-            members=summary.members,
-            shards=summary.shards,
-            shard_size=summary.shard_size,
+            members=0,
+            shards=0,
+            shard_size=config.shard_size,
             bundle=bundle_uri,
             bundle_digest=bundle.digest,
             device=device,
             started_at=now(),
             command=resume_command(config, run_id, bundle_uri),
-            plan_sha256=storage.digest("plan.parquet")[2],
             reuse=config.reuse,
             config=config.canonical(),
             bundle_reference=asked,
             shadow_of=config.shadow_of,
+        )
+        storage.write("run.json", dumps(bound))
+    _check_plan(storage, bound)
+    if main is not None:
+        _take_plan(out.child(main.run_id), storage)
+    else:
+        _check_key(run_id, bound.patient_key_check)
+    summary = _frozen_plan(storage, config, source, manifest, selection)
+    if not bound.is_planned:
+        if main is None:
+            _check_key(run_id, summary.patient_key_check)  # planned, and cut off before it was bound
+            _check_alone(storage, bound, summary, source)
+        bound = replace(
+            bound,
+            members=summary.members,
+            shards=summary.shards,
+            shard_size=summary.shard_size,
+            plan_sha256=storage.digest("plan.parquet")[2],
             patient_key_check=summary.patient_key_check,
         )
-        storage.create("run.json", dumps(bound))
-    elif config.reuse and config.reuse != bound.reuse:
+        storage.write("run.json", dumps(bound))
+    if config.reuse and config.reuse != bound.reuse:
         bound = replace(bound, reuse=config.reuse, command=resume_command(config, run_id, bundle_uri))
         storage.write("run.json", dumps(bound))
     for group in ("masks.zarr", "features.zarr", "activations.zarr"):
@@ -282,6 +300,16 @@ def _check_plan(storage: Storage, bound: RunBinding) -> None:
         )
 
 
+def _check_alone(storage: Storage, bound: RunBinding, summary: PlanSummary, source: Source) -> None:
+    """Refuses where another command has taken this run id for something else while this one was planning."""
+    now_bound = _binding(storage)
+    if now_bound is None or now_bound.fingerprint != bound.fingerprint or summary.source.identity != source.identity:
+        raise RunConflictError(
+            f"another command began run {bound.run_id} with another source or other settings at the same moment; "
+            "choose another --run-id"
+        )
+
+
 def _check_key(run_id: str, check: str) -> None:
     """Refuses to go on with a run whose pseudonyms another key has made: its patients would be nobody's elsewhere.
 
@@ -385,8 +413,36 @@ def _apart(source: Source, out: str) -> None:
     if source.kind is not SourceKind.DIRECTORY or storage.is_local != ("://" not in source.uri):
         return
     inside = Path(source.uri).absolute() if storage.is_local else PurePosixPath(source.uri)
+    if PurePosixPath(storage.root) == inside:
+        raise ConfigError(f"--out {out} is the source itself; choose a place outside of it")
     if PurePosixPath(storage.root).is_relative_to(inside):
         raise ConfigError(f"--out {out} lies inside the source {source.uri}; choose a place outside of it")
+    if not storage.is_local or not inside.is_relative_to(storage.root):
+        return
+    top = Path(storage.root)
+    for folder in (Path(inside), *Path(inside).parents):
+        if folder != top and folder.is_relative_to(top) and (folder / "run.json").is_file():
+            raise ConfigError(f"{source.uri} lies inside the results of run {folder.name}; name the images themselves")
+
+
+def require_writable(storage: Storage) -> None:
+    """Makes a run's folder. Raises ConfigError where none can be made, or nothing can be written into it."""
+    if not storage.is_local:
+        return
+    folder = Path(storage.root)
+    in_the_way = next((p for p in (folder, *folder.parents) if p.exists() and not p.is_dir()), None)
+    if in_the_way is not None:
+        raise ConfigError(f"--out: {in_the_way} is a file; name a folder, new or existing")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(
+            f"--out: the folder {folder} cannot be made ({error.strerror}); name one where this user may write"
+        ) from None
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise ConfigError(
+            f"--out: {folder} cannot be written by this user; change its permissions, or name another one"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -438,7 +494,12 @@ def _file_digest(path: Path | _FetchedFile) -> str:
         with open(path, "rb") as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise ConfigError(f"--manifest {path} cannot be read: {error.strerror}") from None
+        what = (
+            "is a folder; name the CSV or Parquet file in it"
+            if isinstance(error, IsADirectoryError)
+            else f"cannot be read: {error.strerror}"
+        )
+        raise ConfigError(f"--manifest {path} {what}") from None
 
 
 def spooled(source: Source) -> bool:

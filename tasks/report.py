@@ -22,6 +22,7 @@ import zarr
 from numpy.typing import NDArray
 
 from leukoflow.codec import loads
+from leukoflow.errors import StorageError
 from leukoflow.method import SegmentSettings
 from leukoflow.progress import ProgressReader, RunBinding, RunProgress
 from leukoflow.records import (
@@ -140,11 +141,17 @@ def build_report(root: str, manifest: RunManifest | None) -> str:
     """The page for the run at `root` (a storage URI); without a manifest it is labelled as that of an unfinished run.
 
     Shows the pixels of about two dozen fields, read again from the source through the disposable decoder; where a
-    field cannot be read any more, its mask is shown alone. Raises StorageError when there is no run at `root`.
+    field cannot be read any more, its mask is shown alone. Raises StorageError when there is no run at `root`, or none
+    that has got as far as a plan.
     """
     reader = ProgressReader(root)
     storage = reader.storage
     progress = reader.read()
+    if not reader.binding().is_planned:
+        raise StorageError(
+            f"run {progress.run_id} ended, or waits, before its source was planned, so there is nothing to report; "
+            "`leukoflow status OUT RUN_ID` says why, and which command takes it up again"
+        )
     receipts = list(_receipts(storage, _committed(storage)))
     totals = _from_manifest(storage, manifest) if manifest else _from_receipts(storage, progress, receipts)
     shards = [r.shard.name for r in receipts]

@@ -213,7 +213,7 @@ def check_marker(
     if receipt.seconds != sum(t.seconds for t in receipt.timings):
         return "its seconds are not those of its stages"
     if not set(receipt.resumed) <= set(stages):
-        return "it was resumed from a stage that there is not"
+        return "it names a stage to resume from that does not exist"
     return None
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 
 import pytest
 
+# A Prefect without a server would start one of its own, unasked, and write to a closed stream when the tests end.
+os.environ["PREFECT_SERVER_ALLOW_EPHEMERAL_MODE"] = "false"
+
 ROOT = Path(__file__).resolve().parent.parent
 
 

@@ -140,11 +140,22 @@ class Accounts:
 
     # --- changing
 
-    def add(self, name: str, role: str, password: str) -> User:
-        """A new person. Raises AccountError."""
+    def check_new(self, name: str, role: str) -> None:
+        """Raises AccountError where nobody of this name and role can be added."""
         if not NAME.fullmatch(name):
             raise AccountError("a name has up to 64 letters, digits, dots, hyphens, underscores or @")
         _check_role(role)
+        if any(u.name.lower() == name.lower() for u in self.book().users):
+            raise AccountError(f"there is a user {name} already")
+
+    def check_known(self, name: str) -> None:
+        """Raises AccountError where nobody has this name."""
+        if self.user(name) is None:
+            raise AccountError(f"there is no user {name}")
+
+    def add(self, name: str, role: str, password: str) -> User:
+        """A new person. Raises AccountError."""
+        self.check_new(name, role)
         user = User(name, role, self.hashed(name, password), created=_now())
 
         def change(book: Book) -> Book:

@@ -58,7 +58,7 @@ def strike(command: Command, victim: str) -> int:
         "flow": lambda: [psutil.Process(command.pid)],
         "one worker": lambda: command.workers()[:1],
         "all workers": command.workers,
-        "server": lambda: command.find("prefect server start"),
+        "server": lambda: command.find("_prefect_process.py"),
     }[victim]()
     command.family()
     for target in targets:

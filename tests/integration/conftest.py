@@ -23,18 +23,24 @@ Screen = Callable[..., Any]
 @pytest.fixture(scope="session")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The API address of a real Prefect server, for this process and those it starts."""
+    from prefect.context import refresh_global_settings_context
+    from prefect.settings import PREFECT_API_URL
+
     from apps.prefect_server import client_environment, start_server
 
     started = start_server(keep=False, home=tmp_path_factory.mktemp("prefect"))
     before = dict(os.environ)
     os.environ.update(client_environment(started))
+    refresh_global_settings_context()  # Prefect was imported when the tests were collected, and knew no server then
     try:
+        assert PREFECT_API_URL.value() == started.url
         yield started.url
     finally:
         started.stop()
         for name in set(os.environ) - set(before):
             del os.environ[name]
         os.environ.update(before)
+        refresh_global_settings_context()
 
 
 @pytest.fixture(scope="session")

@@ -116,7 +116,8 @@ def test_cancel_in_prefect_drains(launch: Launch, server: str, tmp_path: Path) -
     until(lambda: any(begun("*/*/started/*")), 240, "the first shard has begun", command)
     with get_client(sync_client=True) as client:
         newest = client.read_flow_runs(limit=1, sort=FlowRunSort.EXPECTED_START_TIME_DESC)[0]
-        assert newest.name == "screening of long"
+        assert newest.name == "screening, run long"
+        assert set(newest.tags) == {"leukoflow", "run:long"}
         client.set_flow_run_state(uuid.UUID(str(newest.id)), Cancelling())
         assert_drained(command, tmp_path / "long")
         state = client.read_flow_run(newest.id).state
@@ -146,7 +147,7 @@ def test_kill_leaves_nobody_behind(
     first_commit(command, tmp_path / "long")
     assert len(command.workers()) == 2
     assert command.find("tasks.decode_child")
-    assert command.find("prefect server start")
+    assert command.find("_prefect_process.py")
     command.process.kill()
     command.process.wait()
     assert command.survivors() == []

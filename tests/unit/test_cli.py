@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 
 from apps import prefect_server, view
 from apps.cli import app
-from leukoflow.codec import dumps
+from leukoflow.codec import dumps, loads
 from leukoflow.errors import BundleError, RunCancelledError, SourceError
 from leukoflow.progress import Heartbeat, RunBinding, now
 from leukoflow.records import (
@@ -166,15 +166,16 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         log=log, root=root, finished=None, outcome=None, manifest=_manifest(), error=None, config=None
     )
 
-    def open_run(config: Any) -> Any:
+    def open_run(config: Any, begun: Any) -> Any:
         log.append("planned")
         played.config = config
+        begun(str(root))
         if played.error is not None:
             raise played.error
         return types.SimpleNamespace(run_id="smears-1", root=str(root), summary=SUMMARY, finished=played.finished)
 
-    def nightly(config: Any, return_state: bool) -> _State:
-        assert return_state
+    def screen(config: Any) -> _State:
+        assert config.run_id == "smears-1"
         log.append(f"flow with {os.environ['PREFECT_API_URL']}")
         if played.outcome is None and played.manifest is not None:
             (root / "manifest.json").write_bytes(dumps(played.manifest))
@@ -186,7 +187,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
 
     for name, content in (
         ("tasks.open_run", {"open_run": open_run}),
-        ("flows.nightly", {"nightly": nightly}),
+        ("flows.nightly", {"screen": screen}),
         ("tasks.shard", {}),
     ):
         module = types.ModuleType(name)
@@ -301,6 +302,25 @@ def test_a_fault_of_the_program_is_owned_and_debug_shows_where(stage: Any) -> No
 def test_a_stop_while_starting_exits_130(stage: Any) -> None:
     stage.error = KeyboardInterrupt()
     assert _run(stage).exit_code == 130
+
+
+def _last_word(stage: Any) -> Heartbeat:
+    return loads(Heartbeat, (stage.root / "heartbeat.json").read_bytes(), "heartbeat.json")
+
+
+def test_a_server_that_does_not_start_is_the_last_word_of_the_run(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def start_server(keep: bool) -> None:
+        last = _last_word(stage)
+        assert (last.state, last.phase) == ("running", "waiting for Prefect's server")
+        raise prefect_server.PrefectServerError("the local Prefect server ended at once; run `leukoflow doctor`")
+
+    monkeypatch.setattr(prefect_server, "start_server", start_server)
+    assert _run(stage).exit_code == 1
+    last = _last_word(stage)
+    assert (last.state, last.exit_code) == ("failed", 1)
+    assert last.message == "the local Prefect server ended at once; run `leukoflow doctor`"
+    (log,) = (stage.root / "logs").glob("*.log")
+    assert "leukoflow doctor" in log.read_text()
 
 
 def test_settings_that_make_no_sense_are_explained(stage: Any) -> None:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import types
 from dataclasses import replace
+from typing import Any
 
 import pytest
 from test_nights import facts, manifest
 
 from flows import events
 from flows.events import drift_rows, emit, run_events
-from leukoflow.config import AlertSettings
+from leukoflow.config import AlertSettings, load_config
 from tasks.nights import GroupDrift, compare_groups
+from tasks.worklist import run_key_of
 
 STARTED = "2026-03-01T22:00:00+00:00"
 
@@ -80,3 +83,19 @@ def test_an_event_that_cannot_be_sent_is_a_warning(
     monkeypatch.setattr(events, "emit_event", broken)
     emit("leukoflow.run.finished", "night", {})
     assert "leukoflow.run.finished was not sent (OSError)" in caplog.text
+
+
+def test_the_report_is_named_so_that_a_browser_can_come_to_it() -> None:
+    """No link to a file: a page that came over http may not open one."""
+    from flows.nightly import where_the_report_is
+
+    def run(**more: Any) -> Any:
+        config = load_config(source="night.zip", out="/data/my results", **more)
+        return types.SimpleNamespace(config=config, root="/data/my results/night-1", run_id="night-1")
+
+    words = where_the_report_is(run())
+    assert "file://" not in words
+    assert "`/data/my results/night-1/report.html`" in words
+    assert "`leukoflow serve '/data/my results'`" in words
+    linked = where_the_report_is(run(web_url="https://smears.lab/leukoflow/"))
+    assert f"(https://smears.lab/leukoflow/runs/{run_key_of('night-1')})" in linked

@@ -6,6 +6,7 @@ import base64
 import http.server
 import json
 import os
+import socket
 import sys
 import threading
 from collections.abc import Iterator
@@ -108,15 +109,15 @@ def test_a_state_file_without_a_living_server_is_not_believed(tmp_path: Path, he
     state = {"pid": os.getpid(), "url": healthy_url, "keep": True}
     (tmp_path / "server.json").write_text(json.dumps(state))
     assert prefect_server.running_server(tmp_path) is None  # nobody holds the lock
-    place, lock = prefect_server._free_place(tmp_path, only_first=True)
+    place, _, lock = prefect_server._free_place(tmp_path, only_first=True)
     assert place == tmp_path
     found = prefect_server.running_server(tmp_path)
     assert found is not None
     assert (found.url, found.pid) == (healthy_url, os.getpid())
     (tmp_path / "server.json").write_text(json.dumps(state | {"keep": False}))
     assert prefect_server.running_server(tmp_path) is None  # it ends with its run
-    beside, other = prefect_server._free_place(tmp_path, only_first=False)
-    assert beside == tmp_path / "parallel-1"
+    beside, number, other = prefect_server._free_place(tmp_path, only_first=False)
+    assert (beside, number) == (tmp_path / "parallel-1", 1)
     with pytest.raises(PrefectServerError, match="LEUKOFLOW_PREFECT_HOME"):
         prefect_server._free_place(tmp_path, only_first=True)
     os.close(lock)
@@ -124,6 +125,16 @@ def test_a_state_file_without_a_living_server_is_not_believed(tmp_path: Path, he
     assert prefect_server.running_server(tmp_path) is None
     (tmp_path / "server.json").write_text("{")
     assert prefect_server.running_server(tmp_path) is None
+
+
+def _instead_of_prefect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: str) -> None:
+    """Has the process of the server run `code` where it would import Prefect's application."""
+    package = tmp_path / "bin" / "prefect" / "server" / "api"
+    package.mkdir(parents=True)
+    for folder in (package, package.parent, package.parent.parent):
+        (folder / "__init__.py").touch()
+    (package / "server.py").write_text(code)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "bin"))
 
 
 @pytest.mark.parametrize(
@@ -138,11 +149,7 @@ def test_a_state_file_without_a_living_server_is_not_believed(tmp_path: Path, he
 def test_a_server_that_does_not_start_names_its_last_words_and_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complaint: str, remedy: str
 ) -> None:
-    fake = tmp_path / "bin" / "prefect" / "__main__.py"
-    fake.parent.mkdir(parents=True)
-    (fake.parent / "__init__.py").touch()
-    fake.write_text(f"raise SystemExit({complaint!r})")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "bin"))
+    _instead_of_prefect(tmp_path, monkeypatch, f"raise SystemExit({complaint!r})")
     with pytest.raises(PrefectServerError) as failed:
         start_server(keep=False, home=tmp_path / "home")
     assert complaint in str(failed.value)
@@ -151,11 +158,7 @@ def test_a_server_that_does_not_start_names_its_last_words_and_a_remedy(
 
 
 def test_a_server_that_never_answers_is_given_up_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    package = tmp_path / "bin" / "prefect"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "__main__.py").write_text("import os, time; print(os.getpid(), flush=True); time.sleep(60)")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "bin"))
+    _instead_of_prefect(tmp_path, monkeypatch, "import os, time; print(os.getpid(), flush=True); time.sleep(60)")
     monkeypatch.setattr(prefect_server, "STARTUP_SECONDS", 1.0)
     with pytest.raises(PrefectServerError, match="did not answer within 1 s"):
         start_server(keep=False, home=tmp_path / "home")
@@ -164,21 +167,82 @@ def test_a_server_that_never_answers_is_given_up_and_ended(tmp_path: Path, monke
     assert not prefect_server._is_locked(tmp_path / "home")
 
 
-def test_a_stranger_that_took_the_port_is_not_taken_for_the_own_server(
+ANSWERS = """
+import json, os
+
+def create_app(final):
+    async def app(scope, receive, send):
+        if scope["type"] == "http":
+            body = json.dumps({"home": os.environ["PREFECT_HOME"]}).encode()
+            await send({"type": "http.response.start", "status": 200, "headers": []})
+            await send({"type": "http.response.body", "body": body})
+    return app
+"""
+
+
+def test_the_port_is_taken_before_the_server_starts_and_nobody_can_take_it_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A server opens its port many seconds after it was started; another run took the same one by then."""
+    _instead_of_prefect(tmp_path, monkeypatch, f"import time; time.sleep(1)\n{ANSWERS}")
+    with socket.create_server(("127.0.0.1", 0)) as listening:
+        preferred = int(listening.getsockname()[1])
+    monkeypatch.setattr(prefect_server, "_PREFERRED_PORT", preferred)
+    spawn, taken = prefect_server._spawn, list[int]()
+
+    def meanwhile(home: Path, lock: int, listening: socket.socket, keep: bool) -> Any:
+        process = spawn(home, lock, listening, keep)
+        listening.close()  # from now on only the server has it
+        try:
+            socket.create_server(("127.0.0.1", preferred)).close()
+            taken.append(preferred)
+        except OSError:
+            pass
+        return process
+
+    monkeypatch.setattr(prefect_server, "_spawn", meanwhile)
+    server = start_server(keep=False, home=tmp_path / "home")
+    try:
+        assert not taken
+        assert server.url == f"http://127.0.0.1:{preferred}/api"
+        second = start_server(keep=False, home=tmp_path / "home")
+        try:
+            assert second.home == tmp_path / "home" / "parallel-1"
+            assert second.url != server.url
+        finally:
+            second.stop()
+    finally:
+        server.stop()
+    assert not prefect_server._is_locked(tmp_path / "home")
+
+
+def test_a_port_that_a_stranger_has_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, healthy_url: str
 ) -> None:
-    """Two runs that start at once choose the same port; the slower one must not use the quicker one's server."""
-    package = tmp_path / "bin" / "prefect"
-    package.mkdir(parents=True)
-    (package / "__init__.py").touch()
-    (package / "__main__.py").write_text("import time; time.sleep(1); raise SystemExit('Port 1 is already in use.')")
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "bin"))
-    taken = int(healthy_url.split(":")[2].split("/")[0])
-    asked: list[int] = []
-    monkeypatch.setattr(prefect_server, "free_port", lambda preferred: asked.append(preferred) or taken)
-    with pytest.raises(PrefectServerError, match="already in use"):
-        start_server(keep=False, home=tmp_path / "another-home")
-    assert asked == [4200, 0, 0]  # it tries other ports before it gives up
+    _instead_of_prefect(tmp_path, monkeypatch, ANSWERS)
+    monkeypatch.setattr(prefect_server, "_PREFERRED_PORT", int(healthy_url.split(":")[2].split("/")[0]))
+    server = start_server(keep=False, home=tmp_path / "home")
+    server.stop()
+    assert server.url != healthy_url
+
+
+def test_a_server_that_is_to_stay_is_started_once_by_two_commands_at_the_same_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _instead_of_prefect(tmp_path, monkeypatch, f"import time; time.sleep(1)\n{ANSWERS}")
+    home, found = tmp_path / "home", list[LocalServer]()
+    other = threading.Thread(target=lambda: found.append(start_server(keep=True, home=home)))
+    other.start()
+    try:
+        found.append(start_server(keep=True, home=home))
+        other.join()
+        assert len({(server.pid, server.url) for server in found}) == 1
+    finally:
+        other.join()
+        assert prefect_server.stop(home)
+        for server in found:
+            if server.process is not None:
+                server.process.wait(10)
 
 
 def test_only_the_main_thread_may_start_a_server_that_ends_with_it(tmp_path: Path) -> None:

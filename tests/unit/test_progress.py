@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -72,8 +73,34 @@ def test_states_of_a_live_dead_and_stopped_flow(storage: Storage) -> None:
     beat(storage, pid=gone.pid)
     assert read_progress(storage.root).state == "killed"
     for state in ("cancelled", "failed"):
-        beat(storage, state=state, message="why")
-        assert (read_progress(storage.root).state, read_progress(storage.root).message) == (state, "why")
+        beat(storage, state=state, message="why", exit_code=2)
+        p = read_progress(storage.root)
+        assert (p.state, p.message, p.exit_code) == (state, "why", 2)
+
+
+def test_what_a_run_did_when_its_process_went_away_is_said(storage: Storage) -> None:
+    beat(storage, phase="starting 2 workers")
+    assert (read_progress(storage.root).state, read_progress(storage.root).phase) == ("running", "starting 2 workers")
+    with subprocess.Popen([sys.executable, "-c", ""]) as gone:
+        gone.wait()
+    beat(storage, pid=gone.pid, phase="starting 2 workers")
+    p = read_progress(storage.root)
+    assert (p.state, p.exit_code) == ("killed", None)
+    where = f"process {gone.pid} on {socket.gethostname()} is gone"
+    assert p.message == f"it stopped while starting 2 workers, without a last word: {where}"
+
+
+def test_another_process_with_the_number_of_a_dead_one_is_not_taken_for_it(storage: Storage) -> None:
+    """As after the machine was started again: numbers are given out from the beginning."""
+    beat(storage, at=ago(86_400))  # this very process, which did not live a day ago
+    assert read_progress(storage.root).state == "killed"
+
+
+def test_a_heartbeat_of_an_earlier_version_is_read(storage: Storage) -> None:
+    old = {"pid": os.getpid(), "host": socket.gethostname(), "at": now(), "state": "failed", "message": "why"}
+    storage.write("heartbeat.json", json.dumps(old).encode())
+    p = read_progress(storage.root)
+    assert (p.state, p.message, p.phase, p.exit_code) == ("failed", "why", "", None)
 
 
 @pytest.mark.parametrize(("age", "state"), [(5, "running"), (600, "killed")])

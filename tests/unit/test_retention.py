@@ -93,9 +93,10 @@ def clone(night: Run, out: Path, name: str, days: float, state: str = "finished"
     (root / "manifest.json").write_bytes(dumps(replace(manifest, run_id=name, finished_at=at)))
     if state != "finished":
         (root / "manifest.json").unlink()
+        beat_at = now() if state == "running" else at  # who lives beats
         pid = os.getpid() if state == "running" else 2**22 + 1
         word = "running" if state == "killed" else state
-        (root / "heartbeat.json").write_bytes(dumps(Heartbeat(pid, os.uname().nodename, at, word)))  # type: ignore[arg-type]
+        (root / "heartbeat.json").write_bytes(dumps(Heartbeat(pid, os.uname().nodename, beat_at, word)))  # type: ignore[arg-type]
     return root
 
 

@@ -20,6 +20,7 @@ from apps.prefect_server import free_port
 from infra import backup, stack
 from infra.processes import MARK, STEP, Processes, StackError
 from infra.stack import Stack, read_env_file, write_private
+from tasks.audit import WEB_LOG
 
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
 STUBBORN = [
@@ -118,6 +119,44 @@ def test_the_site_of_a_stack_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     site = load_site(tmp_path / "site.toml")
     assert site.inbox == str(tmp_path / "inbox")
     assert site.out == str(tmp_path / "results")
+
+
+def _with_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
+    """A stack whose commands are not run; the one that draws the sample leaves an archive."""
+    found = Stack(folder)
+    for name in ("inbox", "results"):
+        (folder / name).mkdir()
+
+    def run(command: list[str], environment: object) -> str:
+        assert command[1:2] == ["sample"]
+        (folder / "sample").mkdir()
+        (folder / "sample" / "smears.zip").write_bytes(b"an archive")
+        return ""
+
+    monkeypatch.setattr(found, "run", run)
+    return found
+
+
+def test_the_first_start_leaves_a_sample_although_the_web_application_has_begun_its_log(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = _with_folders(tmp_path, monkeypatch)
+    (tmp_path / "results" / WEB_LOG).write_text("{}\n")
+    found._sample(lambda words: None)
+    assert sorted(p.name for p in (tmp_path / "inbox").iterdir()) == ["smears.zip", "smears.zip.done"]
+    for taken in (tmp_path / "inbox").iterdir():
+        taken.unlink()
+    found._sample(lambda words: None)
+    assert not any((tmp_path / "inbox").iterdir())  # once
+
+
+@pytest.mark.parametrize("there", ["night-1/run.json", "inbox/stack/claims/00001.json"])
+def test_a_restored_stack_gets_no_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, there: str) -> None:
+    found = _with_folders(tmp_path, monkeypatch)
+    (tmp_path / "results" / there).parent.mkdir(parents=True)
+    (tmp_path / "results" / there).write_text("{}")
+    found._sample(lambda words: None)
+    assert not any((tmp_path / "inbox").iterdir())
 
 
 def test_a_taken_port_is_replaced() -> None:

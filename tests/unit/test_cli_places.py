@@ -1,0 +1,180 @@
+"""What the command line says of places that do not fit, before it makes, asks or starts anything."""
+
+from __future__ import annotations
+
+import json
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+from harness import smears, write_zip
+from typer.testing import CliRunner
+
+from apps import view
+from apps.cli import app, next_command
+from leukoflow.config import load_config
+from leukoflow.errors import ConfigError
+from leukoflow.progress import read_progress
+from models.bundle import Bundle
+from tasks.open_run import open_run
+
+ROOT = Path(__file__).resolve().parent.parent.parent
+
+
+@pytest.fixture(scope="module")
+def archive(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("archive")
+    return write_zip(folder / "night.zip", smears(folder / "sample", 2))
+
+
+def call(*arguments: str, text: str = "") -> Any:
+    return CliRunner().invoke(app, list(arguments), input=text, env={"NO_COLOR": "1", "TERM": "dumb"})
+
+
+def test_version_is_an_option_as_well() -> None:
+    assert call("--version").output == f"leukoflow {version('leukoflow')}\n"
+
+
+# --- where results go ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("out", "words"),
+    [
+        ("README.md", "README.md is a file; name a folder"),
+        ("README.md/below", "README.md is a file; name a folder"),
+        ("/proc/x", "the folder /proc/x/night cannot be made"),
+    ],
+)
+def test_an_output_that_is_no_folder_is_named_with_the_remedy(
+    archive: Path, small: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, out: str, words: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "README.md").write_text("words")
+    config = load_config(source=str(archive), out=out, run_id="night", bundle=str(small.path))
+    with pytest.raises(ConfigError) as refused:
+        open_run(config)
+    assert words in str(refused.value)
+    assert "same command" not in str(refused.value)
+    assert (tmp_path / "README.md").read_text() == "words"
+
+
+def test_a_source_that_is_the_output_or_lies_in_a_run_is_refused(small: Bundle, tmp_path: Path) -> None:
+    smears(tmp_path / "fields", 2)
+    with pytest.raises(ConfigError, match="is the source itself"):
+        open_run(load_config(source=str(tmp_path / "fields"), out=str(tmp_path / "fields"), bundle=str(small.path)))
+    run = tmp_path / "out" / "night-1"
+    smears(run / "fields", 2)
+    (run / "run.json").write_text("{}")
+    with pytest.raises(ConfigError, match="lies inside the results of run night-1"):
+        open_run(load_config(source=str(run / "fields"), out=str(tmp_path / "out"), bundle=str(small.path)))
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        ("--manifest", "is a folder; name the CSV or Parquet file"),
+        ("--config", "is a folder; name the TOML file"),
+        ("--bundle", "name a folder that holds a bundle.json, or one that comes with leukoflow (pocket)"),
+    ],
+)
+def test_a_folder_where_a_file_is_wanted_and_a_file_where_a_folder(
+    archive: Path, tmp_path: Path, option: str, words: str
+) -> None:
+    wrong = archive if option == "--bundle" else tmp_path
+    done = call("run", str(archive), "--out", str(tmp_path / "out"), option, str(wrong))
+    assert done.exit_code == 1
+    assert words in done.output
+    assert "fault of the program" not in done.output
+
+
+@pytest.mark.parametrize("name", ["nowhere", "file.txt"])
+def test_a_folder_of_results_that_is_not_there_is_not_served(tmp_path: Path, name: str) -> None:
+    (tmp_path / "file.txt").touch()
+    place = tmp_path / name
+    done = call("serve", str(place), "--port", "0", "--users", str(tmp_path / "users.json"))
+    assert done.exit_code == 1
+    assert "name the folder that was given to `leukoflow run --out`" in done.output
+    assert not (tmp_path / "nowhere").exists()
+
+
+# --- a run that fails while it starts --------------------------------------------------------------------------------
+
+
+def test_a_run_that_fails_before_it_has_a_plan_says_why_and_can_be_repeated(
+    archive: Path, small: Bundle, tmp_path: Path
+) -> None:
+    manifest, out = tmp_path / "slides.csv", tmp_path / "out"
+    manifest.write_text("slide_id\nS1\n")
+    words = ["run", str(archive), "--out", str(out), "--run-id", "night", "--manifest", str(manifest)]
+    done = call(*words, "--bundle", str(small.path))
+    assert done.exit_code == 1
+    progress = read_progress(str(out / "night"))
+    assert (progress.state, progress.exit_code, progress.members) == ("failed", 1, 0)
+    assert "image_key" in progress.message
+    assert progress.command.startswith("leukoflow run")
+    shown = call("status", str(out), "night").output
+    assert "failed (exit code 1)" in shown
+    assert "image_key" in shown
+    assert "the source is not planned yet" in shown
+    assert "unknown" not in call("status", str(out)).output
+    reported = call("report", str(out), "night")
+    assert reported.exit_code == 1
+    assert "before its source was planned" in reported.output
+    (log,) = (out / "night" / "logs").glob("*.jsonl")
+    assert "image_key" in json.loads(log.read_text())["message"]
+
+    manifest.write_text("image_key,slide_id\nslide-a/field-00000.jpg,S1\n")
+    config = load_config(
+        source=str(archive), out=str(out), run_id="night", manifest=str(manifest), bundle=str(small.path)
+    )
+    mended = open_run(config)  # nothing was done yet, so nothing binds it to the manifest that was wrong
+    assert (mended.binding.members, mended.binding.is_planned) == (2, True)
+
+
+def test_an_archive_without_images_is_written_down_with_its_exit_code(small: Bundle, tmp_path: Path) -> None:
+    source = write_zip(tmp_path / "night.zip", {"Thumbs.db": b"litter"})
+    out = str(tmp_path / "out")
+    assert call("run", str(source), "--out", out, "--run-id", "night", "--bundle", str(small.path)).exit_code == 2
+    progress = read_progress(f"{out}/night")
+    assert (progress.state, progress.exit_code) == ("failed", 2)
+    assert "holds no images" in progress.message
+
+
+# --- what is printed -------------------------------------------------------------------------------------------------
+
+
+def test_addresses_are_whole_where_no_terminal_has_a_width(capsys: pytest.CaptureFixture[str]) -> None:
+    address = "http://127.0.0.1:4200/" + "a-very-long-way/" * 20
+    target = view.console()
+    table = view._facts()
+    table.add_row("dashboard", address)
+    target.print(table)
+    target.print(address)
+    assert capsys.readouterr().out.count(address) == 2
+
+
+def test_the_readme_has_the_command_that_the_sample_prints() -> None:
+    printed = next_command(Path("demo/smears.zip"), Path("demo/manifest.csv"))
+    assert f"\n{printed} " in (ROOT / "README.md").read_text()
+
+
+# --- what is asked ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("add", "anna", "--role", "rewiever"), "there is no role 'rewiever'; there are viewer, reviewer, admin"),
+        (("add", "../x"), "a name has up to 64 letters"),
+        (("password", "nobody"), "there is no user nobody"),
+    ],
+)
+def test_what_is_wrong_is_said_before_a_password_is_asked_for(
+    tmp_path: Path, words: tuple[str, ...], said: str
+) -> None:
+    done = call("users", *words, "--users", str(tmp_path / "users.json"))
+    assert done.exit_code == 1
+    assert said in done.output
+    assert "password:" not in done.output

@@ -73,7 +73,7 @@ def test_nothing_of_the_patient_stays_and_every_image_does(night: Run, copy: Pat
         assert [new[c] for c in ("image_key", "cell_id", "zarr_index")] == [
             old[c] for c in ("image_key", "cell_id", "zarr_index")
         ]
-        assert not any(v for c, v in new.items() if c not in ("image_key", "cell_id", "zarr_index"))
+        assert not any(v for c, v in new.items() if c not in ("run_id", "image_key", "cell_id", "zarr_index"))
     assert sum(s["n_images"] for s in after["slides"]) == 38
     pixels(night, copy, before["predictions"], theirs)
     found = verify_run(str(copy))

@@ -132,8 +132,8 @@ def test_cells_are_those_of_the_run(findings: dict[str, Finding], run: Path) -> 
         own = stored.filter(np.array(stored["image_key"].to_pylist(), object) == name)
         assert found.cells.schema.equals(CELLS)
         assert found.cells["cell_id"].to_pylist() == list(range(1, len(own) + 1))
-        assert set(found.cells["image_key"].to_pylist()) <= {""}
-        for column in CELLS.names[1:-2]:
+        assert {*found.cells["image_key"].to_pylist(), *found.cells["run_id"].to_pylist()} <= {""}
+        for column in CELLS.names[2:-2]:
             assert found.cells[column].to_pylist() == own[column].to_pylist(), (name, column)
         np.testing.assert_allclose(found.cells["attention"].to_numpy(), own["attention"].to_numpy(), atol=1e-5)
         tiles = np.asarray(found.cells["zarr_index"].to_pylist(), int) + first[name]

@@ -187,7 +187,12 @@ def finding() -> Finding:
             rng.random(cells, np.float32), rng.random((cells, 4, 8, 8)).astype(np.float16), 44,
         )  # fmt: skip
 
-    columns = [pa.array([""] * 5) if f.name == "image_key" else pa.array([0, 1, 1, 0, 1]).cast(f.type) for f in CELLS]
+    def column(field: pa.Field) -> pa.Array:
+        if field.name in ("run_id", "image_key"):
+            return pa.array([""] * 5)
+        return pa.array([0, 1, None if field.nullable else 1, 0, 1]).cast(field.type)  # no scale, no area
+
+    columns = [column(f) for f in CELLS]
     return Finding(
         sha256="ab" * 32, bundle="one", bundle_digest="cd" * 32, status=Status.ABSTAINED, reason="ambiguous: é",
         label="Early", probabilities=(0.1, 0.4, 0.3, 0.2), prediction_set=("Early", "Pre"), ood=1.25, width_px=300,

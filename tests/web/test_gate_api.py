@@ -276,4 +276,4 @@ def test_the_agreement_page_tells_no_kappa_of_one_decision(place: World) -> None
     assert (found["n"], found["kappa"], found["kappa_interval"]) == (1, None, None)
     page = place.browser("rita").get("/agreement").text
     assert "too few decisions (1 of at least 10)" in page
-    assert "0.00" not in page
+    assert "kappa</dt><dd>– <small>too few" in page

@@ -24,6 +24,7 @@ from apps.web.jobs import EngineLike, Jobs
 from apps.web.problems import TITLES, problem
 from apps.web.settings import WebSettings
 from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError
+from leukoflow.progress import now
 from tasks import worklist
 
 HERE = Path(__file__).parent
@@ -77,7 +78,7 @@ def _read_ahead(out: str) -> None:
 
 
 def _templates() -> Jinja2Templates:
-    """Templates with autoescape, in which an unknown name is an error; `path`, `csrf`, `who` are there in each."""
+    """Templates with autoescape, in which an unknown name is an error; `path`, `csrf`, `who`, `as_of` are there in each."""
     environment = Environment(
         loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -90,6 +91,7 @@ def _context(request: Request) -> dict[str, Any]:
         "path": lambda path: guard.path_of(request, path),
         "csrf": lambda: guard.csrf_token(request),
         "who": guard.principal(request),
+        "as_of": now(),
     }
 
 

@@ -44,7 +44,7 @@ from apps.web.jobs import Item, Job, Jobs
 from apps.web.settings import ROLES, SCOPES
 from apps.web.uploads import read_form
 from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError
-from leukoflow.records import CLASSES
+from leukoflow.records import CLASSES, Status
 from tasks import handoff, verdicts, worklist
 from tasks.single import STAGES, Finding
 from tasks.verdicts import Action
@@ -71,6 +71,11 @@ STAGE_WORDS = {
     "done": "Done",
 }
 _SEARCHES = 2000
+_DECISIONS = (Action.ACCEPT, Action.CORRECT)
+_NO_PIXELS = (
+    b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 96 96"><path d="M30 30h36v36H30zM30 66l36-36" fill="none" '
+    b'stroke="#8a8f98" stroke-width="2"/></svg>'
+)
 _STATES = {"finished": "good", "running": "live", "failed": "bad", "killed": "bad", "damaged": "bad"}
 
 
@@ -397,20 +402,35 @@ def export_run(
 
 
 @router.get("/runs/{run_key}/fields/{ordinal}")
-def field_page(request: Request, run_key: str, ordinal: int, who: Viewer, tile: int | None = None) -> Response:
-    """One field for review. Its picture comes after the page, since the source has to be read again for it."""
+def field_page(
+    request: Request, run_key: str, ordinal: int, who: Viewer, tile: int | None = None, decided: int | None = None
+) -> Response:
+    """One field for review; `decided` is the field whose decision led here. Its picture comes after the page, since the source has to be read again for it."""
     table = _table(request, run_key)
     asked = _asked(request, who, "fields")
     with told():
         line = table.field(ordinal)
         earlier, later = table.neighbours(asked.query, ordinal)
         subject = scenes.of_line(table, line)
+        remarks = scenes.field_of(table, ordinal).remarks if line.status is Status.QUARANTINED else None
     saw(request, "field", f"{run_key}/{ordinal}")
     return render(
         request, "field.html", "runs", run=table, run_key=run_key, line=line, subject=subject, earlier=earlier,
-        later=later, asked=asked, tile=tile, exports=KINDS, seen=_seen(line),
+        later=later, asked=asked, tile=tile, exports=KINDS, seen=_seen(line), decided=_decided(table, decided),
+        no_view=remarks,
         told=scenes.frequency(table.bundle[0], line.label, line.confidence, line.status),
     )  # fmt: skip
+
+
+def _decided(table: RunTable, ordinal: int | None) -> FieldLine | None:
+    """The field whose decision led here; None where there is none (any more)."""
+    if ordinal is None:
+        return None
+    try:
+        line = table.field(ordinal)
+    except NotFoundError:
+        return None
+    return line if line.standing.decision is not None else None
 
 
 @router.get("/runs/{run_key}/fields/{ordinal}/view")
@@ -434,6 +454,8 @@ def field_picture(request: Request, run_key: str, ordinal: int, picture: str, wh
         return _export_field(request, table, ordinal, picture.removeprefix("export."), who, tile)
     with told():
         tiles, cells, view = scenes.field_tiles(table, ordinal)
+    if not view.pixels and picture == "thumb.webp":  # lists ask for it without knowing
+        return Response(_NO_PIXELS, media_type="image/svg+xml", headers={"Cache-Control": "no-store"})
     if not view.pixels and not picture.startswith("map-"):
         raise Refused(404, "The pixels of this field cannot be had any more.")
     return _picture(picture, tiles, cells, tile)
@@ -513,7 +535,8 @@ def field_verdict(
     seen: Annotated[str, Form(max_length=64)] = "",
     comment: Annotated[str, Form(max_length=4000)] = "",
 ) -> Response:
-    """Adds a verdict on a field."""
+    """Adds a verdict on a field. A decision leads on to the next field of the list that needs one."""
+    following: int | None = None
     try:
         table = _table(request, run_key)
         with told():
@@ -524,14 +547,28 @@ def field_verdict(
             verdicts.add(
                 _out(request), table.verdict_on_field(ordinal, action, who.name, label, comment.strip() or None)
             )
-            line = _table(request, run_key).field(ordinal)
+            table = _table(request, run_key)
+            line = table.field(ordinal)
+            asked = _asked(request, who, "fields")
+            if action in _DECISIONS:
+                following = table.undecided(asked.query, ordinal)
     except Refused as refused:
         return _not_kept(request, refused)
     saw(request, "verdict", f"{run_key}/{ordinal}", action=str(action))
+    target = f"/runs/{run_key}/fields/{ordinal}?{asked.link(page=None)}"
+    if following is not None:
+        target = f"/runs/{run_key}/fields/{following}?{asked.link(page=None, decided=ordinal)}"
     if not _partial(request):
-        return _go(request, f"/runs/{run_key}/fields/{ordinal}?{request.url.query}")
+        return _go(request, target)
     assert line.details is not None
-    return render(request, "_standing.html", standing=line.standing, said=line.details.verdicts, saved=True, swap=True)
+    answer = render(
+        request, "_standing.html", standing=line.standing, said=line.details.verdicts, saved=True, swap=True
+    )
+    if following is not None:
+        answer.headers["X-Next"] = path_of(request, target)
+    elif action in _DECISIONS:
+        answer.headers["X-Message"] = "No other field of this list needs a decision."
+    return answer
 
 
 @router.post("/runs/{run_key}/slides/{slide_key}/verdicts")
@@ -563,7 +600,7 @@ def slide_verdict(
 
 
 def _act(act: str) -> tuple[Action, str | None]:
-    """`accept`, `correct:Pre`, `flag`, `unflag` or `comment`. Raises RequestError."""
+    """`accept`, `correct:Pre`, `withdraw:Pre`, `flag`, `unflag` or `comment`. Raises RequestError."""
     name, _, label = act.partition(":")
     try:
         return Action(name), label or None

@@ -1,4 +1,5 @@
 // Loads what a page needs. Everything here only adds to pages that also work by links and forms.
+import { startDrafts } from "./drafts.js";
 import { startThemes } from "./themes.js";
 import { startKeys } from "./keys.js";
 import * as viewer from "./viewer.js";
@@ -23,6 +24,7 @@ function start(root) {
 }
 
 startThemes();
+startDrafts();
 startKeys();
 start(document);
 

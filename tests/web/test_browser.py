@@ -199,9 +199,12 @@ def test_review_by_keyboard(browser: Any, site: Site) -> None:
     first = page.url
     for key in "a3f":  # faster than the server answers
         page.keyboard.press(key)
+    page.wait_for_url(re.compile("decided="))  # all three were saved, and led on
+    page.keyboard.press("b")
+    page.wait_for_url(first)
     page.wait_for_selector("#standing[data-decision='correct:Pre'][data-flagged=yes]")
-    page.wait_for_selector("[data-saved].good")
     assert page.get_attribute("[data-means='correct:Pre']", "aria-pressed") == "true"
+    picture_shown(page)
     page.keyboard.press("f")
     page.wait_for_selector("#standing[data-flagged=no]")
     page.keyboard.press("c")
@@ -219,7 +222,7 @@ def test_review_by_keyboard(browser: Any, site: Site) -> None:
     page.wait_for_url(lambda url: url != first)
     page.keyboard.press("k")
     page.wait_for_url(first)
-    page.keyboard.press("u")
+    page.keyboard.press("l")
     page.wait_for_url(re.compile("tab=fields"))
     kept = verdicts.read(str(site.out), "night").given
     assert [str(v.action) for v in kept][-5:] == ["accept", "correct", "flag", "unflag", "comment"]

@@ -61,7 +61,7 @@ class Action(StrEnum):
 class Verdict:
     """One act of one person on one field or slide, with the prediction that was on the screen.
 
-    Either `image_key` is given, or `slide_id` with its `grouping`. `label` is the label of a `correct`, or of the decision
+    Either `image_key` is given, or `slide_id` with its `grouping`. `label` is that of a `correct`, or of the decision
     that a `withdraw` takes back; else None. `at` is ISO 8601 in UTC.
     """
 

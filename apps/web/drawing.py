@@ -361,7 +361,7 @@ def export_png(subject: Subject, tile: Tile | None, cells: Sequence[Cell], layer
         (frequency(subject.label, subject.confidence), 18, "#1f2228"),
         (set_words(subject.prediction_set, bool(subject.probabilities)), 18, "#1f2228"),
         (_provenance(subject), 15, "#5c616b"),
-        ("Outlines: cells, coloured by attention (how much each weighed in the answer)."
+        ("Outlines: cells, coloured by attention (how much each contributed to the answer)."
          if "attention" in layers else "", 15, "#5c616b"),
         (RESEARCH_USE, 15, "#9b241c"),
     ]  # fmt: skip
@@ -441,10 +441,10 @@ def export_pdf(subject: Subject, tile: Tile | None, cells: Sequence[Cell], by: s
         side = 118.0
         height, width = tile.original.shape[:2]
         pdf.image(sink, w=side * min(1.0, width / height), h=side * min(1.0, height / width))
-        _line(pdf, "Cells outlined by attention, from slate (little) to red (most): how much each weighed in the "
-                   "answer. It is no marker of disease in a cell.", 8, (92, 97, 107))  # fmt: skip
+        _line(pdf, "Cells outlined by attention, from slate (little) to red (most): how much each contributed to "
+                   "the answer. It does not mark a cell as diseased.", 8, (92, 97, 107))  # fmt: skip
     else:
-        _line(pdf, "The picture cannot be shown any more.", 10, (122, 79, 0))
+        _line(pdf, "The image is no longer available.", 10, (122, 79, 0))
     pdf.ln(2)
     for name, probability in zip(CLASSES, subject.probabilities, strict=False):
         _probability(pdf, name, probability)

@@ -60,14 +60,14 @@ Admin = Annotated[Principal, Depends(admin)]
 
 PAGE = 50
 TABS = ("slides", "patients", "fields")
-KINDS = (("png", "Picture with outlines (PNG)"), ("pdf", "Report (PDF)"), ("json", "Everything in numbers (JSON)"))
+KINDS = (("png", "Picture with outlines (PNG)"), ("pdf", "Report (PDF)"), ("json", "All figures (JSON)"))
 STAGE_WORDS = {
     "waiting": "Waiting",
-    "decode": "Reading the picture",
+    "decode": "Reading the image",
     "normalize": "Normalising the stain",
     "segment": "Finding cells",
     "extract": "Measuring features",
-    "classify": "Answering",
+    "classify": "Classifying",
     "done": "Done",
 }
 _SEARCHES = 2000
@@ -240,7 +240,7 @@ def run_line(request: Request, run_key: str, who: Viewer) -> Response:
     with told():
         found = [r for r in worklist.list_runs(_out(request)) if r.run_key == run_key]
     if not found:
-        raise Refused(404, "There is no such run any more.")
+        raise Refused(404, "This run no longer exists.")
     return render(request, "_run_line.html", run=found[0])
 
 
@@ -405,7 +405,10 @@ def export_run(
 def field_page(
     request: Request, run_key: str, ordinal: int, who: Viewer, tile: int | None = None, decided: int | None = None
 ) -> Response:
-    """One field for review; `decided` is the field whose decision led here. Its picture comes after the page, since the source has to be read again for it."""
+    """One field for review; `decided` is the field whose decision led here.
+
+    Its picture comes after the page, since the source has to be read again for it.
+    """
     table = _table(request, run_key)
     asked = _asked(request, who, "fields")
     with told():
@@ -457,13 +460,13 @@ def field_picture(request: Request, run_key: str, ordinal: int, picture: str, wh
     if not view.pixels and picture == "thumb.webp":  # lists ask for it without knowing
         return Response(_NO_PIXELS, media_type="image/svg+xml", headers={"Cache-Control": "no-store"})
     if not view.pixels and not picture.startswith("map-"):
-        raise Refused(404, "The pixels of this field cannot be had any more.")
+        raise Refused(404, "The image of this field is no longer available.")
     return _picture(picture, tiles, cells, tile)
 
 
 def _export_field(request: Request, table: RunTable, ordinal: int, kind: str, who: Principal, tile: int) -> Response:
     if not who.may("export"):
-        raise Refused(403, "This needs the right to export; ask an administrator for it.")
+        raise Refused(403, "Your role does not allow you to export; ask an administrator.")
     with told():
         line = table.field(ordinal)
         subject = scenes.of_line(table, line)
@@ -482,7 +485,7 @@ def _picture(picture: str, tiles: Sequence[drawing.Tile], cells: Sequence[words.
     if name in ("original", "normalized") and suffix == "webp":
         pixels = view.original if name == "original" else view.normalized
         if not pixels.size:
-            raise Refused(404, "The pixels of this field cannot be had any more.")
+            raise Refused(404, "The image of this field is no longer available.")
         data, media = drawing.webp(pixels), "image/webp"
     elif picture == "thumb.webp" and view.original.size:
         data, media = drawing.thumbnail(view.original), "image/webp"
@@ -542,7 +545,7 @@ def field_verdict(
         with told():
             line = table.field(ordinal)
             if seen != _seen(line):
-                raise Refused(409, "The prediction is no longer the one on your screen. Load the page anew.")
+                raise Refused(409, "The prediction has changed since you opened this page. Load the page again.")
             action, label = _act(act)
             verdicts.add(
                 _out(request), table.verdict_on_field(ordinal, action, who.name, label, comment.strip() or None)
@@ -656,7 +659,7 @@ def _jobs(request: Request) -> Jobs:
 def _job(request: Request, job_id: str, who: Principal) -> Job:
     job = _jobs(request).get(job_id, who.name)
     if job is None:
-        raise Refused(404, "This answer is gone: answers of the bench are kept for some minutes, and only for you.")
+        raise Refused(404, "This result is gone: results on the bench are kept for some minutes, and only for you.")
     return job
 
 
@@ -669,7 +672,7 @@ def _warming(request: Request) -> bool:
 def _item(request: Request, job_id: str, number: int, who: Principal) -> tuple[Job, Item, Finding]:
     job = _job(request, job_id, who)
     if not 0 <= number < len(job.items) or job.items[number].finding is None:
-        raise Refused(404, "There is no such answer (yet).")
+        raise Refused(404, "There is no such result (yet).")
     return job, job.items[number], job.items[number].finding
 
 
@@ -694,7 +697,7 @@ async def bench(request: Request, who: Diagnoser) -> Response:
         limit(request)
         form = await read_form(request, settings.uploads)
         if not form.uploads:
-            raise Refused(422, "No picture was chosen.")
+            raise Refused(422, "No image was chosen.")
         limit(request, len(form.uploads) - 1)
         known = {card.name for card in engine.bundles}
         chosen = [b for b in (form.get("bundle"), form.get("other")) if b in known]
@@ -714,7 +717,7 @@ async def bench(request: Request, who: Diagnoser) -> Response:
 
 
 def _scale(text: str) -> float | None:
-    """Micrometres a pixel as typed. Raises Refused (422)."""
+    """Micrometres per pixel as typed. Raises Refused (422)."""
     if not text.strip():
         return None
     try:
@@ -722,7 +725,7 @@ def _scale(text: str) -> float | None:
     except ValueError:
         value = 0.0
     if not 0.01 <= value <= 100:
-        raise Refused(422, "The scale is a number of micrometres a pixel, such as 0.25.")
+        raise Refused(422, "The scale is a number of micrometres per pixel, such as 0.25.")
     return value
 
 
@@ -866,27 +869,27 @@ async def admin_change(
             case "users":
                 async with gate.hashing:
                     await asyncio.to_thread(accounts.add, name, role, password)
-                done = f"{name} can sign in now."
+                done = f"{name} can now sign in."
             case "password":
                 async with gate.hashing:
                     await asyncio.to_thread(accounts.set_password, name, password)
                 done = f"{name} has a new password and is signed out everywhere."
             case "role":
                 await asyncio.to_thread(accounts.set_role, name, role)
-                done = f"{name} is {role} now."
+                done = f"{name} is now {role}."
             case "disable" | "enable":
                 await asyncio.to_thread(accounts.set_disabled, name, what == "disable")
-                done = f"{name} is shut out." if what == "disable" else f"{name} may come in again."
+                done = f"{name} is disabled." if what == "disable" else f"{name} is enabled again."
             case "signout":
                 await asyncio.to_thread(accounts.end_sessions, name)
                 done = f"{name} is signed out everywhere."
             case "tokens":
                 valid = float(days) if days.replace(".", "", 1).isdecimal() else 0.0
                 made, secret = await asyncio.to_thread(accounts.add_token, owner, label, tuple(scope or ()), valid)
-                name, done = made.owner, "The token is made."
+                name, done = made.owner, "The token has been created."
             case "revoke":
                 await asyncio.to_thread(accounts.revoke_token, token)
-                done = "The token is worthless now."
+                done = "The token has been revoked."
             case _:
                 raise Refused(404, "There is no such change.")
     except AccountError as error:

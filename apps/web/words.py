@@ -16,7 +16,7 @@ from leukoflow.records import CLASSES, Quality
 
 RESEARCH_USE = (
     "Research use only. Not a medical device: no diagnosis, and no decision about a patient, may rest on this. "
-    "Every finding needs the eye of a haematologist on the slide itself."
+    "Every finding must be confirmed by a haematologist on the slide itself."
 )
 CLASS_NAMES = {"Benign": "Benign", "Early": "Early Pre-B", "Pre": "Pre-B", "Pro": "Pro-B"}
 CLASS_NOTES = {
@@ -45,19 +45,19 @@ _REASONS = {
     ),
     "too few cells": (
         "There are too few white cells to judge.",
-        "Choose a field nearer to where leukocytes lie, or judge the slide by its other fields.",
+        "Choose a field with more leukocytes, or judge the slide by its other fields.",
     ),
-    "out of focus": ("It is out of focus.", "Focus anew and photograph the field again."),
-    "empty": ("Hardly anything in it is stained.", "Move to where cells lie one beside the other."),
+    "out of focus": ("It is out of focus.", "Refocus and photograph the field again."),
+    "empty": ("Hardly anything in it is stained.", "Move to an area where cells lie side by side."),
     "too dark": ("It is too dark.", "More light or a longer exposure helps."),
     "too bright": ("It is too bright.", "Less light or a shorter exposure helps."),
     "clipped pixels": (
         "Large parts are pure black or white.",
-        "Adapt the exposure; borders and labels count as well.",
+        "Adjust the exposure; dark or white borders and labels also count.",
     ),
     "colours are not those of a blood stain": (
         "Its colours are not those of a blood stain.",
-        "Check the white balance, and that the picture is a Romanowsky-stained smear.",
+        "Check the white balance, and that the image shows a Romanowsky-stained smear.",
     ),
 }
 
@@ -215,7 +215,7 @@ def versus(findings: Sequence[Any]) -> str:
     if len(answers) < 2:
         return ""
     if len({f.label for f in answers}) > 1:
-        return "The models disagree: take neither answer for granted."
+        return "The models disagree: rely on neither answer."
     most = max(abs(a - b) for a, b in zip(answers[0].probabilities, answers[1].probabilities, strict=True))
     return f"The models agree on the label; their probabilities differ by at most {most:.3f}."
 

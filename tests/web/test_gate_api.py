@@ -94,7 +94,7 @@ def test_a_morning_by_program(place: World) -> None:
     assert program.get(f"{API}/agreement").json()["n"] == 1
     late = program.post(f"{url}/verdicts", json={"action": "withdraw", "label": first["label"]})
     assert late.status_code == 422
-    assert "another decision" in late.json()["detail"]
+    assert "Another decision" in late.json()["detail"]
     taken = program.post(f"{url}/verdicts", json={"action": "withdraw", "label": other})
     assert (taken.status_code, taken.json()["standing"]["decision"]) == (201, None)
     assert program.post(f"{url}/verdicts", json={"action": "withdraw"}).status_code == 422

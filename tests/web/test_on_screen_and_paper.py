@@ -1,4 +1,4 @@
-"""Pages at every width and on paper: nothing scrolls sideways, nothing asks for what there is not, paper says whose it is."""
+"""Pages at every width and on paper, requests that fail, comments, and decisions that lead on."""
 
 from __future__ import annotations
 
@@ -21,7 +21,9 @@ def failed_requests(page: Any) -> list[str]:
     """Fills up with the requests of a page that fail, or are answered with an error."""
     found: list[str] = []
     page.on("response", lambda r: found.append(f"{r.status} {r.url}") if r.status >= 400 else None)
-    page.on("requestfailed", lambda r: found.append(f"{r.failure} {r.url}") if "ABORTED" not in str(r.failure) else None)
+    page.on(
+        "requestfailed", lambda r: found.append(f"{r.failure} {r.url}") if "ABORTED" not in str(r.failure) else None
+    )
     return found
 
 
@@ -117,7 +119,8 @@ def test_pages_of_a_run_whose_source_is_gone(browser: Any, site: Site) -> None:
 
 
 ON_SCREEN_ONLY = (
-    "button, .button, nav, form, input, select, textarea, dialog, summary.button, .crumbs, .tabs, .filters, .paging, .top"
+    "button, .button, nav, form, input, select, textarea, dialog, summary.button, .crumbs, .tabs, .filters, .paging, "
+    ".top"
 )
 
 
@@ -158,7 +161,8 @@ def test_paper_has_no_controls_and_says_whose_it_is(browser: Any, site: Site, sc
         if "slide" in facts:
             assert LONG[-40:] in head, name
         ink, paper = page.evaluate(
-            "[getComputedStyle(document.querySelector('h1')).color, getComputedStyle(document.querySelector('.sheet')).backgroundColor]"
+            "[getComputedStyle(document.querySelector('h1')).color,"
+            " getComputedStyle(document.querySelector('.sheet')).backgroundColor]"
         )
         assert sum(map(int, re.findall(r"\d+", ink)[:3])) < 200, "dark letters"
         assert sum(map(int, re.findall(r"\d+", paper)[:3])) > 650, "on light paper"

@@ -188,7 +188,7 @@ async function post(action, body) {
       headers: { "HX-Request": "true", "X-CSRF-Token": document.querySelector("meta[name=csrf]").content },
     });
   } catch {
-    return { why: "the server does not answer. Nothing was changed; try again." };
+    return { why: "the server is not responding. Nothing was changed; try again." };
   }
   const words = answer.headers.get("X-Message");
   if (!answer.ok) {

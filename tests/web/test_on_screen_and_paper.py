@@ -32,6 +32,7 @@ def test_no_page_scrolls_sideways_or_asks_for_what_is_not_there(browser: Any, si
     page.goto(f"{site.url}/bench")
     picture = site.folder / f"{LONG}.jpg"
     picture.write_bytes(site.fields[0].read_bytes())
+    page.select_option("[name=other]", label="other")
     page.set_input_files("#files", str(picture))
     page.wait_for_selector("#jobs section:not([aria-busy])", timeout=120_000)
     answer = page.get_attribute(".card a.go", "href")

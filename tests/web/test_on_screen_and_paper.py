@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_world import LONG, PASSWORD, Site, page_of, picture_shown
+from browser_world import LONG, PASSWORD, RUN, Site, page_of, picture_shown, served
+from harness import screen_here, with_other_thresholds
 from test_accessibility import places, settled
 
 from apps.web import scenes
+from leukoflow.records import Status
+from models.bundle import load_bundle
 from tasks.worklist import Query, open_run_table, run_key_of
 
 pytestmark = pytest.mark.timeout(180)
 WIDTHS = (1280, 820, 390)
-RUN_KEY = run_key_of("night")
+RUN_KEY = run_key_of(RUN)
 
 
 def failed_requests(page: Any) -> list[str]:
@@ -246,7 +250,7 @@ def test_drafts_are_gone_with_the_person(browser: Any, site: Site) -> None:
 def test_a_decision_leads_on_and_can_be_withdrawn(browser: Any, site: Site) -> None:
     page = page_of(browser, site)
     table = open_run_table(str(site.out), RUN_KEY)
-    wanted = [f.ordinal for f in table.fields(Query(status="predicted", limit=500)).items]  # type: ignore[arg-type]
+    wanted = [f.ordinal for f in table.fields(Query(status=Status.PREDICTED, limit=500)).items]
     address = f"{site.url}/runs/{RUN_KEY}/fields/{{}}?status=predicted"
     left = [o for o in wanted if not table.field(o).standing.decision]
     assert len(left) > 2
@@ -282,18 +286,28 @@ def test_a_decision_leads_on_and_can_be_withdrawn(browser: Any, site: Site) -> N
     page.context.close()
 
 
-def test_accept_without_a_prediction_says_why(browser: Any, site: Site) -> None:
+def nothing_to_accept(page: Any, url: str, out: Path, status: Status, words: str) -> None:
+    """Presses `a` on a field of that status: nothing is saved, and a live region says why."""
+    field = open_run_table(str(out), RUN_KEY).fields(Query(status=status)).items[0]
+    page.goto(f"{url}/runs/{RUN_KEY}/fields/{field.ordinal}")
+    page.wait_for_selector("[data-scene], .review .empty")
+    here, before = page.url, page.locator(".history li").count()
+    page.keyboard.press("a")
+    page.wait_for_selector(f"[data-saved][role=status]:has-text('{words}')")
+    assert (page.url, page.locator(".history li").count()) == (here, before)
+
+
+@pytest.mark.parametrize("status", [Status.REJECTED, Status.QUARANTINED])
+def test_accept_without_a_prediction_says_why(browser: Any, site: Site, status: Status) -> None:
     page = page_of(browser, site)
-    table = open_run_table(str(site.out), RUN_KEY)
-    for status, words in (("abstained", "abstained"), ("rejected", "no prediction"), ("quarantined", "no prediction")):
-        fields = table.fields(Query(status=status)).items  # type: ignore[arg-type]
-        if status != "abstained":
-            assert fields
-        for field in fields[:1]:
-            page.goto(f"{site.url}/runs/{RUN_KEY}/fields/{field.ordinal}")
-            page.wait_for_selector("[data-scene], .review .empty")
-            here, before = page.url, page.locator(".history li").count()
-            page.keyboard.press("a")
-            page.wait_for_selector(f"[data-saved]:has-text('{words}')")
-            assert (page.url, page.locator(".history li").count()) == (here, before)
+    nothing_to_accept(page, site.url, site.out, status, "no prediction to accept")
     page.context.close()
+
+
+def test_accept_where_the_model_abstained_says_why(browser: Any, site: Site, tmp_path: Path) -> None:
+    doubtful = with_other_thresholds(load_bundle(site.folder / "bundle"), tmp_path / "bundle", 50.0)
+    screen_here(site.fields[0], tmp_path / "out", RUN, doubtful)
+    with served(tmp_path, tmp_path / "out") as other:
+        page = page_of(browser, other)
+        nothing_to_accept(page, other.url, other.out, Status.ABSTAINED, "abstained")
+        page.context.close()

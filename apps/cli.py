@@ -16,6 +16,7 @@ from apps.common import (
     Out,
     RunId,
     execute,
+    fail,
     prefect_api,
     reached,
     refuse_remote,
@@ -390,16 +391,20 @@ def erase(
     """
     with reported(debug):
         from apps import view
-        from tasks.amend import patient_name
+        from tasks.amend import other_keys_in_words, patient_names, runs_of_other_keys
         from tasks.erase import erase_patient
-        from tasks.open_run import patient_key
+        from tasks.patient_key import patient_key
 
         console = view.console()
         use_configured_prefect(debug)  # the key may come from a block of that server
-        name = patient_name(patient, patient_key())
+        key = patient_key()
+        names = patient_names(patient, key)
         with console.status("looking" if dry_run else "erasing", spinner="dots"):
-            found = erase_patient(reached(out), name, dry_run)
+            others = runs_of_other_keys(reached(out), patient, key)
+            found = tuple(done for name in names for done in erase_patient(reached(out), name, dry_run))
         view.show_amended(console, found, "erased", dry_run)
+        if others:
+            fail(other_keys_in_words(others), 1)
 
 
 # --- doctor ----------------------------------------------------------------------------------------------------------

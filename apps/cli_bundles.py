@@ -13,6 +13,7 @@ from apps.common import (
     Out,
     RunId,
     execute,
+    fail,
     prefect_api,
     reached,
     reported,
@@ -366,9 +367,9 @@ def correct(
     """
     with reported(debug):
         from apps import view
-        from tasks.amend import patient_name
+        from tasks.amend import other_keys_in_words, patient_name, runs_of_other_keys
         from tasks.correct import correct_patient
-        from tasks.open_run import patient_key
+        from tasks.patient_key import patient_key
 
         wrong, right = (patient, to) if to is not None else (None, patient if slide is not None else None)
         if right is None:
@@ -379,5 +380,11 @@ def correct(
         named = [None if p is None else patient_name(p, key) for p in (right, wrong)]
         assert named[0] is not None
         with console.status("looking" if dry_run else "correcting", spinner="dots"):
-            found = correct_patient(reached(out), named[0], named[1], slide, dry_run)
+            others = tuple(
+                {run: None for p in (wrong, right) if p is not None for run in runs_of_other_keys(reached(out), p, key)}
+            )
+            keyed = None if named[0] == right else key  # a pseudonym needs none
+            found = correct_patient(reached(out), named[0], named[1], slide, dry_run, keyed)
         view.show_amended(console, found, "corrected", dry_run)
+        if others:
+            fail(other_keys_in_words(others), 1)

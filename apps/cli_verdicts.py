@@ -37,10 +37,10 @@ def export(
     """
     with reported(debug):
         from apps import view
-        from tasks.amend import patient_name
+        from tasks.amend import patient_name, runs_of_other_keys
         from tasks.handoff import Format, Scope
         from tasks.handoff import export as pieces
-        from tasks.open_run import patient_key
+        from tasks.patient_key import patient_key
         from tasks.worklist import open_run_named, patient_key_of
 
         kind = next((k for k in Format if to.name.endswith(k.suffix)), None)
@@ -48,7 +48,10 @@ def export(
             raise ConfigError(f"{to}: the name says the format; end it with {', '.join(k.suffix for k in Format)}")
         if to.exists():
             raise ConfigError(f"{to} exists; name another file")
-        scope = Scope(patient=None if patient is None else patient_key_of(patient_name(patient, patient_key())))
+        key = patient_key() if patient is not None else None
+        scope = Scope(patient=None if patient is None else patient_key_of(patient_name(patient, key)))
+        if patient is not None:
+            runs_of_other_keys(reached(out), patient, key, [run_id])
         table = open_run_named(reached(out), run_id)
         found = pieces(table, scope, kind)
         try:

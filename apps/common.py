@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import logging
 import os
 import signal
 import sys
@@ -17,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, NoReturn
 import typer
 from typer.core import TyperGroup
 
-from leukoflow.errors import ConfigError, LeukoflowError
+from leukoflow.errors import QUOTING, ConfigError, LeukoflowError
 
 if TYPE_CHECKING:
     from leukoflow.config import RunConfig
@@ -59,10 +60,16 @@ def reported(debug: bool = False) -> Iterator[None]:
             traceback.print_exc()
         where = traceback.extract_tb(error.__traceback__)[-1]
         fail(
-            f"{type(error).__name__}: {error} ({Path(where.filename).name}, line {where.lineno}); "
+            f"{_without_values(error)} ({Path(where.filename).name}, line {where.lineno}); "
             "this is a fault of the program: --debug shows the whole traceback",
             1,
         )
+
+
+def _without_values(error: Exception) -> str:
+    """An unforeseen error in words; what a library says of values may name a patient, and is left out."""
+    kind = type(error).__name__
+    return kind if isinstance(error, QUOTING) or not str(error) else f"{kind}: {error}"
 
 
 def fail(message: str, code: int) -> NoReturn:
@@ -141,8 +148,8 @@ def _without_prefect(console: Any, root: str, error: Exception) -> None:
         raise LeukoflowError(f"{words} ({where})")
     else:
         raise LeukoflowError(
-            f"the Prefect server does not answer ({error}); start it again, or leave out PREFECT_API_URL, and the run "
-            "starts one of its own. What is committed stays, and the same command continues where the run was"
+            f"the Prefect server does not answer ({error}); start it again, or unset PREFECT_API_URL so that the "
+            "run starts its own. What is committed stays, and the same command continues where the run was"
         ) from error
 
 
@@ -186,6 +193,9 @@ def use_configured_prefect(debug: bool) -> str | None:
 
     if debug:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
+    else:
+        # Log lines that a server did not take would be complained of for each batch; that it is away is said once.
+        logging.raiseExceptions = False
     url = prefect_server.configured_api_url()
     if url is not None:
         os.environ.update(prefect_server.client_environment(None))

@@ -60,6 +60,7 @@ def diagnose(out: str | None, bundle: str, cluster: str | None, start_prefect: b
         ("bundle", lambda: check_bundle(bundle)),
         ("decoding", check_decoding),
         ("prefect", lambda: check_prefect(start_prefect)),
+        ("patient key", check_patient_key),
     ]
     if cluster:
         steps.append(("cluster", lambda: check_cluster(cluster)))
@@ -178,6 +179,20 @@ def check_decoding() -> Iterator[Check]:
         yield Check("decoding", "fail", f"a plain PNG was refused: {decoded.reason}", "reinstall with `make install`")
     else:
         yield Check("decoding", "ok", "the separate decoding process works")
+
+
+def check_patient_key() -> Iterator[Check]:
+    """The key that makes pseudonyms resists guessing; its check value tells whether two machines have the same."""
+    from tasks.patient_key import KEY_COMMAND, KEY_RULE, PATIENT_KEY, check_value, patient_key, weakness
+
+    key = patient_key()
+    if key is None:
+        yield Check("patient key", "ok", f"none; where a manifest names patients, {PATIENT_KEY} must be set")
+    elif wrong := weakness(key):
+        remedy = f"make one with {KEY_COMMAND}: {KEY_RULE}. What was made with this one is found with this one alone"
+        yield Check("patient key", "fail", f"it can be guessed: {wrong}", remedy)
+    else:
+        yield Check("patient key", "ok", f"check value {check_value(key)}, the same wherever the key is the same")
 
 
 def check_prefect(start: bool) -> Iterator[Check]:

@@ -90,6 +90,8 @@ def show_plan(target: Console, run_id: str, root: str, summary: PlanSummary) -> 
     table.add_row("plan", Text(", ".join([found, *extra])))
     if summary.truncated:
         table.add_row("source", Text(f"incomplete: {summary.truncated}", style="yellow"))
+    for remark in summary.remarks:
+        table.add_row("remark", Text(remark, style="yellow"))
     table.add_row("output", Text(root))
     target.print(table)
 

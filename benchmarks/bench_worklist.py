@@ -187,7 +187,7 @@ def measure(out: str) -> None:
         timed(f"fields sorted by {sort}", lambda: table.fields(Query(sort=sort, limit=50)))  # noqa: B023 - called at once
     timed("fields of a label and status", lambda: table.fields(Query(label="Pro", status=Status.ABSTAINED)))
     timed("fields that hold a text", lambda: table.fields(Query(text="slide-00417")))
-    timed("slides sorted by blast fraction", lambda: table.slides(Query(sort=Sort.BLAST)))
+    timed("slides sorted by mean malignant probability", lambda: table.slides(Query(sort=Sort.MALIGNANT)))
     timed("slides that hold a text", lambda: table.slides(Query(text="0417")))
     patient = table.patients(Query(limit=1)).items[0].patient_key
     timed("fields of a patient", lambda: table.fields(Query(patient=patient)))

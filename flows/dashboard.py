@@ -84,7 +84,7 @@ class Dashboard:
         self._progress: tuple[float, str] | None = None
         self._summary: ArtifactCreate | None = None
         self._artifact: uuid.UUID | None = None
-        self._lock = threading.Lock()
+        self._lock, self._turn = threading.Lock(), threading.Lock()
         self._wake, self._over = threading.Event(), threading.Event()
         # in the flow's context, so that what is sent is known to be of this run
         self._thread = threading.Thread(
@@ -123,7 +123,11 @@ class Dashboard:
         self._wake.set()
 
     def notes(self) -> tuple[str, ...]:
-        """What Prefect's record of the run may lack so far, in words; empty when the server always answered."""
+        """Say in words what Prefect's record of the run may lack so far; empty when the server always answered.
+
+        Asks once more, since an outage that began a moment ago would otherwise be missing from the run's own record.
+        """
+        self._once()
         if not self.outages:
             return ()
         times = ", ".join(_span(outage) for outage in self.outages[:5]) + (", ..." if len(self.outages) > 5 else "")
@@ -152,6 +156,10 @@ class Dashboard:
 
     def _once(self) -> bool:
         """Says and asks what there is; whether the server took it."""
+        with self._turn:  # the run's own thread asks too
+            return self._exchange()
+
+    def _exchange(self) -> bool:
         try:
             with _client() as client:  # a new one each time: connections to a server that was away are of no use
                 self._send(client)

@@ -40,6 +40,7 @@ from leukoflow.cluster import Cluster, code_digest, open_cluster
 from leukoflow.codec import dumps
 from leukoflow.config import RunConfig
 from leukoflow.errors import (
+    QUOTING,
     AttemptError,
     ClusterError,
     ConfigError,
@@ -48,6 +49,8 @@ from leukoflow.errors import (
     RunCancelledError,
     ShardError,
     StorageError,
+    place_of,
+    words_of,
 )
 from leukoflow.progress import HEARTBEAT_SECONDS, Heartbeat, now
 from leukoflow.records import CLASSES, RunManifest, Shard, ShardReceipt
@@ -128,6 +131,8 @@ def nightly(config: RunConfig) -> State[Any]:
             _dashboard(run, stop) as dashboard,
         ):
             log.info("run %s: %s images in %s shards", run.run_id, run.summary.members, run.summary.shards)
+            for remark in run.summary.remarks:
+                log.warning("%s", remark)
             with _no_uploads_left(run):
                 with watching(run, stop, heart.note):
                     done = _process(run, stop, dashboard)
@@ -152,6 +157,11 @@ def nightly(config: RunConfig) -> State[Any]:
     except LeukoflowError as error:
         log.error("%s", error)
         return Failed(message=str(error), data=error)
+    except QUOTING as error:  # Prefect would write down what a library says of values
+        fault = LeukoflowError(f"{place_of(error)}: this is a fault of the program; what is committed stays")
+        fault.__cause__ = error
+        log.error("%s", fault)
+        return Failed(message=str(fault), data=fault)
 
 
 # --- shards: what Prefect sees ---------------------------------------------------------------------------------------
@@ -162,7 +172,11 @@ def process_shard(work: _Work, shard: Shard) -> ShardReceipt:
     """One shard through its stages; an attempt that fails is repeated with what is committed left alone."""
     log = get_run_logger()
     for _ in range(LOSSES):
-        if (receipt := _attempt(work, shard)) is not None:
+        try:
+            receipt = _attempt(work, shard)
+        except QUOTING as error:  # Prefect would write down what a library says of values
+            raise ShardError(f"shard {shard.name}: {place_of(error)}") from None
+        if receipt is not None:
             break
         log.info("shard %s: its worker was lost to something else; the shard is done anew", shard.name)
         work.cluster.settle()
@@ -517,7 +531,7 @@ class _Heart:
         elif isinstance(error, KeyboardInterrupt):
             self._last = ("cancelled", "it was stopped at once, by a second signal")
         elif error is not None:
-            self._last = ("failed", str(error) or type(error).__name__)
+            self._last = ("failed", place_of(error) if isinstance(error, QUOTING) else str(error) or place_of(error))
         try:
             self._write(*self._last)
         except Exception as trouble:  # what ended the run is what people must read
@@ -618,7 +632,7 @@ def _tell(run: Run, manifest: RunManifest, answers: bool) -> None:
         if reference is not None:
             drifts = compare_groups([facts], [reference[0]], "reference")
     except Exception as error:
-        get_run_logger().warning("drift could not be told (%s: %s)", type(error).__name__, error)
+        get_run_logger().warning("drift could not be told (%s: %s)", type(error).__name__, words_of(error))
     if not answers:
         get_run_logger().warning("the table of drift and the link to the report are not in Prefect, which is away")
         return
@@ -629,7 +643,7 @@ def _tell(run: Run, manifest: RunManifest, answers: bool) -> None:
             _link(Storage(run.root).uri("report.html")), key="nightly-report", link_text=f"Report of {run.run_id}"
         )
     except Exception as error:
-        get_run_logger().warning("artifacts could not be written (%s: %s)", type(error).__name__, error)
+        get_run_logger().warning("artifacts could not be written (%s: %s)", type(error).__name__, words_of(error))
     for event, payload in run_events(manifest, drifts, run.config.alerts):
         emit(event, run.run_id, payload)
 

@@ -1,5 +1,10 @@
 """One exception tree. Every message names the thing and the remedy, since it is what an operator reads at night."""
 
+from __future__ import annotations
+
+import traceback
+from pathlib import Path
+
 
 class LeukoflowError(Exception):
     """Base of all errors that leukoflow raises on purpose; `exit_code` is what the command line returns."""
@@ -77,3 +82,26 @@ class RunBusyError(LeukoflowError):
 
 class MemberError(LeukoflowError):
     """One member of the source cannot be used; becomes a quarantined row whose `reason` is this message."""
+
+
+def words_of(error: BaseException) -> str:
+    """What may be passed on of an error: our own words; of others the kind, and of the system's the reason.
+
+    What a library says may quote a line of a manifest, a value or a name, and with it a patient.
+    """
+    if isinstance(error, LeukoflowError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return type(error).__name__
+
+
+def place_of(error: BaseException) -> str:
+    """An exception as its type and where it was raised. Its message may name an image or a patient, and is left out."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    places = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
+    return f"{type(error).__name__} at {places}" if places else type(error).__name__
+
+
+QUOTING = (ValueError, LookupError, TypeError)
+"""Exceptions whose message may quote values: of Arrow, pydantic, csv, json and decoding all."""

@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # the disposable decoding process uses this module, and start
     from leukoflow.method import SegmentSettings
 
 MAX_ENLARGEMENT = 8.0
+SAME_SIZE = 1.1
+"""A picture whose longer side is within this factor of the training fields' is of their size."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,6 +52,17 @@ def scale_of(width: int, height: int, um_per_px: float | None, settings: Segment
     if um_per_px is not None and um_per_px > 0:
         return min(um_per_px / settings.um_per_px, MAX_ENLARGEMENT)
     return min(settings.field_px / min(max(width, height), settings.assumed_field_px), MAX_ENLARGEMENT)
+
+
+def scale_is_guessed(width: int, height: int, um_per_px: float | None, settings: SegmentSettings) -> bool:
+    """Tells whether the size of the cells in a picture of `width` x `height` pixels is no more than an assumption.
+
+    So it is without micrometres per pixel, unless the picture is of the training fields' own size.
+    """
+    if um_per_px is not None and um_per_px > 0:
+        return False
+    ratio = max(width, height) / settings.field_px
+    return not 1 / SAME_SIZE <= ratio <= SAME_SIZE
 
 
 def field_geometry(width: int, height: int, um_per_px: float | None, settings: SegmentSettings) -> FieldGeometry:

@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from leukoflow.codec import dumps, loads
-from leukoflow.errors import SourceError, StorageError
+from leukoflow.errors import SourceError, StorageError, words_of
 from leukoflow.records import Source, SourceKind
 from leukoflow.sources import Entry, identify, survey, unaltered
 from leukoflow.storage import Storage
@@ -171,7 +171,7 @@ def _decode(data: bytes, uri: str) -> tuple[ClaimHead, pa.Table]:
     try:
         table = pq.read_table(io.BytesIO(data))
     except pa.ArrowException as error:
-        raise StorageError(f"{uri} is damaged ({error}); restore it from a backup") from None
+        raise StorageError(f"{uri} is damaged ({words_of(error)}); restore it from a backup") from None
     head = (table.schema.metadata or {}).get(_HEAD)
     if head is None:
         raise StorageError(f"{uri} is no claim of an inbox; take it out of that folder")

@@ -39,6 +39,7 @@ class RunBinding:
     config: str = ""  # all settings, as canonical JSON
     bundle_reference: str = ""  # as it was asked for, where a registry told which bundle that is
     shadow_of: str | None = None  # the run that this one only accompanies: not the night's result
+    patient_key_check: str = ""  # of the key that made its pseudonyms; empty without patients, and in older runs
 
 
 @dataclass(frozen=True, slots=True)

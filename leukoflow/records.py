@@ -92,6 +92,8 @@ class PlanSummary:
     truncated: str | None  # why the source is known to be incomplete, or None
     shard_size: int
     digest: str  # of the members' identities, keys and manifest fields
+    remarks: tuple[str, ...] = ()  # what is odd about source or manifest, for people; nothing that the manifest says
+    patient_key_check: str = ""  # of the key that made the patients' pseudonyms; empty without patients
 
     @property
     def shards(self) -> int:

@@ -7,12 +7,14 @@ import logging
 import re
 import tempfile
 import time
+import traceback
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
-from leukoflow.errors import StorageError
+from leukoflow.errors import StorageError, words_of
 from leukoflow.storage import Storage
 from leukoflow.telemetry import WORKER_LOGGER
 
@@ -45,8 +47,21 @@ class JsonLines(logging.Formatter):
         if worker := getattr(record, "worker", None):
             line["worker"] = worker
         if record.exc_info and record.exc_info[0] is not None:
-            line["exception"] = f"{record.exc_info[0].__name__}: {record.exc_info[1]}"
+            line["exception"] = _kind_and_words(record.exc_info[1])
         return json.dumps(line, ensure_ascii=False)
+
+
+class PlainLines(logging.Formatter):
+    """Lines for people; of an exception where it was raised, and not what a library says of the values."""
+
+    def formatException(self, ei: Any) -> str:
+        """The frames, and what may be passed on."""
+        return "".join([*traceback.format_tb(ei[2]), _kind_and_words(ei[1])])
+
+
+def _kind_and_words(error: BaseException | None) -> str:
+    kind, words = type(error).__name__, words_of(error) if error is not None else ""
+    return kind if words in ("", kind) else f"{kind}: {words}"
 
 
 class _LogFile(logging.FileHandler):
@@ -71,7 +86,7 @@ def run_log(root: str, run_id: str) -> Iterator[None]:
     storage = Storage(root)
     name = f"logs/run-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
     ours, workers = logging.getLogger("leukoflow"), logging.getLogger(WORKER_LOGGER)
-    plain = logging.Formatter("%(asctime)s %(levelname)-7s %(message)s")
+    plain = PlainLines("%(asctime)s %(levelname)-7s %(message)s")
     with ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="leukoflow-log-")))
         for ending, formatter, level in ((".log", plain, logging.WARNING), (".jsonl", JsonLines(run_id), logging.INFO)):

@@ -9,11 +9,10 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
-import re
 import stat
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -23,12 +22,20 @@ from urllib.parse import unquote_to_bytes
 from leukoflow.errors import MemberError, SourceError, StorageError
 from leukoflow.reading import GuardedReader
 from leukoflow.records import Member, Shard, Source, SourceKind
-from leukoflow.tarlist import BLOCK, ByteStream, CompressedStream, PlainStream, TarWalk, is_header
-from leukoflow.ziplist import ZipWalk, find_directory, read_entry
+from leukoflow.tarlist import BLOCK, ByteStream, CompressedStream, PlainStream, TarWalk, compression_of, is_header
+from leukoflow.ziplist import SplitArchiveError, ZipEntry, ZipWalk, find_directory, read_entry
+from leukoflow.zipnames import key_of
 
 DEFAULT_MEMBER_BYTES = 512 << 20
-_COMPRESSIONS = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
 _IMAGES = (b"\xff\xd8\xff", b"\x89PNG\r\n\x1a\n", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+", b"BM")
+_FOREIGN = {
+    b"Rar!\x1a\x07": "a RAR archive",
+    b"7z\xbc\xaf\x27\x1c": "a 7-Zip archive",
+    b"\x04\x22\x4d\x18": "compressed with lz4",
+    b"\x1f\x9d": "compressed with compress (.Z)",
+    b"MSCF": "a cabinet archive",
+    b"070701": "a cpio archive",
+}
 _NESTED = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".gz", ".bz2", ".xz", ".zst", ".7z", ".rar")
 _IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".tif", ".tiff", ".bmp")
 _ARCHIVE_ENDINGS = (".zip", ".tar", ".tgz", ".tbz2", ".txz", ".tar.gz", ".tar.bz2", ".tar.xz", ".tar.zst")
@@ -41,7 +48,6 @@ _PASSING = frozenset(
     }
 )  # fmt: skip
 """What a network share says when it is out of reach, or this machine when it is short of something."""
-_SURROGATE = re.compile("[\udc80-\udcff]")
 _S3_BLOCK = 4 << 20
 _S3_PAGE = 1000
 
@@ -83,24 +89,30 @@ def _kind_of(file: BinaryIO, size: int, name: str) -> SourceKind:
     head = file.read(BLOCK)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")):
         return SourceKind.ZIP
-    compression = _compression(head)
+    compression = compression_of(head)
     if compression:
         file.seek(0)
-        block = CompressedStream(file, compression).read(BLOCK)
+        stream = CompressedStream(file, compression)
+        block = stream.read(BLOCK)
         if is_header(block) or block == bytes(BLOCK):
             return SourceKind.COMPRESSED_TAR
+        if stream.damage:
+            raise SourceError(f"{name} is compressed ({compression}) and cannot be unpacked: {stream.damage}")
         raise SourceError(f"{name} is compressed ({compression}), but holds no tar archive: hand over a zip or tar")
     if head.startswith(_IMAGES):
         return SourceKind.IMAGE
-    if is_header(head) or head == bytes(BLOCK):
+    if is_header(head):
         return SourceKind.TAR
-    if find_directory(file, size) is not None:
-        return SourceKind.ZIP  # with something in front, such as a self-extracting program
+    try:
+        if find_directory(file, size) is not None:
+            return SourceKind.ZIP  # with something in front, such as a self-extracting program
+    except SplitArchiveError as error:
+        raise SourceError(f"{name} is {error}") from None
+    if head == bytes(BLOCK):
+        return SourceKind.TAR  # or nothing but zeros, which is known once it is read
+    if foreign := next((what for magic, what in _FOREIGN.items() if head.startswith(magic)), None):
+        raise SourceError(f"{name} is {foreign}, which is not supported: hand it over as a zip or tar archive")
     raise SourceError(f"{name} is neither a zip or tar archive nor a JPEG, PNG, TIFF or BMP image")
-
-
-def _compression(head: bytes) -> str | None:
-    return next((name for magic, name in _COMPRESSIONS.items() if head.startswith(magic)), None)
 
 
 def _folder_digest(path: str) -> Iterator[tuple[bytes, int, str]]:
@@ -242,7 +254,7 @@ def _local_errors(path: str) -> Iterator[None]:
 def _stream(source: Source, file: BinaryIO) -> ByteStream:
     if source.kind is SourceKind.TAR:
         return PlainStream(file, source.size_bytes)
-    compression = _compression(file.read(8))
+    compression = compression_of(file.read(8))
     file.seek(0)
     return CompressedStream(file, compression or "gz")
 
@@ -253,9 +265,9 @@ def _stream(source: Source, file: BinaryIO) -> ByteStream:
 class Listing:
     """Members of a source in its own order, as a stream that can be walked once; with `entries` only these.
 
-    `ignored` (folders and litter of operating systems) and `truncated` (why the source is known to be incomplete, or
-    None) are complete once the iteration has ended. Of a compressed tar the members' `offset` is left at 0: it
-    depends on the shards (see `spool`).
+    `ignored` (folders and litter of operating systems), `truncated` (why the source is known to be incomplete, or
+    None) and `remarks` (what is odd, though nothing is missing) are complete once the iteration has ended. Of a
+    compressed tar the members' `offset` is left at 0: it depends on the shards (see `spool`).
     """
 
     def __init__(
@@ -268,6 +280,7 @@ class Listing:
         self._ordinal = 0
         self.ignored = 0
         self.truncated: str | None = None
+        self.remarks: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[Member]:
         if self._entries is not None:
@@ -309,17 +322,22 @@ class Listing:
     def _zip(self) -> Iterator[Member]:
         with _open(self._source) as file:
             walk = ZipWalk(file, self._source.size_bytes)
-            for entry in walk:
-                path = key_of(entry.name)
-                if entry.is_directory or is_litter(path):
+            for entry in self._whole(walk):
+                if entry.is_directory or is_litter(entry.name):
                     self.ignored += 1
                     continue
                 identity = f"{entry.crc:08x}-{entry.size}-{entry.offset}"
                 yield self._member(
-                    path, entry.size, identity, offset=entry.offset, stored=entry.stored, method=entry.method,
+                    entry.name, entry.size, identity, offset=entry.offset, stored=entry.stored, method=entry.method,
                     refusal=entry.refusal,
                 )  # fmt: skip
-            self.truncated = walk.truncated
+            self.truncated, self.remarks = walk.truncated, walk.remarks
+
+    def _whole(self, walk: ZipWalk) -> Iterator[ZipEntry]:
+        try:
+            yield from walk
+        except SplitArchiveError as error:
+            raise SourceError(f"{self._source.uri} is {error}") from None
 
     def _tar(self) -> Iterator[Member]:
         compressed = self._source.kind is SourceKind.COMPRESSED_TAR
@@ -344,7 +362,9 @@ class Listing:
                     path, entry.size, identity, offset=0 if compressed else entry.offset, refusal=refusal
                 )
                 yield member
-            self.truncated = walk.truncated
+            self.truncated, self.remarks = walk.truncated, walk.remarks
+            if walk.only_zeros:
+                raise SourceError(f"{self._source.uri} is all zeros, no archive: hand it over again")
 
     def _folder(self) -> Iterator[Member]:
         for relative, status in _walk(self._source.uri):
@@ -383,6 +403,12 @@ class Listing:
     def _image(self) -> Iterator[Member]:
         name = self._source.uri.rpartition("/")[2]
         yield self._member(key_of(os.fsencode(name)), self._source.size_bytes, self._source.identity)
+        with _open(self._source) as file, suppress(SplitArchiveError):
+            if (behind := find_directory(file, self._source.size_bytes)) is not None:
+                self.truncated = (
+                    f"behind the image lies a zip archive with {behind.members:,} files (its directory begins at byte "
+                    f"{behind.start:,}): hand it over by itself"
+                )
 
 
 @dataclass(frozen=True, slots=True)
@@ -466,15 +492,6 @@ def is_archive(uri: str, name: str) -> bool:
         return identify(uri).kind in (SourceKind.ZIP, SourceKind.TAR, SourceKind.COMPRESSED_TAR)
     except SourceError:
         return False
-
-
-def key_of(name: bytes) -> str:
-    """`image_key` of a name inside a source: UTF-8, with every byte that is none as `%XX`."""
-    try:
-        return name.decode()
-    except UnicodeDecodeError:
-        text = name.decode("utf-8", "surrogateescape")
-        return _SURROGATE.sub(lambda match: f"%{ord(match[0]) - 0xDC00:02X}", text)
 
 
 def locator_of(path: bytes) -> str:

@@ -26,14 +26,15 @@ import zarr
 from numpy.typing import NDArray
 
 from leukoflow.codec import dumps, loads
-from leukoflow.errors import ConfigError, LeukoflowError, StorageError
+from leukoflow.errors import ConfigError, LeukoflowError, StorageError, words_of
 from leukoflow.lock import held
 from leukoflow.progress import RunBinding, list_runs, read_manifest, read_state
 from leukoflow.records import Marker, PartRef, RunManifest
 from leukoflow.storage import Storage
 from tasks.audit import LOCK, append
 from tasks.compact import LOCK as COMPACT_LOCK
-from tasks.plan import pseudonym, rewrite_plan
+from tasks.patient_key import PATIENT_KEY, check_value, pseudonyms
+from tasks.plan import rewrite_plan
 from tasks.publish import find_conflicts, rank_slides
 from tasks.slides import slide_of
 from tasks.tables import INTENT, MERGED_STAGE, is_merged, merged_key, shard_name, span, stream, table_files
@@ -140,23 +141,68 @@ def rows_of(top: str, name: str, length: int, tiles: int, cells: int) -> str | N
 # --- an output folder ------------------------------------------------------------------------------------------------
 
 
-def patient_name(patient: str, key: bytes | None) -> str:
-    """The pseudonym of a patient, who is given as such or as in the manifest. Raises ConfigError without the key."""
+def patient_names(patient: str, key: bytes | None) -> tuple[str, ...]:
+    """The pseudonyms of a patient, who is given as such or as in the manifest. Raises ConfigError without the key.
+
+    There are two where blanks were typed around the id: runs of older versions took them for a part of it.
+    """
     if _PSEUDONYM.fullmatch(patient):
-        return patient
+        return (patient,)
     if not key:
         raise ConfigError(
-            "patients are known by pseudonyms here, and there is no key to find this one's: set LEUKOFLOW_PATIENT_KEY "
+            f"patients are known by pseudonyms here, and there is no key to find this one's: set {PATIENT_KEY} "
             "to the key of those runs, or give the pseudonym (p_...) itself"
         )
-    return pseudonym(patient, key)
+    return pseudonyms(patient, key)
 
 
-def amend_runs(out: str, amendment: Amendment, dry_run: bool = False) -> tuple[Amended, ...]:
+def patient_name(patient: str, key: bytes | None) -> str:
+    """The pseudonym of a patient, who is given as such or as in the manifest. Raises ConfigError without the key."""
+    return patient_names(patient, key)[0]
+
+
+def runs_of_other_keys(out: str, patient: str, key: bytes | None, runs: Sequence[str] | None = None) -> tuple[str, ...]:
+    """Runs (by default all) whose patients have pseudonyms by another key, so that this patient is not found there.
+
+    Empty where the patient is given as a pseudonym. Runs of older versions do not say what key they were made with.
+    Raises ConfigError where every run that says it says another one.
+    """
+    if key is None or _PSEUDONYM.fullmatch(patient):
+        return ()
+    storage, checks = Storage(out), {}
+    for name in list_runs(out) if runs is None else runs:
+        if storage.exists(f"{name}/run.json"):
+            run = storage.child(name)
+            checks[name] = loads(RunBinding, run.read("run.json"), run.uri("run.json")).patient_key_check
+    others = tuple(name for name, check in checks.items() if check not in ("", check_value(key)))
+    if others and not any(check == check_value(key) for check in checks.values()):
+        raise ConfigError(
+            f"{PATIENT_KEY} holds another key than the one that made the pseudonyms of {_named(others)}, so nobody "
+            "would be found there: set it to the key of those runs, or give the pseudonym (p_...) itself"
+        )
+    return others
+
+
+def other_keys_in_words(others: Sequence[str]) -> str:
+    """What is to be done about runs in which a patient could not be looked for."""
+    return (
+        f"not looked for in {_named(others)}: made with another patient key. Set {PATIENT_KEY} to that one, and give "
+        "the same command again"
+    )
+
+
+def _named(runs: Sequence[str]) -> str:
+    more = f" and {len(runs) - 3} more runs" if len(runs) > 3 else ""
+    return ", ".join(runs[:3]) + more
+
+
+def amend_runs(out: str, amendment: Amendment, dry_run: bool = False, key: bytes | None = None) -> tuple[Amended, ...]:
     """Changes all runs of an output folder; returns what was done to those that are concerned.
 
-    Raises StorageError before anything is changed where a run that may be concerned is not finished or damaged.
+    `key` is the one that made the pseudonyms of the amendment, where that is known. Raises StorageError before anything
+    is changed where a run that may be concerned is not finished or damaged, ConfigError where one has another key.
     """
+    check = check_value(key) if key else ""
     storage = Storage(out)
     names = list_runs(out)
     if not names:
@@ -164,7 +210,7 @@ def amend_runs(out: str, amendment: Amendment, dry_run: bool = False) -> tuple[A
             f"{out} holds no run; {amendment.doing} needs the folder or prefix that was given to `run --out`"
         )
     if dry_run:
-        return tuple(e for e in (_look(storage.child(n), n, amendment) for n in names) if e is not None)
+        return tuple(e for e in (_look(storage.child(n), n, amendment, check) for n in names) if e is not None)
     with held(storage, LOCK, amendment.doing):
         for name in names:
             run = storage.child(name)
@@ -174,7 +220,7 @@ def amend_runs(out: str, amendment: Amendment, dry_run: bool = False) -> tuple[A
                 after = _sha256(run.read("manifest.json"))
                 append(storage, done, name, after, {"why": "a change that was cut off is finished"})
             run.sweep_attempts("amend")
-        found = [e for e in (_look(storage.child(n), n, amendment) for n in names) if e is not None]
+        found = [e for e in (_look(storage.child(n), n, amendment, check) for n in names) if e is not None]
         changed = []
         for amended in found:
             details = {**amendment.details(), "images": str(amended.images)}
@@ -192,7 +238,7 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _look(run: Storage, name: str, amendment: Amendment) -> Amended | None:
+def _look(run: Storage, name: str, amendment: Amendment, check: str) -> Amended | None:
     """How a run is concerned; None for nothing. Raises StorageError where that cannot be told or mended."""
     try:
         state = read_state(run.root)
@@ -202,13 +248,19 @@ def _look(run: Storage, name: str, amendment: Amendment) -> Amended | None:
         if run.exists("missing.parquet"):
             with run.open("missing.parquet") as file:
                 missing = _count(pq.ParquetFile(file), amendment)
+        theirs = loads(RunBinding, run.read("run.json"), run.uri("run.json")).patient_key_check
     except (LeukoflowError, OSError, pa.ArrowException) as error:
         raise StorageError(
-            f"run {name}: whether it knows the patient cannot be told ({error}); mend or delete it first. Nothing was "
-            "changed"
+            f"run {name}: whether it knows the patient cannot be told ({words_of(error)}); mend or delete it first. "
+            "Nothing was changed"
         ) from None
     if not images and not missing:
         return None
+    if check and theirs not in ("", check):
+        raise ConfigError(
+            f"run {name} is concerned, and its pseudonyms were made with another patient key: set {PATIENT_KEY} to "
+            "that one, or give pseudonyms (p_...). Nothing was changed"
+        )
     if state.state != "finished":
         raise StorageError(
             f"run {name} knows the patient and is {state.state}, not finished: finish it or delete it first. Nothing "

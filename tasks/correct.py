@@ -50,15 +50,21 @@ class Correction(Amendment):
 
 
 def correct_patient(
-    out: str, to: str, patient: str | None = None, slide: str | None = None, dry_run: bool = False
+    out: str,
+    to: str,
+    patient: str | None = None,
+    slide: str | None = None,
+    dry_run: bool = False,
+    key: bytes | None = None,
 ) -> tuple[Amended, ...]:
-    """Assigns the images of a patient, or of a slide, to the patient `to` in all runs; patients are pseudonyms.
+    """Assigns the images of a patient, or of a slide, to the patient `to` in all runs.
 
-    Returns what was done to the runs that are concerned. Raises ConfigError where nothing says which images are meant,
+    Patients are pseudonyms, by `key` where that is known. Returns what was done to the runs that are concerned. Raises
+    ConfigError where nothing says which images are meant, or a run that is concerned has pseudonyms by another key;
     StorageError before anything is changed where a run that may be concerned is not finished or damaged.
     """
     if patient is None and slide is None:
         raise ConfigError("whose images are to be corrected? Name the wrong patient, the slide, or both")
     if patient == to:
         raise ConfigError("the wrong patient and the right one are the same; nothing was changed")
-    return amend_runs(out, Correction(to, patient, slide), dry_run)
+    return amend_runs(out, Correction(to, patient, slide), dry_run, key)

@@ -24,6 +24,7 @@ from leukoflow.errors import ConfigError, StorageError
 from leukoflow.progress import now, read_manifest
 from leukoflow.records import CLASSES, RunManifest
 from leukoflow.storage import Storage
+from tasks.cytoplasm import is_measured
 from tasks.tables import shard_name, table_files
 
 WATCH, ACT = 0.1, 0.25
@@ -93,7 +94,7 @@ QUANTITIES = (
     Quantity("foreground", "stained share of the field", 0.0, 1.0, True),
     Quantity("n_cells", "cells per field", -0.5, 199.5, False),
     Quantity("nucleus_area_px", "nucleus area", 20.0, 5000.0, False, log=True),
-    Quantity("nc_ratio", "nucleus to cell ratio", 0.0, 1.0, False),
+    Quantity("nc_ratio_measured", "nucleus to cell ratio, where cytoplasm is seen", 0.0, 1.0, False),
     Quantity("ood_score", "distance from the training fields", 0.1, 100.0, False, log=True),
     Quantity("confidence", "confidence", 0.25, 1.0, False),
     Quantity("label", "labels", 0.0, 4.0, False, categories=CLASSES),
@@ -312,7 +313,7 @@ _FROM_PREDICTIONS = (
     "image_key", "slide_id", "site", "scanner", "label", "confidence", "ood_score", "n_cells",
 )  # fmt: skip
 _FROM_FIELDS = ("focus", "exposure", "foreground", "stain_red", "stain_blue", "stain_density")
-_FROM_CELLS = ("nucleus_area_px", "nc_ratio")
+_FROM_CELLS = ("nucleus_area_px", "nc_ratio_measured")
 
 
 def facts_of(storage: Storage, predictions: str, shards: Iterable[int]) -> pa.Table:
@@ -325,7 +326,12 @@ def facts_of(storage: Storage, predictions: str, shards: Iterable[int]) -> pa.Ta
         raise StorageError(f"{storage.uri(predictions)} and its fields/ do not belong together; run `leukoflow verify`")
     for name in _FROM_FIELDS:
         rows = rows.append_column(name, facts[name])
-    cells = _read(storage, predictions.replace("predictions/", "cells/", 1), ("image_key", *_FROM_CELLS))
+    cells = _read(
+        storage, predictions.replace("predictions/", "cells/", 1), ("image_key", "nucleus_area_px", "nc_ratio")
+    )
+    ratios = cells["nc_ratio"].cast(pa.float64()).to_numpy()
+    seen = pa.array(ratios, pa.float64(), mask=~is_measured(ratios))  # a mask without cytoplasm tells no ratio
+    cells = cells.append_column("nc_ratio_measured", seen)
     means = cells.group_by("image_key").aggregate([(name, "mean") for name in _FROM_CELLS])
     at = pc.index_in(rows["image_key"], value_set=means["image_key"].combine_chunks())
     for name in _FROM_CELLS:
@@ -399,7 +405,7 @@ def facts_from(data: bytes, what: str) -> DriftFacts:
     """Raises StorageError naming `what` where the bytes are no summary, or one of another version."""
     try:
         body = json.loads(data)
-        if body["schema_version"] != SCHEMA or body["grids"] != _grids():
+        if body["schema_version"] != SCHEMA or not _same_grids(body["grids"]):
             raise StorageError(
                 f"{what} was made by another version of leukoflow; make it anew: leukoflow drift reference"
             )
@@ -407,6 +413,15 @@ def facts_from(data: bytes, what: str) -> DriftFacts:
         return DriftFacts(tuple(body["runs"]), body["bundle_digest"], body["made_at"], groups)
     except (ValueError, KeyError, TypeError, IndexError) as error:
         raise StorageError(f"{what} is damaged ({type(error).__name__}); delete it and make it anew") from None
+
+
+def _same_grids(grids: dict[str, list[Any]]) -> bool:
+    """Whether counts on these grids can be read.
+
+    Earlier versions averaged N:C ratios that nobody had measured: theirs are left out, and not compared with ours.
+    """
+    ours = _grids()
+    return grids in (ours, {"nc_ratio" if k == "nc_ratio_measured" else k: v for k, v in ours.items()})
 
 
 def _grids() -> dict[str, list[Any]]:
@@ -427,6 +442,8 @@ def _dense(slides: Sequence[dict[str, list[list[int]]]]) -> Counts:
     starts = {q.name: start for q, start in zip(QUANTITIES, _STARTS, strict=False)}
     for row, slide in zip(counts, slides, strict=True):
         for name, pairs in slide.items():
+            if name not in starts:  # see _same_grids
+                continue
             for place, count in pairs:
                 row[starts[name] + place] = count
     return counts

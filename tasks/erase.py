@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from tasks.amend import Amended, Amendment, amend_runs, salted
-from tasks.plan import META_PREFIX
+from tasks.manifest_file import META_PREFIX
 
 IDENTIFYING = ("slide_id", "patient_id")
 

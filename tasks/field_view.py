@@ -38,6 +38,7 @@ from tasks.plan import read_shard, read_summary
 from tasks.single import MAX_VIEWS, TileView
 from tasks.worklist import RunTable, list_runs, open_run_table
 
+DEFAULT_ALPHA = 0.05
 ERASED = "the patient was erased from this run, and with the patient what was computed from the image"
 
 
@@ -169,6 +170,14 @@ def segment_settings(bundle: str) -> SegmentSettings:
     """The geometry that a run used; where its bundle is not here, the defaults (a misfit is noticed and said)."""
     method = method_of(bundle)
     return SegmentSettings() if method is None else method.segment
+
+
+@lru_cache(maxsize=16)
+def alpha_of(bundle: str) -> float:
+    """The miss rate that a bundle's prediction sets were built for; the default where the bundle is not here."""
+    calibration = (bundle_document(bundle) or {}).get("calibration") or {}
+    alpha = calibration.get("alpha", DEFAULT_ALPHA)
+    return float(alpha) if isinstance(alpha, int | float) else DEFAULT_ALPHA
 
 
 @lru_cache(maxsize=16)

@@ -30,10 +30,10 @@ from leukoflow.records import CLASSES, SourceKind
 from leukoflow.sources import open_reader
 from tasks.plan import read_shard, read_summary
 from tasks.verdicts import Standing
+from tasks.wording import MEAN_MALIGNANT, MEAN_MALIGNANT_NOTE, mean_words
 from tasks.worklist import (
     MAX_PAGE,
     PROBABILITIES,
-    Floats,
     Ints,
     PatientLine,
     Query,
@@ -96,7 +96,10 @@ EXPORTED = (
 
 
 def exported_schema() -> pa.Schema:
-    """Columns of CSV and Parquet exports: those of `predictions/` that are for people, and what people said."""
+    """Columns of CSV and Parquet exports: those of `predictions/` that are for people, and what people said.
+
+    `label`, `confidence` and `prediction_set` are empty where the model abstained: there is no answer.
+    """
     types = {
         **dict.fromkeys(("confidence", "ood_score", *PROBABILITIES), pa.float64()),
         "prediction_set": pa.list_(pa.string()),
@@ -147,11 +150,13 @@ def _rows(table: RunTable, rows: Ints) -> pa.Table:
     keys = frame.keys.take(places).to_pylist()
     said = [table.reviews.standings.get(("image", key), Standing()) for key in keys]
     decisions = [s.decision for s in said]
-    p: Floats = frame.p[rows]
-    confidence = np.where(np.isfinite(p).all(1), p.max(1, initial=-np.inf), np.nan)
+    answered = frame.answer[rows] >= 0  # what the model leaned to where it abstained is no answer, and stays here
+    confidence = np.where(answered, frame.p[rows].max(1, initial=-np.inf), np.nan)
+    sets = frame.column("prediction_set").take(places).to_pylist()
     given: dict[str, Any] = {
         "run_id": [table.run_id] * len(rows),
-        "label": [CLASSES[code] if code >= 0 else None for code in frame.label[rows].tolist()],
+        "label": [CLASSES[code] if code >= 0 else None for code in frame.answer[rows].tolist()],
+        "prediction_set": [found if given_ else None for found, given_ in zip(sets, answered.tolist(), strict=True)],
         "confidence": pa.array(confidence, pa.float64(), from_pandas=True),
         "bundle_digest": [table.bundle[1]] * len(rows),
         "reviewed_label": [d.said if d else None for d in decisions],
@@ -410,21 +415,15 @@ def _observations(summary: Summary) -> Iterator[tuple[str, str, dict[str, Any], 
     )  # fmt: skip
     for code, display, value, note in (
         (
-            "malignant-share",
-            "Mean malignant probability of the fields",
-            summary.malignant_share,
+            "mean-malignant-probability",
+            MEAN_MALIGNANT,
+            summary.mean_malignant_probability,
+            f"{MEAN_MALIGNANT_NOTE} {summary.counts.predicted:,} answered fields, {summary.answered_cells:,} cells; "
             f"95 % interval {summary.interval[0]:.3f} to {summary.interval[1]:.3f}, as if fields were independent.",
         ),
         (
-            "blast-fraction-estimate",
-            "Estimated share of cells in malignant fields",
-            summary.blast_fraction,
-            "Cells of predicted fields, each counted with its field's malignant probability. An estimate from fields "
-            "and no differential count: no cell is diagnosed by itself.",
-        ),
-        (
             "uncertain-share",
-            "Share of diagnosed fields that are ambiguous or abstained from",
+            "Share of diagnosed fields with several classes in the prediction set, or abstained from",
             summary.uncertainty,
             "Fields that were abstained from, or whose prediction set has more than one class.",
         ),
@@ -444,13 +443,15 @@ def _observations(summary: Summary) -> Iterator[tuple[str, str, dict[str, Any], 
 
 def _conclusion(line: SlideLine | PatientLine, name: str) -> str:
     s = line.summary
-    if s.label is None or s.malignant_share is None:
-        found = f"{name}: none of {s.counts.fields:,} fields could be predicted."
+    if s.label is None or s.mean_malignant_probability is None:
+        found = f"{name}: no answer on any of {s.counts.fields:,} fields."
     else:
         found = (
-            f"{name}: likeliest class {_CLASS_WORDS[s.label]}; {s.malignant_fields:,} of {s.counts.predicted:,} "
-            f"predicted fields look malignant (mean probability {s.malignant_share:.2f}, 95 % interval "
-            f"{s.interval[0]:.2f} to {s.interval[1]:.2f}); {s.counts.abstained:,} abstained, "
+            f"{name}: likeliest class {_CLASS_WORDS[s.label]}; {MEAN_MALIGNANT.lower()} "
+            f"{mean_words(s.mean_malignant_probability)} ({s.counts.predicted:,} answered fields, "
+            f"{s.answered_cells:,} cells; 95 % interval {mean_words(s.interval[0])} to {mean_words(s.interval[1])}; no "
+            f"differential count); {s.malignant_fields:,} of the answered fields have a malignant probability above "
+            f"one half; {s.counts.abstained:,} abstained, "
             f"{s.counts.rejected:,} rejected, {s.counts.quarantined:,} quarantined; {s.reviewed:,} of {s.diagnosed:,} "
             "reviewed by a person."
         )

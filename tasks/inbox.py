@@ -23,8 +23,10 @@ from leukoflow.ledger import CLAIM, ClaimHead, Ledger, Taken
 from leukoflow.progress import now
 from leukoflow.site import ArrivalSettings, Site
 from leukoflow.sources import Entry, is_archive, survey
+from tasks.manifest_file import manifest_keys
+from tasks.matching import match
 from tasks.open_run import manifest_file, stem
-from tasks.plan import item_of, manifest_keys
+from tasks.plan import item_of, items_by_spelling
 
 ItemState = Literal["complete", "arriving", "taken"]
 _STEM = 40  # characters of an archive's name in a run id
@@ -191,14 +193,28 @@ def compare(keys: Iterable[str], items: Sequence[Item], taken: Taken, archives: 
     """What a manifest names and was not taken, as MISSING; `archives` are items whose images only their runs know."""
     new = {item.name for item in items if not item.supplement and item.state != "taken"}
     fresh = {e.key for item in items for e in item.files}
+    named = items_by_spelling({*new, *taken.items, *archives, *(item.name for item in items)})
+    keys = [key for key in keys if key not in taken.keys and named(key) not in archives]
+    theirs = {named(key) for key in keys}
+    came, arriving = (
+        _spelled_otherwise(keys, [image for image in images if item_of(image) in theirs])
+        for images in (taken.keys.difference(keys), fresh - taken.keys)
+    )
     rows = []
     for key in keys:
-        item = item_of(key)
-        if key in taken.keys or item in archives:
+        if key in came:
             continue
-        state = "arriving" if key in fresh or item in new else "missing" if item in taken.items else "absent"
+        item = named(key) or item_of(key)
+        here = key in fresh or key in arriving or item in new
+        state = "arriving" if here else "missing" if item in taken.items else "absent"
         rows.append({"image_key": key, "item": item, "state": state})
     return pa.Table.from_pylist(rows, MISSING)
+
+
+def _spelled_otherwise(keys: Sequence[str], images: Sequence[str]) -> set[str]:
+    """Those of the manifest's keys that are one of the images, spelled otherwise: folders are never left out here."""
+    found = match(keys, images, matched=True)
+    return {keys[row] for row in found.rows.values()}
 
 
 # --- an inbox --------------------------------------------------------------------------------------------------------

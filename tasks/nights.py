@@ -16,7 +16,7 @@ from datetime import date, datetime, timedelta, tzinfo
 import numpy as np
 
 from leukoflow.codec import loads
-from leukoflow.errors import LeukoflowError
+from leukoflow.errors import LeukoflowError, words_of
 from leukoflow.progress import ProgressReader, list_runs, now
 from leukoflow.records import Marker, RunManifest, ShardReceipt, StageTiming
 from leukoflow.storage import Storage
@@ -289,7 +289,7 @@ def _drift_facts(root: str, run: RunFacts, notes: list[str]) -> DriftFacts | Non
             return run_facts(root, run.run_id, None, run.bundle_digest)
         facts = stored_facts(root, manifest)
     except (LeukoflowError, OSError) as error:
-        notes.append(f"run {run.run_id}: its drift is not known, since its tables cannot be read ({error})")
+        notes.append(f"run {run.run_id}: its drift is not known, since its tables cannot be read ({words_of(error)})")
         return None
     if not storage.exists(NAME):
         with suppress(LeukoflowError, OSError):  # who may only read OUT still gets the page

@@ -10,10 +10,9 @@ import shlex
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
-from typing import Any, cast
 
 import zarr
 from pydantic import ValidationError
@@ -29,10 +28,11 @@ from leukoflow.storage import Storage
 from models.bundle import Bundle, load_bundle
 from models.registry import APPROVED, opened, reference
 from tasks.compact import expand_run
+from tasks.patient_key import PATIENT_KEY, check_value, patient_key
 from tasks.plan import plan, read_summary
 from tasks.tables import check_intent
 
-PATIENT_KEY = "LEUKOFLOW_PATIENT_KEY"
+_RUNS_COMPARED = 50  # the last by name, as nights name them; a look at each costs a request
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHADOW_ID = re.compile(_RUN_ID.pattern + r"-shadow-[0-9a-f]{8}")
 
@@ -104,9 +104,13 @@ def _open(config: RunConfig, manifest: Path | _FetchedFile | None) -> Run:
         raise ConfigError(f"--reuse {config.reuse}: there is no such run in {config.out}")
     if bound is not None:
         _check_plan(storage, bound)
+        if main is None:
+            _check_key(run_id, bound.patient_key_check)
     if main is not None:
         _take_plan(out.child(main.run_id), storage)
     summary = _frozen_plan(storage, config, source, manifest, selection)
+    if main is None:
+        _check_key(run_id, summary.patient_key_check)  # planned, and cut off before it was bound
     if bound is None:
         bound = RunBinding(
             run_id=run_id,
@@ -125,6 +129,7 @@ def _open(config: RunConfig, manifest: Path | _FetchedFile | None) -> Run:
             config=config.canonical(),
             bundle_reference=asked,
             shadow_of=config.shadow_of,
+            patient_key_check=summary.patient_key_check,
         )
         storage.create("run.json", dumps(bound))
     elif config.reuse and config.reuse != bound.reuse:
@@ -193,27 +198,6 @@ def stem(uri: str) -> str:
     name = PurePosixPath(uri.rstrip("/")).name or "source"
     name = re.sub(r"(\.tar)?\.(zip|tar|gz|tgz|bz2|xz|zst)$", "", name, flags=re.IGNORECASE)
     return re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip("-._") or "source"
-
-
-def patient_key() -> bytes | None:
-    """The key for pseudonyms, from the environment or, where a Prefect API is configured, from a Secret block."""
-    if value := os.environ.get(PATIENT_KEY):
-        return value.encode()
-    if not os.environ.get("PREFECT_API_URL"):
-        return None
-    import httpx
-    from prefect.blocks.system import Secret
-
-    try:
-        block = cast(Any, Secret.load)("leukoflow-patient-key", _sync=True)
-    except ValueError:  # there is no such block
-        return None
-    except httpx.HTTPError as error:
-        raise ConfigError(
-            f"the Prefect server at {os.environ['PREFECT_API_URL']} does not answer ({error}), and it may hold the key "
-            f"for the patients in the manifest; start it, or set {PATIENT_KEY}"
-        ) from None
-    return str(block.get()).encode()
 
 
 def _binding(storage: Storage) -> RunBinding | None:
@@ -298,6 +282,42 @@ def _check_plan(storage: Storage, bound: RunBinding) -> None:
         )
 
 
+def _check_key(run_id: str, check: str) -> None:
+    """Refuses to go on with a run whose pseudonyms another key has made: its patients would be nobody's elsewhere.
+
+    Without any key there is nothing to confuse, and the plan has its pseudonyms.
+    """
+    if not check:
+        return
+    try:
+        key = patient_key()
+    except ConfigError:  # the server that may hold it is away: what is planned needs no key
+        return
+    if key is not None and check_value(key) != check:
+        raise RunConflictError(
+            f"the pseudonyms of run {run_id} were made with another patient key than {PATIENT_KEY} (or the Prefect "
+            "Secret block) holds now: if the key of before was right, set it again; if this one is, choose a new "
+            f"--run-id and delete {run_id}, whose patients are found in no other run"
+        )
+
+
+def _other_keys(out: Storage, key: bytes | None) -> tuple[str, ...]:
+    """Says that patients of a new run will not be found in the runs beside it, since these have another key."""
+    if key is None:
+        return ()
+    others = 0
+    for name in out.names("")[-_RUNS_COMPARED:]:
+        with suppress(StorageError, OSError):  # damage of another run is no reason not to begin this one
+            bound = _binding(out.child(name))
+            others += bound is not None and bound.patient_key_check not in ("", check_value(key))
+    if not others:
+        return ()
+    return (
+        f"the patients of this run are not found in {others} of the runs beside it, whose pseudonyms another "
+        f"patient key has made: if {PATIENT_KEY} is wrong now, set it right and give a new --run-id",
+    )
+
+
 def _frozen_plan(
     storage: Storage,
     config: RunConfig,
@@ -316,6 +336,7 @@ def _frozen_plan(
             f"{config.manifest} is another one than run {config.run_id} was begun with, and its plan is gone: put the "
             "former manifest back"
         )
+    key = patient_key() if config.manifest else None  # nothing else names patients
     with tempfile.TemporaryDirectory(prefix="leukoflow-plan-") as scratch:
         draft, missing = Path(scratch) / "plan.parquet", Path(scratch) / "missing.parquet"
         summary = plan(
@@ -325,10 +346,11 @@ def _frozen_plan(
             um_per_px=config.um_per_px,
             manifest=manifest,
             meta_columns=config.meta_columns,
-            patient_key=patient_key() if config.manifest else None,  # nothing else names patients
+            patient_key=key,
             member_bytes=config.limits.max_member_mb << 20,
             missing_out=missing,
             selection=selection,
+            remarks=_other_keys(Storage(config.out), key),
         )
         if missing.exists():
             storage.write("missing.parquet", missing.read_bytes())

@@ -7,22 +7,20 @@ without the others, however many there are. The plan's summary travels in the fi
 from __future__ import annotations
 
 import hashlib
-import hmac
 import json
-import logging
-import os
-from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+import re
+import tempfile
+from array import array
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, replace
 from fnmatch import fnmatchcase
 from itertools import islice
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, BinaryIO, TypeAlias, cast
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.csv as pa_csv
 import pyarrow.parquet as pq
 
 from leukoflow.config import UrgentSettings
@@ -30,17 +28,18 @@ from leukoflow.errors import ConfigError, SourceError
 from leukoflow.ledger import Selection
 from leukoflow.records import Member, PlanSummary, Shard, Source, SourceKind
 from leukoflow.sources import DEFAULT_MEMBER_BYTES, Listing
+from tasks.manifest_file import MANIFEST_COLUMNS, META_PREFIX, Manifest, PathLike, manifest_fields, read_manifest
+from tasks.matching import hint, match
+from tasks.names import folded, spelled
+from tasks.patient_key import check_value
+from tasks.slides import slide_of
 
-MANIFEST_COLUMNS = ("slide_id", "patient_id", "site", "scanner", "um_per_px")
-META_PREFIX = "meta_"
+APART = "(not in the manifest)"
+"""How the name of a folder ends that a slide of the manifest is called by, too."""
+
 _SUMMARY_KEY = "leukoflow.plan"
-_EXAMPLES = 3
-_SHORTEST_PATIENT_ID = 4  # a shorter one is found inside keys by chance
 
 Sink: TypeAlias = str | Path | BinaryIO
-PathLike: TypeAlias = str | os.PathLike[str]
-
-log = logging.getLogger(__name__)
 
 
 def plan_schema(meta_columns: Sequence[str] = ()) -> pa.Schema:
@@ -56,179 +55,9 @@ def plan_schema(meta_columns: Sequence[str] = ()) -> pa.Schema:
             pa.field("method", pa.int32(), nullable=False),
             pa.field("identity", pa.string(), nullable=False),
             pa.field("refusal", pa.string()),
-            *_manifest_fields(meta_columns),
+            *manifest_fields(meta_columns),
         ]
     )
-
-
-def missing_schema(meta_columns: Sequence[str] = ()) -> pa.Schema:
-    """Schema of missing.parquet: what the manifest says of images that the source does not hold."""
-    return pa.schema([pa.field("image_key", pa.string(), nullable=False), *_manifest_fields(meta_columns)])
-
-
-def _manifest_fields(meta_columns: Sequence[str]) -> list[pa.Field]:
-    names = [*MANIFEST_COLUMNS, *(META_PREFIX + name for name in meta_columns)]
-    return [pa.field(name, pa.float64() if name == "um_per_px" else pa.string()) for name in names]
-
-
-# ---------------------------------------------------------------- the manifest
-
-
-@dataclass(frozen=True, slots=True)
-class Manifest:
-    """What is known of images beforehand: `table` as `missing_schema` has it, `rows` from image key to its row.
-
-    Patients are pseudonyms already.
-    """
-
-    table: pa.Table
-    rows: Mapping[str, int]
-
-    def row_of(self, image_key: str) -> int | None:
-        """Row of an image. A leading `./`, as tar likes to write it, makes no difference."""
-        row = self.rows.get(image_key)
-        if row is None and image_key.startswith("./"):
-            row = self.rows.get(image_key[2:])
-        return row
-
-
-def read_manifest(path: PathLike, meta_columns: Sequence[str] = (), patient_key: bytes | None = None) -> Manifest:
-    """Read a CSV (comma, semicolon or tab; UTF-8) or Parquet manifest; columns nobody asked for are dropped.
-
-    Raises ConfigError naming the line or the keys where a key is absent or repeated, a scale is no positive number,
-    a configured column is absent, or patients are named and `patient_key` is None.
-    """
-    if clash := sorted({"image_key", *MANIFEST_COLUMNS} & set(meta_columns)):
-        raise ConfigError(f"meta_columns names {', '.join(clash)}, which every manifest may have: leave it out there")
-    names = _column_names(path)
-    if "image_key" not in names:
-        raise ConfigError(f"{path} has no column image_key, only {', '.join(names) or 'none'}: name the images in one")
-    if absent := [name for name in meta_columns if name not in names]:
-        raise ConfigError(f"{path} lacks {', '.join(absent)}, which meta_columns asks for: it has {', '.join(names)}")
-    wanted = [name for name in ("image_key", *MANIFEST_COLUMNS, *meta_columns) if name in names]
-    table = _read_columns(path, wanted)
-    rows = _index(path, table["image_key"])
-    columns = {name: table[name] for name in wanted}
-    if "um_per_px" in columns:
-        columns["um_per_px"] = _scales(path, columns["um_per_px"])
-    patients = columns.get("patient_id")
-    if patients is not None and patients.null_count < len(patients):
-        if not patient_key:
-            raise ConfigError(
-                f"{path} names patients, and there is no key to pseudonymise them: set LEUKOFLOW_PATIENT_KEY or the "
-                "Prefect Secret block that holds it, or take the column patient_id out"
-            )
-        _warn_of_patients_in_keys(table)
-        columns["patient_id"] = _pseudonyms(patients, patient_key)
-    schema = missing_schema(meta_columns)
-    arrays = [columns.get(field.name.removeprefix(META_PREFIX)) for field in schema]
-    filled = [pa.nulls(len(table), field.type) if a is None else a for field, a in zip(schema, arrays, strict=True)]
-    return Manifest(pa.table(filled, schema=schema).combine_chunks(), rows)
-
-
-def pseudonym(patient_id: str, key: bytes) -> str:
-    """HMAC-SHA-256 of a patient's id: the same patient stays recognisable, and nobody without the key finds out who."""
-    return "p_" + hmac.new(key, patient_id.encode(), hashlib.sha256).hexdigest()[:32]
-
-
-def _is_parquet(path: PathLike) -> bool:
-    with open(path, "rb") as file:
-        return file.read(4) == b"PAR1"
-
-
-def _csv_dialect(path: PathLike) -> pa_csv.ParseOptions:
-    with open(path, encoding="utf-8-sig", errors="replace") as file:
-        header = file.readline()
-    return pa_csv.ParseOptions(delimiter=max(",;\t", key=header.count), newlines_in_values=True)
-
-
-@contextmanager
-def _manifest_errors(path: PathLike) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise ConfigError(f"the manifest {path} cannot be read: {error.strerror or error}") from error
-    except (pa.ArrowException, UnicodeDecodeError) as error:
-        raise ConfigError(f"the manifest {path} is neither UTF-8 CSV nor Parquet: {error}") from error
-
-
-def _column_names(path: PathLike) -> list[str]:
-    with _manifest_errors(path):
-        if _is_parquet(path):
-            return list(pq.read_schema(path).names)
-        with pa_csv.open_csv(path, parse_options=_csv_dialect(path)) as reader:
-            return list(reader.schema.names)
-
-
-def _read_columns(path: PathLike, names: list[str]) -> pa.Table:
-    with _manifest_errors(path):
-        if _is_parquet(path):
-            table = pq.read_table(path, columns=names)
-            kept = [table[n] if n == "um_per_px" else table[n].cast(pa.string()) for n in names]
-            return pa.table(kept, names=names)
-        options = pa_csv.ConvertOptions(
-            include_columns=names, column_types=dict.fromkeys(names, pa.string()), null_values=[""],
-            strings_can_be_null=True,
-        )  # fmt: skip
-        return pa_csv.read_csv(path, parse_options=_csv_dialect(path), convert_options=options)
-
-
-def manifest_keys(path: PathLike) -> list[str]:
-    """The images that a manifest names; what else it says is not looked at. Raises ConfigError."""
-    if "image_key" not in _column_names(path):
-        raise ConfigError(f"{path} has no column image_key: name the images in one")
-    return list(_index(path, _read_columns(path, ["image_key"])["image_key"]))
-
-
-def _index(path: PathLike, keys: pa.ChunkedArray) -> dict[str, int]:
-    rows: dict[str, int] = {}
-    for chunk in keys.chunks:
-        base = len(rows)
-        for i, key in enumerate(chunk.to_pylist()):
-            if key is None:
-                raise ConfigError(f"{path}, line {base + i + 2}: no image_key; name the image or take the line out")
-            rows.setdefault(key, base + i)
-        if len(rows) < base + len(chunk):
-            counts = Counter(keys.to_pylist())
-            repeated = [key for key, count in counts.items() if count > 1]
-            more = f" and {len(repeated) - _EXAMPLES} more" if len(repeated) > _EXAMPLES else ""
-            examples = ", ".join(repeated[:_EXAMPLES])
-            raise ConfigError(f"{path} has more than one line for {examples}{more}: keep one each")
-    return rows
-
-
-def _scales(path: PathLike, values: pa.ChunkedArray) -> pa.ChunkedArray:
-    try:
-        if pa.types.is_string(values.type):
-            values = pc.utf8_trim_whitespace(values)
-        scales = values.cast(pa.float64())
-        if pc.all(pc.and_(pc.is_finite(scales), pc.greater(scales, 0.0))).as_py() in (True, None):
-            return scales
-    except pa.ArrowException:
-        pass
-    for i, value in enumerate(values.to_pylist()):
-        try:
-            good = value is None or 0.0 < float(value) < float("inf")
-        except ValueError:
-            good = False
-        if not good:
-            raise ConfigError(f"{path}, line {i + 2}: um_per_px is {value!r}, not a positive number like 0.42")
-    raise ConfigError(f"{path}: um_per_px has the type {values.type}, not numbers")
-
-
-def _pseudonyms(patients: pa.ChunkedArray, key: bytes) -> pa.Array:
-    encoded = patients.combine_chunks().dictionary_encode()
-    names = pa.array([pseudonym(patient, key) for patient in encoded.dictionary.to_pylist()], pa.string())
-    return names.take(encoded.indices)
-
-
-def _warn_of_patients_in_keys(table: pa.Table) -> None:
-    count = 0
-    for batch in table.select(["image_key", "patient_id"]).to_batches(max_chunksize=65536):
-        pairs = zip(batch["image_key"].to_pylist(), batch["patient_id"].to_pylist(), strict=True)
-        count += sum(p is not None and len(p) >= _SHORTEST_PATIENT_ID and p in key for key, p in pairs)
-    if count:
-        log.warning("%d image names contain their patient's id, and names are kept as they are: rename them", count)
 
 
 # ---------------------------------------------------------------- the plan
@@ -246,13 +75,15 @@ def plan(
     member_bytes: int = DEFAULT_MEMBER_BYTES,
     missing_out: Sink | None = None,
     selection: Selection | None = None,
+    remarks: Sequence[str] = (),
 ) -> PlanSummary:
     """List the source once and write its plan.
 
     `um_per_px` applies where the manifest gives no scale. `member_bytes` is the largest member that will be read.
     Images that the manifest names and the source does not hold go to `missing_out`, which is left alone if there are
     none. With a `selection`, only what it has taken is a member, and of the manifest, whose keys then begin with the
-    name of an item of the inbox, only what it says of the items that were taken counts. Memory is bounded by the names
+    name of an item of the inbox, only what it says of the items that were taken counts. The summary has `remarks`, and
+    what is to be said about the manifest. Memory is bounded by the names
     (about 0.5 KB a member), not by the images.
 
     Raises SourceError where there is no member at all, ConfigError for a manifest that cannot be used. Whoever calls
@@ -265,33 +96,179 @@ def plan(
     if selection is not None:
         known = known and _manifest_of(known, selection)
         entries = selection.entries() if selection.archive is None else None
-    listing = Listing(source, member_bytes, entries)
-    members = iter(listing)
-    schema = plan_schema(meta_columns)
-    found = bytearray(len(known.rows)) if known else bytearray()
-    digest, count = hashlib.blake2b(digest_size=16), 0
+    if known is None:
+        return _write_plan(source, out, Listing(source, member_bytes, entries), shard_size, um_per_px, meta_columns)
+    join = _Join(known)
+    with tempfile.TemporaryFile() as draft:  # which line an image has is only known when all have been seen
+        listing = Listing(source, member_bytes, entries)
+        _write_plan(source, draft, listing, shard_size, None, meta_columns, join)
+        join.match(_own_names(source.uri))
+        if selection is not None:
+            _excuse(known, selection, join.found)
+        join.conclude()
+        absent = [row for row, found in enumerate(join.found) if not found]
+        patients = known.table["patient_id"]
+        assert patient_key is not None or patients.null_count == len(patients)
+        summary = rewrite_plan(
+            draft,
+            out,
+            lambda table: _with_scale(join.joined(table), um_per_px),
+            missing=len(absent),
+            remarks=(*listing.remarks, *known.remarks, *join.remarks, *remarks),
+            patient_key_check=check_value(patient_key) if patient_key and patients.null_count < len(patients) else "",
+        )
+    if absent and missing_out is not None:
+        rows = known.table.take(pa.array(absent, pa.int64()))
+        pq.write_table(rows, missing_out, compression="zstd", use_dictionary=False)
+    return summary
+
+
+def _write_plan(
+    source: Source,
+    out: Any,
+    listing: Listing,
+    shard_size: int,
+    um_per_px: float | None,
+    meta_columns: Sequence[str],
+    join: _Join | None = None,
+) -> PlanSummary:
+    """The members of a listing as a plan that knows nothing else of them; `join` looks at each shard."""
+    members, count = iter(listing), 0
+    schema, digest = plan_schema(meta_columns), hashlib.blake2b(digest_size=16)
     with pq.ParquetWriter(
         out, schema, compression="zstd", use_dictionary=False, write_statistics=False, store_schema=False
     ) as writer:
         while shard := list(islice(members, shard_size)):
-            table = _shard_table(shard, schema, source.kind, known, um_per_px, found)
-            _digest_members(table, digest)
+            table = _with_scale(_shard_table(shard, schema, source.kind), um_per_px)
+            if join is None:
+                _digest_members(table, digest)
+            else:
+                join.see(shard)
             writer.write_table(table)
             count += len(shard)
         if not count:
             why = f"; {listing.truncated}" if listing.truncated else ""
             raise SourceError(f"{source.uri} holds no images ({listing.ignored:,} folders and litter){why}")
-        if selection is not None and known is not None:
-            _excuse(known, selection, found)
-        missing = len(found) - sum(found)
         summary = PlanSummary(
-            source, count, listing.ignored, missing, listing.truncated, shard_size, digest.hexdigest()
+            source, count, listing.ignored, 0, listing.truncated, shard_size, digest.hexdigest(), listing.remarks
         )
         writer.add_key_value_metadata({_SUMMARY_KEY: json.dumps(asdict(summary))})
-    if known and missing and missing_out is not None:
-        absent = known.table.filter(pa.array([not here for here in found], pa.bool_()))
-        pq.write_table(absent, missing_out, compression="zstd", use_dictionary=False)
     return summary
+
+
+def _with_scale(table: pa.Table, um_per_px: float | None) -> pa.Table:
+    if um_per_px is None:
+        return table
+    i = table.schema.get_field_index("um_per_px")
+    return table.set_column(i, table.schema.field(i), pc.fill_null(table["um_per_px"], um_per_px))
+
+
+class _Join:
+    """Which line of the manifest each member has, and what that makes of slides: decided when all have been seen.
+
+    `found` says of each row of the manifest whether its image is there.
+    """
+
+    def __init__(self, known: Manifest) -> None:
+        self.known = known
+        self.found = bytearray(len(known.table))
+        self.remarks: list[str] = []
+        self._slides = known.table["slide_id"].to_pylist()
+        self._keys = list(known.rows)  # of the images, once they are found
+        self._rows = array("q")  # of each member, in order; -1 without one
+        self._unlisted: dict[int, str] = {}  # members without a line, by ordinal
+        self._named: dict[str, str] = {}  # from folders to the slide that images without one there belong to
+
+    def see(self, members: Sequence[Member]) -> None:
+        """Takes up the next members."""
+        for member in members:
+            row = self.known.row_of(member.image_key)
+            if row is None or self.found[row]:  # `a.jpg` and `./a.jpg` are two images, and have one line
+                self._unlisted[member.ordinal] = member.image_key
+                row = -1
+            else:
+                self.found[row] = 1
+            self._rows.append(row)
+
+    def match(self, own_names: Sequence[str]) -> None:
+        """Matches what is spelled otherwise."""
+        keys = self._keys
+        rows = [row for row in range(len(self.found)) if not self.found[row]]
+        images = list(self._unlisted)
+        if rows and images:
+            found = match(
+                [keys[row] for row in rows],
+                list(self._unlisted.values()),
+                any(self.found),
+                own_names,
+            )
+            for image, row in found.rows.items():
+                self._rows[images[image]] = rows[row]
+                self.found[rows[row]] = 1
+                self._keys[rows[row]] = self._unlisted.pop(images[image])
+            for rule in found.rules:
+                places = self.known.places([rows[row] for row in rule.rows])
+                self.remarks.append(f"matched to their images {rule.words}: {places} of the manifest")
+
+    def conclude(self) -> None:
+        """Says what would match, and finds the slides of images that the manifest gives none."""
+        absent = [row for row, found in enumerate(self.found) if not found]
+        if absent and self._unlisted:
+            words = hint([self._keys[row] for row in absent], list(self._unlisted.values()))
+            if words is not None:
+                self.remarks.append(f"{len(absent):,} images that the manifest names are not in the source; {words}")
+        if absent and len(absent) == len(self.found):
+            self.remarks.append("no line of the manifest names an image of the source: is it the manifest of this one?")
+        slides_in: dict[str, set[str]] = defaultdict(set)
+        folders_of: dict[str, set[str]] = defaultdict(set)
+        without = Counter(map(_folder, self._unlisted.values()))
+        for row, key in enumerate(self._keys):
+            if self.found[row]:
+                slide, folder = self._slides[row], _folder(key)
+                if slide is None:
+                    without[folder] += 1
+                else:
+                    slides_in[folder].add(slide)
+                    folders_of[slide].add(folder)
+        belonging = apart = 0
+        for folder, count in without.items():
+            names = (folder, folder.rpartition("/")[2])
+            theirs = [n for n in names if slides_in.get(folder) == {n} and folders_of[n] == {folder}]
+            if theirs:
+                self._named[folder] = theirs[0]
+                belonging += count
+            elif folder in folders_of:
+                self._named[folder] = f"{folder} {APART}"
+                apart += count
+        if belonging:
+            self.remarks.append(
+                f"{belonging:,} images to which the manifest gives no slide lie in the folder of one of its slides, "
+                "and are counted to that slide, without a patient"
+            )
+        if apart:
+            self.remarks.append(
+                f"{apart:,} images to which the manifest gives no slide lie in a folder that has the name of one of "
+                f"its slides and is another: they make a slide of their own, whose name ends with {APART}"
+            )
+
+    def joined(self, table: pa.Table) -> pa.Table:
+        """A shard of the plan with what the manifest says of its images."""
+        first = table["ordinal"][0].as_py()
+        rows = [row if row >= 0 else None for row in self._rows[first : first + len(table)]]
+        taken = self.known.table.take(pa.array(rows, pa.int64()))
+        for i, column in enumerate(table.schema):
+            if column.name != "image_key" and column.name in taken.column_names:
+                table = table.set_column(i, column, taken[column.name])
+        if not self._named:
+            return table
+        pairs = zip(table["slide_id"].to_pylist(), table["image_key"].to_pylist(), strict=True)
+        slides = [self._named.get(_folder(key)) if slide is None else slide for slide, key in pairs]
+        i = table.schema.get_field_index("slide_id")
+        return table.set_column(i, table.schema.field(i), pa.array(slides, pa.string()))
+
+
+def _folder(key: str) -> str:
+    return slide_of(None, key)[1]
 
 
 def item_of(key: str) -> str:
@@ -302,23 +279,50 @@ def item_of(key: str) -> str:
 def _manifest_of(known: Manifest, selection: Selection) -> Manifest:
     """What the manifest of an inbox says of the items of one run; of an archive, keys are those inside of it."""
     items, archive = set(selection.table["item"].to_pylist()), selection.archive
-    kept = [(key, row) for key, row in known.rows.items() if item_of(key) in items]
-    if archive is not None:
-        kept = [(key.removeprefix(archive + "/"), row) for key, row in kept if key != archive]
-    table = known.table.take(pa.array([row for _, row in kept], pa.int64()))
-    keys = [key for key, _ in kept]
-    table = table.set_column(0, known.table.schema.field(0), pa.array(keys, pa.string()))
-    return Manifest(table, {key: row for row, key in enumerate(keys)})
+    item_in = items_by_spelling(items)
+    rows: dict[str, int] = {}
+    for key, row in known.rows.items():
+        if item_in(key) is None or (archive is not None and "/" not in spelled(key)):
+            continue
+        inside = key if archive is None else _below_item(key)
+        rows[inside if inside not in rows else key] = row
+    kept = list(rows.values())
+    table = known.table.take(pa.array(kept, pa.int64()))
+    table = table.set_column(0, known.table.schema.field(0), pa.array(list(rows), pa.string()))
+    lines = array("q", (known.lines[row] for row in kept))
+    return Manifest(table, {key: row for row, key in enumerate(rows)}, lines, known.unit, known.remarks)
+
+
+def _below_item(key: str) -> str:
+    return key.partition("/")[2] if "/" in key and "\\" not in key else spelled(key).partition("/")[2]
+
+
+def items_by_spelling(items: Iterable[str]) -> Callable[[str], str | None]:
+    """Tells to which of some items of an inbox a key of the manifest belongs, however it is spelled; None for none."""
+    names = set(items)
+    forms = Counter(folded(name) for name in names)
+    single = {form: name for name in names if forms[form := folded(name)] == 1}
+
+    def find(key: str) -> str | None:
+        return item if (item := item_of(key)) in names else single.get(item_of(folded(key)))
+
+    return find
 
 
 def _excuse(known: Manifest, selection: Selection, found: bytearray) -> None:
     """Of an item that was taken before, this run has the rest, and what it lacks is not missing."""
     if selection.archive is not None:
         return
-    expected = selection.expected_items()
+    expected = items_by_spelling(selection.expected_items())
     for key, row in known.rows.items():
-        if item_of(key) not in expected:
+        if expected(key) is None:
             found[row] = 1
+
+
+def _own_names(uri: str) -> tuple[str, ...]:
+    """What a manifest may call the source: its name, with and without the ending of an archive."""
+    name = PurePosixPath(uri.rstrip("/")).name
+    return name, re.sub(r"(\.tar)?\.(zip|tar|gz|tgz|bz2|xz|zst)$", "", name, flags=re.IGNORECASE)
 
 
 def _digested(schema: pa.Schema) -> list[str]:
@@ -331,19 +335,8 @@ def _digest_members(table: pa.Table, digest: Any) -> None:
         digest.update(json.dumps(row).encode())
 
 
-def _shard_table(
-    members: list[Member],
-    schema: pa.Schema,
-    kind: SourceKind,
-    known: Manifest | None,
-    um_per_px: float | None,
-    found: bytearray,
-) -> pa.Table:
-    """One row group. Marks the manifest's rows that it used in `found`."""
-    rows = [known.row_of(m.image_key) if known else None for m in members]
-    for row in rows:
-        if row is not None:
-            found[row] = 1
+def _shard_table(members: list[Member], schema: pa.Schema, kind: SourceKind) -> pa.Table:
+    """One row group, without what a manifest says."""
     columns: dict[str, Any] = {
         "ordinal": [m.ordinal for m in members],
         "image_key": [m.image_key for m in members],
@@ -355,14 +348,7 @@ def _shard_table(
         "identity": [m.identity for m in members],
         "refusal": [m.refusal for m in members],
     }
-    extra = [field for field in schema if field.name not in columns]
-    if known:
-        taken = known.table.take(pa.array(rows, pa.int64()))
-        columns |= {field.name: taken[field.name] for field in extra}
-    else:
-        columns |= {field.name: pa.nulls(len(members), field.type) for field in extra}
-    if um_per_px is not None:
-        columns["um_per_px"] = pc.fill_null(columns["um_per_px"], um_per_px)
+    columns |= {field.name: pa.nulls(len(members), field.type) for field in schema if field.name not in columns}
     return pa.table(columns, schema=schema)
 
 
@@ -375,8 +361,8 @@ def _spool_offsets(members: list[Member]) -> list[int]:
     return offsets
 
 
-def rewrite_plan(plan_file: Any, out: Sink, change: Callable[[pa.Table], pa.Table]) -> PlanSummary:
-    """Write a plan anew with its members' rows changed, shard by shard; the summary gets the digest of these."""
+def rewrite_plan(plan_file: Any, out: Sink, change: Callable[[pa.Table], pa.Table], **more: Any) -> PlanSummary:
+    """Write a plan anew with its members' rows changed, shard by shard; the summary gets their digest and `more`."""
     reader = pq.ParquetFile(plan_file)
     digest = hashlib.blake2b(digest_size=16)
     schema = reader.schema_arrow.remove_metadata()
@@ -387,7 +373,7 @@ def rewrite_plan(plan_file: Any, out: Sink, change: Callable[[pa.Table], pa.Tabl
             table = change(reader.read_row_group(i).replace_schema_metadata(None))
             _digest_members(table, digest)
             writer.write_table(table.combine_chunks())
-        summary = replace(read_summary(plan_file), digest=digest.hexdigest())
+        summary = replace(read_summary(plan_file), digest=digest.hexdigest(), **more)
         writer.add_key_value_metadata({_SUMMARY_KEY: json.dumps(asdict(summary))})
     return summary
 
@@ -401,8 +387,8 @@ def read_summary(file: Sink) -> PlanSummary:
     if stored is None:
         raise ConfigError(f"{file} is not a plan: it carries no summary")
     fields = cast(dict[str, Any], json.loads(stored))
-    source = fields.pop("source")
-    return PlanSummary(source=Source(**{**source, "kind": SourceKind(source["kind"])}), **fields)
+    source, remarks = fields.pop("source"), tuple(fields.pop("remarks", ()))
+    return PlanSummary(source=Source(**{**source, "kind": SourceKind(source["kind"])}), remarks=remarks, **fields)
 
 
 def shards(summary: PlanSummary) -> Iterator[Shard]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from leukoflow.codec import loads
-from leukoflow.errors import ConfigError, LeukoflowError, StorageError
+from leukoflow.errors import ConfigError, LeukoflowError, StorageError, words_of
 from leukoflow.progress import RunBinding, list_runs
 from leukoflow.storage import Storage
 from models.registry import Ledger, Registered, Registry
@@ -60,8 +60,8 @@ def needed_bundles(outs: Sequence[str]) -> dict[str, str]:
                 binding = loads(RunBinding, storage.read("run.json"), storage.uri("run.json"))
             except LeukoflowError as error:
                 raise StorageError(
-                    f"what bundle run {name} needs cannot be told ({error}); mend or delete it first. Nothing was "
-                    "removed"
+                    f"what bundle run {name} needs cannot be told ({words_of(error)}); mend or delete it first. "
+                    "Nothing was removed"
                 ) from None
             found.setdefault(binding.bundle_digest, f"{out.rstrip('/')}/{name}")
     return found

@@ -23,7 +23,8 @@ from leukoflow.storage import Storage
 from tasks.open_run import Run
 from tasks.plan import shards
 from tasks.shard import ACTIVATIONS, STAGES, open_plan, read_marker
-from tasks.slides import MALIGNANT, slide_of, urgency_of
+from tasks.slides import MALIGNANT, mean_malignant_probability, slide_of, urgency_of
+from tasks.wording import Scale, scale_note
 
 RANKED = (
     "image_key", "slide_id", "patient_id", "site", "status", "n_cells", "prob_benign", "prob_early", "prob_pre",
@@ -68,7 +69,7 @@ def publish(
             quarantined=receipt.quarantined,
             cells=receipt.cells,
         )
-    slides, conflicts, rows = _read_tables(run, storage)
+    slides, conflicts, rows, guessed = _read_tables(run, storage)
     expected = run.summary.members
     counted = sum(totals[s] for s in Status)
     if not rows == counted == expected:
@@ -126,7 +127,12 @@ def publish(
         parts=parts,
         tables=tuple(tables),
         software=software(),
-        notes=(*_notes(run, parts), *notes),
+        notes=(
+            *run.summary.remarks,
+            *_notes(run, parts),
+            *_scale_notes(run, guessed, sum(slides["n_abstained"].to_pylist())),
+            *notes,
+        ),
         hosts=_hosts(storage),
         config=run.config.canonical(),
         bundle_reference=run.binding.bundle_reference,
@@ -177,6 +183,11 @@ def _notes(run: Run, parts: Sequence[PartRef]) -> tuple[str, ...]:
     )
 
 
+def _scale_notes(run: Run, guessed: int, abstained: int) -> tuple[str, ...]:
+    note = scale_note(guessed, abstained, run.bundle.spec.method.segment)
+    return (note,) if note else ()
+
+
 def _table(storage: Storage, name: str, table: pa.Table) -> tuple[str, int, str]:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", use_dictionary=False)
@@ -184,18 +195,20 @@ def _table(storage: Storage, name: str, table: pa.Table) -> tuple[str, int, str]
     return storage.digest(name)
 
 
-def _read_tables(run: Run, storage: Storage) -> tuple[pa.Table, pa.Table, int]:
-    """One pass over the predictions, a part at a time: slides, conflicts, and the number of rows.
+def _read_tables(run: Run, storage: Storage) -> tuple[pa.Table, pa.Table, int, int]:
+    """One pass over the predictions, a part at a time: slides, conflicts, the number of rows, and how many abstentions
+    are from pictures whose scale is a guess.
 
     Keys are compared with the plan's, part by part, so that a row too few, too many or for somebody else is found.
     """
     slides: dict[str, _Slide] = {}
     hashes: list[NDArray[np.uint64]] = []
     patients: list[NDArray[np.uint64]] = []
-    frozen, rows = open_plan(run.root), 0
+    frozen, rows, guessed = open_plan(run.root), 0, 0
+    settings = run.bundle.spec.method.segment
     columns = [
         "image_key", "member_sha256", "slide_id", "patient_id", "site", "status", "n_cells",
-        "prob_benign", "prob_early", "prob_pre", "prob_pro", "confidence",
+        "prob_benign", "prob_early", "prob_pre", "prob_pro", "confidence", "um_per_px", "width_px", "height_px",
     ]  # fmt: skip
     for shard in shards(run.summary):
         part = _read_part(storage, shard.name, columns)
@@ -206,6 +219,8 @@ def _read_tables(run: Run, storage: Storage) -> tuple[pa.Table, pa.Table, int]:
         pairs = []
         for row in part.to_pylist():
             _count(slides, row)
+            if row["status"] == Status.ABSTAINED:
+                guessed += Scale(row["width_px"], row["height_px"], row["um_per_px"], settings).guessed
             if row["member_sha256"] and row["patient_id"]:
                 pairs.append((int(row["member_sha256"][:16], 16), hash_patient(row["patient_id"])))
         if pairs:
@@ -214,7 +229,7 @@ def _read_tables(run: Run, storage: Storage) -> tuple[pa.Table, pa.Table, int]:
             patients.append(array[:, 1])
     shared = _shared_hashes(hashes, patients)
     parts = (_read_part(storage, shard.name, CONFLICT_COLUMNS) for shard in shards(run.summary) if shared)
-    return _slides_table(slides), _conflicts(parts, shared), rows
+    return _slides_table(slides), _conflicts(parts, shared), rows, guessed
 
 
 def hash_patient(patient_id: str) -> int:
@@ -252,6 +267,10 @@ def _count(slides: dict[str, _Slide], row: dict[str, Any]) -> None:
     slide = slides.get(f"{grouping}:{slide_id}")
     if slide is None:
         slide = slides[f"{grouping}:{slide_id}"] = _Slide(grouping, row["patient_id"], row["site"])
+    if slide.patient_id is None:  # of an image without a line in the manifest, the slide is known and the patient not
+        slide.patient_id = row["patient_id"]
+    if slide.site is None:
+        slide.site = row["site"]
     slide.status[row["status"]] += 1
     slide.cells += row["n_cells"] or 0
     if row["status"] != Status.PREDICTED:
@@ -305,7 +324,7 @@ def _slides_table(slides: dict[str, _Slide]) -> pa.Table:
                 "site": slide.site,
                 "urgency": urgency_of(malignant, n),
                 "label": None if mean is None else CLASSES[int(mean.argmax())],
-                "malignant_score": None if mean is None else float(mean[MALIGNANT].sum()),
+                "malignant_score": float(mean_malignant_probability(slide.probabilities, n)) if n else None,
                 "prob_benign": None if mean is None else float(mean[0]),
                 "prob_early": None if mean is None else float(mean[1]),
                 "prob_pre": None if mean is None else float(mean[2]),

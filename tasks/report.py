@@ -22,10 +22,12 @@ import zarr
 from numpy.typing import NDArray
 
 from leukoflow.codec import loads
+from leukoflow.method import SegmentSettings
 from leukoflow.progress import ProgressReader, RunBinding, RunProgress
 from leukoflow.records import CLASSES, Marker, RunManifest, ShardReceipt, SourceKind, StageTiming
 from leukoflow.storage import Storage
-from tasks.field_view import Pixels
+from tasks.cytoplasm import ratio_words
+from tasks.field_view import Pixels, alpha_of, segment_settings
 from tasks.page import LABEL_COLOURS as _LABEL_COLOURS
 from tasks.page import POLICY as _POLICY
 from tasks.page import STATUS_COLOURS as _STATUS_COLOURS
@@ -40,6 +42,17 @@ from tasks.page import table as _table
 from tasks.page import text as _text
 from tasks.plan import read_summary
 from tasks.tables import shard_name, table_files
+from tasks.wording import (
+    MEAN_MALIGNANT,
+    MEAN_MALIGNANT_NOTE,
+    NO_ANSWER,
+    Scale,
+    class_name,
+    mean_words,
+    reason_words,
+    scale_note,
+    set_words,
+)
 
 FIELDS_SHOWN = 12
 """Fields with outlines in each of the two galleries."""
@@ -52,12 +65,12 @@ _BINS = 15  # of the confidence histogram, from 0.25 (a guess among four) to 1
 _SLIDES_KEPT = 200
 _COLUMNS = (
     "image_key", "slide_id", "status", "reason", "label", "confidence", "prob_benign", "prob_early", "prob_pre",
-    "prob_pro", "prediction_set", "n_cells", "shard", "zarr_index", "n_tiles", "um_per_px",
+    "prob_pro", "prediction_set", "n_cells", "shard", "zarr_index", "n_tiles", "um_per_px", "width_px", "height_px",
 )  # fmt: skip
 _FOR, _AGAINST = "#ffe11a", "#12c9ff"  # seen well on violet nuclei, and of no hue that outlines have
 _STATUS_MEANING = {
-    "predicted": "a label with its confidence",
-    "abstained": "a label is given, but not to be relied on",
+    "predicted": "answered: a label with its confidence",
+    "abstained": "no answer: the model does not know",
     "rejected": "quality too poor to diagnose",
     "quarantined": "could not be read",
 }
@@ -65,13 +78,15 @@ _STATUS_MEANING = {
 
 @dataclass(slots=True)
 class _Survey:
-    """What one pass over the predictions keeps."""
+    """What one pass over the predictions keeps. `settings` say which picture's scale is a guess."""
 
+    settings: SegmentSettings
     histogram: NDArray[np.int64] = field(default_factory=lambda: np.zeros((_BINS, 2), np.int64))  # predicted, abstained
     labels: Counter[str] = field(default_factory=Counter)
     without: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # status -> first (key, reason)
     suspicious: dict[str, list[tuple[float, str, dict[str, Any]]]] = field(default_factory=dict)  # slide -> heap
     uncertain: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)  # heap, least certain kept
+    guessed: int = 0  # abstentions from pictures without a scale, and of another size than the training fields
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,7 +138,8 @@ def build_report(root: str, manifest: RunManifest | None) -> str:
     receipts = list(_receipts(storage, _committed(storage)))
     totals = _from_manifest(storage, manifest) if manifest else _from_receipts(storage, progress, receipts)
     shards = [r.shard.name for r in receipts]
-    survey = _survey(storage, _part_keys(manifest, "predictions", shards).values())
+    keys = _part_keys(manifest, "predictions", shards).values()
+    survey = _survey(storage, keys, segment_settings(totals.bundle))
     slides = _slides(storage, "slides.parquet" if manifest else "partial/slides.parquet")
     with ExitStack() as stack:
         painter = _Painter(storage, totals, _part_keys(manifest, "cells", shards), stack)
@@ -234,6 +250,7 @@ def _from_receipts(storage: Storage, progress: RunProgress, receipts: Sequence[S
         shard_size=binding.shard_size,
         fingerprint=binding.fingerprint,
         software=(),
+        notes=summary.remarks,
     )
 
 
@@ -245,9 +262,9 @@ def _part_keys(manifest: RunManifest | None, folder: str, shards: Iterable[str])
     return keys
 
 
-def _survey(storage: Storage, keys: Iterable[str]) -> _Survey:
+def _survey(storage: Storage, keys: Iterable[str], settings: SegmentSettings) -> _Survey:
     """One pass over the predictions of the committed shards."""
-    survey = _Survey()
+    survey = _Survey(settings)
     for key in dict.fromkeys(keys):
         try:
             with storage.open(key) as file:
@@ -265,6 +282,8 @@ def _take(survey: _Survey, row: dict[str, Any]) -> None:
         listed = survey.without.setdefault(status, [])
         if len(listed) < KEYS_SHOWN:
             listed.append((key, row["reason"] or ""))
+    if status == "abstained":
+        survey.guessed += Scale(row["width_px"], row["height_px"], row["um_per_px"], survey.settings).guessed
     if row["label"] is None:
         return
     survey.labels[row["label"]] += 1
@@ -325,11 +344,16 @@ def _most_suspicious(survey: _Survey, slides: Sequence[dict[str, Any]]) -> list[
 
 @dataclass(frozen=True, slots=True)
 class _Card:
-    """One field of a gallery: its row, the drawing (SVG), a remark about it, and whether its maps are stored."""
+    """One field of a gallery: its row, the drawing (SVG), a remark about it, and whether its maps are stored.
+
+    `settings` and `alpha` are the bundle's: how it takes a picture of unknown scale, and how often its sets may miss.
+    """
 
     row: dict[str, Any]
     drawing: str
     remark: str
+    settings: SegmentSettings
+    alpha: float
     mapped: bool = False
 
 
@@ -353,6 +377,7 @@ class _Painter:
         self.storage = storage
         self._cell_files = cells
         self._pixels = Pixels(storage, totals.bundle, stack)
+        self._settings, self._alpha = segment_settings(totals.bundle), alpha_of(totals.bundle)
         self.notes: list[str] = [self._pixels.note] if self._pixels.note else []
 
     def card(self, row: dict[str, Any]) -> _Card:
@@ -364,7 +389,7 @@ class _Painter:
             labels = np.asarray(group["cells"][tile], np.uint16)
             affine = np.asarray(group["to_source"][tile], np.float64)
         except Exception as error:
-            return _Card(row, "", f"its mask cannot be read ({type(error).__name__})")
+            return _Card(row, "", f"its mask cannot be read ({type(error).__name__})", self._settings, self._alpha)
         photo, remark = None, ""
         if self._pixels.there:
             photo, remark = self._pixels.photo(row, labels.shape, affine)
@@ -375,7 +400,8 @@ class _Painter:
             remark = f"{part}; {remark}" if remark else part
         mine = {c["cell_id"]: c for c in cells if c["zarr_index"] == tile}
         heats = self._heats(row, tile, group, mine)
-        return _Card(row, _drawing(photo, labels, mine, heats or ()), remark, heats is not None)
+        drawing = _drawing(photo, labels, mine, heats or ())
+        return _Card(row, drawing, remark, self._settings, self._alpha, heats is not None)
 
     def _heats(
         self, row: dict[str, Any], tile: int, masks: Any, cells: dict[int, dict[str, Any]]
@@ -446,7 +472,7 @@ def _drawing(
         weight = cell["attention"] / top if cell else 0.0
         title = f"cell {cell_id}"
         if cell:
-            title += f": attention {cell['attention']:.3f}, nucleus to cell {cell['nc_ratio']:.2f}"
+            title += f": attention {cell['attention']:.3f}, nucleus to cell {ratio_words(cell['nc_ratio'])}"
         fill = "none" if photo is not None else _colour(weight) + "55"
         parts.append(
             f'<path d="{_outline(labels == cell_id)}" fill="{fill}" stroke="{_colour(weight)}" '
@@ -613,8 +639,8 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
         return '<p class="quiet">Slides are ranked when the run has finished, or at its deadline.</p>'
     head = (
         ("#", "n"), ("slide", "key"), ("site", ""), ("patient", "key"), ("urgency", "n"), ("", "chart"), ("label", ""),
-        ("malignant fields", "n"), ("predicted", "n"), ("abst.", "n"), ("rej.", "n"), ("quar.", "n"), ("cells", "n"),
-        ("most suspicious field", "key"),
+        ("mean malignant probability", "n"), ("fields above ½", "n"), ("predicted", "n"), ("abst.", "n"), ("rej.", "n"),
+        ("quar.", "n"), ("cells", "n"), ("most suspicious field", "key"),
     )  # fmt: skip
     rows = [
         (
@@ -625,6 +651,7 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
             f"{s['urgency']:.3f}",
             _bar(s["urgency"], "var(--accent)"),
             _label(s["label"]),
+            mean_words(s["malignant_score"]),
             _number(s["n_malignant"]),
             f"{_number(s['n_predicted'])} of {_number(s.get('n_planned', s['n_images']))}",
             _number(s["n_abstained"]),
@@ -648,7 +675,8 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
     )
     explained = (
         '<p class="quiet">Urgency is the expected share of malignant fields; with few predicted fields it stays near '
-        "one half, so that silence is not taken for health.</p>"
+        f"one half, so that silence is not taken for health. {MEAN_MALIGNANT}: {MEAN_MALIGNANT_NOTE[:1].lower()}"
+        f"{MEAN_MALIGNANT_NOTE[1:]} Beside it, the answered fields in which that probability is above one half.</p>"
     )
     first, rest = rows[:SLIDES_OPEN], rows[SLIDES_OPEN:]
     folded = f"<details><summary>{len(rest)} more</summary>{_table(head, rest)}</details>" if rest else ""
@@ -663,7 +691,7 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool) -> str:
 def _label(label: str | None) -> str:
     if label is None:
         return "–"
-    return f"{_dot(_LABEL_COLOURS.get(label, '#888'))}{_text(label)}"
+    return f'<span class="tag">{_dot(_LABEL_COLOURS.get(label, "#888"))}{_text(class_name(label))}</span>'
 
 
 def _gallery(name: str, cards: Sequence[_Card], notes: Sequence[str], empty: str) -> str:
@@ -688,9 +716,9 @@ def _heat_switch(name: str, cards: Sequence[_Card]) -> str:
     if bare < len(cards):
         switch = (
             f'<input class="show" type="checkbox" id="{name}-heat"><label for="{name}-heat">Activation maps</label>'
-            '<p class="quiet heatkey">What each place in the boxed cells adds to the evidence for the field\'s label, '
-            f"times the cell's attention: {_dot(_FOR)}for it {_dot(_AGAINST)}against it. The strongest place of each "
-            "field has the full colour.</p>"
+            '<p class="quiet heatkey">What each place in the boxed cells adds to the evidence for the likeliest class '
+            f"of the field, times the cell's attention: {_dot(_FOR)}for it {_dot(_AGAINST)}against it. The strongest "
+            "place of each field has the full colour.</p>"
         )
     if bare:
         who = f"{bare} of these {len(cards)} fields have" if switch else "These fields have"
@@ -705,19 +733,26 @@ def _heat_switch(name: str, cards: Sequence[_Card]) -> str:
 def _figure(card: _Card) -> str:
     row = card.row
     bars = "".join(
-        f'<tr><td>{name}</td><td class="chart">{_bar(row[column], _LABEL_COLOURS[name])}</td>'
+        f'<tr><td>{class_name(name)}</td><td class="chart">{_bar(row[column], _LABEL_COLOURS[name])}</td>'
         f'<td class="n">{row[column]:.3f}</td></tr>'
         for name, column in zip(CLASSES, ("prob_benign", "prob_early", "prob_pre", "prob_pro"), strict=True)
     )
-    chosen = ", ".join(row["prediction_set"] or ()) or "none"
-    facts = f"{row['n_cells'] or 0} cells · prediction set: {_text(chosen)}"
     lines = [f'<p class="key">{_text(row["image_key"], 80)}</p>']
     if row["slide_id"]:
         lines.append(f'<p class="quiet">slide {_text(row["slide_id"], 60)}</p>')
-    lines.append(f'<p class="said">{_label(row["label"])} <span class="n">{row["confidence"]:.3f}</span></p>')
-    lines.append(f"<table>{bars}</table><p class='quiet'>{facts}</p>")
-    if row["status"] != "predicted":
-        lines.append(f'<p class="quiet"><b>{_text(row["status"])}</b>: {_text(row["reason"] or "")}</p>')
+    if row["status"] == "predicted":
+        lines.append(f'<p class="said">{_label(row["label"])} <span class="n">{row["confidence"]:.3f}</span></p>')
+        lines.append(f"<table>{bars}</table>")
+        lines.append(f'<p class="quiet">{_text(set_words(row["prediction_set"] or (), card.alpha), 400)}</p>')
+    else:
+        scale = Scale(row["width_px"], row["height_px"], row["um_per_px"], card.settings)
+        what, remedy, measured = reason_words(row["reason"], scale)
+        more = f" Measured: {_text(measured)}." if measured else ""
+        lines.append(
+            f'<p class="said">{NO_ANSWER}</p><p class="quiet"><b>{_text(what)}</b> {_text(remedy, 600)}{more}</p>'
+        )
+        lines.append(f"<details><summary>Probabilities, which are no answer</summary><table>{bars}</table></details>")
+    lines.append(f"<p class='quiet'>{row['n_cells'] or 0} cells</p>")
     if card.remark:
         lines.append(f'<p class="quiet">{_text(card.remark, 300)}</p>')
     drawing = card.drawing or '<div class="nodrawing">no drawing</div>'
@@ -778,6 +813,8 @@ def _unpredicted(t: _Totals, survey: _Survey) -> str:
         _table((("reason", ""), ("members", "n")), [(_text(r), _number(n)) for r, n in t.reasons]),
     ]
     counts = dict(t.counts)
+    if note := scale_note(survey.guessed, counts["abstained"], survey.settings):
+        out.append(f'<p class="verdict warn">{_text(note, 600)}.</p>')
     for status in ("quarantined", "rejected", "abstained"):
         listed = survey.without.get(status, [])
         if not listed:

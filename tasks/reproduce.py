@@ -40,8 +40,9 @@ from models.registry import Registry
 from tasks.amend import rows_of
 from tasks.compact import shard_counts_of
 from tasks.erase import erased_key
+from tasks.manifest_file import META_PREFIX
 from tasks.open_run import spooled
-from tasks.plan import META_PREFIX, read_shard, read_summary
+from tasks.plan import read_shard, read_summary
 from tasks.plan import shards as shards_of
 from tasks.shard import (
     STAGES,

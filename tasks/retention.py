@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
-from leukoflow.errors import ConfigError, LeukoflowError, StorageError
+from leukoflow.errors import ConfigError, LeukoflowError, StorageError, words_of
 from leukoflow.lock import held
 from leukoflow.progress import RunState, list_runs, read_state
 from leukoflow.storage import Storage
@@ -128,7 +128,9 @@ def look(out: str, run_id: str) -> Candidate:
     try:
         state = read_state(storage.uri(run_id))
     except LeukoflowError as error:
-        return Candidate(run_id, "damaged", None, None, f"its records cannot be read ({error}); look into it by hand")
+        return Candidate(
+            run_id, "damaged", None, None, f"its records cannot be read ({words_of(error)}); look into it by hand"
+        )
     return Candidate(
         run_id=run_id,
         state=state.state,

@@ -13,7 +13,7 @@ from typing import TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from leukoflow.errors import StorageError
+from leukoflow.errors import StorageError, words_of
 from leukoflow.progress import read_manifest
 from leukoflow.records import PartRef, RunManifest, Shard
 from leukoflow.storage import Storage
@@ -120,7 +120,7 @@ def stream(storage: Storage, keys: Iterable[str], columns: Sequence[str] | None 
             ) from None
         except (pa.ArrowException, OSError) as error:
             raise StorageError(
-                f"{storage.uri(key)} cannot be read ({error}); `leukoflow verify` tells what to do"
+                f"{storage.uri(key)} cannot be read ({words_of(error)}); `leukoflow verify` tells what to do"
             ) from None
 
 

@@ -24,9 +24,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from leukoflow.codec import dumps, loads
-from leukoflow.errors import LeukoflowError, RequestError, RunBusyError, RunNotFoundError, StorageError
+from leukoflow.errors import LeukoflowError, RequestError, RunBusyError, RunNotFoundError, StorageError, words_of
 from leukoflow.lock import LockHolder
-from leukoflow.records import CLASSES
+from leukoflow.records import CLASSES, Status
 from leukoflow.schema import VERDICTS
 from leukoflow.storage import Storage
 from tasks.tables import INTENT, in_order
@@ -83,6 +83,11 @@ class Verdict:
     def target(self) -> Target:
         """What it is about."""
         return ("image", self.image_key) if self.image_key is not None else slide_target(self.grouping, self.slide_id)
+
+    @property
+    def seen_answer(self) -> str | None:
+        """The label that the model answered with; None where it abstained, whatever was noted of its leaning."""
+        return None if self.seen_status == Status.ABSTAINED else self.seen_label
 
     @property
     def said(self) -> str | None:
@@ -189,6 +194,11 @@ def check_verdict(verdict: Verdict) -> None:
         raise RequestError("there is no decision to withdraw here")
     if verdict.action not in (Action.CORRECT, Action.WITHDRAW) and verdict.label is not None:
         raise RequestError(f"only a correction has a label, not {verdict.action}")
+    if verdict.action is Action.ACCEPT and verdict.seen_status == Status.ABSTAINED:
+        raise RequestError(
+            "the model abstained from this field, so there is no answer to accept: say which class it is, flag it or "
+            "comment on it"
+        )
     if verdict.action is Action.ACCEPT and verdict.seen_label is None:
         raise RequestError("there is no prediction to accept here: correct it, flag it or comment on it")
     if verdict.action is Action.COMMENT and not (verdict.comment or "").strip():
@@ -243,7 +253,7 @@ def _decode(data: bytes, uri: str) -> tuple[Entry, list[dict[str, Any]]]:
             raise StorageError(f"{uri} holds no verdicts; take it out of that folder")
         return loads(Entry, head, uri), list(table.to_pylist())
     except (pa.ArrowException, OSError, ValueError) as error:
-        raise StorageError(f"{uri} is damaged ({error}); restore it from a backup") from None
+        raise StorageError(f"{uri} is damaged ({words_of(error)}); restore it from a backup") from None
 
 
 def _seal(data: bytes, entry: Entry) -> bytes:
@@ -454,7 +464,7 @@ def _look(
         entry, rows = _decode(data, _key(number))
         digests = [_row_digest(row) for row in rows]
     except (StorageError, AttributeError, TypeError) as error:
-        return None, 0, f"damaged: {error}"
+        return None, 0, f"damaged: {words_of(error)}"
     kept = [digest for i, digest in enumerate(entry.rows) if i not in entry.erased]
     if digests != kept:
         return entry, len(rows), "altered: its rows are not those that were written"

@@ -21,12 +21,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from leukoflow.codec import dumps, loads
-from leukoflow.errors import LeukoflowError, StorageError
+from leukoflow.errors import LeukoflowError, StorageError, words_of
 from leukoflow.progress import RunBinding
 from leukoflow.records import CLASSES, Marker, PartRef, RunManifest, Shard, ShardReceipt, StageTiming, Status
 from leukoflow.schema import CELLS, SCHEMA_VERSION, predictions_schema
 from leukoflow.storage import Storage
-from tasks.plan import META_PREFIX, read_summary
+from tasks.manifest_file import META_PREFIX
+from tasks.plan import read_summary
 from tasks.publish import REASONS, SLOWEST
 from tasks.tables import (
     finished,
@@ -334,7 +335,7 @@ def verify_run(root: str, report: Report = lambda done, total: None) -> Verifica
             rows = _rows(storage, manifest, cells, again, book)
             book.add(_tables(storage, manifest, again))
         except (LeukoflowError, OSError, pa.ArrowException, KeyError, ValueError) as error:
-            book.add([Finding("tables", f"they cannot be read: {error}", _parts_anew(again))])
+            book.add([Finding("tables", f"they cannot be read: {words_of(error)}", _parts_anew(again))])
     book.add(Finding(key, what, _VERDICTS_LOST) for key, what in said.problems)
     return Verification(
         run_id=manifest.run_id,

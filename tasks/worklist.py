@@ -29,14 +29,22 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 from scipy.special import betaincinv
 
-from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError, RunNotFoundError, StorageError
+from leukoflow.errors import (
+    LeukoflowError,
+    NotFoundError,
+    RequestError,
+    RunBusyError,
+    RunNotFoundError,
+    StorageError,
+    words_of,
+)
 from leukoflow.progress import ProgressReader, RunProgress, read_manifest
 from leukoflow.progress import list_runs as run_names
 from leukoflow.records import CLASSES, RunManifest, Status
 from leukoflow.schema import CELLS, PREDICTIONS, SCHEMA_VERSION
 from leukoflow.storage import Storage
 from tasks.plan import read_summary
-from tasks.slides import MALIGNANT, urgency_of
+from tasks.slides import MALIGNANT, mean_malignant_probability, urgency_of
 from tasks.tables import INTENT, shard_name, table_files
 from tasks.verdicts import Action, Standing, Target, Verdict, VerdictReader, Verdicts, moment
 
@@ -76,7 +84,6 @@ class Sort(StrEnum):
     ORDER = "order"  # as in the plan
     LABEL = "label"
     MALIGNANT = "malignant"
-    BLAST = "blast"
     UNCERTAINTY = "uncertainty"
     CONFIDENCE = "confidence"
     FIELDS = "fields"
@@ -209,25 +216,24 @@ class Counts:
 class Summary:
     """What the fields of a slide or patient say together; None where no field was predicted.
 
-    `urgency` is that of `slides.parquet`. `malignant_share` is the mean malignant probability of the predicted fields,
-    `interval` its 95 % interval from even odds as urgency has them (Beta(1, 1)), as if fields were independent, which
-    those of one slide are not. `blast_fraction` counts the cells of predicted fields, each with its field's malignant
-    probability: an estimate from fields, not a differential count, since no cell is diagnosed by itself. `uncertainty`
-    is the share of diagnosed fields that were abstained from or whose prediction set has more than one class;
-    `entropy` the mean entropy of the predicted fields' probabilities, 0 to 1.
+    `urgency` is that of `slides.parquet`. `mean_malignant_probability` is that of `tasks.slides`, over the answered
+    (predicted) fields, which have `answered_cells` cells: no differential count, since no cell is diagnosed by itself.
+    `interval` is its 95 % interval from even odds as urgency has them (Beta(1, 1)), as if fields were independent,
+    which those of one slide are not. `uncertainty` is the share of diagnosed fields that were abstained from or whose
+    prediction set has more than one class; `entropy` the mean entropy of the predicted fields' probabilities, 0 to 1.
     """
 
     counts: Counts
     label: str | None
     probabilities: tuple[float, ...]
     urgency: float
-    malignant_share: float | None
+    mean_malignant_probability: float | None
     interval: tuple[float, float]
     malignant_fields: int
-    blast_fraction: float | None
     uncertainty: float | None
     entropy: float | None
     cells: int
+    answered_cells: int
     reviewed: int  # fields with a decision, of those that were diagnosed
     diagnosed: int
     flagged: int  # fields
@@ -264,7 +270,11 @@ class PatientLine:
 
 @dataclass(frozen=True, slots=True)
 class FieldLine:
-    """A field. `urgency` is what this field alone would make of a slide; a field without a prediction has one half."""
+    """A field. `urgency` is what this field alone would make of a slide; a field without a prediction has one half.
+
+    `label`, `confidence` and `prediction_set` are those of an answer: of a field that the model abstained from they are
+    None and empty, though its run has stored what the model leaned to. `probabilities` are there, and no answer.
+    """
 
     ordinal: int
     image_key: str
@@ -399,7 +409,7 @@ def entropy(probabilities: Floats) -> Floats:
 
 
 def beta_interval(malignant: Floats, predicted: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:
-    """Interval of the malignant share after so many fields, from even odds: [n] and [n]."""
+    """Interval of the mean malignant probability after so many fields, from even odds: [n] and [n]."""
     a, b = 1.0 + malignant, 1.0 + predicted - malignant
     edge = (1.0 - level) / 2
     return betaincinv(a, b, edge), betaincinv(a, b, 1.0 - edge)
@@ -494,6 +504,8 @@ class Frame:
         known: Mask = np.asarray(np.isfinite(self.p).all(1), np.bool_)
         self.label: Ints = np.where(known, np.where(known[:, None], self.p, 0.0).argmax(1), -1)
         self.malignant: Floats = self.p[:, MALIGNANT].sum(1)
+        # `label` is the likeliest class also of abstained fields; `answer` is none where the model abstained.
+        self.answer: Ints = np.where(self.status == PREDICTED, self.label, -1)
         self.predicted: Mask = (self.status == PREDICTED) & np.isfinite(self.malignant)
         self.diagnosed: Mask = (self.status == PREDICTED) | (self.status == ABSTAINED)
         self.cells = np.asarray(pc.fill_null(table["n_cells"], 0).to_numpy(), np.int64)
@@ -585,15 +597,14 @@ class Groups:
 
     @cached_property
     def share(self) -> Floats:
-        """Mean malignant probability of the predicted fields [k]."""
-        return self._share(self.malignant, self.n)
+        """Mean malignant probability of the predicted fields [k], NaN where there is none."""
+        means = np.asarray(mean_malignant_probability(self.sums, np.maximum(self.n, 1)), np.float64)
+        return np.where(self.n > 0, means, np.nan)
 
     @cached_property
-    def blast(self) -> Floats:
-        """Cells of predicted fields, each counted with its field's malignant probability, over these cells [k]."""
-        cells = self.frame.cells.astype(np.float64)
-        weighted = self._sum(np.nan_to_num(self.frame.malignant) * cells, self._said)
-        return self._share(weighted, self._sum(cells, self._said))
+    def answered_cells(self) -> Ints:
+        """Cells of the predicted fields [k]."""
+        return self._sum(self.frame.cells.astype(np.float64), self._said).astype(np.int64)
 
     @cached_property
     def uncertainty(self) -> Floats:
@@ -642,13 +653,13 @@ class Groups:
             label=CLASSES[int(self.label[i])] if n else None,
             probabilities=tuple(float(v) / n for v in self.sums[i]) if n else (),
             urgency=float(self.urgency[i]) if urgency is None else urgency,
-            malignant_share=_number(self.share[i]),
+            mean_malignant_probability=_number(self.share[i]),
             interval=(float(low[0]), float(high[0])),
             malignant_fields=int(self.positive[i]),
-            blast_fraction=_number(self.blast[i]),
             uncertainty=_number(self.uncertainty[i]),
             entropy=_number(self.entropy[i]),
             cells=int(self.cells[i]),
+            answered_cells=int(self.answered_cells[i]),
             reviewed=reviewed,
             diagnosed=int(self.diagnosed[i]),
             flagged=flagged,
@@ -997,7 +1008,7 @@ class RunTable:
         frame, said = self.frame, self.reviews
         keep = self._common(query)
         if query.label is not None:
-            keep &= frame.label == CLASSES.index(query.label)
+            keep &= frame.answer == CLASSES.index(query.label)
         if query.status is not None:
             keep &= frame.status == STATUSES.index(str(query.status))
         if query.review is not None:
@@ -1016,10 +1027,9 @@ class RunTable:
         values: dict[Sort, Callable[[], Any]] = {
             Sort.URGENCY: lambda: frame.urgency,
             Sort.MALIGNANT: lambda: frame.malignant,
-            Sort.BLAST: lambda: frame.malignant,
-            Sort.LABEL: lambda: frame.label.astype(np.float64),
+            Sort.LABEL: lambda: frame.answer.astype(np.float64),
             Sort.UNCERTAINTY: lambda: frame.entropy,
-            Sort.CONFIDENCE: lambda: frame.p.max(1) if len(frame) else np.zeros(0),
+            Sort.CONFIDENCE: lambda: np.where(frame.answer >= 0, frame.p.max(1, initial=0.0), np.nan),
             Sort.CELLS: lambda: frame.cells.astype(np.float64),
             Sort.FIELDS: lambda: np.ones(len(frame)),
             Sort.REVIEWED: lambda: said.reviewed.astype(np.float64),
@@ -1041,7 +1051,6 @@ class RunTable:
         values: dict[Sort, Callable[[], Any]] = {
             Sort.URGENCY: lambda: self._patient_urgency if groups is self._held.patients else groups.urgency,
             Sort.MALIGNANT: lambda: groups.share,
-            Sort.BLAST: lambda: groups.blast,
             Sort.LABEL: lambda: groups.label.astype(np.float64),
             Sort.UNCERTAINTY: lambda: groups.uncertainty,
             Sort.CONFIDENCE: lambda: groups.sums.max(1) / np.maximum(groups.n, 1) if groups.k else np.zeros(0),
@@ -1152,9 +1161,10 @@ class RunTable:
     def _slide_line(self, code: int) -> SlideLine:
         frame, groups = self.frame, self._held.slides
         grouping, _, name = frame.slides[code].partition(":")
-        row = int(groups.first[code])  # as `slides.parquet`: the first field names patient and site
+        row = int(groups.first[code])  # as `slides.parquet`: the first field names the site
         reviewed, flagged = self._reviewed_by_group["slides"]
-        patient = frame.patients[frame.patient[row]] if frame.patient[row] >= 0 else None
+        named = frame.patient[(frame.slide == code) & (frame.patient >= 0)]  # and the first that names one the patient
+        patient = frame.patients[named[0]] if len(named) else None
         return SlideLine(
             slide_key=self._slide_key(code),
             name=name,
@@ -1187,7 +1197,7 @@ class RunTable:
         frame = self.frame
         stored = {name: frame.column(name)[row].as_py() for name in SHOWN}
         probabilities = tuple(float(v) for v in frame.p[row]) if np.isfinite(frame.p[row]).all() else ()
-        patient = stored["patient_id"]
+        patient, answered = stored["patient_id"], frame.answer[row] >= 0
         return FieldLine(
             ordinal=int(frame.ordinals[row]),
             image_key=stored["image_key"],
@@ -1199,10 +1209,10 @@ class RunTable:
             scanner=stored["scanner"],
             status=Status(stored["status"]),
             reason=stored["reason"],
-            label=CLASSES[frame.label[row]] if frame.label[row] >= 0 else None,
-            confidence=max(probabilities) if probabilities else None,
+            label=CLASSES[frame.answer[row]] if answered else None,
+            confidence=max(probabilities) if answered else None,
             probabilities=probabilities,
-            prediction_set=tuple(stored["prediction_set"] or ()),
+            prediction_set=tuple(stored["prediction_set"] or ()) if answered else (),
             ood=stored["ood_score"],
             n_cells=int(frame.cells[row]),
             urgency=float(frame.urgency[row]),
@@ -1261,7 +1271,8 @@ def _reviews(held: _Held, verdicts: Verdicts) -> Reviews:
             standing = standings[("image", name)]
             reviewed[row] = standing.decision is not None
             flagged[row] = standing.flagged
-            corrected[row] = standing.decision is not None and standing.decision.said != standing.decision.seen_label
+            seen = standing.decision.seen_answer if standing.decision is not None else None
+            corrected[row] = standing.decision is not None and seen is not None and standing.decision.said != seen
     held.reviews = Reviews(verdicts, standings, reviewed, flagged, corrected)
     return held.reviews
 
@@ -1296,7 +1307,7 @@ class _reading:
             ) from None
         if isinstance(error, (pa.ArrowException, OSError)):
             raise StorageError(
-                f"run {self.run_id} cannot be read ({error}); `leukoflow verify` tells what to do"
+                f"run {self.run_id} cannot be read ({words_of(error)}); `leukoflow verify` tells what to do"
             ) from None
 
 
@@ -1397,7 +1408,7 @@ def _line(shelf: _Shelf, run_id: str) -> RunLine | None:
         return None
     except (LeukoflowError, ValueError, KeyError, TypeError, AttributeError) as error:
         return RunLine(
-            run_key_of(run_id), run_id, "damaged", "", None, "", 0, 0, 0, 0, 0, 0, 0, "", "", None, str(error)
+            run_key_of(run_id), run_id, "damaged", "", None, "", 0, 0, 0, 0, 0, 0, 0, "", "", None, words_of(error)
         )
 
 
@@ -1751,8 +1762,8 @@ def agreement(out: str) -> Agreement:
 
 def agreement_of(decided: Iterable[Verdict], unread: Sequence[str] = ()) -> Agreement:
     """Agreement of decisions, one for each field."""
-    known = [(v, CLASSES.index(v.seen_label), CLASSES.index(v.said)) for v in decided if v.seen_label and v.said]
-    without = sum(1 for v in decided if v.said and not v.seen_label)
+    known = [(v, CLASSES.index(v.seen_answer), CLASSES.index(v.said)) for v in decided if v.seen_answer and v.said]
+    without = sum(1 for v in decided if v.said and not v.seen_answer)
     confusion = np.zeros((4, 4), np.int64)
     weeks: dict[str, NDArray[np.int64]] = {}
     reviewers: dict[str, list[int]] = {}

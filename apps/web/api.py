@@ -24,7 +24,9 @@ from apps.web.live import STREAM, event, live
 from apps.web.problems import add_problem_schema, documented, finite
 from apps.web.settings import SCOPES, WebSettings
 from apps.web.uploads import read_form
-from leukoflow.records import CLASSES
+from leukoflow.records import CLASSES, Status
+from tasks import cytoplasm
+from tasks.wording import SET_DESCRIPTION
 
 router = APIRouter(prefix="/api/v1")
 RESEARCH_USE = (
@@ -138,7 +140,7 @@ class CellOut(Model):
     centroid_y_px: float
     nucleus_area_px: float
     cell_area_px: float
-    nc_ratio: float | None
+    nc_ratio: float | None = Field(description=cytoplasm.DESCRIPTION)
     eccentricity: float | None
     touches_border: bool
     attention: float | None = Field(description="how much the cell contributed to the answer; sums to 1 over an image")
@@ -155,10 +157,12 @@ class Diagnosis(Model):
     bundle_digest: str | None = None
     status: Literal["predicted", "abstained", "rejected", "quarantined"] | None = None
     reason: str | None = Field(None, description="why there is no prediction, as in a run")
-    label: str | None = Field(None, examples=["Early"])
-    confidence: float | None = Field(None, description="calibrated probability of the label")
-    probabilities: dict[str, float] | None = None
-    prediction_set: list[str] = Field([], description="classes that cannot be excluded")
+    label: str | None = Field(None, examples=["Early"], description="of an answer; null where the model abstained")
+    confidence: float | None = Field(None, description="calibrated probability of the label; null without an answer")
+    probabilities: dict[str, float] | None = Field(
+        None, description="by class; where the model abstained they are no answer, and their calibration does not hold"
+    )
+    prediction_set: list[str] = Field([], description=SET_DESCRIPTION)
     ood_score: float | None = Field(None, description="distance from the training fields, 1 is typical")
     width_px: int | None = None
     height_px: int | None = None
@@ -304,6 +308,7 @@ def diagnosis(item: Item, cells: bool = True) -> Diagnosis:
     if found is None:
         return Diagnosis(name=item.name, stage=stage, error=item.error or None, bundle=item.bundle or None)
     probabilities = dict(zip(CLASSES, (float(p) for p in found.probabilities), strict=False))
+    answered = found.status == Status.PREDICTED
     return Diagnosis(
         name=item.name,
         stage=stage,
@@ -313,10 +318,10 @@ def diagnosis(item: Item, cells: bool = True) -> Diagnosis:
         bundle_digest=found.bundle_digest,
         status=found.status.value,
         reason=found.reason,
-        label=found.label,
-        confidence=probabilities.get(found.label) if found.label else None,
+        label=found.label if answered else None,
+        confidence=probabilities.get(found.label) if answered else None,
         probabilities=probabilities or None,
-        prediction_set=list(found.prediction_set),
+        prediction_set=list(found.prediction_set) if answered else [],
         ood_score=found.ood,
         width_px=found.width_px,
         height_px=found.height_px,
@@ -328,7 +333,7 @@ def diagnosis(item: Item, cells: bool = True) -> Diagnosis:
 
 
 def _cells(table: pa.Table) -> list[CellOut]:
-    return [CellOut(**finite(row)) for row in table.to_pylist()]
+    return [CellOut(**finite(row | {"nc_ratio": cytoplasm.measured(row["nc_ratio"])})) for row in table.to_pylist()]
 
 
 # --- tokens ----------------------------------------------------------------------------------------------------------

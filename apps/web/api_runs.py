@@ -14,8 +14,9 @@ from apps.web.guard import Principal, exporter, reviewer, saw, viewer
 from apps.web.live import STREAM, event, live
 from apps.web.problems import documented, finite
 from leukoflow.records import Status
-from tasks import handoff, verdicts, worklist
+from tasks import cytoplasm, handoff, verdicts, worklist
 from tasks.verdicts import Action
+from tasks.wording import MEAN_MALIGNANT_NOTE, SET_DESCRIPTION
 from tasks.worklist import MAX_PAGE, Review, RunTable, Sort
 
 router = APIRouter(prefix="/api/v1", tags=["runs"])
@@ -100,15 +101,15 @@ class SummaryOut(Model):
 
     counts: CountsOut
     label: str | None
-    probabilities: list[float]
+    probabilities: list[float] = Field(description="means over the answered fields, Benign Early Pre Pro")
     urgency: float
-    malignant_share: float | None
-    interval: tuple[float, float]
-    malignant_fields: int
-    blast_fraction: float | None
+    mean_malignant_probability: float | None = Field(description=f"{MEAN_MALIGNANT_NOTE} Null without answered fields.")
+    interval: tuple[float, float] = Field(description="95 % interval of the mean, as if fields were independent")
+    malignant_fields: int = Field(description="answered fields with a malignant probability above one half")
     uncertainty: float | None
     entropy: float | None
     cells: int
+    answered_cells: int = Field(description="cells of the answered fields")
     reviewed: int
     diagnosed: int
     flagged: int
@@ -194,10 +195,12 @@ class FieldOut(Model):
     scanner: str | None
     status: str
     reason: str | None
-    label: str | None
-    confidence: float | None
-    probabilities: list[float]
-    prediction_set: list[str]
+    label: str | None = Field(description="of an answer; null where the model abstained")
+    confidence: float | None = Field(description="calibrated probability of the label; null without an answer")
+    probabilities: list[float] = Field(
+        description="Benign Early Pre Pro; no answer where the model abstained, nor calibrated for it"
+    )
+    prediction_set: list[str] = Field(description=SET_DESCRIPTION)
     ood: float | None
     n_cells: int
     urgency: float
@@ -284,6 +287,7 @@ class CellRow(Model):
     model_config = ConfigDict(extra="allow", from_attributes=True)
     cell_id: int
     attention: float | None = None
+    nc_ratio: float | None = Field(None, description=cytoplasm.DESCRIPTION)
 
 
 # --- lists -----------------------------------------------------------------------------------------------------------
@@ -369,7 +373,8 @@ def cells(request: Request, run_key: RunKey, ordinal: Ordinal, who: Viewer) -> l
     """The cells of a field with their measurements and attention."""
     rows = _table(request, run_key).cells(ordinal).to_pylist()
     saw(request, "cells", f"{run_key}/{ordinal}")
-    return [CellRow(**finite({k: v for k, v in row.items() if k not in ("run_id", "image_key")})) for row in rows]
+    kept = ({k: v for k, v in row.items() if k not in ("run_id", "image_key")} for row in rows)
+    return [CellRow(**finite(row | {"nc_ratio": cytoplasm.measured(row["nc_ratio"])})) for row in kept]
 
 
 @router.get(

@@ -23,7 +23,7 @@ from apps.web.guard import API, Gate, Guard, Refused, SignInNeeded, log
 from apps.web.jobs import EngineLike, Jobs
 from apps.web.problems import TITLES, problem
 from apps.web.settings import WebSettings
-from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError
+from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError, place_of
 from leukoflow.progress import now
 from tasks import worklist
 
@@ -100,7 +100,7 @@ async def failed(request: Request, error: Exception) -> Response:
     status, detail, headers, errors = _explained(error)
     if not isinstance(error, HTTPException | RequestValidationError):
         if status >= 500:
-            log.error("%s", guard.without_words(error))
+            log.error("%s", place_of(error))
         if guard.principal(request) is None:  # strangers learn nothing of this machine
             detail = "The server cannot answer at the moment; its log says why."
     here = request.scope["path"].removeprefix(guard.gate_of(request).settings.root_path)

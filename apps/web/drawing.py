@@ -22,17 +22,16 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from apps.web.words import (
-    CLASS_NAMES,
     RESEARCH_USE,
     Cell,
     Subject,
-    class_name,
     frequency,
-    reason_words,
-    set_words,
+    prob,
     shown,
 )
 from leukoflow.records import CLASSES
+from tasks.cytoplasm import measured, measured_words
+from tasks.wording import CLASS_NAMES, LEANING, NO_ANSWER, class_name, mean_words, set_words
 from tasks.worklist import TimelinePoint, WeekLine
 
 NUCLEUS, CYTOPLASM = "#35d6ff", "#ffd23e"  # seen on violet nuclei as on pale ground
@@ -40,6 +39,7 @@ FOR, AGAINST = "#ffe11a", "#12c9ff"
 LABEL_COLOURS = {"Benign": "#2f8579", "Early": "#b98a0f", "Pre": "#cf5f22", "Pro": "#ab3366"}
 _STOPS = ((0x5C, 0x74, 0x96), (0xF0, 0xA2, 0x1E), (0xE0, 0x22, 0x35))
 _STRONGEST = 217  # opacity of the strongest place of an activation map: the cell must be seen through it
+_DRAWN = {0xD7: "x", 0xB5: "u", 0x2013: "-", 0x2026: "..."}  # letters that the built-in font of pictures lacks
 _ENLARGED = 900  # pixels of the longer side of an exported picture, at least
 
 
@@ -222,7 +222,7 @@ def hundred(right: int, low: int, high: int) -> list[tuple[str, str, str]]:
 
 
 def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
-    """A patient's malignant share over runs, with its interval; numbers stand in a table beside it."""
+    """A patient's mean malignant probability over runs, with its interval; numbers stand in a table beside it."""
     width, height, left, right, top, foot = 1000, 300, 56, 24, 24, 46
     tall = height - top - foot
 
@@ -232,7 +232,7 @@ def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
     plot = _Plot(width, height, "course-title")
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
         plot.line("grid" if share else "axis", left, level(share), width - right, level(share))
-        plot.text(f"{100 * share:.0f} %", left - 10, level(share) + 4, "end")
+        plot.text(f"{share:g}", left - 10, level(share) + 4, "end")
     xs = _places([p.at for p in points], left, width - left - right)
     segments: list[list[str]] = []
     for x, point in zip(xs, points, strict=True):
@@ -240,19 +240,19 @@ def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
         plot.line("whisker", x, low, x, high)
         plot.line("whisker", x - 5, low, x + 5, low)
         plot.line("whisker", x - 5, high, x + 5, high)
-        if point.summary.malignant_share is not None:
+        if point.summary.mean_malignant_probability is not None:
             if not segments or not point.same_bundle:
                 segments.append([])  # another bundle is another measure: points are not joined
-            segments[-1].append(f"{x:.1f} {level(point.summary.malignant_share):.1f}")
+            segments[-1].append(f"{x:.1f} {level(point.summary.mean_malignant_probability):.1f}")
     plot.parts += [f'<path class="line" d="M{"L".join(s)}"/>' for s in segments if len(s) > 1]
     named = -math.inf
     for x, point in zip(xs, points, strict=True):
-        share_, label = point.summary.malignant_share, point.summary.label
+        share_, label = point.summary.mean_malignant_probability, point.summary.label
         if share_ is not None:
             kind = f"c-{label}" if label in CLASSES else ""
             plot.parts.append(f'<circle class="point {kind}" cx="{x:.1f}" cy="{level(share_):.1f}" r="7"/>')
             dx, anchor = (-12, "end") if x > width - 90 else (12, "start")
-            plot.text(f"{100 * share_:.0f} %", x + dx, level(share_) - 9, anchor, "strong")
+            plot.text(mean_words(share_), x + dx, level(share_) - 9, anchor, "strong")
         if x - named >= 92:  # else the dates would run into each other
             plot.text(point.at[:10], x, height - 22, "middle")
             named = x
@@ -358,15 +358,18 @@ def export_png(subject: Subject, tile: Tile | None, cells: Sequence[Cell], layer
     lines = [
         (shown(subject.title, 90), 22, "#1f2228"),
         (_headline(subject), 26, "#1f2228"),
-        (frequency(subject.label, subject.confidence), 18, "#1f2228"),
-        (set_words(subject.prediction_set, bool(subject.probabilities)), 18, "#1f2228"),
+        *((text, 18, "#1f2228") for text in _said(subject)),
+        (_all_probabilities(subject), 18, "#1f2228"),
         (_provenance(subject), 15, "#5c616b"),
         ("Outlines: cells, coloured by attention (how much each contributed to the answer)."
          if "attention" in layers else "", 15, "#5c616b"),
         (RESEARCH_USE, 15, "#9b241c"),
     ]  # fmt: skip
     wrapped = [
-        (piece, size, ink) for text, size, ink in lines if text for piece in _wrap(text, size, picture.width - 48)
+        (piece, size, ink)
+        for text, size, ink in lines
+        if text
+        for piece in _wrap(text.translate(_DRAWN), size, picture.width - 48)
     ]
     tall = sum(size + 9 for _, size, _ in wrapped) + 36
     sheet = Image.new("RGB", (picture.width, picture.height + tall), "#fffefb")
@@ -393,12 +396,29 @@ def _wrap(text: str, size: int, width: int) -> list[str]:
 
 
 def _headline(subject: Subject) -> str:
-    if subject.label is None:
-        return f"{subject.status}: {reason_words(subject.reason)[0]}"
     if subject.status == "abstained":
-        what, _, _ = reason_words(subject.reason)
-        return f"Abstained (a guess would be {class_name(subject.label)}): {what}"
-    return f"{class_name(subject.label)}, confidence {subject.confidence or 0:.3f}"
+        return NO_ANSWER
+    if subject.label is None:
+        return f"{subject.status.capitalize()}: {subject.why[0]}"
+    return f"{class_name(subject.label)}, confidence {prob(subject.confidence or 0.0)}"
+
+
+def _said(subject: Subject) -> tuple[str, ...]:
+    """What stands below the headline: of an answer what its confidence and its set mean, else why there is none."""
+    if subject.label is not None:
+        return tuple(filter(None, (
+            frequency(subject.label, subject.confidence), set_words(subject.prediction_set, subject.alpha),
+        )))  # fmt: skip
+    if subject.status == "abstained":
+        return (" ".join(filter(None, subject.why[:2])), LEANING)
+    return tuple(filter(None, (subject.why[1],)))
+
+
+def _all_probabilities(subject: Subject) -> str:
+    if not subject.probabilities:
+        return ""
+    each = ", ".join(f"{class_name(c)} {prob(p)}" for c, p in zip(CLASSES, subject.probabilities, strict=True))
+    return f"Probabilities: {each}" if subject.label is not None else f"Probabilities, no answer: {each}"
 
 
 def _provenance(subject: Subject) -> str:
@@ -430,10 +450,8 @@ def export_pdf(subject: Subject, tile: Tile | None, cells: Sequence[Cell], by: s
     _line(pdf, "leukoflow field report", 9, (92, 97, 107))
     _line(pdf, subject.title, 15, style="B")
     _line(pdf, _headline(subject), 13, style="B")
-    for text in (frequency(subject.label, subject.confidence),
-                 set_words(subject.prediction_set, bool(subject.probabilities))):  # fmt: skip
-        if text:
-            _line(pdf, text, 10)
+    for text in _said(subject):
+        _line(pdf, text, 10)
     pdf.ln(2)
     if tile is not None:
         sink = BytesIO()
@@ -446,6 +464,8 @@ def export_pdf(subject: Subject, tile: Tile | None, cells: Sequence[Cell], by: s
     else:
         _line(pdf, "The image is no longer available.", 10, (122, 79, 0))
     pdf.ln(2)
+    if subject.probabilities and subject.label is None:
+        _line(pdf, "Probabilities (no answer)", 9, (92, 97, 107))
     for name, probability in zip(CLASSES, subject.probabilities, strict=False):
         _probability(pdf, name, probability)
     pdf.ln(2)
@@ -468,6 +488,7 @@ def export_pdf(subject: Subject, tile: Tile | None, cells: Sequence[Cell], by: s
     if cells:
         pdf.add_page()
         _line(pdf, "Cells by attention", 13, style="B")
+        _line(pdf, f"Nucleus to cell: {measured_words([c.nc_ratio for c in cells])}.", 9, (92, 97, 107))
         _cell_table(pdf, cells)
     return bytes(pdf.output())
 
@@ -475,7 +496,7 @@ def export_pdf(subject: Subject, tile: Tile | None, cells: Sequence[Cell], by: s
 def _line(pdf: FPDF, text: str, size: int, ink: tuple[int, int, int] = (31, 34, 40), style: str = "") -> None:
     pdf.set_font("Helvetica", style, size)
     pdf.set_text_color(*ink)
-    pdf.multi_cell(0, size * 0.48, _latin(shown(text, 400)), new_x="LMARGIN", new_y="NEXT", align="L")
+    pdf.multi_cell(0, size * 0.48, _latin(shown(text, 800)), new_x="LMARGIN", new_y="NEXT", align="L")
 
 
 def _probability(pdf: FPDF, name: str, probability: float) -> None:
@@ -488,7 +509,7 @@ def _probability(pdf: FPDF, name: str, probability: float) -> None:
     pdf.set_fill_color(*_rgb(LABEL_COLOURS[name]))
     pdf.rect(48, y + 1.2, max(0.2, 90 * probability), 2.6, style="F")
     pdf.set_xy(142, y)
-    pdf.cell(16, 5, f"{probability:.3f}", align="R", new_x="LMARGIN", new_y="NEXT")
+    pdf.cell(16, 5, prob(probability), align="R", new_x="LMARGIN", new_y="NEXT")
 
 
 def _cell_table(pdf: FPDF, cells: Sequence[Cell]) -> None:
@@ -496,12 +517,16 @@ def _cell_table(pdf: FPDF, cells: Sequence[Cell]) -> None:
     widths = (14, 14, 22, 26, 24, 22, 24, 22)
     pdf.set_font("Helvetica", "", 8)
     for row in (heads, *(
-        (str(c.rank), str(c.cell_id), f"{c.attention:.4f}", f"{c.nc_ratio:.2f}", f"{c.nucleus_area_px:.0f}",
+        (str(c.rank), str(c.cell_id), f"{c.attention:.4f}", _ratio(c), f"{c.nucleus_area_px:.0f}",
          f"{c.cell_area_px:.0f}", f"{c.eccentricity:.2f}", "yes" if c.touches_border else "") for c in cells
     )):  # fmt: skip
         for width, value in zip(widths, row, strict=True):
             pdf.cell(width, 4.6, value, border="B", align="R")
         pdf.ln()
+
+
+def _ratio(cell: Cell) -> str:
+    return "-" if measured(cell.nc_ratio) is None else f"{cell.nc_ratio:.2f}"
 
 
 def _latin(text: str) -> str:
@@ -537,7 +562,7 @@ def export_json(subject: Subject, cells: Sequence[Cell], by: str) -> bytes:
                 "cell_id": c.cell_id,
                 "rank": c.rank,
                 "attention": c.attention,
-                "nc_ratio": c.nc_ratio,
+                "nc_ratio": measured(c.nc_ratio),  # null: the segmenter saw no cytoplasm
                 "nucleus_area_px": c.nucleus_area_px,
                 "cell_area_px": c.cell_area_px,
                 "eccentricity": c.eccentricity,

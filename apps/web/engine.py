@@ -49,7 +49,7 @@ from apps.web.frames import (
     record_of,
 )
 from leukoflow.config import LimitSettings
-from leukoflow.errors import BundleError, LeukoflowError
+from leukoflow.errors import BundleError, LeukoflowError, place_of, words_of
 from leukoflow.host import worker_environment
 from leukoflow.records import DIED, Status
 from tasks.ingest import too_large
@@ -368,8 +368,8 @@ class Engine:
             self._ready += 1
             try:
                 await self._work(worker)
-            except Exception:  # a fault of ours must not end the service
-                _log.exception("a worker is given up")
+            except Exception as error:  # a fault of ours must not end the service
+                _log.error("a worker is given up: %s", place_of(error))
             finally:
                 self._ready -= 1
                 await worker.end()
@@ -618,7 +618,7 @@ class _Worker:
         except (asyncio.IncompleteReadError, OSError):
             pass
         except Exception as error:  # whatever nonsense it talks is no reason for this process to fail
-            words = f"it talks nonsense ({error})"
+            words = f"it talks nonsense ({words_of(error)})"
         self.gone.set()
         self._nursery.kill(self._number)
         ended = await asyncio.shield(self._ended)
@@ -692,8 +692,8 @@ def _tell(job: _Job, stage: str) -> None:
         return
     try:
         job.told(stage)
-    except Exception:  # whoever watches must not harm what is watched
-        _log.exception("a listener failed")
+    except Exception as error:  # whoever watches must not harm what is watched
+        _log.error("a listener failed: %s", place_of(error))
 
 
 def _settle(job: _Job, said: Finding | LeukoflowError) -> None:

@@ -18,7 +18,6 @@ import signal
 import socket
 import sys
 import threading
-import traceback
 from collections import OrderedDict
 from contextlib import suppress
 from typing import Any, BinaryIO, NoReturn
@@ -44,7 +43,7 @@ from apps.web.frames import (
     record_of,
 )
 from leukoflow.config import LimitSettings
-from leukoflow.errors import BundleError, LeukoflowError
+from leukoflow.errors import BundleError, LeukoflowError, place_of
 from tasks.ingest import Decoder
 from tasks.single import Finding, Models, examine, load_models, warm
 
@@ -108,7 +107,7 @@ def main() -> None:
             models = _prepared(setup, say)
         except Exception as error:
             if not isinstance(error, LeukoflowError):
-                traceback.print_exc()
+                print(place_of(error), file=sys.stderr)
             say(Failure(0, "bundle" if isinstance(error, LeukoflowError) else "error", _words(error)))
             return
         gc.collect()
@@ -179,8 +178,8 @@ class _Nursery:
             for inherited in (self._wake, self._woken, self._orders.fileno(), self._say.descriptor):
                 os.close(inherited)
             work(descriptor, self._setup, self._models)
-        except BaseException:
-            traceback.print_exc()
+        except BaseException as error:
+            print(place_of(error), file=sys.stderr)
         finally:
             os._exit(1)
 
@@ -285,7 +284,7 @@ def _serve(order: Order, data: bytes, shelf: _Shelf, say: _Speaker, withdrawn: s
         if isinstance(error, RuntimeError) and any(words in str(error).lower() for words in _NO_MEMORY):
             failure = Failure(order.number, "memory", "")
         else:
-            traceback.print_exc()
+            print(place_of(error), file=sys.stderr)
             failure = Failure(order.number, "error", _words(error))
     if finding is None:
         gc.collect()

@@ -15,11 +15,9 @@ import logging
 import re
 import secrets
 import time
-import traceback
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from ipaddress import ip_address, ip_network
-from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, quote
 
@@ -32,6 +30,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from apps.web.accounts import AccountError, Accounts, Sessions, User
 from apps.web.settings import ROLES, SCOPES_OF, WebSettings, is_loopback
 from apps.web.trail import Trail
+from leukoflow.errors import place_of
 
 log = logging.getLogger("leukoflow.web")
 
@@ -353,13 +352,13 @@ class Guard:
             await self._app(scope, body.receive, answer.send)
         except Exception as error:
             if answer.status:
-                log.error("%s", without_words(error))
+                log.error("%s", place_of(error))
                 # Too late for another answer; the server writes down what is raised here, so it has no words of it.
                 raise RuntimeError("an answer broke off") from None
             try:
                 response = await self._failed(Request(scope, body.receive), error)
             except Exception as second:  # the page that explains errors has one itself
-                log.error("%s", without_words(second))
+                log.error("%s", place_of(second))
                 response = PlainTextResponse("Something went wrong here; the server's log says where.", 500)
             await response(scope, body.receive, answer.send)
         finally:
@@ -588,13 +587,6 @@ async def _csrf_field(content_type: str, body: _Body) -> str:
             )
             return found[1].decode() if found else ""
     return ""
-
-
-def without_words(error: BaseException) -> str:
-    """An exception as its type and where it was raised. Its message may name an image, and stays out of the log."""
-    frames = traceback.extract_tb(error.__traceback__)[-4:]
-    places = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
-    return f"{type(error).__name__} at {places}"
 
 
 def login_path(request: Request) -> str:

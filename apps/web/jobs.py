@@ -13,9 +13,9 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
 from apps.web.engine import BusyError
-from apps.web.guard import log, without_words
+from apps.web.guard import log
 from apps.web.settings import UploadLimits
-from leukoflow.errors import LeukoflowError
+from leukoflow.errors import LeukoflowError, place_of
 
 if TYPE_CHECKING:
     from apps.web.uploads import Upload
@@ -58,6 +58,7 @@ class Item:
     busy: bool = False  # the error is that the queue was full
     seconds: float = 0.0  # from upload to result
     data: bytes = b""  # the image as uploaded, for the original layer at full size
+    um_per_px: float | None = None  # as whoever sent it said
 
     @property
     def done(self) -> bool:
@@ -71,7 +72,8 @@ class Job:
 
     id: str
     owner: str
-    items: list[Item]
+    items: list[Item]  # of each picture as many as there are bundles
+    pictures: int = 0  # that were sent, unpacked from archives
     created: float = field(default_factory=time.monotonic)
     version: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -135,13 +137,16 @@ class Jobs:
         if sum(j.size for j in self._jobs.values() if not j.done) > self._limits.jobs_mb << 20:
             raise BusyError("many images are waiting to be diagnosed; try again in a moment", 5)
         items = [
-            Item(u.name, len(u.data), bundle, "done" if u.refusal else "waiting", None, u.refusal or "", data=u.data)
+            Item(
+                u.name, len(u.data), bundle, "done" if u.refusal else "waiting", None, u.refusal or "", data=u.data,
+                um_per_px=um_per_px,
+            )
             for u in uploads
             for bundle in bundles
-        ]
-        job = Job(secrets.token_urlsafe(16), owner, items)
+        ]  # fmt: skip
+        job = Job(secrets.token_urlsafe(16), owner, items, len(uploads))
         self.put(job)
-        job._task = asyncio.create_task(self._work(job, engine, um_per_px))
+        job._task = asyncio.create_task(self._work(job, engine))
         return job
 
     def put(self, job: Job) -> None:
@@ -190,7 +195,7 @@ class Jobs:
         for job in [j for j in self._jobs.values() if j.created < oldest]:
             self._drop(job)
 
-    async def _work(self, job: Job, engine: EngineLike, um_per_px: float | None) -> None:
+    async def _work(self, job: Job, engine: EngineLike) -> None:
         # Few of one person are in the engine's queue at a time, so that a large upload never fills it.
         slots = self._slots.setdefault(job.owner, asyncio.Semaphore(_AT_ONCE))
 
@@ -204,7 +209,7 @@ class Jobs:
                     for attempt in range(_TRIES):
                         try:
                             item.finding = await engine.examine(
-                                item.data, who=job.owner, bundle=item.bundle, um_per_px=um_per_px, told=told
+                                item.data, who=job.owner, bundle=item.bundle, um_per_px=item.um_per_px, told=told
                             )
                             break
                         except LeukoflowError as error:
@@ -215,7 +220,7 @@ class Jobs:
                         item.stage = "waiting"
                         await asyncio.sleep(1.0)
                 except Exception as error:
-                    log.error("%s", without_words(error))
+                    log.error("%s", place_of(error))
                     item.error = "this image could not be diagnosed because of a fault of the program"
                 finally:
                     item.seconds = time.monotonic() - job.created

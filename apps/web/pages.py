@@ -45,7 +45,7 @@ from apps.web.settings import ROLES, SCOPES
 from apps.web.uploads import read_form
 from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError
 from leukoflow.records import CLASSES, Status
-from tasks import handoff, verdicts, worklist
+from tasks import cytoplasm, handoff, verdicts, wording, worklist
 from tasks.single import STAGES, Finding
 from tasks.verdicts import Action
 from tasks.worklist import FieldLine, Query, Review, RunTable, Sort
@@ -88,14 +88,21 @@ def render(request: Request, template: str, here: str = "", /, status: int = 200
         "here": here,
         "root": path_of(request, ""),
         "classes": CLASSES,
-        "class_name": words.class_name,
+        "class_name": wording.class_name,
         "class_notes": words.CLASS_NOTES,
         "status_words": words.STATUS_WORDS,
         "stage_words": STAGE_WORDS,
         "stages": STAGES,
         "stage_at": _stage_at,
         "reason_words": words.reason_words,
-        "set_words": words.set_words,
+        "set_words": wording.set_words,
+        "set_note": wording.SET_NOTE,
+        "leaning": wording.LEANING,
+        "mean_malignant": wording.MEAN_MALIGNANT,
+        "mean_malignant_note": wording.MEAN_MALIGNANT_NOTE,
+        "mean_words": wording.mean_words,
+        "measured": cytoplasm.measured,
+        "ratio_words": cytoplasm.ratio_words,
         "frequency": words.frequency,
         "shown": words.shown,
         "bundle_name": words.bundle_name,
@@ -104,6 +111,9 @@ def render(request: Request, template: str, here: str = "", /, status: int = 200
         "number": words.number,
         "percent": words.percent,
         "prob": words.prob,
+        "sentence": words.sentence,
+        "upload_words": words.upload_words,
+        "why_of": scenes.why_of,
         "day": words.day,
         "moment": words.moment,
         "state_kind": lambda state: _STATES.get(state, "warn"),
@@ -143,8 +153,7 @@ def told() -> Iterator[None]:
 
 
 def _sentence(error: Exception) -> str:
-    text = words.shown(error, 400)
-    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '!', '?')) else '.'}"
+    return words.sentence(error, 400)
 
 
 def _out(request: Request) -> str:
@@ -682,7 +691,7 @@ async def bench_page(request: Request, who: Diagnoser) -> Response:
     engine, limits = request.app.state.engine, request.app.state.settings.uploads
     return render(
         request, "bench.html", "bench", bundles=() if engine is None else engine.bundles,
-        jobs=_jobs(request).of(who.name), max_files=limits.files, max_mb=limits.total_mb,
+        jobs=_jobs(request).of(who.name), max_files=limits.files, max_mb=limits.total_mb, file_mb=limits.file_mb,
         minutes=round(limits.job_minutes), warming=_warming(request),
     )  # fmt: skip
 
@@ -785,7 +794,7 @@ async def bench_field(request: Request, job_id: str, number: int, who: Diagnoser
     """One answer with its picture."""
     job, item, finding = _item(request, job_id, number, who)
     base = path_of(request, f"/bench/{job_id}/{number}")
-    scene = await asyncio.to_thread(scenes.of_finding, finding, tile, base)
+    scene = await asyncio.to_thread(scenes.of_finding, finding, tile, base, item.um_per_px)
     done = [n for n, i in enumerate(job.items) if i.finding is not None]
     at = done.index(number)
     same = [(n, i) for n, i in enumerate(job.items) if i.name == item.name and i.data is item.data]
@@ -798,7 +807,7 @@ async def bench_field(request: Request, job_id: str, number: int, who: Diagnoser
         request, "bench_field.html", "bench", job=job, subject=subject, scene=scene, seconds=finding.seconds,
         earlier=done[at - 1] if at else None, later=done[at + 1] if at + 1 < len(done) else None,
         exports=KINDS, here_path=base, others=others if len(others) > 1 else (),
-        told=scenes.frequency(finding.bundle, finding.label, subject.confidence, str(finding.status)),
+        told=scenes.frequency(finding.bundle, subject.label, subject.confidence, str(finding.status)),
         versus_words=words.versus([i.finding for _, i in same]),
     )  # fmt: skip
 
@@ -808,7 +817,7 @@ def bench_picture(request: Request, job_id: str, number: int, picture: str, who:
     """The picture with its layers, a layer of it, or an export."""
     _, item, finding = _item(request, job_id, number, who)
     if picture == "view":
-        scene = scenes.of_finding(finding, tile, path_of(request, f"/bench/{job_id}/{number}"))
+        scene = scenes.of_finding(finding, tile, path_of(request, f"/bench/{job_id}/{number}"), item.um_per_px)
         return render(request, "_view.html", scene=scene)
     cells = scenes.cells_of(finding.cells, finding.tiles)
     if picture.startswith("export."):

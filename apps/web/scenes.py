@@ -15,10 +15,11 @@ from apps.web.drawing import Shape, Tile
 from apps.web.jobs import Item
 from apps.web.words import Cell, Subject
 from leukoflow.errors import LeukoflowError
-from leukoflow.records import CLASSES
-from tasks import field_view, worklist
+from leukoflow.records import CLASSES, Status
+from tasks import cytoplasm, field_view, wording, worklist
 from tasks.field_view import FieldView, ReferenceCell
 from tasks.single import Finding
+from tasks.wording import Scale
 from tasks.worklist import FieldLine, Frequency, RunTable
 
 REFERENCES = 6
@@ -47,6 +48,11 @@ class Scene:
     cells: tuple[Cell, ...]  # of this tile, by attention
     words: str  # what the picture shows, for those who do not see it
     um_per_px: float | None  # at the tile's scale
+
+    @property
+    def ratios(self) -> str:
+        """In how many of its cells the nucleus-to-cell ratio was measured."""
+        return cytoplasm.measured_words([c.nc_ratio for c in self.cells])
 
     def area(self, pixels: float) -> str:
         """An area of the mask, in square micrometres where the scale is known."""
@@ -204,7 +210,7 @@ def of_field(table: RunTable, ordinal: int, tile: int | None, base: str) -> Scen
 
 def of_line(table: RunTable, line: FieldLine) -> Subject:
     """What is said of a field of a run."""
-    d = line.details
+    d, bundle = line.details, table.bundle[0]
     assert d is not None
     quality = []
     if d.focus is not None:
@@ -226,10 +232,12 @@ def of_line(table: RunTable, line: FieldLine) -> Subject:
         n_cells=line.n_cells,
         quality=tuple(quality),
         remarks=tuple(words.shown(f, 200) for f in d.quality_flags),
-        bundle=words.bundle_name(table.bundle[0]),
+        bundle=words.bundle_name(bundle),
         bundle_digest=d.bundle_digest,
         sha256=d.member_sha256,
         facts=tuple((k, words.shown(v, 120)) for k, v in facts if v),
+        settings=field_view.segment_settings(bundle),
+        alpha=field_view.alpha_of(bundle),
     )
 
 
@@ -240,7 +248,7 @@ def frequency(bundle: str, label: str | None, confidence: float | None, status: 
     document = field_view.bundle_document(bundle)
     if document is None:
         return None
-    told = worklist.frequency(document.get("metrics") or {}, words.class_name(label), confidence)
+    told = worklist.frequency(document.get("metrics") or {}, wording.class_name(label), confidence)
     if told.of_100 < 100:
         return told
     return replace(told, words=told.words.replace("about 100 are", "more than 99 are"))  # certainty is never told
@@ -267,23 +275,32 @@ def of_finding(finding: Finding, tile: int, base: str, um_per_px: float | None =
     """An answer of the bench as a scene; None where the image could not be decoded."""
     cells = cells_of(finding.cells, finding.tiles)
     mapped = bool(finding.probabilities)
-    return _scene(finding.tiles, cells, tile, base, finding.label, True, mapped, (), um_per_px)
+    label = finding.label if finding.status == Status.PREDICTED else None
+    return _scene(finding.tiles, cells, tile, base, label, True, mapped, (), um_per_px)
+
+
+def why_of(item: Item) -> tuple[str, str, str]:
+    """Why an image of the bench has no answer: what, the likeliest cause with the remedy, and what was measured."""
+    f: Finding = item.finding
+    scale = Scale(f.width_px, f.height_px, item.um_per_px, field_view.segment_settings(f.bundle))
+    return words.reason_words(f.reason, scale, "bench")
 
 
 def of_item(item: Item) -> Subject:
     """What is said of an image of the bench."""
     f: Finding = item.finding
+    answered = f.status == Status.PREDICTED
     return Subject(
         title=words.shown(item.name),
         status=str(f.status),
         reason=f.reason,
-        label=f.label,
+        label=f.label if answered else None,
         probabilities=tuple(float(p) for p in f.probabilities),
-        prediction_set=f.prediction_set,
+        prediction_set=f.prediction_set if answered else (),
         ood=f.ood,
         width_px=f.width_px or None,
         height_px=f.height_px or None,
-        um_per_px=None,
+        um_per_px=item.um_per_px,
         n_cells=0 if f.cells is None else len(f.cells),
         quality=words.quality_words(f.quality),
         remarks=tuple(words.shown(r, 200) for r in f.remarks),
@@ -291,4 +308,7 @@ def of_item(item: Item) -> Subject:
         bundle_digest=f.bundle_digest,
         sha256=f.sha256,
         facts=(("File", f"{words.number(item.size)} bytes"),),
+        settings=field_view.segment_settings(f.bundle),
+        alpha=field_view.alpha_of(f.bundle),
+        where="bench",
     )

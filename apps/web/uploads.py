@@ -21,6 +21,8 @@ from leukoflow.ziplist import ZipEntry, ZipWalk, read_entry
 
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 _FIELDS, _FIELD_BYTES, _HEADER_BYTES = 32, 4096, 8192
+UNSENT = "unsent"
+"""Field of a form for what the page could not send: a part for each, with its name, and why as content."""
 _LITTER = re.compile(r"(^|/)(__MACOSX/|\.DS_Store$|Thumbs\.db$|desktop\.ini$|\._)")
 
 
@@ -35,7 +37,7 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a form with files held."""
+    """What a form with files held. Whatever was chosen has an upload, if only one with a refusal."""
 
     uploads: tuple[Upload, ...]
     fields: tuple[tuple[str, str], ...]
@@ -170,15 +172,28 @@ def _unpacked(reader: _Reader, limits: UploadLimits) -> Form:
     for name, file, content in reader.parts:
         if file is None:
             fields.append((name, content.decode("utf-8", "replace")))
+        elif name == UNSENT:
+            if file:
+                uploads.append(Upload(shown_name(file), b"", _unsent(content, limits)))
         elif content[:4] in _ZIP:
             members = unpack(content, limits, limits.files - len(uploads), budget)
             budget -= sum(len(m.data) for m in members)
+            if not members:
+                uploads.append(Upload(shown_name(file), b"", "an archive without pictures"))
             uploads += [Upload(f"{shown_name(file)} / {m.name}", m.data, m.refusal) for m in members]
         elif content or file:  # browsers send an empty part where no file was chosen
             uploads.append(Upload(shown_name(file), content, None if content else "empty: the file has no bytes"))
         if len(uploads) > limits.files:
             raise Refused(413, f"One upload may have up to {limits.files} images; send the rest in another one.")
     return Form(tuple(uploads), tuple(fields))
+
+
+def _unsent(content: bytes, limits: UploadLimits) -> str:
+    """Why a page did not send something that was chosen."""
+    return {
+        b"folder": "a folder: open it, and choose the pictures in it",
+        b"large": f"larger than {limits.file_mb} MB",
+    }.get(content, "the browser could not read it: copy it to this computer, and choose it again")
 
 
 def unpack(data: bytes, limits: UploadLimits, most: int, budget: int) -> list[Upload]:
@@ -193,7 +208,7 @@ def unpack(data: bytes, limits: UploadLimits, most: int, budget: int) -> list[Up
         for seen, entry in enumerate(walk):
             if seen > 50 * limits.files:
                 raise Refused(413, "The archive has too many entries.")
-            name = shown_name(entry.name.decode("utf-8", "replace"))
+            name = shown_name(entry.name)
             if entry.is_directory or _LITTER.search(name):
                 continue
             if len(found) >= most:

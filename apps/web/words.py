@@ -5,60 +5,43 @@ Confidence is told as a frequency, since that is what calibration means; attenti
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from leukoflow.records import CLASSES, Quality
+from leukoflow.method import SegmentSettings
+from leukoflow.records import CLASSES, Quality, Status
+from tasks import wording
+from tasks.wording import Scale, class_name
 
 RESEARCH_USE = (
     "Research use only. Not a medical device: no diagnosis, and no decision about a patient, may rest on this. "
     "Every finding must be confirmed by a haematologist on the slide itself."
 )
-CLASS_NAMES = {"Benign": "Benign", "Early": "Early Pre-B", "Pre": "Pre-B", "Pro": "Pro-B"}
 CLASS_NOTES = {
     "Benign": "haematogones",
     "Early": "malignant, early precursor B cells",
     "Pre": "malignant, precursor B cells",
     "Pro": "malignant, progenitor B cells",
 }
+_BECAME = (
+    ("predicted", "answered"),
+    ("abstained", "without an answer"),
+    ("rejected", "rejected"),
+    ("quarantined", "could not be read"),
+    ("", "not diagnosed"),
+)
 STATUSES = ("predicted", "abstained", "rejected", "quarantined")
 STATUS_WORDS = {
-    "predicted": "a label with its confidence",
-    "abstained": "a label that must not be relied on",
+    "predicted": "answered: a label with its confidence",
+    "abstained": "no answer: the model does not know",
     "rejected": "quality too poor to diagnose",
     "quarantined": "could not be read",
     "missing": "listed, but not handed over",
-}
-
-_REASONS = {
-    "foreign": (
-        "It is unlike the fields the model learned from.",
-        "Another stain, scanner or tissue may be the cause. Judge the slide by eye; the label below is a guess.",
-    ),
-    "ambiguous": (
-        "No class stands out.",
-        "Two or more classes are nearly as likely. Other fields of the slide may decide it.",
-    ),
-    "too few cells": (
-        "There are too few white cells to judge.",
-        "Choose a field with more leukocytes, or judge the slide by its other fields.",
-    ),
-    "out of focus": ("It is out of focus.", "Refocus and photograph the field again."),
-    "empty": ("Hardly anything in it is stained.", "Move to an area where cells lie side by side."),
-    "too dark": ("It is too dark.", "More light or a longer exposure helps."),
-    "too bright": ("It is too bright.", "Less light or a shorter exposure helps."),
-    "clipped pixels": (
-        "Large parts are pure black or white.",
-        "Adjust the exposure; dark or white borders and labels also count.",
-    ),
-    "colours are not those of a blood stain": (
-        "Its colours are not those of a blood stain.",
-        "Check the white balance, and that the image shows a Romanowsky-stained smear.",
-    ),
 }
 
 
@@ -81,7 +64,10 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One field, from a run or from the bench, as pages and exports tell of it."""
+    """One field, from a run or from the bench, as pages and exports tell of it.
+
+    `label` and `prediction_set` are those of an answer: None and empty where the model abstained.
+    """
 
     title: str
     status: str
@@ -100,6 +86,15 @@ class Subject:
     bundle_digest: str
     sha256: str | None
     facts: tuple[tuple[str, str], ...] = ()
+    settings: SegmentSettings = field(default_factory=SegmentSettings)  # of the method that looked at it
+    alpha: float = 0.05  # miss rate that its prediction set was built for, per class
+    where: str = "run"  # or "bench"
+
+    @property
+    def why(self) -> tuple[str, str, str]:
+        """Why there is no answer: what, the likeliest cause with what to do about it, and the measured part."""
+        scale = Scale(self.width_px, self.height_px, self.um_per_px, self.settings)
+        return reason_words(self.reason, scale, self.where)
 
     @property
     def confidence(self) -> float | None:
@@ -112,11 +107,6 @@ class Subject:
     def malignant(self) -> float | None:
         """Probability of the three malignant classes together."""
         return sum(self.probabilities[1:]) if self.probabilities else None
-
-
-def class_name(label: str | None) -> str:
-    """A label as haematologists write it."""
-    return "no label" if label is None else CLASS_NAMES.get(label, label)
 
 
 def of_hundred(probability: float) -> str:
@@ -135,30 +125,10 @@ def frequency(label: str | None, confidence: float | None) -> str:
     return f"Of 100 fields answered with this confidence, {of_hundred(confidence)} were {class_name(label)}."
 
 
-def set_words(prediction_set: Sequence[str], answered: bool = True) -> str:
-    """What a prediction set says, in a sentence."""
-    if not answered:
-        return "There is no prediction set without a prediction."
-    names = [class_name(c) for c in prediction_set]
-    if not names:
-        return "No class fits: the field is unlike every class the model knows."
-    if len(names) == 1:
-        return f"Only {names[0]} remains possible; the other classes are excluded."
-    if len(names) == len(CLASSES):
-        return "All four classes remain possible: this answer excludes nothing."
-    left_out = [class_name(c) for c in CLASSES if c not in prediction_set]
-    return f"{_or(names)} remain possible; {_and(left_out)} {'is' if len(left_out) == 1 else 'are'} excluded."
-
-
-def reason_words(reason: str | None) -> tuple[str, str, str]:
-    """A reason as it is stored, in words: what, what to do about it, and the measured part."""
-    if not reason:
-        return ("No reason was stored.", "", "")
-    kind, _, rest = reason.partition(":")
-    what, remedy = _REASONS.get(kind.strip(), ("", ""))
-    if not what:
-        return (shown(reason, 300), "", "")
-    return (what, remedy, shown(rest.strip(), 200))
+def reason_words(reason: str | None, scale: Scale | None = None, where: str = "run") -> tuple[str, str, str]:
+    """A reason as it is stored, in words: what, the likeliest cause with what to do about it, and the measured part."""
+    what, remedy, measured = wording.reason_words(reason, scale, where)
+    return (shown(what, 300), remedy, shown(measured, 200))
 
 
 def quality_words(quality: Quality | None) -> tuple[tuple[str, str], ...]:
@@ -186,7 +156,7 @@ def number(value: float, digits: int = 0) -> str:
 
 def prob(value: float) -> str:
     """A probability to three places, never rounded to certainty."""
-    return "> 0.999" if value >= 0.9995 else f"{value:.3f}"
+    return "> 0.999" if value >= 0.9995 else "< 0.001" if value < 0.0005 else f"{value:.3f}"
 
 
 def percent(share: float | None, digits: int = 0) -> str:
@@ -209,9 +179,29 @@ def moment(at: str | None) -> str:
         return shown(at, 40)
 
 
+def sentence(text: object, limit: int = 300) -> str:
+    """Foreign text as a sentence: with a capital and a full stop."""
+    words = shown(text, limit).strip()
+    return f"{words[:1].upper()}{words[1:]}{'' if words.endswith(('.', '!', '?')) else '.'}" if words else ""
+
+
+def upload_words(items: Sequence[Any], pictures: int) -> str:
+    """What became of an upload, by number: the parts add up to what was chosen, times the models that looked at it."""
+    found = Counter(str(i.finding.status) if i.finding is not None else "" for i in items if i.done)
+    parts = [f"{found[kind]} {said}" for kind, said in _BECAME if found[kind]]
+    if waiting := sum(not i.done for i in items):
+        parts.append(f"{waiting} to do")
+    models = len(items) // pictures if pictures else 1
+    head = f"{pictures} picture{'s' if pictures != 1 else ''}{f', {models} models' if models > 1 else ''}"
+    return f"{head}: {', '.join(parts)}"
+
+
 def versus(findings: Sequence[Any]) -> str:
     """Whether two bundles agree on one image, in a sentence."""
-    answers = [f for f in findings if f is not None and f.label is not None]
+    found = [f for f in findings if f is not None]
+    answers = [f for f in found if f.status == Status.PREDICTED]
+    if answers and len(answers) < len(found):
+        return "Only one of the models has answered: there is nothing to compare, and reason for doubt."
     if len(answers) < 2:
         return ""
     if len({f.label for f in answers}) > 1:
@@ -272,11 +262,3 @@ def shown(value: object, limit: int = 140) -> str:
     """Foreign text without control or direction-changing characters, of bounded length. Not escaped: templates do."""
     text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in str(value))
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"
-
-
-def _or(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]
-
-
-def _and(names: Sequence[str]) -> str:
-    return f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]

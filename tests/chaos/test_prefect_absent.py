@@ -28,5 +28,5 @@ def test_it_says_what_is_missing(manifest: bool, tmp_path: Path) -> None:
     said = " ".join(command.text().split())
     assert "the Prefect server" in said
     assert "does not answer" in said
-    assert ("it may hold the key for the patients" if manifest else "leave out PREFECT_API_URL") in said
+    assert ("it may hold the key for the patients" if manifest else "unset PREFECT_API_URL") in said
     assert "fault of the program" not in said

@@ -88,5 +88,10 @@ def test_a_server_that_never_comes_back_is_told_and_costs_nothing(tmp_path: Path
             command.end()
         words = " ".join(command.text().split())
         assert "its dashboard does not know how the run ended; the results are complete" in words
-        assert "states of shards and log lines since then" in words
+        assert "Error logging to API" not in words
+        manifest = read_manifest(Storage(str(tmp_path / "night")))
+        assert manifest is not None
+        (note,) = manifest.notes
+        assert "may lack states of shards and log lines since then" in note
+        assert note in words
         assert table(tmp_path / "night", "predictions").num_rows == 16 * SHARDS

@@ -7,7 +7,6 @@ LEUKOFLOW_CHAOS_SEED and logged. `make chaos-short` plays one run of each kind.
 
 from __future__ import annotations
 
-import logging
 import os
 import random
 import time
@@ -22,9 +21,8 @@ import psutil
 import pytest
 import torch
 from chaos.world import World, can_run_postgres, freeze, healthy, kill
-from faults import FaultyProxy
+from faults import FaultyProxy, moto_server, s3_account
 from harness import Command, assert_same, digests, screen_here, small_bundle, smears, table, until, white, write_zip
-from moto.server import ThreadedMotoServer
 
 from leukoflow.codec import loads
 from leukoflow.progress import read_manifest
@@ -298,18 +296,11 @@ def check(night: Night, whole: Path, images: list[str], scratch: Path) -> Counte
 @contextmanager
 def place(kind: str, folder: Path) -> Iterator[Place]:
     if kind == "s3":
-        logging.getLogger("werkzeug").setLevel(logging.ERROR)  # a line for every request
-        server = ThreadedMotoServer(port=0, verbose=False)
-        server.start()
-        host, port = server.get_host_and_port()
-        url = f"http://{host}:{port}"
-        keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
-        with pytest.MonkeyPatch.context() as patch, FaultyProxy(url) as proxy:
-            for name, value in (keys | {"AWS_ENDPOINT_URL": url}).items():
+        with moto_server() as url, pytest.MonkeyPatch.context() as patch, FaultyProxy(url) as proxy:
+            for name, value in s3_account(url).items():
                 patch.setenv(name, value)
             Storage("s3://nights").fs.mkdir("nights")
             yield Place("s3://nights", proxy=proxy)
-        server.stop()
         return
     disk = folder / "disk"
     disk.mkdir()

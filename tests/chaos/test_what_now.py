@@ -12,9 +12,8 @@ from pathlib import Path
 
 import pytest
 from chaos.world import World, kill
-from faults import FaultyProxy
+from faults import FaultyProxy, moto_server, s3_account
 from harness import ROOT, Command, committed_shards, small_bundle, smears, start, table, until, write_zip
-from moto.server import ThreadedMotoServer
 
 from leukoflow.progress import read_progress
 from leukoflow.storage import Storage
@@ -134,16 +133,11 @@ def test_a_full_disk(disk: Path, tmp_path: Path) -> None:
 def test_a_store_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bundle = small_bundle(tmp_path / "bundle").path
     source = write_zip(tmp_path / "night.zip", smears(tmp_path / "sample", IMAGES, seed=23))
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    url = f"http://{host}:{port}"
-    keys = {"AWS_ACCESS_KEY_ID": "k", "AWS_SECRET_ACCESS_KEY": "s", "AWS_DEFAULT_REGION": "us-east-1"}
-    for name, value in (keys | {"AWS_ENDPOINT_URL": url}).items():
-        monkeypatch.setenv(name, value)
-    storage = Storage("s3://nights")
-    storage.fs.mkdir("nights")
-    with FaultyProxy(url) as proxy:
+    with moto_server() as url, FaultyProxy(url) as proxy:
+        for name, value in s3_account(url).items():
+            monkeypatch.setenv(name, value)
+        storage = Storage("s3://nights")
+        storage.fs.mkdir("nights")
         away = {"AWS_ENDPOINT_URL": proxy.url, "AWS_MAX_ATTEMPTS": "2"}
         command = launch(bundle, source, "s3://nights", tmp_path / "log", 0.2, tmp_path, **away)
         try:
@@ -162,4 +156,3 @@ def test_a_store_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monk
             assert again.wait(400) == 0, again.text()[-3000:]
         finally:
             again.end()
-    server.stop()

@@ -24,7 +24,7 @@ from tasks.diff import diff_runs
 from tasks.erase import erase_patient
 from tasks.field_view import view
 from tasks.open_run import open_run
-from tasks.plan import pseudonym
+from tasks.patient_key import pseudonym
 from tasks.prune import prune
 from tasks.report import build_report
 from tasks.retention import retain
@@ -41,7 +41,7 @@ def local(bundle: Bundle, members: dict[str, bytes], tmp_path_factory: pytest.Te
     lines = [f"{name},{'mary' if i % 5 == 0 else 'jane'}" for i, name in enumerate(members)]
     (folder / "slides.csv").write_text("\n".join(["image_key,patient_id", *lines]))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEUKOFLOW_PATIENT_KEY", "a key for tests")
+        patch.setenv("LEUKOFLOW_PATIENT_KEY", "a key that only these tests have")
         yield screen_here(
             write_zip(folder / "night.zip", members), folder / "out", "night", bundle,
             manifest=str(folder / "slides.csv"),
@@ -120,7 +120,7 @@ def test_compacting_on_the_store_survives_being_cut_off(
 
 
 def test_erasing_and_deleting_on_the_store(client: Any, local: Any) -> None:
-    out, mary = "s3://lab/life", pseudonym("mary", b"a key for tests")
+    out, mary = "s3://lab/life", pseudonym("mary", b"a key that only these tests have")
     storage = Storage(f"{out}/night")
     for key in digests(Path(local.root)):
         storage.write(key, (Path(local.root) / key).read_bytes())
@@ -141,7 +141,7 @@ def test_erasing_and_deleting_on_the_store(client: Any, local: Any) -> None:
 
 def test_correcting_a_patient_on_the_store(client: Any, local: Any) -> None:
     out = "s3://lab/corrected"
-    mary, ruth = (pseudonym(name, b"a key for tests") for name in ("mary", "ruth"))
+    mary, ruth = (pseudonym(name, b"a key that only these tests have") for name in ("mary", "ruth"))
     storage = Storage(f"{out}/night")
     for key in digests(Path(local.root)):
         storage.write(key, (Path(local.root) / key).read_bytes())
@@ -198,7 +198,7 @@ def test_verdicts_and_the_worklist_on_the_store(client: Any, local: Any) -> None
     given = [replace(table.verdict_on_field(3, Action.FLAG, "dr. grey"), comment=str(i)) for i in range(12)]
     with ThreadPoolExecutor(6) as pool:
         assert sorted(pool.map(lambda v: add(out, v), given)) == list(range(1, 13))
-    mary = patient_key_of(pseudonym("mary", b"a key for tests"))
+    mary = patient_key_of(pseudonym("mary", b"a key that only these tests have"))
     hers = table.rows_of(patient_key=mary)
     add(out, table.verdict_on_field(int(table.frame.ordinals[hers[0]]), Action.COMMENT, "dr. grey", comment="hers"))
     table = open_run_named(out, "said")

@@ -206,7 +206,7 @@ def test_patients_are_only_ever_pseudonyms(
     refused = screen(source, tmp_path / "out", "ward", manifest=str(sheet))
     assert refused.is_failed()
     assert "LEUKOFLOW_PATIENT_KEY" in str(refused.message)
-    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "a key of the hospital")
+    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "a key that only the hospital has")
     done = screen(source, tmp_path / "out", "ward", manifest=str(sheet))
     assert done.is_completed(), done.message
     root = tmp_path / "out" / "ward"

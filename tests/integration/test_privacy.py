@@ -138,11 +138,17 @@ def left(
     folder = tmp_path_factory.mktemp("privacy")
     out = folder / "out"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEUKOFLOW_PATIENT_KEY", "a key for tests")
+        patch.setenv("LEUKOFLOW_PATIENT_KEY", "a key that only these tests have")
         manifest = write_manifest(folder / "slides.csv", members)
         settings = {"manifest": str(manifest), "alerts": {"quarantined_share": 0.1}, "metrics_port": 0}
         state = screen(write_archive(folder / "night.zip", members), out, "zip", **settings)
         assert state.is_completed(), state.message
+        broken = folder / "broken.csv"
+        row = f"{next(iter(members))},{NEVER['column']},{NEVER['patient']}, {NEVER['birth']}"
+        broken.write_text(f"image_key,slide_id,patient_id\n{row}\n")
+        state = screen(folder / "night.zip", out, "refused", manifest=str(broken))
+        assert state.is_failed()
+        assert "line 2 has 4 fields, the header names 3; quote values that contain commas" in str(state.message)
         source = write_folder(folder / "night", members)
         open_run(load_config(source=str(source), out=str(out), run_id="gone", bundle=bundle_of(out), shard_size=16))
         (source / KEYS[0] / f"{KEYS[2]}.tif").unlink()

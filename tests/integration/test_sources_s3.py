@@ -68,6 +68,24 @@ def test_zip_object(smears: Any, tmp_path: Path) -> None:
         pass
 
 
+def test_joined_zips_in_one_object(smears: Any) -> None:
+    parts = []
+    for half in (0, 1):
+        buffer = io.BytesIO()
+        with zipfile.ZipFile(buffer, "w") as archive:
+            for name, data in list(FILES.items())[half::2]:
+                archive.writestr(name, data)
+        parts.append(buffer.getvalue())
+    smears.put_object(Bucket="smears", Key="joined.zip", Body=b"".join(parts) + b"\xde\xad" * 50)
+    source = identify("s3://smears/joined.zip")
+    listing = Listing(source)
+    members = list(listing)
+    with open_reader(source) as reader:
+        assert {m.image_key: reader.read(m) for m in members} == FILES
+    size = sum(map(len, parts))
+    assert listing.truncated == f"bytes {size:,} to {size + 99:,} of the zip archive belong to no file that can be read"
+
+
 def test_compressed_tar_object(smears: Any, tmp_path: Path) -> None:
     buffer = io.BytesIO()
     with tarfile.open(fileobj=buffer, mode="w:gz") as archive:

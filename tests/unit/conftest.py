@@ -12,7 +12,7 @@ from harness import screen_here, small_bundle, smears, white, write_zip
 from models.bundle import Bundle
 from tasks.open_run import Run
 
-KEY = "a key for tests"
+KEY = "a key that only these tests have"
 
 
 @pytest.fixture(autouse=True)

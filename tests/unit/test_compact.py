@@ -105,7 +105,7 @@ def test_everything_else_still_works_on_a_compacted_run(
 
 
 def reopened(night: Run, copy: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
-    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "a key for tests")
+    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "a key that only these tests have")
     return open_run(night.config.model_copy(update={"out": str(copy.parent)}))
 
 

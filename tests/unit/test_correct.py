@@ -22,11 +22,11 @@ from tasks.compact import compact_run
 from tasks.correct import correct_patient
 from tasks.erase import erase_patient
 from tasks.open_run import Run, open_run
-from tasks.plan import pseudonym
+from tasks.patient_key import pseudonym
 from tasks.publish import rank_slides
 from tasks.verify import verify_run
 
-KEY = b"a key for tests"
+KEY = b"a key that only these tests have"
 MARY, JANE, RUTH = (pseudonym(name, KEY) for name in ("mary", "jane", "ruth"))
 
 

@@ -111,6 +111,18 @@ def test_progress_and_summary_arrive_and_nothing_is_noted(api: Api) -> None:
     assert api.artifacts["nightly-summary"]["data"] == "## all is well"
 
 
+def test_an_outage_that_nobody_has_noticed_yet_is_noted(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run's record is written once; what the thread would find out seconds later must stand in it."""
+    monkeypatch.setattr(dashboard, "ASK_SECONDS", 60.0)
+    with Dashboard("night", str(FLOW_RUN), threading.Event(), print) as told:
+        told.progress(0.0, "starting")
+        soon(lambda: "nightly-progress" in api.artifacts)
+        api.stop()
+        (note,) = told.notes()
+        assert "states of shards and log lines since then" in note
+        assert told.away
+
+
 def test_cancel_sets_the_wish(api: Api) -> None:
     wish = threading.Event()
     with Dashboard("night", str(FLOW_RUN), wish, print) as told:

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from apps import doctor, prefect_server
-from apps.doctor import Check, check_cluster, check_packages, check_prefect, check_storage, diagnose
+from apps.doctor import (
+    Check,
+    check_cluster,
+    check_packages,
+    check_patient_key,
+    check_prefect,
+    check_storage,
+    diagnose,
+)
 from leukoflow.errors import BundleError, StorageError
 from leukoflow.storage import Storage
 
@@ -163,12 +171,28 @@ def test_a_check_that_breaks_is_a_failed_check(monkeypatch: pytest.MonkeyPatch) 
         monkeypatch.setattr(doctor, name, broken)
     monkeypatch.setattr(doctor, "check_decoding", lambda: iter([Check("decoding", "ok", "works")]))
     monkeypatch.setattr(doctor, "check_prefect", lambda start: iter([Check("prefect", "ok", "works")]))
+    monkeypatch.setattr(doctor, "check_patient_key", lambda: iter([Check("patient key", "ok", "none")]))
     monkeypatch.setattr(doctor, "check_bundle", no_bundle)
     checks = diagnose(None, "none", None, start_prefect=False)
-    assert [c.verdict for c in checks] == ["fail"] * 5 + ["ok"] * 2
+    assert [c.verdict for c in checks] == ["fail"] * 5 + ["ok"] * 3
     assert "by accident" in checks[0].found
     assert checks[4].found == "bundle none is absent; name another with --bundle"
 
 
 def test_the_decoding_process_works() -> None:
     assert _only(doctor.check_decoding()).verdict == "ok"
+
+
+def test_a_patient_key_must_resist_guessing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    monkeypatch.delenv("LEUKOFLOW_PATIENT_KEY", raising=False)
+    assert (_only(check_patient_key()).verdict, _only(check_patient_key()).found[:5]) == ("ok", "none;")
+    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "ward-7")
+    weak = _only(check_patient_key())
+    assert (weak.verdict, weak.found) == ("fail", "it can be guessed: it has 6 characters")
+    assert "at least 32 characters" in weak.remedy
+    assert "secrets.token_hex(32)" in weak.remedy
+    assert "ward-7" not in weak.remedy
+    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "a key that only these tests have")
+    good = _only(check_patient_key())
+    assert (good.verdict, good.found) == ("ok", "check value d94186fc5069d787, the same wherever the key is the same")

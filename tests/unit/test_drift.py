@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from harness import screen_here, small_bundle, smears, write_zip
 from numpy.typing import NDArray
@@ -199,6 +203,44 @@ def test_a_run_is_summed_up_from_its_tables(out: Path) -> None:
     assert sums["focus"] == sums["stain_red"] == 48
     assert sums["label"] == sums["confidence"] == manifest.predicted + manifest.abstained
     assert 0 < sums["nucleus_area_px"] <= 48
+
+
+def test_a_ratio_without_cytoplasm_is_in_no_average(out: Path, tmp_path: Path) -> None:
+    shutil.copytree(out / "night", tmp_path / "night")
+    at = next(i for i, q in enumerate(QUANTITIES) if q.name == "nc_ratio_measured")
+    start = sum(q.places for q in QUANTITIES[:at])
+    places = slice(start, start + QUANTITIES[at].places)
+
+    def counted(ratios: list[float]) -> list[int]:
+        """Where the grid has the fields, once all cells of a field have these ratios in turn."""
+        for path in sorted((tmp_path / "night" / "cells").iterdir()):
+            rows, seen = pq.read_table(path).to_pylist(), Counter[str]()
+            for row in rows:
+                row["nc_ratio"] = ratios[seen[row["image_key"]] % len(ratios)]
+                seen[row["image_key"]] += 1
+            pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path, use_dictionary=False)
+        return np.flatnonzero(facts(tmp_path, "night").counts()[:, places].sum(0)).tolist()
+
+    assert counted([1.0]) == []  # nothing was measured
+    measured = int(QUANTITIES[at].place(np.array([0.6]))[0])
+    assert counted([0.6, 1.0]) == [measured]
+
+
+def test_a_summary_of_an_earlier_version_is_read_without_its_ratios(out: Path) -> None:
+    found = facts(out, "night")
+    body = json.loads(facts_bytes(found))
+    body["grids"]["nc_ratio"] = body["grids"].pop("nc_ratio_measured")
+    for group in body["groups"]:
+        for slide in group["slides"]:
+            slide.pop("nc_ratio_measured", None)
+            slide["nc_ratio"] = [[199, 8]]
+    read = facts_from(json.dumps(body).encode(), "old")
+    sums = {d.quantity: d.fields for d in compare(read.counts(), found.counts())}
+    assert sums["nc_ratio_measured"] == 0
+    assert sums["focus"] == 48
+    body["grids"]["focus"][0] = 1.0
+    with pytest.raises(StorageError, match="another version"):
+        facts_from(json.dumps(body).encode(), "other")
 
 
 def test_a_compacted_and_an_unfinished_run_give_the_same_summary(out: Path) -> None:

@@ -23,11 +23,11 @@ from tasks.audit import LOG, verify_log
 from tasks.compact import compact_run
 from tasks.erase import erase_patient
 from tasks.open_run import Run, open_run
-from tasks.plan import pseudonym
+from tasks.patient_key import pseudonym
 from tasks.shard import adopt_stages
 from tasks.verify import verify_run
 
-KEY = b"a key for tests"
+KEY = b"a key that only these tests have"
 MARY, JANE = pseudonym("mary", KEY), pseudonym("jane", KEY)
 GONE = ("slide_id", "patient_id", "meta_ward")
 

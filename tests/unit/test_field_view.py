@@ -21,7 +21,7 @@ from tasks import field_view
 from tasks.erase import erase_patient
 from tasks.field_view import ERASED, bundle_document, method_of, reference_cells, view
 from tasks.open_run import Run
-from tasks.plan import pseudonym
+from tasks.patient_key import pseudonym
 from tasks.verdicts import Action, add
 from tasks.worklist import RunTable, open_run_table, run_key_of
 
@@ -141,7 +141,7 @@ def test_maps_that_are_absent_and_masks_that_are_damaged(copy: Path) -> None:
 
 
 def test_an_erased_patients_field(copy: Path) -> None:
-    erase_patient(str(copy.parent), pseudonym("mary", b"a key for tests"))
+    erase_patient(str(copy.parent), pseudonym("mary", b"a key that only these tests have"))
     found = view(open_run_table(str(copy.parent), NIGHT), 0)
     assert ERASED in found.remarks
     assert not any(t.semantic.any() or t.maps.any() for t in found.tiles)

@@ -37,12 +37,12 @@ from tasks.handoff import (
     write_training_set,
 )
 from tasks.open_run import Run
-from tasks.plan import pseudonym
+from tasks.patient_key import pseudonym
 from tasks.train_data import read_labels, read_members
 from tasks.verdicts import Action, add
 from tasks.worklist import Query, RunTable, Sort, open_run_table, patient_key_of, run_key_of
 
-KEY = b"a key for tests"
+KEY = b"a key that only these tests have"
 MARY, JANE = pseudonym("mary", KEY), pseudonym("jane", KEY)
 NIGHT = run_key_of("night")
 
@@ -155,11 +155,10 @@ def test_fhir_is_valid_and_says_what_the_worklist_says(opened: RunTable) -> None
         assert report["status"] == "preliminary"
         assert report["specimen"][0]["identifier"]["value"] == line.name
         assert ("subject" in report) == (line.patient is not None)
-        assert len(report["result"]) == 10
+        assert len(report["result"]) == 9
     observations = [r for r in resources if r["resourceType"] == "Observation"]
     for code, values in (
-        ("malignant-share", [x.summary.malignant_share for x in lines]),
-        ("blast-fraction-estimate", [x.summary.blast_fraction for x in lines]),
+        ("mean-malignant-probability", [x.summary.mean_malignant_probability for x in lines]),
         ("fields-quarantined", [x.summary.counts.quarantined for x in lines]),
     ):
         found = [o for o in observations if o["code"]["coding"][0]["code"] == code]
@@ -168,6 +167,32 @@ def test_fhir_is_valid_and_says_what_the_worklist_says(opened: RunTable) -> None
     tags = json.loads(bytes_of(opened, Scope(), Format.FHIR))["meta"]
     assert tags["tag"][0]["code"] == "research-use-only"
     assert tags["security"][0]["code"] == "HRESCH"
+
+
+def test_fhir_says_the_mean_in_one_name_and_never_as_a_share_of_blasts(opened: RunTable) -> None:
+    line = opened.slides().items[0]
+    resources = fhir(opened, Scope(slide=line.slide_key))
+    (mean,) = [r for r in resources if r.get("code", {}).get("text") == "Mean malignant probability"]
+    note = mean["note"][0]["text"]
+    assert "no differential count and no percentage of blasts" in note
+    assert f"{line.summary.counts.predicted} answered fields, {line.summary.answered_cells} cells" in note
+    assert mean["code"]["coding"][0]["system"].startswith("urn:leukoflow:")
+    assert "mean malignant probability" in resources[0]["conclusion"]
+    assert "blast fraction" not in json.dumps(resources).lower()
+
+
+def test_an_abstained_field_leaves_the_house_without_an_answer(copy: Path) -> None:
+    path = copy / "predictions" / "part-00000.parquet"
+    rows = pq.read_table(path).to_pylist()
+    rows[0] |= {"status": "abstained", "reason": "ambiguous: confidence 0.49 < 0.53", "prediction_set": ["Benign"]}
+    assert rows[0]["label"] is not None
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path, use_dictionary=False)
+    opened = open_run_table(str(copy.parent), NIGHT)
+    row = csv_rows(bytes_of(opened, Scope(), Format.CSV))[0]
+    assert (row["status"], row["label"], row["confidence"], row["prediction_set"]) == ("abstained", "", "", "")
+    assert float(row["prob_benign"]) == rows[0]["prob_benign"]
+    whole = pq.read_table(io.BytesIO(bytes_of(opened, Scope(), Format.PARQUET))).to_pylist()[0]
+    assert (whole["label"], whole["confidence"], whole["prediction_set"]) == (None, None, None)
 
 
 def test_fhir_names_no_code_system_that_it_has_no_code_of(opened: RunTable) -> None:
@@ -204,10 +229,10 @@ def test_fhir_of_a_patient_without_any_prediction(copy: Path) -> None:
     opened = open_run_table(str(copy.parent), NIGHT)
     resources = fhir(opened, Scope(patient=patient_key_of(MARY)))
     assert resources[0]["subject"]["identifier"]["value"] == MARY
-    assert "none of 13 fields could be predicted" in resources[0]["conclusion"]
+    assert "no answer on any of 13 fields" in resources[0]["conclusion"]
     absent = [r for r in resources if "dataAbsentReason" in r]
     assert {r["code"]["coding"][0]["code"] for r in absent} == {
-        "likeliest-class", "malignant-share", "blast-fraction-estimate", "uncertain-share",
+        "likeliest-class", "mean-malignant-probability", "uncertain-share",
     }  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from leukoflow.errors import SourceError, StorageError
 from leukoflow.ledger import ClaimOutcome, Ledger, RunOutcome, read_selection
 from leukoflow.site import Site, load_site
 from tasks.inbox import look, take, write_missing
+from tasks.plan import plan
 
 NIGHT = date(2026, 3, 1)
 SETTLE = 300.0
@@ -265,3 +266,42 @@ def test_names_of_any_kind_make_usable_run_ids(inbox: Inbox) -> None:
 def test_the_night_is_a_date_of_the_site(inbox: Inbox) -> None:
     site = inbox.site.model_copy(update={"time_zone": "Europe/Berlin"})
     assert site.night_of(datetime(2026, 3, 1, 23, 30, tzinfo=UTC)) == date(2026, 3, 2)
+
+
+def test_keys_of_the_manifest_that_are_spelled_otherwise_are_not_missing(tmp_path: Path) -> None:
+    keys = ["slide-a\\1.jpg", "Slide-A/2.JPG ", "./scan.zip/x.jpg", "SLIDE-B/1.jpg", "slide-a/gone.jpg", "other/1.jpg"]
+    inbox = Inbox(tmp_path, manifest="image_key\n" + "\n".join(keys))
+    for name in ("slide-a/1.jpg", "slide-a/2.jpg", "scan.zip"):
+        inbox.put(name)
+    inbox.take()
+    inbox.put("slide-b/1.jpg")
+    inbox.ahead = 0
+    view = look(inbox.site, inbox.ledger, time.time())
+    assert {r["image_key"]: (r["item"], r["state"]) for r in view.missing.to_pylist()} == {
+        "SLIDE-B/1.jpg": ("slide-b", "arriving"),
+        "slide-a/gone.jpg": ("slide-a", "missing"),
+        "other/1.jpg": ("other", "absent"),
+    }
+
+
+def test_runs_of_a_night_find_lines_that_are_spelled_otherwise(tmp_path: Path) -> None:
+    keys = ["slide-a\\1.jpg", "Slide-A/2.JPG", "slide-a/gone.jpg", "Scan.zip\\x.jpg", "scan.zip/top/y.jpg"]
+    inbox = Inbox(tmp_path, manifest="image_key,site\n" + "".join(f"{key},site {i}\n" for i, key in enumerate(keys)))
+    for name in ("slide-a/1.jpg", "slide-a/2.jpg"):
+        inbox.put(name)
+    write_zip(inbox.root / "scan.zip", {"x.jpg": b"image", "top/y.jpg": b"image"})
+    inbox.take()
+    found = {}
+    for run_id in inbox.ledger.read().heads[0].runs:
+        selection = read_selection(inbox.ledger.uri(1), run_id)
+        uri = f"{inbox.site.inbox}/{selection.archive}" if selection.archive else inbox.site.inbox
+        summary = plan(
+            selection.source(uri), tmp_path / "p.parquet", shard_size=4, manifest=tmp_path / "slides.csv",
+            selection=selection,
+        )  # fmt: skip
+        table = pq.read_table(tmp_path / "p.parquet", columns=["image_key", "site"])
+        found[run_id] = dict(zip(*table.to_pydict().values(), strict=True)), summary.missing, len(summary.remarks)
+    assert found == {
+        "ward-2026-03-01": ({"slide-a/1.jpg": "site 0", "slide-a/2.jpg": "site 1"}, 1, 2),
+        "ward-2026-03-01.scan": ({"x.jpg": "site 3", "top/y.jpg": "site 4"}, 0, 0),
+    }

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from moto.server import ThreadedMotoServer
+from faults import moto_server, s3_account
 from typer.testing import CliRunner
 
 from apps.cli import app
@@ -295,15 +295,9 @@ def test_commands(out: str, tmp_path: Path) -> None:
 
 
 def test_nights_on_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    server = ThreadedMotoServer(port=0, verbose=False)
-    server.start()
-    try:
-        host, port = server.get_host_and_port()
-        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
-        for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
-            monkeypatch.setenv(name, "test")
-        monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
-
+    with moto_server() as url:
+        for name, value in s3_account(url).items():
+            monkeypatch.setenv(name, value)
         Storage("s3://nights/x").fs.mkdir("nights")
         for day in (1, 2):
             put("s3://nights/out", f"night-{day}", day)
@@ -314,5 +308,3 @@ def test_nights_on_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
         page = Storage("s3://nights/out").read("nights.html").decode()
         assert "2026-03-01 to 2026-03-02" in page
         assert "s3://nights/out/_baseline/drift.json" in page
-    finally:
-        server.stop()

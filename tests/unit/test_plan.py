@@ -6,6 +6,7 @@ import csv
 import hashlib
 import hmac
 import io
+import json
 import tarfile
 import zipfile
 from dataclasses import replace
@@ -19,7 +20,9 @@ import pytest
 from leukoflow.errors import ConfigError, SourceError
 from leukoflow.records import Member, PlanSummary
 from leukoflow.sources import identify, open_reader, spool
-from tasks.plan import plan, plan_schema, pseudonym, read_manifest, read_shard, read_summary, shards
+from tasks.manifest_file import read_manifest
+from tasks.patient_key import pseudonym
+from tasks.plan import plan, plan_schema, read_shard, read_summary, shards
 
 KEY = b"a secret that only the hospital has"
 
@@ -143,6 +146,21 @@ def test_truncation_reaches_the_summary(tmp_path: Path) -> None:
     assert len(members) == 10
 
 
+def test_remarks_reach_the_summary_and_plans_without_any_are_read(tmp_path: Path) -> None:
+    source = archive(tmp_path, NAMES)
+    source.write_bytes(b"#!/bin/sh\n" * 5 + source.read_bytes())
+    summary, members = planned(tmp_path, source)
+    assert summary.remarks == ("the first 50 bytes hold no file: the zip archive begins behind them",)
+    assert (len(members), summary.truncated) == (10, None)
+    path = tmp_path / "plan.parquet"
+    assert read_summary(path) == summary
+    table = pq.read_table(path)
+    stored = json.loads(pq.read_metadata(path).metadata[b"leukoflow.plan"])
+    del stored["remarks"]  # as older versions wrote it
+    pq.write_table(table.replace_schema_metadata({"leukoflow.plan": json.dumps(stored)}), path)
+    assert read_summary(path) == replace(summary, remarks=())
+
+
 # ---------------------------------------------------------------- the manifest
 
 
@@ -199,12 +217,12 @@ def test_a_leading_dot_slash_makes_no_difference(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"file": "f1.jpg"}], "has no column image_key, only file"),
-        ([{"image_key": "f1.jpg"}, {"image_key": ""}], "line 3: no image_key"),
-        ([{"image_key": n} for n in ("a", "b", "a", "c", "b")], "more than one line for a, b: keep one each"),
-        ([{"image_key": "a", "um_per_px": "4"}, {"image_key": "b", "um_per_px": "0,4"}], "line 3: um_per_px is '0,4'"),
-        ([{"image_key": "a", "um_per_px": "-1"}], "line 2: um_per_px is '-1'"),
-        ([{"image_key": "a", "um_per_px": "nan"}], "line 2: um_per_px is 'nan'"),
+        ([{"file": "f1.jpg"}], "has no column image_key, and 1 others"),
+        ([{"image_key": "f1.jpg", "site": ""}, {"image_key": "", "site": "Graz"}], "line 3: no image_key"),
+        ([{"image_key": n, "site": str(i)} for i, n in enumerate("abacb")], r"lines 2, 4 \(1 more such lines\)"),
+        ([{"image_key": "a", "um_per_px": "4"}, {"image_key": "b", "um_per_px": "four"}], "line 3: um_per_px is not a"),
+        ([{"image_key": "a", "um_per_px": "-1"}], "line 2: um_per_px is not a positive number"),
+        ([{"image_key": "a", "um_per_px": "1.234,5"}], "line 2: um_per_px is not a positive number"),
         ([{"image_key": "a", "patient_id": "P1"}], "set LEUKOFLOW_PATIENT_KEY"),
     ],
 )  # fmt: skip
@@ -216,9 +234,9 @@ def test_unusable_manifests_say_what_and_where(tmp_path: Path, rows: list[dict[s
 def test_manifest_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read: No such file"):
         read_manifest(tmp_path / "none.csv")
-    (tmp_path / "latin.csv").write_bytes("image_key,site\na.jpg,Süd\n".encode("latin-1"))
-    with pytest.raises(ConfigError, match="neither UTF-8 CSV nor Parquet"):
-        read_manifest(tmp_path / "latin.csv")
+    (tmp_path / "odd.csv").write_bytes(b"image_key,site\na.jpg,\x81\n")
+    with pytest.raises(ConfigError, match="line 2 is neither UTF-8 nor Windows-1252"):
+        read_manifest(tmp_path / "odd.csv")
     (tmp_path / "empty.csv").write_bytes(b"")
     with pytest.raises(ConfigError):
         read_manifest(tmp_path / "empty.csv")
@@ -232,7 +250,149 @@ def test_configured_columns_must_be_there_and_may_not_evade_the_pseudonyms(tmp_p
         read_manifest(path, ("patient_id",), KEY)
 
 
+# ---------------------------------------------------------------- images and lines that are spelled differently
+
+
+@pytest.mark.parametrize(
+    ("keys", "names", "expected", "words"),
+    [
+        (["slide1\\a.jpg", ".\\slide1\\b.jpg"], ["slide1/a.jpg", "slide1/b.jpg"], [0, 1], "apart from blanks, slashes"),
+        (["slide1/a.jpg ", " slide1/b.jpg"], ["slide1/a.jpg", "slide1/b.jpg"], [0, 1], "apart from blanks, slashes"),
+        (["s/Mu\u0308ller.jpg"], ["s/M\u00fcller.jpg"], [0], "apart from blanks, slashes"),
+        (["S/A.JPG", "S/b.jpg"], ["s/a.jpg", "S/b.jpg"], [0, 1], "apart from upper and lower case"),
+        (["s1/a.jpg", "s2/a.jpg"], ["night/s2/a.jpg", "night/s1/a.jpg"], [1, 0], "without the folder that everything"),
+        (["fields/s1/a.jpg"], ["s1/a.jpg", "s2/a.jpg"], [0, None], "up to the source's own name"),
+        (["D:\\scans\\fields\\s1\\a.jpg"], ["s1/a.jpg"], [0], "up to the source's own name"),
+        (["a.jpg", "b.jpg"], ["s1/a.jpg", "s2/b.jpg", "s2/c.jpg"], [0, 1, None], "by the names of files alone"),
+    ],
+)  # fmt: skip
+def test_lines_find_images_that_are_spelled_differently(
+    tmp_path: Path, keys: list[str], names: list[str], expected: list[int | None], words: str
+) -> None:
+    path = manifest(tmp_path, [{"image_key": key, "site": f"site {i}"} for i, key in enumerate(keys)])
+    summary, members = planned(tmp_path, archive(tmp_path, names), manifest=path)
+    assert [m.site for m in members] == [None if i is None else f"site {i}" for i in expected]
+    assert (summary.missing, len(summary.remarks)) == (0, 1)
+    assert words in summary.remarks[0]
+    assert summary.remarks[0].startswith("matched to their images ")
+    assert read_summary(tmp_path / "plan.parquet") == summary
+
+
+@pytest.mark.parametrize(
+    ("keys", "names", "hint"),
+    [
+        # the manifest of another slide, whose fields have the same names
+        (["s1/a.jpg", "s1/b.jpg"], ["s2/a.jpg", "s2/b.jpg"], "2 of 2 would match if their folders were left out"),
+        # one field lacks, and somewhere else is one of the same name
+        (["s1/a.jpg", "s1/b.jpg"], ["s1/a.jpg", "s2/b.jpg"], "1 of 1 would match if their folders were left out"),
+        (["x/s1/a.jpg", "x/s1/b.jpg"], ["s1/a.jpg", "s1/b.jpg", "s2/c.jpg"],
+         "2 of 2 would match if the outermost folder that the manifest gives were left out"),
+        (["s1/a.jpg", "s2/b.jpg"], ["x/s1/a.jpg", "y/s2/b.jpg"],
+         "2 of 2 would match if the outermost folder of the source stood in front of them"),
+        (["s1/a.jpg"], ["s1/a.tif"], "1 of 1 would match if folders and the endings of the file names were left out"),
+        # two images for one line, two lines for one image
+        (["A.jpg"], ["a.JPG", "a.jpg"], None),
+        (["A.jpg", "a.JPG"], ["a.jpg"], None),
+        (["a.jpg"], ["s1/a.jpg", "s2/a.jpg"], None),
+    ],
+)  # fmt: skip
+def test_what_is_not_certain_is_not_matched(
+    tmp_path: Path, keys: list[str], names: list[str], hint: str | None
+) -> None:
+    path = manifest(tmp_path, [{"image_key": key, "site": key} for key in keys])
+    summary, members = planned(tmp_path, archive(tmp_path, names), manifest=path)
+    assert [m.site for m in members] == [m.image_key if m.image_key in keys else None for m in members]
+    assert summary.missing == len(set(keys) - set(names))
+    hints = [r for r in summary.remarks if "would match if" in r]
+    assert len(hints) == (hint is not None)
+    assert hint is None or hint in hints[0]
+    for name in (*keys, *names):
+        assert name not in " ".join(summary.remarks)
+
+
+def test_an_exact_name_comes_before_any_other_spelling(tmp_path: Path) -> None:
+    rows = [{"image_key": key, "site": key} for key in ("a.jpg", "A.jpg", "b.jpg")]
+    _, members = planned(tmp_path, archive(tmp_path, ["A.jpg", "a.jpg", "B.jpg"]), manifest=manifest(tmp_path, rows))
+    assert [m.site for m in members] == ["A.jpg", "a.jpg", "b.jpg"]
+
+
+def test_a_manifest_of_something_else_is_named_as_such(tmp_path: Path) -> None:
+    path = manifest(tmp_path, [{"image_key": "x.tif"}])
+    summary, _ = planned(tmp_path, archive(tmp_path, NAMES), manifest=path)
+    assert summary.remarks == ("no line of the manifest names an image of the source: is it the manifest of this one?",)
+
+
+# ---------------------------------------------------------------- slides of one name
+
+
+def test_an_image_without_a_line_belongs_to_the_slide_whose_folder_it_lies_in(tmp_path: Path) -> None:
+    names = ["S1/a.jpg", "S1/b.jpg", "S1/new.jpg", "night/S2/a.jpg", "night/S2/new.jpg", "S3/a.jpg"]
+    said = {"S1/a.jpg": "S1", "S1/b.jpg": "S1", "night/S2/a.jpg": "S2", "S3/gone.jpg": "S3"}
+    rows = [{"image_key": key, "slide_id": slide, "patient_id": "7"} for key, slide in said.items()]
+    path = manifest(tmp_path, rows)
+    summary, members = planned(tmp_path, archive(tmp_path, names), manifest=path, patient_key=KEY)
+    assert [m.slide_id for m in members] == ["S1", "S1", "S1", "S2", "S2", None]
+    seven = pseudonym("7", KEY)
+    assert [m.patient_id for m in members] == [seven, seven, None, seven, None, None]
+    assert summary.remarks == (
+        "2 images to which the manifest gives no slide lie in the folder of one of its slides, and are counted to that "
+        "slide, without a patient",
+    )
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [("1/a.jpg", "1"), ("1/b.jpg", "2")],  # folder 1 holds more than slide 1
+        [("1/a.jpg", "1"), ("2/b.jpg", "1")],  # slide 1 lies in more than folder 1
+        [("2/b.jpg", "1")],  # slide 1 lies somewhere else
+    ],
+)
+def test_a_folder_named_like_another_slide_is_named_apart(tmp_path: Path, rows: list[tuple[str, str]]) -> None:
+    path = manifest(tmp_path, [{"image_key": key, "slide_id": slide} for key, slide in rows])
+    source = archive(tmp_path, ["1/a.jpg", "1/b.jpg", "1/new.jpg", "2/b.jpg"])
+    summary, members = planned(tmp_path, source, manifest=path)
+    said = dict(rows)
+    for m in members:
+        folder = m.image_key[0]
+        apart = f"{folder} (not in the manifest)" if folder in said.values() else None
+        assert m.slide_id == said.get(m.image_key, apart)
+    assert "has the name of one of its slides and is another" in summary.remarks[0]
+
+
 # ---------------------------------------------------------------- patients
+
+
+def test_a_plan_with_patients_knows_its_key_by_a_check_value(tmp_path: Path) -> None:
+    path = manifest(tmp_path, [{"image_key": "f1.jpg", "patient_id": "P1"}])
+    source = archive(tmp_path, NAMES)
+    summary, _ = planned(tmp_path, source, manifest=path, patient_key=KEY)
+    known = hmac.new(KEY, b"leukoflow: check value of a patient key", hashlib.sha256).hexdigest()[:16]
+    assert summary.patient_key_check == read_summary(tmp_path / "plan.parquet").patient_key_check == known
+    assert KEY not in (tmp_path / "plan.parquet").read_bytes()
+    assert planned(tmp_path, source)[0].patient_key_check == ""
+    nobody = manifest(tmp_path, [{"image_key": "f1.jpg", "patient_id": "NaN"}])
+    assert planned(tmp_path, source, manifest=nobody, patient_key=KEY)[0].patient_key_check == ""
+
+
+@pytest.mark.parametrize(
+    ("key", "why"),
+    [
+        (b"x", "it has 1 characters"),
+        (b"0123456789abcdef0123456789abcde", "it has 31 characters"),
+        (b"x" * 64, "it has 1 different characters"),
+        (b"a9f3c1d8e7b2" * 3, "it repeats a pattern"),
+        (b"change-me-change-the-key-please-now", "it holds a placeholder"),
+    ],
+)
+def test_keys_that_can_be_guessed_are_refused_with_the_rule(tmp_path: Path, key: bytes, why: str) -> None:
+    path = manifest(tmp_path, [{"image_key": "f1.jpg", "patient_id": "P1"}])
+    with pytest.raises(ConfigError, match=why) as refused:
+        read_manifest(path, patient_key=key)
+    assert "at least 32 characters, 8 different ones" in str(refused.value)
+    assert "secrets.token_hex(32)" in str(refused.value)
+    if len(key) > 1:
+        assert key.decode() not in str(refused.value)
 
 
 def test_pseudonym_is_a_keyed_hash() -> None:
@@ -254,13 +414,11 @@ def test_no_plain_patient_id_is_written_or_logged(tmp_path: Path, caplog: pytest
     assert "MRN" not in caplog.text
 
 
-def test_a_patient_in_an_image_name_is_warned_of_without_naming_it(
-    tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_patient_in_an_image_name_is_warned_of_without_naming_it(tmp_path: Path) -> None:
     path = manifest(tmp_path, [{"image_key": "MRN-4711/f1.jpg", "patient_id": "MRN-4711"}])
-    read_manifest(path, patient_key=KEY)
-    assert "1 image names contain their patient's id" in caplog.text
-    assert "4711" not in caplog.text
+    (remark,) = read_manifest(path, patient_key=KEY).remarks
+    assert "1 image names contain their patient's id" in remark
+    assert "4711" not in remark
 
 
 def test_a_column_of_empty_patients_needs_no_key(tmp_path: Path) -> None:

@@ -102,6 +102,23 @@ def test_a_shard_that_is_not_committed_is_never_published(
     assert read_manifest(Storage(run.root)) is None
 
 
+def test_abstentions_from_pictures_without_a_scale_are_said(made: Callable[[Path], Run], tmp_path: Path) -> None:
+    run = made(tmp_path)
+    sizes = [(2592, None), (2592, 0.19), (run.bundle.spec.method.segment.field_px, None), (100, None)]
+
+    def abstain(table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        for row, (side, scale) in zip(rows, sizes, strict=True):
+            row |= {"status": "abstained", "width_px": side, "height_px": side, "um_per_px": scale}
+        return pa.Table.from_pylist(rows, table.schema)
+
+    rewrite(run, abstain)
+    (note,) = publish(run, 1.0, 2.0, 20).notes
+    assert note.startswith("2 of 4 abstentions are from pictures of another size than the training fields")
+    assert "--um-per-px" in note
+    assert "um_per_px in the manifest" in note
+
+
 def test_absent_activation_maps_are_said_and_change_nothing_else(made: Callable[[Path], Run], tmp_path: Path) -> None:
     run = made(tmp_path)
     whole = publish(run, 1.0, 2.0, 20)
@@ -112,6 +129,14 @@ def test_absent_activation_maps_are_said_and_change_nothing_else(made: Callable[
     assert [(p.stage, p.shard) for p in manifest.parts if p.stage == "activations"] == [("activations", "00000")]
     assert replace(manifest, notes=(), parts=(), finished_at="") == replace(whole, parts=(), finished_at="")
     assert open_run(run.config).finished == manifest
+
+
+def test_remarks_on_the_source_are_notes_of_the_run(made: Callable[[Path], Run], tmp_path: Path) -> None:
+    run = made(tmp_path)
+    odd = replace(run, summary=replace(run.summary, remarks=("the tar archive has a volume label",)))
+    manifest = publish(odd, 1.0, 2.0, 20)
+    assert manifest.notes == ("the tar archive has a volume label",)
+    assert manifest.exit_code == 3  # as without: members are quarantined, none is missing
 
 
 # --- slides ----------------------------------------------------------------------------------------------------------

@@ -241,6 +241,46 @@ def test_a_finished_run_reconciles_and_shows_its_fields(run: tuple[Path, RunMani
         assert _text(REASONS[i]) in page
 
 
+def _change(root: Path, folder: str, key: str, **values: object) -> None:
+    """Rewrites the rows of one image in the first shard."""
+    path = root / folder / "part-00000.parquet"
+    rows = [row | values if row["image_key"] == key else row for row in pq.read_table(path).to_pylist()]
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path, use_dictionary=False)
+
+
+def test_a_field_without_an_answer_shows_none(run: tuple[Path, RunManifest]) -> None:
+    root, manifest = run
+    given = {"confidence": 0.3, "prediction_set": ["Pre"], "label": "Pre", "um_per_px": None}
+    _change(root, "predictions", "field-00003.jpg", **given, width_px=2592, height_px=1944)
+    page = build_report(str(root), manifest)
+    figure = _figures(page, "uncertain")["field-00003.jpg"]
+    caption = figure.partition("<figcaption>")[2]
+    assert '<p class="said">No answer: the model abstained.</p>' in caption
+    assert "The likeliest cause is the missing scale: the picture has 2592 × 1944 px" in caption
+    assert "--um-per-px" in caption
+    assert "rediction set" not in caption
+    assert "0.300" not in caption
+    before, _, after = caption.partition("<details>")
+    assert "Pre-B" not in before
+    assert after.startswith("<summary>Probabilities, which are no answer</summary>")
+    assert "1 of 1 abstentions are from pictures of another size than the training fields (224 px)" in _plain(page)
+
+
+def test_a_set_of_one_is_no_exclusion_in_the_report(run: tuple[Path, RunManifest]) -> None:
+    text = _plain(build_report(str(run[0]), run[1]))
+    assert "Prediction set: Early Pre-B alone. This excludes no other class: by design, up to 1 field in 20 has" in text
+    assert "remains possible" not in text
+    assert "Mean malignant probability" in text
+
+
+def test_a_ratio_that_was_not_measured_is_a_dash(run: tuple[Path, RunManifest]) -> None:
+    _change(run[0], "cells", "field-00014.jpg", nc_ratio=1.0)
+    figures = _figures(build_report(str(run[0]), run[1]), "suspicious")
+    assert "nucleus to cell – (cytoplasm not seen)" in figures["field-00014.jpg"]
+    assert "nucleus to cell 1.00" not in figures["field-00014.jpg"]
+    assert "nucleus to cell 0.80" in figures["field-00019.jpg"]
+
+
 def test_the_page_needs_nothing_from_outside(run: tuple[Path, RunManifest]) -> None:
     _store_maps(run[0], "00000")
     checker = _checked(build_report(str(run[0]), run[1]))

@@ -33,7 +33,7 @@ from tasks.compact import compact_run
 from tasks.correct import correct_patient
 from tasks.erase import erase_patient
 from tasks.open_run import Run
-from tasks.plan import pseudonym
+from tasks.patient_key import pseudonym
 from tasks.reproduce import (
     Reproduction,
     compare_arrays,
@@ -44,7 +44,7 @@ from tasks.reproduce import (
 )
 from tasks.verify import as_written, verify_run
 
-KEY = b"a key for tests"
+KEY = b"a key that only these tests have"
 
 
 REAL_POOL = tasks.reproduce._pool

@@ -226,7 +226,7 @@ def test_links_locks_and_nothing_at_all(night: Run, copy: Path, tmp_path: Path) 
 
 def test_reuse_is_remembered(night: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also when it is only asked for when the run is taken up again; the command that resumes says so, too."""
-    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "a key for tests")
+    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "a key that only these tests have")
     out = tmp_path / "out"
     shutil.copytree(night.root, out / "night")
     config = night.config.model_copy(update={"out": str(out), "run_id": "again", "reuse": "night"})

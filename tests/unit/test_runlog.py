@@ -7,8 +7,12 @@ import logging
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import pytest
+import typer
 
+from apps.common import reported
+from leukoflow.errors import QUOTING, StorageError, place_of, words_of
 from leukoflow.runlog import _LogFile, run_log
 from leukoflow.telemetry import TOPIC, WORKER_LOGGER, worker_messages
 
@@ -64,13 +68,17 @@ def test_both_files_tell_what_the_flow_says(tmp_path: Path) -> None:
 
 
 def test_an_error_is_one_line_with_its_kind(tmp_path: Path) -> None:
+    words = "two\nlines"
     with run_log(str(tmp_path), "night"):
         try:
-            raise ValueError("two\nlines")
+            raise ValueError(words)
         except ValueError:
             logging.getLogger("leukoflow").exception("it failed")
-    _, (line,) = logs(tmp_path)
-    assert line["exception"] == "ValueError: two\nlines"
+    plain, (line,) = logs(tmp_path)
+    assert "it failed" in plain
+    assert plain.rstrip().endswith("\nValueError")
+    assert words not in plain
+    assert line["exception"] == "ValueError"  # what a library says of values may name a patient
 
 
 def test_stages_of_workers_fill_the_json_lines_and_only_warnings_the_text(tmp_path: Path) -> None:
@@ -107,3 +115,22 @@ def test_a_full_disk_loses_lines_and_raises_nothing(capsys: pytest.CaptureFixtur
     handler.emit(logging.makeLogRecord({"msg": "short, so that closing finds it unwritten"}))
     handler.close()
     assert capsys.readouterr() == ("", "")
+
+
+def test_what_may_be_passed_on_of_an_error() -> None:
+    quoting = pa.ArrowInvalid("CSV parse error: Expected 3 columns, got 4: a.jpg,S1,Family, Given")
+    with pytest.raises(pa.ArrowInvalid) as raised:
+        raise quoting
+    assert words_of(raised.value) == "ArrowInvalid"
+    assert place_of(raised.value).startswith("ArrowInvalid at test_runlog.py:")
+    assert isinstance(quoting, QUOTING)
+    assert words_of(StorageError("the disk is full; make room")) == "the disk is full; make room"
+    assert words_of(PermissionError(13, "Permission denied", "/in/Family.jpg")) == "Permission denied"
+
+
+def test_an_unforeseen_error_on_the_terminal_quotes_no_values(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(typer.Exit), reported():
+        raise pa.ArrowInvalid("got 4: a.jpg,S1,Family, Given")
+    printed = capsys.readouterr().err
+    assert "error: ArrowInvalid (test_runlog.py, line" in printed
+    assert "Family" not in printed

@@ -22,7 +22,7 @@ from models.registry import Registry
 from tasks.correct import correct_patient
 from tasks.diff import diff_runs
 from tasks.open_run import Run, open_run
-from tasks.plan import pseudonym
+from tasks.patient_key import pseudonym
 from tasks.report import build_report
 from tasks.shadow import ShadowSummary, as_markdown, compare, newest_run, shadow_config
 from tasks.verify import verify_run
@@ -93,7 +93,7 @@ def test_the_same_command_finds_it_also_after_a_correction(accompanied: tuple[Pa
     night, run = accompanied
     config = shadow_config(str(night.parent), None, str(candidate.path))
     assert open_run(config).finished == read_manifest(Storage(run.root))
-    mary, ruth = (pseudonym(name, b"a key for tests") for name in ("mary", "ruth"))
+    mary, ruth = (pseudonym(name, b"a key that only these tests have") for name in ("mary", "ruth"))
     assert {e.run_id for e in correct_patient(str(night.parent), ruth, mary)} == {"night", run.run_id}
     assert open_run(config).finished == read_manifest(Storage(run.root))
     assert verify_run(run.root).findings == ()

@@ -21,8 +21,9 @@ import zstandard
 
 from leukoflow.errors import MemberError, SourceError
 from leukoflow.records import Member, Shard, Source, SourceKind
-from leukoflow.sources import Listing, UniqueKeys, identify, key_of, open_reader, read_member, spool
+from leukoflow.sources import Listing, UniqueKeys, identify, open_reader, read_member, spool
 from leukoflow.tarlist import CompressedStream
+from leukoflow.zipnames import key_of
 
 JPEG = b"\xff\xd8\xff" + b"not really" * 20
 

@@ -25,12 +25,12 @@ from tasks.compact import compact_run
 from tasks.correct import correct_patient
 from tasks.erase import erase_patient
 from tasks.open_run import Run
-from tasks.plan import pseudonym
+from tasks.patient_key import pseudonym
 from tasks.retention import retain
 from tasks.verdicts import NOTHING, Action, Verdict, VerdictReader, add, add_all, check_run, read
 from tasks.verify import verify_run
 
-KEY = b"a key for tests"
+KEY = b"a key that only these tests have"
 MARY, JANE = pseudonym("mary", KEY), pseudonym("jane", KEY)
 HERS, OTHERS = "ward-0/00.jpg", "ward-1/01.jpg"  # mary's field on slide S0, jane's on S1
 

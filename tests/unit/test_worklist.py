@@ -26,7 +26,7 @@ from tasks import worklist
 from tasks.compact import compact_run
 from tasks.erase import erase_patient
 from tasks.open_run import Run
-from tasks.plan import pseudonym
+from tasks.patient_key import pseudonym
 from tasks.publish import rank_slides
 from tasks.verdicts import Action, Verdict, add
 from tasks.worklist import (
@@ -48,7 +48,7 @@ from tasks.worklist import (
     timeline,
 )
 
-KEY = b"a key for tests"
+KEY = b"a key that only these tests have"
 MARY, JANE = pseudonym("mary", KEY), pseudonym("jane", KEY)
 NIGHT = run_key_of("night")
 PROBABILITIES = ("prob_benign", "prob_early", "prob_pre", "prob_pro")
@@ -110,7 +110,7 @@ def test_slides_are_those_of_the_runs_own_ranking(spread: Path) -> None:
         s = line.summary
         assert s.urgency == pytest.approx(row["urgency"], abs=1e-12)
         assert (s.label, s.malignant_fields, s.cells) == (row["label"], row["n_malignant"], row["n_cells"])
-        assert s.malignant_share == pytest.approx(row["malignant_score"], abs=1e-12)
+        assert s.mean_malignant_probability == row["malignant_score"]  # to the last bit: one definition
         assert (line.patient, line.site) == (row["patient_id"], row["site"])
         c = s.counts
         assert (c.predicted, c.abstained, c.rejected, c.quarantined) == (
@@ -119,7 +119,7 @@ def test_slides_are_those_of_the_runs_own_ranking(spread: Path) -> None:
         assert c.fields == row["n_images"]
 
 
-def test_blast_fraction_uncertainty_and_entropy_by_hand(spread: Path) -> None:
+def test_mean_malignant_probability_uncertainty_and_entropy_by_hand(spread: Path) -> None:
     table = open_run_table(str(spread.parent), NIGHT)
     rows = rows_of(spread)
     for line in everything(table.slides):
@@ -127,10 +127,8 @@ def test_blast_fraction_uncertainty_and_entropy_by_hand(spread: Path) -> None:
         said = [r for r in mine if r["status"] == "predicted"]
         diagnosed = [r for r in mine if r["label"] is not None]
         malignant = [1 - r["prob_benign"] for r in said]
-        cells = [r["n_cells"] for r in said]
-        assert line.summary.blast_fraction == pytest.approx(
-            sum(m * c for m, c in zip(malignant, cells, strict=True)) / sum(cells)
-        )
+        assert line.summary.mean_malignant_probability == pytest.approx(sum(malignant) / len(said))  # not by cells
+        assert line.summary.answered_cells == sum(r["n_cells"] for r in said)
         unsure = [r for r in diagnosed if r["status"] == "abstained" or len(r["prediction_set"]) > 1]
         assert line.summary.uncertainty == pytest.approx(len(unsure) / len(diagnosed))
         h = [-sum(r[p] * math.log(r[p]) for p in PROBABILITIES) / math.log(4) for r in said]
@@ -153,7 +151,7 @@ def test_patients_are_over_all_their_fields_and_as_urgent_as_their_worst_slide(s
         assert line.summary.urgency == pytest.approx(ranked[0]["urgency"])
         assert table.slide(line.worst_slide).name == ranked[0]["slide_id"]
         said = [1 - r["prob_benign"] for r in mine if r["status"] == "predicted"]
-        assert line.summary.malignant_share == pytest.approx(sum(said) / len(said))
+        assert line.summary.mean_malignant_probability == pytest.approx(sum(said) / len(said))
     assert [p.summary.urgency for p in lines] == sorted((p.summary.urgency for p in lines), reverse=True)
     assert table.patient(patient_key_of(MARY)).patient == MARY
 
@@ -171,12 +169,11 @@ def test_every_filter_by_hand(spread: Path) -> None:
         return [r["image_key"] for r in rows if test(r)]
 
     assert keys() == wanted(lambda r: True)
-    assert keys(label="Pro") == wanted(lambda r: r["label"] == "Pro")
+    assert keys(label="Pro") == wanted(lambda r: (r["status"], r["label"]) == ("predicted", "Pro"))
     for status in Status:
         assert keys(status=status) == wanted(lambda r: r["status"] == status)  # noqa: B023 - called at once
-    assert keys(status="abstained", label="Early") == wanted(
-        lambda r: (r["status"], r["label"]) == ("abstained", "Early")
-    )
+    assert any((r["status"], r["label"]) == ("abstained", "Early") for r in rows)
+    assert keys(status="abstained", label="Early") == []  # what it leaned to is no answer
     assert keys(site="north") == wanted(lambda r: True)
     assert keys(site="south") == keys(scanner="X-1") == []
     assert keys(text="WARD-1/0") == wanted(lambda r: "ward-1/0" in r["image_key"])
@@ -190,6 +187,43 @@ def test_every_filter_by_hand(spread: Path) -> None:
     assert {s.name for s in table.slides(Query(status=Status.REJECTED)).items} == {"S1"}
     assert [s.name for s in table.slides(Query(text="s0")).items] == ["S0"]
     assert [p.patient for p in table.patients(Query(text="S0")).items] == [MARY]
+
+
+def test_a_field_that_was_abstained_from_has_no_answer(spread: Path) -> None:
+    table = open_run_table(str(spread.parent), NIGHT)
+    stored = {r["image_key"]: r for r in rows_of(spread)}
+    abstained = table.fields(Query(status=Status.ABSTAINED, limit=500)).items
+    assert abstained
+    for line in abstained:
+        assert stored[line.image_key]["label"] is not None
+        assert (line.label, line.confidence, line.prediction_set) == (None, None, ())
+        assert len(line.probabilities) == 4
+    by_confidence = table.fields(Query(sort=Sort.CONFIDENCE, limit=500)).items
+    assert None not in [line.confidence for line in by_confidence if line.status == Status.PREDICTED]
+    answered = [line.status == Status.PREDICTED for line in by_confidence]
+    assert answered == sorted(answered, reverse=True)  # those without a confidence come last
+    given = table.verdict_on_field(abstained[0].ordinal, Action.CORRECT, "anna", "Pro")
+    assert (given.seen_status, given.seen_label, given.seen_confidence) == ("abstained", None, None)
+
+
+def test_nobody_can_accept_what_was_not_answered(spread: Path) -> None:
+    out = str(spread.parent)
+    table = open_run_table(out, NIGHT)
+    line = table.fields(Query(status=Status.ABSTAINED)).items[0]
+    accepting = table.verdict_on_field(line.ordinal, Action.ACCEPT, "anna")
+    for verdict in (accepting, replace(accepting, seen_label="Early", seen_confidence=0.4)):
+        with pytest.raises(RequestError, match="abstained from this field, so there is no answer to accept"):
+            add(out, verdict)
+    assert open_run_table(out, NIGHT).field(line.ordinal).standing.verdicts == 0
+
+
+def test_a_label_for_an_abstained_field_corrects_nothing() -> None:
+    old = Verdict(
+        NIGHT, Action.CORRECT, "anna", "2026-03-01T08:00:00+00:00", "a.png", label="Pro", seen_status="abstained",
+        seen_label="Early", seen_confidence=0.4,
+    )  # fmt: skip
+    found = agreement_of([old, replace(old, seen_status="predicted")])
+    assert (found.n, found.corrected, found.without_prediction) == (1, 1, 1)
 
 
 @pytest.mark.parametrize("sort", list(Sort))
@@ -490,7 +524,7 @@ def test_a_run_where_nothing_was_predicted(copy: Path) -> None:
     assert {s.summary.urgency for s in lines} == {0.5}  # silence is not health
     for line in lines:
         s = line.summary
-        assert (s.label, s.malignant_share, s.blast_fraction, s.uncertainty, s.entropy) == (None,) * 5
+        assert (s.label, s.mean_malignant_probability, s.uncertainty, s.entropy) == (None,) * 4
         assert s.interval == pytest.approx((0.025, 0.975))
     assert table.patients().total == 0
     assert table.field(0).probabilities == ()

@@ -9,8 +9,10 @@ import zipfile
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
-from browser_world import HOSTILE, PASSWORD, Site, page_of, picture_shown, served, until
+from browser_world import HOSTILE, PASSWORD, RUN, Site, page_of, picture_shown, served, until
 
 from tasks import verdicts
 
@@ -112,6 +114,115 @@ def test_bench_from_upload_to_export(browser: Any, site: Site, tmp_path: Path) -
     assert page.title() != "owned"
     assert page.troubles == []
     page.context.close()
+
+
+def test_everything_that_is_chosen_gets_an_answer(browser: Any, site: Site, tmp_path: Path) -> None:
+    page = page_of(browser, site)
+    page.goto(f"{site.url}/bench")
+    (tmp_path / "hollow.jpg").write_bytes(b"")
+    (tmp_path / "words.txt").write_text("no picture")
+    with zipfile.ZipFile(tmp_path / "bare.zip", "w") as archive:
+        archive.mkdir("nothing in it")
+    given = [*site.fields[4:7], tmp_path / "hollow.jpg", tmp_path / "words.txt", tmp_path / "bare.zip", site.fields[4]]
+    before = page.locator("#jobs > section").count()
+    page.set_input_files("#files", [str(p) for p in given])
+    until(lambda: page.locator("#jobs > section").count() == before + 1)
+    page.wait_for_selector("#jobs:not(:has([aria-busy]))", timeout=120_000)
+    job = page.locator("#jobs > section >> nth=0")
+    assert job.locator(".card").count() == 7
+    assert job.locator("h3 >> nth=0").inner_text().startswith("7 pictures: ")
+    cards = dict(zip(job.locator(".card .name").all_inner_texts(), job.locator(".card").all_inner_texts(), strict=True))
+    assert "Empty: the file has no bytes." in cards["hollow.jpg"]
+    assert "An archive without pictures." in cards["bare.zip"]
+    assert "Quarantined" in cards["words.txt"]
+    assert page.locator("#toast").inner_text() == ""
+    assert page.troubles == []
+    page.context.close()
+
+
+def test_a_folder_and_what_cannot_be_read_get_an_answer_too(browser: Any, site: Site) -> None:
+    page = page_of(browser, site)
+    page.goto(f"{site.url}/bench")
+    before = page.locator("#jobs > section").count()
+    page.evaluate(
+        """(limit) => {
+          DataTransferItem.prototype.webkitGetAsEntry = function () {
+            return { isDirectory: this.getAsFile().name === 'slides', name: this.getAsFile().name };
+          };
+          const whole = File.prototype.slice;
+          File.prototype.slice = function (...range) {
+            if (this.name === 'away.jpg') return { arrayBuffer: () => Promise.reject(new Error('gone')) };
+            return whole.apply(this, range);
+          };
+          const carrier = new DataTransfer();
+          for (const name of ['slides', 'away.jpg', 'hollow.jpg']) carrier.items.add(new File([], name));
+          carrier.items.add(new File([new Uint8Array(limit * 1024 * 1024 + 1)], 'huge.tif'));
+          const how = { dataTransfer: carrier, bubbles: true, cancelable: true };
+          document.body.dispatchEvent(new DragEvent('drop', how));
+        }""",
+        64,
+    )
+    until(lambda: page.locator("#jobs > section").count() == before + 1)
+    page.wait_for_selector("#jobs:not(:has([aria-busy]))", timeout=60_000)
+    job = page.locator("#jobs > section >> nth=0")
+    assert job.locator("h3 >> nth=0").inner_text() == "4 pictures: 4 not diagnosed"
+    said = dict(zip(job.locator(".card .name").all_inner_texts(), job.locator(".card").all_inner_texts(), strict=True))
+    assert "A folder: open it" in said["slides"]
+    assert "could not read it" in said["away.jpg"]
+    assert "has no bytes" in said["hollow.jpg"]
+    assert "Larger than 64 MB." in said["huge.tif"]
+    # What is refused as a whole says so.
+    page.evaluate(
+        """() => {
+          const carrier = new DataTransfer();
+          for (let i = 0; i < 65; i += 1) carrier.items.add(new File(['x'], `${i}.png`));
+          const how = { dataTransfer: carrier, bubbles: true, cancelable: true };
+          document.body.dispatchEvent(new DragEvent('drop', how));
+        }"""
+    )
+    until(lambda: "Nothing was sent: up to 64 files at once, and these are 65." in page.inner_text("#toast"))
+    assert page.troubles == []
+    page.context.close()
+
+
+def test_where_the_model_abstained_there_is_no_answer_to_accept(browser: Any, site: Site, tmp_path: Path) -> None:
+    shutil.copytree(site.out, tmp_path / "out")
+    part = tmp_path / "out" / RUN / "predictions" / "part-00000.parquet"
+    rows = pq.read_table(part).to_pylist()
+    given = next(r for r in rows if r["status"] == "predicted")
+    given |= {"status": "abstained", "reason": "ambiguous: confidence 0.51 < 0.53", "prediction_set": ["Pre"]}
+    given |= {"label": "Pre", "width_px": 2592, "height_px": 1944, "um_per_px": None}
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(part)), part, use_dictionary=False)
+    with served(tmp_path, tmp_path / "out") as other:
+        page = page_of(browser, other)
+        run = open_worklist(page, other, "?tab=fields&status=abstained")
+        line = page.locator(".list tbody tr", has_text=given["image_key"].rpartition("/")[2]).inner_text()
+        assert "no answer" in line
+        assert not re.search("Pre-B|Benign|Pro-B", line)
+        page.goto(f"{other.url}{run}/fields/{rows.index(given)}")
+        picture_shown(page)
+        said = page.inner_text("section[aria-label=Prediction]")
+        assert "No answer" in said
+        assert "The likeliest cause is the missing scale: the picture has 2592 × 1944 px" in said
+        assert not re.search("Prediction set|Of 100|Pre-B", said)  # probabilities are folded away
+        page.click(".leaning summary")
+        assert "They are no answer" in page.inner_text(".leaning")
+        bar = page.inner_text("[data-review]")
+        assert "Accept" not in bar
+        assert page.locator("[data-review] [aria-pressed=true]").count() == 0
+        page.keyboard.press("a")
+        until(lambda: "no answer to accept" in page.inner_text("[data-saved]"))
+        page.keyboard.press("m")
+        assert page.input_value("[name=map]") == ""
+        page.focus("main")
+        page.keyboard.press("3")
+        page.wait_for_url(re.compile("decided="))
+        page.keyboard.press("b")
+        page.wait_for_selector("#standing[data-decision='correct:Pre']")
+        assert "labelled it Pre-B" in page.inner_text("#standing")
+        assert [str(v.action) for v in verdicts.read(str(other.out), RUN).given][-1:] == ["correct"]
+        assert page.troubles == []
+        page.context.close()
 
 
 def test_two_bundles_side_by_side(browser: Any, site: Site) -> None:

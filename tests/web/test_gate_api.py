@@ -43,7 +43,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     lines += [f"{name},S{name[5]},{'mary' if name[5] == '0' else 'jane'},north,0.5" for name in members]
     (folder / "slides.csv").write_text("\n".join(lines))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("LEUKOFLOW_PATIENT_KEY", "a key for tests")
+        patch.setenv("LEUKOFLOW_PATIENT_KEY", "a key that only these tests have")
         screen_here(
             write_zip(folder / "night.zip", members), folder / "out", "night", small_bundle(folder / "small"),
             manifest=str(folder / "slides.csv"),

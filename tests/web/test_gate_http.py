@@ -13,6 +13,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from gate_world import PASSWORD, FakeEngine, World, archive, picture, sign_in, token_in, world
@@ -20,6 +21,7 @@ from gate_world import PASSWORD, FakeEngine, World, archive, picture, sign_in, t
 from apps.web import api, api_runs, pages
 from apps.web.guard import safe_next
 from apps.web.settings import ProxySettings, Rates, UploadLimits, networks
+from leukoflow.records import Status
 from tasks.audit import check_log
 
 DIAGNOSES = "/api/v1/diagnoses"
@@ -567,6 +569,71 @@ def test_body_limits_hold_while_the_body_arrives(tmp_path: Path) -> None:
     assert program.post(search, content=b"x" * (1 << 20)).status_code == 413
     assert place.engine.seen == []
     assert place.gate.receiving == 0
+
+
+def test_every_file_that_is_sent_has_an_answer(tmp_path: Path) -> None:
+    place = world(tmp_path)
+    program = place.program("vera", "diagnose", "read")
+    sent = [
+        ("file", ("a.png", picture())),
+        ("file", ("hollow.png", b"")),
+        ("file", ("bare.zip", archive({}))),
+        ("file", ("litter.zip", archive({"__MACOSX/._a.png": b"x", ".DS_Store": b"x"}))),
+        ("unsent", ("slides", b"folder")),
+        ("unsent", ("huge.tif", b"large")),
+        ("unsent", ("away.png", b"unreadable")),
+        ("unsent", ("odd.png", b"<b>whatever</b>")),
+    ]
+    with place:
+        items = program.post(DIAGNOSES, files=sent).json()["items"]
+    assert [i["name"] for i in items] == [name for _, (name, _) in sent]
+    assert [i["error"] for i in items] == [
+        None,
+        "empty: the file has no bytes",
+        "an archive without pictures",
+        "an archive without pictures",
+        "a folder: open it, and choose the pictures in it",
+        "larger than 64 MB",
+        *["the browser could not read it: copy it to this computer, and choose it again"] * 2,
+    ]
+    assert len(place.engine.seen) == 1
+
+
+def test_an_abstention_has_no_answer_in_the_api_nor_on_the_bench(tmp_path: Path) -> None:
+    place = world(tmp_path)
+    whole = place.engine.examine
+
+    async def unsure(data: bytes, **given: Any) -> Any:
+        found = await whole(data, **given)
+        return replace(found, status=Status.ABSTAINED, reason="ambiguous: 0.5 < 0.53", width_px=2592)
+
+    place.engine.examine = unsure  # type: ignore[method-assign]
+    program = place.program("vera", "diagnose", "read")
+    browser = place.browser("vera")
+    with place:
+        (item,) = program.post(DIAGNOSES, files={"file": ("a.png", picture())}).json()["items"]
+        shown = [item[name] for name in ("status", "label", "confidence", "prediction_set")]
+        assert shown == ["abstained", None, None, []]
+        assert item["probabilities"]["Early"] == 0.7
+        pages = {}
+        for scale in ("", "0.2"):
+            form = {"csrf": token_in(browser.get("/bench").text), "um_per_px": scale}
+            where = browser.post("/bench", data=form, files={"file": ("a.png", picture())}).headers["location"]
+            for _ in range(100):
+                page = browser.get(f"{where}/0")
+                if page.status_code == 200:
+                    break
+            pages[scale] = page.text
+            exported = browser.get(f"{where}/0/export.json").json()
+            assert (exported["label"], exported["confidence"], exported["prediction_set"]) == (None, None, [])
+    for page in pages.values():
+        assert "No answer" in page
+        assert "Had it answered" not in page
+        assert "Prediction set:" not in page
+        assert "Of 100 fields" not in page
+    assert "The likeliest cause is the missing scale" in pages[""]
+    assert "Enter the scale" in pages[""]
+    assert "missing scale" not in pages["0.2"]
 
 
 @pytest.mark.parametrize(

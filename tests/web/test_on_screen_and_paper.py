@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_world import LONG, PASSWORD, RUN, Site, page_of, picture_shown, served
-from harness import screen_here, with_other_thresholds
+from browser_world import LONG, PASSWORD, RUN, Site, page_of, picture_shown
 from test_accessibility import places, settled
 
 from apps.web import scenes
 from leukoflow.records import Status
-from models.bundle import load_bundle
 from tasks.worklist import Query, open_run_table, run_key_of
 
 pytestmark = pytest.mark.timeout(180)
@@ -300,14 +298,5 @@ def nothing_to_accept(page: Any, url: str, out: Path, status: Status, words: str
 @pytest.mark.parametrize("status", [Status.REJECTED, Status.QUARANTINED])
 def test_accept_without_a_prediction_says_why(browser: Any, site: Site, status: Status) -> None:
     page = page_of(browser, site)
-    nothing_to_accept(page, site.url, site.out, status, "no prediction to accept")
+    nothing_to_accept(page, site.url, site.out, status, "no answer to accept")
     page.context.close()
-
-
-def test_accept_where_the_model_abstained_says_why(browser: Any, site: Site, tmp_path: Path) -> None:
-    doubtful = with_other_thresholds(load_bundle(site.folder / "bundle"), tmp_path / "bundle", 50.0)
-    screen_here(site.fields[0], tmp_path / "out", RUN, doubtful)
-    with served(tmp_path, tmp_path / "out") as other:
-        page = page_of(browser, other)
-        nothing_to_accept(page, other.url, other.out, Status.ABSTAINED, "abstained")
-        page.context.close()

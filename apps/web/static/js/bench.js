@@ -1,4 +1,5 @@
-// Images come by drop, paste, choice or camera; all of them end in the file field of one form, which is then sent.
+// Images come by drop, paste, choice or camera; all of them end in the file field of one form, which is then sent. What
+// cannot be sent goes along by its name and the reason, in a field of its own: everything that was chosen gets an answer.
 import { say } from "./app.js";
 
 let started = false;
@@ -10,18 +11,29 @@ export function start() {
   const field = form.querySelector("input[type=file][name=files]");
   const zone = form.querySelector(".drop") ?? form;
 
-  const send = (files) => {
-    const list = [...files].filter((file) => file.size);
+  const unsent = form.querySelector("input[type=file][name=unsent]");
+
+  const send = async (files, folders = new Set()) => {
+    const list = [...files];
     if (!list.length) { say("There is no image in that.", true); return; }
     const most = Number(form.dataset.files);
-    if (list.length > most) { say(`Up to ${most} files at once; these are ${list.length}.`, true); return; }
-    const mb = list.reduce((sum, file) => sum + file.size, 0) / 2 ** 20;
-    if (mb > Number(form.dataset.mb)) { say(`Up to ${form.dataset.mb} MB at once; these are ${Math.ceil(mb)} MB.`, true); return; }
-    const carrier = new DataTransfer();
-    for (const file of list) carrier.items.add(file);
-    field.files = carrier.files;
+    if (list.length > most) { say(`Nothing was sent: up to ${most} files at once, and these are ${list.length}.`, true); return; }
+    const sent = new DataTransfer();
+    const left = new DataTransfer();
+    let bytes = 0;
+    for (const file of list) {
+      const why = folders.has(file) ? "folder" : tooLarge(file) ? "large" : await unreadable(file) ? "unreadable" : "";
+      if (why) left.items.add(new File([why], file.name));
+      else { sent.items.add(file); bytes += file.size; }
+    }
+    const mb = Math.ceil(bytes / 2 ** 20);
+    if (mb > Number(form.dataset.mb)) { say(`Nothing was sent: up to ${form.dataset.mb} MB at once, and these are ${mb} MB.`, true); return; }
+    field.files = sent.files;
+    unsent.files = left.files;
     form.requestSubmit();
   };
+
+  const tooLarge = (file) => !/\.zip$/i.test(file.name) && file.size > Number(form.dataset.fileMb) * 2 ** 20;
 
   field.addEventListener("change", () => { if (field.files.length) send(field.files); });
   let depth = 0;
@@ -33,13 +45,15 @@ export function start() {
     zone.classList.remove("over");
     if (!hasFiles(event)) return;
     event.preventDefault();
-    send(event.dataTransfer.files);
+    const dropped = [...event.dataTransfer.items].filter((item) => item.kind === "file");
+    const files = dropped.map((item) => item.getAsFile() ?? new File([], item.webkitGetAsEntry()?.name ?? "unnamed"));
+    send(files, new Set(files.filter((_, i) => dropped[i].webkitGetAsEntry()?.isDirectory)));
   });
   addEventListener("paste", (event) => {
     const files = [...(event.clipboardData?.files ?? [])];
     if (files.length) { event.preventDefault(); send(files); }
   });
-  form.addEventListener("htmx:afterRequest", (event) => { if (event.detail.elt === form) field.value = ""; });
+  form.addEventListener("htmx:afterRequest", (event) => { if (event.detail.elt === form) { field.value = ""; unsent.value = ""; } });
   form.addEventListener("htmx:beforeRequest", () => form.querySelector("[data-progress]")?.removeAttribute("hidden"));
   form.addEventListener("htmx:afterRequest", () => form.querySelector("[data-progress]")?.setAttribute("hidden", ""));
   form.addEventListener("htmx:xhr:progress", (event) => {
@@ -48,6 +62,11 @@ export function start() {
   });
   camera(form, send);
 }
+
+// A folder where the browser does not say so, or a file that is gone: sending it would end the whole upload.
+const unreadable = async (file) => {
+  try { await file.slice(0, 1).arrayBuffer(); return false; } catch { return true; }
+};
 
 const hasFiles = (event) => [...(event.dataTransfer?.types ?? [])].includes("Files");
 

@@ -59,6 +59,8 @@ function key(event) {
     event.preventDefault();
   } else {
     const button = bar()?.querySelector(`button[data-key="${CSS.escape(event.key)}"]`);
+    const none = event.key === "a" && bar()?.querySelector("[data-no-answer]");
+    if (none) note(none.dataset.noAnswer);
     if (!button) return;
     event.preventDefault();
     if (button.disabled) note(button.dataset.why ?? "");

@@ -237,6 +237,7 @@ document.addEventListener("keydown", (event) => {
   const element = input === "base" ? scene.querySelector("[name=base]:not(:checked):not(:disabled)")
     : input === "map" ? scene.querySelector("[name=map]") : scene.querySelector(`[name=over][value=${keys[event.key]}]`);
   if (!element) return;
+  if (input === "map" && !element.value && !element.dataset.mine) { element.focus(); return; } // no answer: choose a class
   if (input === "map") element.value = element.value ? "" : element.dataset.mine;
   else element.checked = input === "base" ? true : !element.checked;
   element.dispatchEvent(new Event("input", { bubbles: true }));

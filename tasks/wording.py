@@ -1,0 +1,178 @@
+"""What people read about a prediction: one wording for the web application, the report and the command line.
+
+A prediction set excludes nothing, an abstention is no answer, and where nobody gave a scale, that comes first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from leukoflow.geometry import scale_is_guessed
+from leukoflow.method import SegmentSettings
+from leukoflow.records import CLASSES
+
+CLASS_NAMES = {"Benign": "Benign", "Early": "Early Pre-B", "Pre": "Pre-B", "Pro": "Pro-B"}
+NO_ANSWER = "No answer: the model abstained."
+LEANING = (
+    "The probabilities were computed all the same. They are no answer: what is known of their calibration does not "
+    "hold for fields that the model abstains from."
+)
+MEAN_MALIGNANT = "Mean malignant probability"
+"""The one name of `tasks.slides.mean_malignant_probability`."""
+MEAN_MALIGNANT_NOTE = (
+    "The mean of P(Early Pre-B) + P(Pre-B) + P(Pro-B) over the answered fields, each field counting once. It is no "
+    "differential count and no percentage of blasts: no cell is diagnosed by itself."
+)
+SET_NOTE = (
+    "Classes of the prediction set. It excludes no class: by design, up to one field in twenty has a true class that "
+    "is not in its set"
+)
+SET_DESCRIPTION = (
+    "classes of the answer's prediction set, empty without an answer; classes outside it are not excluded: by design, "
+    "up to one field in twenty has a true class that is not in its set"
+)
+
+_REASONS = {
+    "out of distribution": ("It is unlike the fields the model learned from.", ""),
+    "ambiguous": (
+        "No class stands out.",
+        "Two or more classes are nearly as likely. Other fields of the slide may help.",
+    ),
+    "too few cells": (
+        "There are too few white cells to judge.",
+        "Choose a field with more leukocytes, or judge the slide by its other fields.",
+    ),
+    "empty: 0 bytes": ("The file is empty.", "It has no bytes: copy or export it again."),
+    "out of focus": ("It is out of focus.", "Focus again, and photograph the field again."),
+    "empty": ("Hardly anything in it is stained.", "Move to an area where cells lie side by side."),
+    "too dark": ("It is too dark.", "More light or a longer exposure helps."),
+    "too bright": ("It is too bright.", "Less light or a shorter exposure helps."),
+    "clipped pixels": (
+        "Large parts are pure black or white.",
+        "Adjust the exposure; dark or white borders and labels also count.",
+    ),
+    "colours are not those of a blood stain": (
+        "Its colours are not those of a blood stain.",
+        "Check the white balance, and that the image shows a Romanowsky-stained smear.",
+    ),
+}
+_ABSTENTIONS = ("out of distribution", "ambiguous", "too few cells")
+_OLD = {"foreign": "out of distribution"}  # as runs of earlier versions have it
+_STAIN = "Another stain, scanner or tissue may be the cause. Judge the slide by eye."
+_THEN = "If it abstains again, think of another stain, scanner or tissue."
+_REMEDIES = {
+    "run": "Have the run repeated with the scale: --um-per-px, or the column um_per_px of the manifest.",
+    "bench": "Enter the scale (µm per pixel) on the bench and send the picture again.",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """What is known of a picture's size: pixels of the upright source, micrometres per pixel, the method's settings."""
+
+    width_px: int | None
+    height_px: int | None
+    um_per_px: float | None
+    settings: SegmentSettings = field(default_factory=SegmentSettings)
+
+    @property
+    def guessed(self) -> bool:
+        """Whether nobody gave the scale of a picture that is not of the training fields' size."""
+        if not self.width_px or not self.height_px:
+            return False
+        return scale_is_guessed(self.width_px, self.height_px, self.um_per_px, self.settings)
+
+
+def class_name(label: str | None) -> str:
+    """Writes a label as haematologists do."""
+    return "no label" if label is None else CLASS_NAMES.get(label, label)
+
+
+def mean_words(value: float | None) -> str:
+    """Writes a mean probability to two places, never rounded to certainty; a dash where there is none."""
+    if value is None:
+        return "–"
+    return "> 0.99" if value >= 0.995 else "< 0.01" if value < 0.005 else f"{value:.2f}"
+
+
+def set_words(prediction_set: Sequence[str], alpha: float = 0.05) -> str:
+    """Says what the prediction set of an answer means; empty where there is no answer, and so no set.
+
+    Args:
+        prediction_set: labels.
+        alpha: share of the fields of a class whose set may miss that class.
+    """
+    names = [class_name(c) for c in prediction_set]
+    if not names:
+        return ""
+    if len(names) == len(CLASSES):
+        return "Prediction set: all four classes. The model cannot tell them apart here."
+    missed = f"by design, up to {_missed(alpha)}."
+    if len(names) == 1:
+        return f"Prediction set: {names[0]} alone. This excludes no other class: {missed}"
+    return f"Prediction set: {_or(names)}, between which the model cannot tell. This excludes no other class: {missed}"
+
+
+def reason_words(reason: str | None, scale: Scale | None = None, where: str = "run") -> tuple[str, str, str]:
+    """Puts a stored reason into words: what it is, the likeliest cause with the remedy, and the measured part.
+
+    Args:
+        reason: as stored; its kind stands before the colon.
+        scale: of the picture, where it is known. An abstention from a picture of unknown scale names that first.
+        where: `run` or `bench`, which decides the remedy.
+
+    Returns:
+        Three texts, the last two possibly empty. What is stored otherwise is returned as it is.
+    """
+    if not reason:
+        return ("No reason was stored.", "", "")
+    kind, _, rest = (part.strip() for part in reason.partition(":"))
+    kind = _OLD.get(kind, kind)
+    if f"{kind}: {rest}" in _REASONS:
+        kind, rest = f"{kind}: {rest}", ""
+    if kind not in _REASONS:
+        return (reason, "", "")
+    what, remedy = _REASONS[kind]
+    if kind not in _ABSTENTIONS:
+        return (what, remedy, rest)
+    if scale is not None and scale.guessed:
+        return (what, f"{_missing_scale(scale)} {_REMEDIES[where]} {_THEN}", rest)
+    return (what, remedy or _STAIN, rest)
+
+
+def scale_note(guessed: int, abstained: int, settings: SegmentSettings) -> str:
+    """Says of a whole run that abstentions may come from a missing scale; empty where none does.
+
+    Args:
+        guessed: abstentions from pictures of unknown scale (`Scale.guessed`).
+        abstained: all abstentions.
+        settings: of the method.
+    """
+    if not guessed:
+        return ""
+    return (
+        f"{guessed:,} of {abstained:,} abstentions are from pictures of another size than the training fields "
+        f"({settings.field_px} px), and without a scale: the missing scale is the likeliest cause. Repeat the run with "
+        "--um-per-px, or with the column um_per_px in the manifest"
+    )
+
+
+def _missing_scale(scale: Scale) -> str:
+    return (
+        f"The likeliest cause is the missing scale: the picture has {scale.width_px} × {scale.height_px} px, the "
+        f"fields that the model learned from have {scale.settings.field_px} × {scale.settings.field_px}, and no "
+        "micrometres per pixel were given. So its cells may have been judged at the wrong size."
+    )
+
+
+def _missed(alpha: float) -> str:
+    """How often sets miss the true class, as people say it."""
+    n = round(1 / alpha) if alpha > 0 else 0
+    if n and abs(1 / alpha - n) < 1e-6:
+        return f"1 field in {n} has a true class that is not in its set"
+    return f"{100 * alpha:g} of 100 fields have a true class that is not in their set"
+
+
+def _or(names: Sequence[str]) -> str:
+    return f"{', '.join(names[:-1])} or {names[-1]}" if len(names) > 1 else names[0]

@@ -21,9 +21,9 @@ users_app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Who may use the web application: people with passwords, and tokens for programs.\n\n"
-    "All in one file that only its owner may read, outside of the results: `--users`, else `LEUKOFLOW_WEB_USERS`, else "
-    "below the user's state directory. A server that runs notices changes at once.\n\n"
+    help="Users of the web application and their passwords, and tokens for programs.\n\n"
+    "All in one file that only its owner can read, outside the results: `--users`, else `LEUKOFLOW_WEB_USERS`, else "
+    "below the user's state directory. A running server notices changes immediately.\n\n"
     "**Example**: `leukoflow users add anna --role reviewer`",
 )
 UsersFile = Annotated[Path | None, typer.Option("--users", metavar="FILE", help="The users file.", show_default=False)]
@@ -48,9 +48,9 @@ def serve(
         typer.Option("--bundle", help="Bundle for single images; may be repeated, the first is used unless chosen."),
     ] = None,
     diagnose: Annotated[
-        bool, typer.Option("--diagnose/--no-diagnose", help="Whether people may have single images diagnosed.")
+        bool, typer.Option("--diagnose/--no-diagnose", help="Whether users may classify single images.")
     ] = True,
-    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that diagnose single images.")] = 1,
+    workers: Annotated[int, typer.Option("--workers", min=1, help="Processes that classify single images.")] = 1,
     users: UsersFile = None,
     name: Annotated[
         list[str] | None,
@@ -72,7 +72,7 @@ def serve(
     ] = None,
     proxy_sign_in: Annotated[
         bool,
-        typer.Option("--proxy-sign-in", help="That proxy signs people in (OIDC) and names them in headers."),
+        typer.Option("--proxy-sign-in", help="That proxy signs users in (OIDC) and names them in headers."),
     ] = False,
     proxy_name_header: Annotated[
         str, typer.Option("--proxy-name-header", help="Header with the person's name.")
@@ -87,17 +87,17 @@ def serve(
     tls_cert: Annotated[Path | None, typer.Option("--tls-cert", metavar="FILE", help="Certificate chain, PEM.")] = None,
     tls_key: Annotated[Path | None, typer.Option("--tls-key", metavar="FILE", help="Its private key, PEM.")] = None,
     plain_http: Annotated[
-        bool, typer.Option("--plain-http", help="Allow another address than the loopback one without TLS.")
+        bool, typer.Option("--plain-http", help="Allow an address other than loopback without TLS.")
     ] = False,
     idle_minutes: Annotated[
-        float, typer.Option("--idle-minutes", min=1, help="A session ends when nothing was asked for so long.")
+        float, typer.Option("--idle-minutes", min=1, help="Minutes without a request after which a session ends.")
     ] = 30.0,
     debug: Debug = False,
 ) -> None:
     """Serve the web application: the morning's worklist, and diagnosis of single images.
 
-    Listens on this machine only unless told otherwise. The first start prints a link with which the first administrator
-    is made; further people with `leukoflow users`. Passwords never go over the network in clear: another address needs
+    Listens on this machine only, unless `--host` is given. The first start prints a link that creates the first
+    administrator; add others with `leukoflow users`. Passwords never cross the network in clear: another address needs
     `--tls-cert`, or a reverse proxy named with `--proxy-from`. Research use only.
 
     **Examples**: `leukoflow serve out`; `leukoflow serve s3://results --host 0.0.0.0 --name smears.lab --tls-cert c.pem
@@ -184,7 +184,10 @@ async def _serve(
     shown = f"[{shown}]" if ":" in shown else shown
     say(f"leukoflow  {scheme}://{shown}:{settings.port}{settings.root_path}/", soft_wrap=True)
     if link := app.state.gate.setup_link():
-        say("Nobody can sign in yet. Make the first administrator on this machine, within an hour:", soft_wrap=True)
+        say(
+            "There are no users yet. Create the first administrator by opening this on this machine within an hour:",
+            soft_wrap=True,
+        )
         say(f"  {link}", soft_wrap=True, markup=False, highlight=False)
     await uvicorn.Server(config).serve(sockets=[listening])
 
@@ -224,9 +227,10 @@ def users_add(
     password_stdin: FromInput = False,
     debug: Debug = False,
 ) -> None:
-    """Add a person; asks for the password twice.
+    """Add a user; asks for the password twice.
 
-    A viewer looks and has images diagnosed; a reviewer also gives verdicts and exports; an admin also manages users.
+    A viewer can look at results and classify single images; a reviewer can also record verdicts and export; an admin
+    can also manage users.
 
     **Example**: `leukoflow users add anna --role reviewer`
     """
@@ -234,17 +238,17 @@ def users_add(
         accounts = _accounts(users)
         accounts.check_new(name, role)  # before anybody types a password
         accounts.add(name, role, _password(password_stdin))
-        typer.echo(f"{name} may come in as {role}")
+        typer.echo(f"{name} can now sign in as {role}")
 
 
 @users_app.command("list")
 def users_list(users: UsersFile = None, debug: Debug = False) -> None:
-    """List people and tokens; neither passwords nor tokens are shown."""
+    """List users and tokens; neither passwords nor tokens are shown."""
     with reported(debug):
         accounts = _accounts(users)
         book = accounts.book()
         if not book.users:
-            typer.echo(f"nobody yet in {accounts.path}; `leukoflow users add NAME --role admin` adds the first")
+            typer.echo(f"no users yet in {accounts.path}; `leukoflow users add NAME --role admin` adds the first")
         for user in book.users:
             typer.echo(f"{user.name:24} {user.role:10} {'disabled' if user.disabled else ''}".rstrip())
         for token in book.tokens:
@@ -256,35 +260,35 @@ def users_list(users: UsersFile = None, debug: Debug = False) -> None:
 
 @users_app.command("disable")
 def users_disable(name: Name, users: UsersFile = None, debug: Debug = False) -> None:
-    """Shut somebody out at once: sessions end, tokens do nothing."""
+    """Disable a user immediately: sessions end, tokens stop working."""
     with reported(debug):
         _accounts(users).set_disabled(name, True)
-        typer.echo(f"{name} is shut out")
+        typer.echo(f"{name} is disabled")
 
 
 @users_app.command("enable")
 def users_enable(name: Name, users: UsersFile = None, debug: Debug = False) -> None:
-    """Let somebody in again who was disabled."""
+    """Enable a user again."""
     with reported(debug):
         _accounts(users).set_disabled(name, False)
-        typer.echo(f"{name} may come in again")
+        typer.echo(f"{name} is enabled again")
 
 
 @users_app.command("role")
 def users_role(
     name: Name, role: Annotated[str, typer.Argument(metavar="ROLE")], users: UsersFile = None, debug: Debug = False
 ) -> None:
-    """Give somebody another role: viewer, reviewer or admin."""
+    """Change a user's role: viewer, reviewer or admin."""
     with reported(debug):
         _accounts(users).set_role(name, role)
-        typer.echo(f"{name} is {role} now")
+        typer.echo(f"{name} is now {role}")
 
 
 @users_app.command("password")
 def users_password(
     name: Name, users: UsersFile = None, password_stdin: FromInput = False, debug: Debug = False
 ) -> None:
-    """Set somebody's password anew; their sessions end."""
+    """Set a new password for a user; their sessions end."""
     with reported(debug):
         accounts = _accounts(users)
         accounts.check_known(name)  # before anybody types a password
@@ -303,7 +307,7 @@ def users_token(
     users: UsersFile = None,
     debug: Debug = False,
 ) -> None:
-    """Make a token for a program that works in somebody's name. It is printed once, and cannot be seen again.
+    """Create a token for a program that works on a user's behalf. It is printed once, and cannot be shown again.
 
     **Example**: `leukoflow users token anna --scope diagnose --days 30 --label scanner`
     """
@@ -319,10 +323,10 @@ def users_revoke(
     users: UsersFile = None,
     debug: Debug = False,
 ) -> None:
-    """Make a token worthless at once."""
+    """Revoke a token immediately."""
     with reported(debug):
         _accounts(users).revoke_token(token_id)
-        typer.echo(f"token {token_id} is worth nothing any more")
+        typer.echo(f"token {token_id} has been revoked")
 
 
 def _accounts(users: Path | None) -> Accounts:

@@ -89,7 +89,7 @@ class Pixels:
         try:
             source = read_summary(stack.enter_context(storage.open("plan.parquet"))).source
             if source.kind is SourceKind.COMPRESSED_TAR:
-                self.note = "The source is a compressed archive, which is not unpacked again: masks are shown alone."
+                self.note = "The source is a compressed archive, which is not unpacked again: only masks are shown."
                 return
             self._plan = pq.ParquetFile(stack.enter_context(storage.open("plan.parquet")))
             self._reader = stack.enter_context(open_reader(source))
@@ -97,7 +97,7 @@ class Pixels:
                 self._decoder = stack.enter_context(Decoder(default_limits(), segment_settings(bundle)))
         except (LeukoflowError, OSError, pa.ArrowException) as error:
             self._reader = None
-            self.note = f"The source cannot be read any more, so masks are shown alone ({error})."
+            self.note = f"The source can no longer be read, so only masks are shown ({error})."
 
     @property
     def there(self) -> bool:
@@ -111,12 +111,12 @@ class Pixels:
         try:
             decoded = self._decoder.decode_one(self._reader.read(self._member(row)), row["um_per_px"])
         except (LeukoflowError, OSError) as error:
-            return None, f"the image cannot be read any more ({error}); mask alone"
+            return None, f"the image can no longer be read ({error}); only the mask is shown"
         if decoded.rgb is None:
-            return None, f"the image cannot be read any more ({decoded.reason}); mask alone"
+            return None, f"the image can no longer be read ({decoded.reason}); only the mask is shown"
         known = row.get("member_sha256")
         if known is not None and decoded.sha256 != known:
-            return None, "the image is not the one that the run saw: the source has changed; mask alone"
+            return None, "the image is not the one that the run saw: the source has changed; only the mask is shown"
         return decoded, ""
 
     def photo(
@@ -128,7 +128,7 @@ class Pixels:
             return None, remark
         piece = cut(decoded, shape, affine)
         if piece is None:
-            return None, "the image's scale does not fit its mask any more; mask alone"
+            return None, "the image's scale no longer fits its mask; only the mask is shown"
         out = np.full((*shape[:2], 3), 255, np.uint8)
         out[: piece.shape[0], : piece.shape[1]] = piece
         return out, ""
@@ -300,11 +300,11 @@ def _with_masks(
         maps = _maps(table.storage, shard)
         tiles = [_tile(masks, names, i, decoded, normal, maps) for i in chosen]
     except (KeyError, ValueError, OSError, LeukoflowError) as error:
-        remarks.append(f"the masks cannot be read ({type(error).__name__}); `leukoflow verify` tells what to do")
+        remarks.append(f"the masks cannot be read ({type(error).__name__}); `leukoflow verify` says what to do")
         return FieldView(ordinal, (), cells, False, False, tuple(remarks))
     fits = decoded is not None and all(fit for _, fit in tiles)
     if decoded is not None and not fits:
-        remarks.append("the image's scale does not fit its mask any more; mask alone")
+        remarks.append("the image's scale no longer fits its mask; only the mask is shown")
     shown = tuple(tile for tile, _ in tiles)
     if len(cells) and not any(tile.semantic.any() for tile in shown):
         remarks.append(ERASED)

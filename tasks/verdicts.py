@@ -51,6 +51,7 @@ class Action(StrEnum):
 
     ACCEPT = "accept"
     CORRECT = "correct"
+    WITHDRAW = "withdraw"
     FLAG = "flag"
     UNFLAG = "unflag"
     COMMENT = "comment"
@@ -60,8 +61,8 @@ class Action(StrEnum):
 class Verdict:
     """One act of one person on one field or slide, with the prediction that was on the screen.
 
-    Either `image_key` is given, or `slide_id` with its `grouping`. `label` is that of `correct` only; `at` is ISO 8601
-    in UTC.
+    Either `image_key` is given, or `slide_id` with its `grouping`. `label` is that of a `correct`, or of the decision
+    that a `withdraw` takes back; else None. `at` is ISO 8601 in UTC.
     """
 
     run_id: str
@@ -100,7 +101,7 @@ class Verdict:
 class Standing:
     """What holds of a field or slide by now: the last decision, whether it is flagged, the last comment."""
 
-    decision: Verdict | None = None  # the last accept or correct
+    decision: Verdict | None = None  # the last accept or correct, unless it was withdrawn
     flagged: bool = False
     comment: str | None = None
     verdicts: int = 0
@@ -165,11 +166,19 @@ def moment() -> str:
 def _after(before: Standing, verdict: Verdict) -> Standing:
     action = verdict.action
     return Standing(
-        decision=verdict if action in (Action.ACCEPT, Action.CORRECT) else before.decision,
+        decision=_decided(before.decision, verdict),
         flagged={Action.FLAG: True, Action.UNFLAG: False}.get(action, before.flagged),
         comment=verdict.comment or before.comment,
         verdicts=before.verdicts + 1,
     )
+
+
+def _decided(before: Verdict | None, verdict: Verdict) -> Verdict | None:
+    if verdict.action in (Action.ACCEPT, Action.CORRECT):
+        return verdict
+    if verdict.action is Action.WITHDRAW and before is not None and before.said == verdict.label:
+        return None  # one that names another label was overtaken by a new decision, which stays
+    return before
 
 
 # --- one file --------------------------------------------------------------------------------------------------------
@@ -181,7 +190,9 @@ def check_verdict(verdict: Verdict) -> None:
         raise RequestError("a verdict is about one field or about one slide: name either")
     if verdict.action is Action.CORRECT and verdict.label not in CLASSES:
         raise RequestError(f"a correction needs a label, one of {', '.join(CLASSES)}")
-    if verdict.action is not Action.CORRECT and verdict.label is not None:
+    if verdict.action is Action.WITHDRAW and verdict.label not in CLASSES:
+        raise RequestError("there is no decision to withdraw here")
+    if verdict.action not in (Action.CORRECT, Action.WITHDRAW) and verdict.label is not None:
         raise RequestError(f"only a correction has a label, not {verdict.action}")
     if verdict.action is Action.ACCEPT and verdict.seen_status == Status.ABSTAINED:
         raise RequestError(

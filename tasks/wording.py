@@ -40,20 +40,20 @@ _REASONS = {
     ),
     "too few cells": (
         "There are too few white cells to judge.",
-        "Choose a field nearer to where leukocytes lie, or judge the slide by its other fields.",
+        "Choose a field with more leukocytes, or judge the slide by its other fields.",
     ),
     "empty: 0 bytes": ("The file is empty.", "It has no bytes: copy or export it again."),
     "out of focus": ("It is out of focus.", "Focus again, and photograph the field again."),
-    "empty": ("Hardly anything in it is stained.", "Move to where cells lie one beside the other."),
+    "empty": ("Hardly anything in it is stained.", "Move to an area where cells lie side by side."),
     "too dark": ("It is too dark.", "More light or a longer exposure helps."),
     "too bright": ("It is too bright.", "Less light or a shorter exposure helps."),
     "clipped pixels": (
         "Large parts are pure black or white.",
-        "Adapt the exposure; borders and labels count as well.",
+        "Adjust the exposure; dark or white borders and labels also count.",
     ),
     "colours are not those of a blood stain": (
         "Its colours are not those of a blood stain.",
-        "Check the white balance, and that the picture is a Romanowsky-stained smear.",
+        "Check the white balance, and that the image shows a Romanowsky-stained smear.",
     ),
 }
 _ABSTENTIONS = (OUT_OF_DISTRIBUTION, "ambiguous", "too few cells")

@@ -873,6 +873,22 @@ class RunTable:
         after = int(self.frame.ordinals[order[at + 1]]) if at + 1 < len(order) else None
         return before, after
 
+    def undecided(self, query: Query, ordinal: int) -> int | None:
+        """The next field of that list which needs a decision, from its beginning again after the end; None without one.
+
+        Only diagnosed fields need one. `ordinal` itself is never the answer.
+        """
+        whole = self._field_order(replace(query, review=None))  # what was just decided may have left the list
+        order = self._selected("fields", query, lambda: self._field_order(query))
+        wanted = (self.frame.diagnosed & ~self.reviews.reviewed)[whole] & np.isin(whole, order)
+        wanted &= self.frame.ordinals[whole] != ordinal
+        found = np.flatnonzero(wanted)
+        if not len(found):
+            return None
+        at = np.flatnonzero(self.frame.ordinals[whole] == ordinal)
+        after = found[found > at[0]] if len(at) else found
+        return int(self.frame.ordinals[whole[after[0] if len(after) else found[0]]])
+
     def cells(self, ordinal: int) -> pa.Table:
         """The cells of a field (`leukoflow.schema.CELLS`), in the order of their ids. Raises NotFoundError."""
         row = self._row(ordinal)
@@ -901,9 +917,15 @@ class RunTable:
     def verdict_on_field(
         self, ordinal: int, action: Action, who: str, label: str | None = None, comment: str | None = None
     ) -> Verdict:
-        """A verdict on a field, with the prediction that it sees; for `tasks.verdicts.add`."""
+        """A verdict on a field, with the prediction that it sees; for `tasks.verdicts.add`.
+
+        A `withdraw` takes back the decision that stands; with `label`, only if that is its label. Raises NotFoundError,
+        and RequestError where there is no (such) decision.
+        """
         row = self._row(ordinal)
         line = self._field_line(row)
+        if action is Action.WITHDRAW:
+            label = _withdrawn(line.standing, label)
         return Verdict(
             run_id=self.run_id,
             action=action,
@@ -921,8 +943,10 @@ class RunTable:
     def verdict_on_slide(
         self, slide_key: str, action: Action, who: str, label: str | None = None, comment: str | None = None
     ) -> Verdict:
-        """A verdict on a slide as a whole, with what its fields say together."""
+        """A verdict on a slide as a whole, with what its fields say together; else like `verdict_on_field`."""
         line = self.slide(slide_key)
+        if action is Action.WITHDRAW:
+            label = _withdrawn(line.standing, label)
         probabilities = line.summary.probabilities
         return Verdict(
             run_id=self.run_id,
@@ -1281,6 +1305,16 @@ def _reviews(held: _Held, verdicts: Verdicts) -> Reviews:
             corrected[row] = standing.decision is not None and seen is not None and standing.decision.said != seen
     held.reviews = Reviews(verdicts, standings, reviewed, flagged, corrected)
     return held.reviews
+
+
+def _withdrawn(standing: Standing, label: str | None) -> str:
+    """The label of the decision that a withdrawal takes back. Raises RequestError."""
+    stands = standing.decision.said if standing.decision is not None else None
+    if stands is None:
+        raise RequestError("there is no decision to withdraw here")
+    if label is not None and label != stands:
+        raise RequestError("another decision has been made in the meantime: load the page again to see it")
+    return stands
 
 
 # --- opening ---------------------------------------------------------------------------------------------------------

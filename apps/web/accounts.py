@@ -160,7 +160,7 @@ class Accounts:
 
         def change(book: Book) -> Book:
             if any(u.name.lower() == name.lower() for u in book.users):
-                raise AccountError(f"there is a user {name} already")
+                raise AccountError(f"user {name} already exists")
             return replace(book, users=(*book.users, user))
 
         self._change(change)
@@ -174,7 +174,7 @@ class Accounts:
 
         def change(book: Book) -> Book:
             if book.users:
-                raise AccountError("there are users already: sign in, or ask an administrator")
+                raise AccountError("there already are users: sign in, or ask an administrator")
             return replace(book, users=(user,))
 
         self._change(change)
@@ -208,7 +208,7 @@ class Accounts:
         if not scopes:
             raise AccountError(f"a token needs at least one scope of {', '.join(SCOPES)}")
         if above := sorted(set(scopes) - SCOPES_OF[user.role]):
-            raise AccountError(f"{user.name} is {user.role}, and the scope {above[0]} is beyond that")
+            raise AccountError(f"{user.name} has the role {user.role}, which does not include the scope {above[0]}")
         if not 0 < days <= 3660:
             raise AccountError("a token is valid for more than 0 and at most 3,660 days")
         secret = secrets.token_urlsafe(32)
@@ -243,7 +243,7 @@ class Accounts:
             users = tuple(change(u) if u.name.lower() == name.lower() else u for u in book.users)
             had = any(u.role == "admin" and not u.disabled for u in book.users)
             if had and not any(u.role == "admin" and not u.disabled for u in users):
-                raise AccountError("this is the last administrator: make somebody else one first")
+                raise AccountError("this is the last administrator: give somebody else that role first")
             return replace(book, users=users)
 
         self._change(changed)
@@ -278,7 +278,7 @@ class Accounts:
     def hashed(self, name: str, password: str) -> str:
         """A password's argon2id hash. Raises AccountError saying what is wrong with it."""
         if len(password) < MIN_PASSWORD:
-            raise AccountError(f"a password has at least {MIN_PASSWORD} characters; a few words in a row are good")
+            raise AccountError(f"a password has at least {MIN_PASSWORD} characters; several unrelated words work well")
         if len(password) > MAX_PASSWORD:
             raise AccountError(f"a password has at most {MAX_PASSWORD} characters")
         if len(set(password)) < 5 or name.lower() in password.lower() or "leukoflow" in password.lower():

@@ -29,7 +29,9 @@ from tasks import cytoplasm
 from tasks.wording import SET_DESCRIPTION
 
 router = APIRouter(prefix="/api/v1")
-RESEARCH_USE = "For research use only. Not for diagnosis: every result needs a person who looks at the smear."
+RESEARCH_USE = (
+    "For research use only. Not for diagnosis: every result must be confirmed by a haematologist at the smear."
+)
 
 _common = documented(400, 401, 403, 422)
 _found = _common | documented(404)
@@ -46,7 +48,7 @@ class Model(BaseModel):
 
 
 class Health(Model):
-    """Whether the server does its work."""
+    """Whether the server is up."""
 
     status: Literal["ok"]
     version: str = Field(examples=["0.1.0"])
@@ -115,7 +117,7 @@ def software_version() -> str:
 
 
 class QualityOut(Model):
-    """What quality has measured, at the model's scale."""
+    """Measures of image quality, at the model's scale."""
 
     focus: float
     exposure: float
@@ -143,11 +145,11 @@ class CellOut(Model):
     nc_ratio: float | None = Field(description=cytoplasm.DESCRIPTION)
     eccentricity: float | None
     touches_border: bool
-    attention: float | None = Field(description="how much the cell weighed in the decision; sums to 1 over an image")
+    attention: float | None = Field(description="how much the cell contributed to the answer; sums to 1 over an image")
 
 
 class Diagnosis(Model):
-    """What one bundle says of one image."""
+    """The result of one bundle for one image."""
 
     name: str = Field(description="file name as it was sent", examples=["field-017.png"])
     stage: Literal["waiting", "decode", "normalize", "segment", "extract", "classify", "done"]
@@ -173,7 +175,7 @@ class Diagnosis(Model):
 
 
 class Diagnoses(Model):
-    """What one upload has become. It is kept in memory for some minutes, for whoever sent it."""
+    """The results of one upload, kept in memory for some minutes, for the person who sent it."""
 
     id: str
     done: bool
@@ -210,12 +212,14 @@ async def diagnose(
     request: Request,
     response: Response,
     who: Annotated[Principal, Depends(diagnoser)],
-    bundle: Annotated[list[str] | None, Query(max_length=4, description="bundles by name; default: the first")] = None,
+    bundle: Annotated[
+        list[str] | None, Query(max_length=4, description="bundles by name; the first one unless given")
+    ] = None,
     um_per_px: Annotated[float | None, Query(gt=0, le=100, description="micrometres per pixel, if known")] = None,
     cells: Annotated[bool, Query(description="whether to list the cells")] = True,
-    wait: Annotated[bool, Query(description="false: answer at once, and ask for the result later")] = True,
+    wait: Annotated[bool, Query(description="false: answer immediately; fetch the result later")] = True,
 ) -> Diagnoses:
-    """Diagnose images. Nothing of them is stored; results stay in memory for some minutes."""
+    """Classify images. They are never stored; results stay in memory for some minutes."""
     settings: WebSettings = request.app.state.settings
     engine = request.app.state.engine
     if engine is None:
@@ -246,13 +250,13 @@ async def diagnoses(
     who: Annotated[Principal, Depends(diagnoser)],
     cells: Annotated[bool, Query(description="whether to list the cells")] = True,
 ) -> Diagnoses:
-    """How far an upload is, and what is known by now."""
+    """Progress and results of an upload."""
     return _diagnoses(_job(request, job, who), cells)
 
 
 @router.delete("/diagnoses/{job}", tags=["diagnosis"], status_code=204, responses=_found)
 async def forget(request: Request, job: JobId, who: Annotated[Principal, Depends(diagnoser)]) -> None:
-    """Forget an upload and its results at once."""
+    """Delete an upload and its results immediately."""
     if not jobs_of(request).drop(job, who.name):
         raise _gone()
 
@@ -360,7 +364,7 @@ async def revoke(
     token: Annotated[str, Path(pattern=r"^[0-9a-f]{12}$")],
     who: Annotated[Principal, Depends(admin)],
 ) -> None:
-    """Make a token worthless at once."""
+    """Revoke a token immediately."""
     accounts = guard.gate_of(request).accounts
     if not any(t.id == token for t in accounts.book().tokens):
         raise Refused(404, "There is no token with that id.")

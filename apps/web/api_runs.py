@@ -97,7 +97,7 @@ class CountsOut(Model):
 
 
 class SummaryOut(Model):
-    """What the fields of a slide or a patient say together. `worst` is the ordinal of the field to look at first."""
+    """Summary of the fields of a slide or a patient. `worst` is the ordinal of the field to look at first."""
 
     counts: CountsOut
     label: str | None
@@ -119,7 +119,7 @@ class SummaryOut(Model):
 
 
 class VerdictOut(Model):
-    """What somebody said, and which prediction they saw."""
+    """A verdict, and the prediction it was made on."""
 
     action: str
     who: str
@@ -133,7 +133,7 @@ class VerdictOut(Model):
 
 
 class StandingOut(Model):
-    """What holds by now."""
+    """The current state of review: the decision that counts, if any, the flag and the last comment."""
 
     decision: VerdictOut | None
     flagged: bool
@@ -168,7 +168,7 @@ class PatientOut(Model):
 
 
 class FieldDetailsOut(Model):
-    """What only a single field shows."""
+    """Details of a single field."""
 
     member_sha256: str | None
     bundle_digest: str
@@ -272,12 +272,14 @@ class Search(Listing):
 
 
 class VerdictIn(BaseModel):
-    """What somebody says of a field or a slide."""
+    """A verdict on a field or a slide."""
 
     model_config = ConfigDict(extra="forbid")
 
     action: Action
-    label: Label | None = Field(None, description="of a correction")
+    label: Label | None = Field(
+        None, description="of a correction; of a withdrawal the label that it takes back, optional"
+    )
     comment: str | None = Field(None, max_length=2000)
 
 
@@ -362,7 +364,7 @@ def search(request: Request, run_key: RunKey, who: Viewer, asked: Search) -> Sli
 
 @router.get("/runs/{run_key}/fields/{ordinal}", responses=_found)
 def field(request: Request, run_key: RunKey, ordinal: Ordinal, who: Viewer) -> FieldOut:
-    """One field with everything that was said of it."""
+    """One field with all its verdicts."""
     found = FieldOut.model_validate(_table(request, run_key).field(ordinal))
     saw(request, "field", f"{run_key}/{ordinal}")
     return found
@@ -408,14 +410,16 @@ _writes = _found | documented(409)
 
 
 class Kept(Model):
-    """A verdict was kept; what holds by now."""
+    """The verdict was saved; the current state of review."""
 
     standing: StandingOut
 
 
 @router.post("/runs/{run_key}/fields/{ordinal}/verdicts", status_code=201, responses=_writes)
 def field_verdict(request: Request, run_key: RunKey, ordinal: Ordinal, who: Reviewer, verdict: VerdictIn) -> Kept:
-    """Say something of a field. Predictions stay as they are; verdicts are only ever added."""
+    """Record a verdict on a field. Predictions stay as they are; verdicts are only ever added.
+
+    `accept` and `correct` are decisions; `withdraw` takes the last one back."""
     table = _table(request, run_key)
     said = table.verdict_on_field(ordinal, verdict.action, who.name, verdict.label, verdict.comment)
     verdicts.add(_out(request), said)
@@ -426,7 +430,7 @@ def field_verdict(request: Request, run_key: RunKey, ordinal: Ordinal, who: Revi
 
 @router.post("/runs/{run_key}/slides/{slide_key}/verdicts", status_code=201, responses=_writes)
 def slide_verdict(request: Request, run_key: RunKey, slide_key: SlideKey, who: Reviewer, verdict: VerdictIn) -> Kept:
-    """Say something of a slide as a whole."""
+    """Record a verdict on a slide as a whole."""
     table = _table(request, run_key)
     said = table.verdict_on_slide(slide_key, verdict.action, who.name, verdict.label, verdict.comment)
     verdicts.add(_out(request), said)
@@ -515,13 +519,15 @@ class WeekOut(Model):
 
 
 class AgreementOut(Model):
-    """Decisions against the predictions that they saw: no independent reading, and no accuracy."""
+    """Decisions against the predictions that reviewers saw: neither an independent reading nor accuracy."""
 
     n: int
     accepted: int
     corrected: int
     without_prediction: int
-    confusion: list[list[int]] = Field(description="predicted by row, said by column, Benign Early Pre Pro")
+    confusion: list[list[int]] = Field(
+        description="rows: predicted, columns: the reviewer's label; Benign, Early, Pre, Pro"
+    )
     kappa: float | None
     kappa_interval: tuple[float, float] | None
     no_kappa: str = Field(description="why there is no kappa, empty where there is one")
@@ -539,7 +545,7 @@ def timeline(request: Request, patient_key: PatientKey, who: Viewer) -> Timeline
 
 @router.get("/agreement", responses=_common)
 def agreement(request: Request, who: Viewer) -> AgreementOut:
-    """How far people and predictions agree."""
+    """How far reviewers and predictions agree."""
     found = AgreementOut.model_validate(worklist.agreement(_out(request)))
     saw(request, "agreement")
     return found

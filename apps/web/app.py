@@ -24,6 +24,7 @@ from apps.web.jobs import EngineLike, Jobs
 from apps.web.problems import TITLES, problem
 from apps.web.settings import WebSettings
 from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError, place_of
+from leukoflow.progress import now
 from tasks import worklist
 
 HERE = Path(__file__).parent
@@ -77,7 +78,7 @@ def _read_ahead(out: str) -> None:
 
 
 def _templates() -> Jinja2Templates:
-    """Templates with autoescape, in which an unknown name is an error; `path`, `csrf`, `who` are there in each."""
+    """Templates with autoescape, in which an unknown name is an error; each has `path`, `csrf`, `who`, `as_of`."""
     environment = Environment(
         loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -90,6 +91,7 @@ def _context(request: Request) -> dict[str, Any]:
         "path": lambda path: guard.path_of(request, path),
         "csrf": lambda: guard.csrf_token(request),
         "who": guard.principal(request),
+        "as_of": now(),
     }
 
 
@@ -100,7 +102,7 @@ async def failed(request: Request, error: Exception) -> Response:
         if status >= 500:
             log.error("%s", place_of(error))
         if guard.principal(request) is None:  # strangers learn nothing of this machine
-            detail = "This cannot be answered at the moment; the server's log says why."
+            detail = "The server cannot answer at the moment; its log says why."
     here = request.scope["path"].removeprefix(guard.gate_of(request).settings.root_path)
     if here.startswith(API):
         if status == 401:
@@ -135,7 +137,7 @@ def _explained(error: Exception) -> tuple[int, str, dict[str, str], Any]:
             return 503, _sentence(error), {"Retry-After": "5"}, None
         case LeukoflowError():
             return 503, _sentence(error), {"Retry-After": "30"}, None
-    return 500, "This is a fault of the program; the server's log says where. Nothing was lost.", {}, None
+    return 500, "This is a fault of the program; the server's log says where. Nothing was changed.", {}, None
 
 
 def _sentence(error: Exception) -> str:

@@ -363,7 +363,7 @@ def export_png(subject: Subject, tile: Tile | None, cells: Sequence[Cell], layer
         *((text, 18, "#1f2228") for text in _said(subject)),
         (_all_probabilities(subject), 18, "#1f2228"),
         (_provenance(subject), 15, "#5c616b"),
-        ("Outlines: cells, coloured by attention (how much each weighed in the answer)."
+        ("Outlines: cells, coloured by attention (how much each contributed to the answer)."
          if "attention" in layers else "", 15, "#5c616b"),
         (RESEARCH_USE, 15, "#9b241c"),
     ]  # fmt: skip
@@ -461,10 +461,10 @@ def export_pdf(subject: Subject, tile: Tile | None, cells: Sequence[Cell], by: s
         side = 118.0
         height, width = tile.original.shape[:2]
         pdf.image(sink, w=side * min(1.0, width / height), h=side * min(1.0, height / width))
-        _line(pdf, "Cells outlined by attention, from slate (little) to red (most): how much each weighed in the "
-                   "answer. It is no marker of disease in a cell.", 8, (92, 97, 107))  # fmt: skip
+        _line(pdf, "Cells outlined by attention, from slate (little) to red (most): how much each contributed to "
+                   "the answer. It does not mark a cell as diseased.", 8, (92, 97, 107))  # fmt: skip
     else:
-        _line(pdf, "The picture cannot be shown any more.", 10, (122, 79, 0))
+        _line(pdf, "The image is no longer available.", 10, (122, 79, 0))
     pdf.ln(2)
     if subject.probabilities and subject.label is None:
         _line(pdf, "Probabilities (no answer)", 9, (92, 97, 107))

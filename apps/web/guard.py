@@ -82,7 +82,7 @@ class SignInNeeded(Refused):
     """Nobody is signed in: people are led to the sign-in page."""
 
     def __init__(self) -> None:
-        super().__init__(401, "Sign in first, or send an API token that is still valid.")
+        super().__init__(401, "Sign in first, or send a valid API token.")
 
 
 class Bucket:
@@ -179,7 +179,7 @@ def allowed(scope: str) -> Callable[[Request], Awaitable[Principal]]:
             raise SignInNeeded
         if not who.may(scope):
             gate_of(request).trail.add(who.name, "refused", details={"scope": scope})
-            raise Refused(403, f"This needs the right to {_WORDS[scope]}; ask an administrator for it.")
+            raise Refused(403, f"Your role or token does not allow you to {_WORDS[scope]}; ask an administrator.")
         return who
 
     return check
@@ -215,7 +215,7 @@ def limit(request: Request, count: int = 1) -> None:
     """Counts uploads of whoever asks. Raises Refused (429) where there were too many."""
     who = principal(request)
     if wait := gate_of(request).uploads.take(who.name if who else address_of(request), count):
-        raise Refused(429, "So many images at once would keep others waiting; try again in a moment.", wait)
+        raise Refused(429, "Too many images at once; try again in a moment.", wait)
 
 
 def address_of(request: Request) -> str:
@@ -248,19 +248,19 @@ async def sign_in(request: Request, name: str, password: str) -> Principal:
     """Checks a password and begins a session, whose cookie goes with the response. Raises Refused (401, 429)."""
     gate, address = gate_of(request), address_of(request)
     if gate.settings.proxy.sign_in:
-        raise Refused(403, "The proxy in front signs people in here; passwords are not asked for.")
+        raise Refused(403, "Users sign in through the reverse proxy here, not with a password.")
     known = gate.accounts.user(name) is not None
     slot = f"{name.lower()[:64]}@{address if (name.lower(), address) in gate.trusted else '*'}"
     if wait := max(gate.by_address.take(_place(address)), gate.by_name.take(slot)):
         if not gate.told.take(_place(address)):
             gate.trail.add(name if known else "-", "sign-in held back", details={"from": address})
-        raise Refused(429, "Too many attempts; wait a little and try again.", wait)
+        raise Refused(429, "Too many attempts; wait a moment and try again.", wait)
     async with gate.hashing:
         user = await asyncio.to_thread(gate.accounts.check_password, name, password)
     if user is None:
         # What is typed as a name may be a password: only names that exist are written down.
         gate.trail.add(name if known else "-", "sign-in failed", details={"from": address})
-        raise Refused(401, "Name and password do not fit together.")
+        raise Refused(401, "The name or the password is wrong.")
     gate.by_name.forget(slot)
     gate.remember(user.name, address)
     _begin(request, user)
@@ -286,13 +286,15 @@ def may_set_up(request: Request, key: str) -> None:
     """Raises Refused unless it is the first start, asked for from this machine with the key on the console."""
     gate = gate_of(request)
     if wait := gate.by_address.take(_place(address_of(request))):
-        raise Refused(429, "Too many attempts; wait a little and try again.", wait)
+        raise Refused(429, "Too many attempts; wait a moment and try again.", wait)
     if gate.setup_link() is None:
-        raise Refused(409, "Somebody has set this up already: sign in.")
+        raise Refused(409, "This server has already been set up: sign in.")
     if request.scope["state"]["proxied"] or not is_loopback(address_of(request)):
-        raise Refused(403, "The first administrator is made on the machine itself: `leukoflow users add NAME`.")
+        raise Refused(
+            403, "The first administrator is created on the server itself: `leukoflow users add NAME --role admin`."
+        )
     if not gate.is_setup_key(key):
-        raise Refused(403, "This link is not valid (any more): start `leukoflow serve` again for a new one.")
+        raise Refused(403, "This link is wrong or has expired: start `leukoflow serve` again for a new one.")
 
 
 def sign_out(request: Request, everywhere: bool = False) -> None:
@@ -410,7 +412,7 @@ class Guard:
         own = () if settings.host in ("0.0.0.0", "::") else (settings.host, f"[{settings.host}]")
         if name in ("localhost", "127.0.0.1", "[::1]", *own, *settings.names):
             return
-        raise Refused(400, "This server is not known by that name; `leukoflow serve --name` adds one.")
+        raise Refused(400, "This server does not answer to that host name; `leukoflow serve --name` adds one.")
 
     def _limit(self, scope: Scope) -> int:
         path = scope["path"].removeprefix(self._gate.settings.root_path)
@@ -446,7 +448,7 @@ class Guard:
         if not hmac.compare_digest(given.encode(), self._csrf(scope).encode()):
             if who is not None:
                 self._gate.trail.add(who.name, "forged request refused", details={"from": scope["client"][0]})
-            raise Refused(403, "This page is too old, or the request did not come from it: load it again.")
+            raise Refused(403, "This page has expired: load it again.")
 
 
 class _Body:

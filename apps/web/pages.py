@@ -44,7 +44,7 @@ from apps.web.jobs import Item, Job, Jobs
 from apps.web.settings import ROLES, SCOPES
 from apps.web.uploads import read_form
 from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError
-from leukoflow.records import CLASSES
+from leukoflow.records import CLASSES, Status
 from tasks import cytoplasm, handoff, verdicts, wording, worklist
 from tasks.single import STAGES, Finding
 from tasks.verdicts import Action
@@ -60,17 +60,22 @@ Admin = Annotated[Principal, Depends(admin)]
 
 PAGE = 50
 TABS = ("slides", "patients", "fields")
-KINDS = (("png", "Picture with outlines (PNG)"), ("pdf", "Report (PDF)"), ("json", "Everything in numbers (JSON)"))
+KINDS = (("png", "Picture with outlines (PNG)"), ("pdf", "Report (PDF)"), ("json", "All figures (JSON)"))
 STAGE_WORDS = {
     "waiting": "Waiting",
-    "decode": "Reading the picture",
+    "decode": "Reading the image",
     "normalize": "Normalising the stain",
     "segment": "Finding cells",
     "extract": "Measuring features",
-    "classify": "Answering",
+    "classify": "Classifying",
     "done": "Done",
 }
 _SEARCHES = 2000
+_DECISIONS = (Action.ACCEPT, Action.CORRECT)
+_NO_PIXELS = (
+    b'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 96 96"><path d="M30 30h36v36H30zM30 66l36-36" fill="none" '
+    b'stroke="#8a8f98" stroke-width="2"/></svg>'
+)
 _STATES = {"finished": "good", "running": "live", "failed": "bad", "killed": "bad", "damaged": "bad"}
 
 
@@ -244,7 +249,7 @@ def run_line(request: Request, run_key: str, who: Viewer) -> Response:
     with told():
         found = [r for r in worklist.list_runs(_out(request)) if r.run_key == run_key]
     if not found:
-        raise Refused(404, "There is no such run any more.")
+        raise Refused(404, "This run no longer exists.")
     return render(request, "_run_line.html", run=found[0])
 
 
@@ -406,20 +411,38 @@ def export_run(
 
 
 @router.get("/runs/{run_key}/fields/{ordinal}")
-def field_page(request: Request, run_key: str, ordinal: int, who: Viewer, tile: int | None = None) -> Response:
-    """One field for review. Its picture comes after the page, since the source has to be read again for it."""
+def field_page(
+    request: Request, run_key: str, ordinal: int, who: Viewer, tile: int | None = None, decided: int | None = None
+) -> Response:
+    """One field for review; `decided` is the field whose decision led here.
+
+    Its picture comes after the page, since the source has to be read again for it.
+    """
     table = _table(request, run_key)
     asked = _asked(request, who, "fields")
     with told():
         line = table.field(ordinal)
         earlier, later = table.neighbours(asked.query, ordinal)
         subject = scenes.of_line(table, line)
+        remarks = scenes.field_of(table, ordinal).remarks if line.status is Status.QUARANTINED else None
     saw(request, "field", f"{run_key}/{ordinal}")
     return render(
         request, "field.html", "runs", run=table, run_key=run_key, line=line, subject=subject, earlier=earlier,
-        later=later, asked=asked, tile=tile, exports=KINDS, seen=_seen(line),
+        later=later, asked=asked, tile=tile, exports=KINDS, seen=_seen(line), decided=_decided(table, decided),
+        no_view=remarks,
         told=scenes.frequency(table.bundle[0], line.label, line.confidence, line.status),
     )  # fmt: skip
+
+
+def _decided(table: RunTable, ordinal: int | None) -> FieldLine | None:
+    """The field whose decision led here; None where there is none (any more)."""
+    if ordinal is None:
+        return None
+    try:
+        line = table.field(ordinal)
+    except NotFoundError:
+        return None
+    return line if line.standing.decision is not None else None
 
 
 @router.get("/runs/{run_key}/fields/{ordinal}/view")
@@ -443,14 +466,16 @@ def field_picture(request: Request, run_key: str, ordinal: int, picture: str, wh
         return _export_field(request, table, ordinal, picture.removeprefix("export."), who, tile)
     with told():
         tiles, cells, view = scenes.field_tiles(table, ordinal)
+    if not view.pixels and picture == "thumb.webp":  # lists ask for it without knowing
+        return Response(_NO_PIXELS, media_type="image/svg+xml", headers={"Cache-Control": "no-store"})
     if not view.pixels and not picture.startswith("map-"):
-        raise Refused(404, "The pixels of this field cannot be had any more.")
+        raise Refused(404, "The image of this field is no longer available.")
     return _picture(picture, tiles, cells, tile)
 
 
 def _export_field(request: Request, table: RunTable, ordinal: int, kind: str, who: Principal, tile: int) -> Response:
     if not who.may("export"):
-        raise Refused(403, "This needs the right to export; ask an administrator for it.")
+        raise Refused(403, "Your role does not allow you to export; ask an administrator.")
     with told():
         line = table.field(ordinal)
         subject = scenes.of_line(table, line)
@@ -469,7 +494,7 @@ def _picture(picture: str, tiles: Sequence[drawing.Tile], cells: Sequence[words.
     if name in ("original", "normalized") and suffix == "webp":
         pixels = view.original if name == "original" else view.normalized
         if not pixels.size:
-            raise Refused(404, "The pixels of this field cannot be had any more.")
+            raise Refused(404, "The image of this field is no longer available.")
         data, media = drawing.webp(pixels), "image/webp"
     elif picture == "thumb.webp" and view.original.size:
         data, media = drawing.thumbnail(view.original), "image/webp"
@@ -522,25 +547,40 @@ def field_verdict(
     seen: Annotated[str, Form(max_length=64)] = "",
     comment: Annotated[str, Form(max_length=4000)] = "",
 ) -> Response:
-    """Adds a verdict on a field."""
+    """Adds a verdict on a field. A decision leads on to the next field of the list that needs one."""
+    following: int | None = None
     try:
         table = _table(request, run_key)
         with told():
             line = table.field(ordinal)
             if seen != _seen(line):
-                raise Refused(409, "The prediction is no longer the one on your screen. Load the page anew.")
+                raise Refused(409, "The prediction has changed since you opened this page. Load the page again.")
             action, label = _act(act)
             verdicts.add(
                 _out(request), table.verdict_on_field(ordinal, action, who.name, label, comment.strip() or None)
             )
-            line = _table(request, run_key).field(ordinal)
+            table = _table(request, run_key)
+            line = table.field(ordinal)
+            asked = _asked(request, who, "fields")
+            if action in _DECISIONS:
+                following = table.undecided(asked.query, ordinal)
     except Refused as refused:
         return _not_kept(request, refused)
     saw(request, "verdict", f"{run_key}/{ordinal}", action=str(action))
+    target = f"/runs/{run_key}/fields/{ordinal}?{asked.link(page=None)}"
+    if following is not None:
+        target = f"/runs/{run_key}/fields/{following}?{asked.link(page=None, decided=ordinal)}"
     if not _partial(request):
-        return _go(request, f"/runs/{run_key}/fields/{ordinal}?{request.url.query}")
+        return _go(request, target)
     assert line.details is not None
-    return render(request, "_standing.html", standing=line.standing, said=line.details.verdicts, saved=True, swap=True)
+    answer = render(
+        request, "_standing.html", standing=line.standing, said=line.details.verdicts, saved=True, swap=True
+    )
+    if following is not None:
+        answer.headers["X-Next"] = path_of(request, target)
+    elif action in _DECISIONS:
+        answer.headers["X-Message"] = "No other field of this list needs a decision."
+    return answer
 
 
 @router.post("/runs/{run_key}/slides/{slide_key}/verdicts")
@@ -572,7 +612,7 @@ def slide_verdict(
 
 
 def _act(act: str) -> tuple[Action, str | None]:
-    """`accept`, `correct:Pre`, `flag`, `unflag` or `comment`. Raises RequestError."""
+    """`accept`, `correct:Pre`, `withdraw:Pre`, `flag`, `unflag` or `comment`. Raises RequestError."""
     name, _, label = act.partition(":")
     try:
         return Action(name), label or None
@@ -628,7 +668,7 @@ def _jobs(request: Request) -> Jobs:
 def _job(request: Request, job_id: str, who: Principal) -> Job:
     job = _jobs(request).get(job_id, who.name)
     if job is None:
-        raise Refused(404, "This answer is gone: answers of the bench are kept for some minutes, and only for you.")
+        raise Refused(404, "This result is gone: results on the bench are kept for some minutes, and only for you.")
     return job
 
 
@@ -641,7 +681,7 @@ def _warming(request: Request) -> bool:
 def _item(request: Request, job_id: str, number: int, who: Principal) -> tuple[Job, Item, Finding]:
     job = _job(request, job_id, who)
     if not 0 <= number < len(job.items) or job.items[number].finding is None:
-        raise Refused(404, "There is no such answer (yet).")
+        raise Refused(404, "There is no such result (yet).")
     return job, job.items[number], job.items[number].finding
 
 
@@ -666,7 +706,7 @@ async def bench(request: Request, who: Diagnoser) -> Response:
         limit(request)
         form = await read_form(request, settings.uploads)
         if not form.uploads:
-            raise Refused(422, "No picture was chosen.")
+            raise Refused(422, "No image was chosen.")
         limit(request, len(form.uploads) - 1)
         known = {card.name for card in engine.bundles}
         chosen = [b for b in (form.get("bundle"), form.get("other")) if b in known]
@@ -686,7 +726,7 @@ async def bench(request: Request, who: Diagnoser) -> Response:
 
 
 def _scale(text: str) -> float | None:
-    """Micrometres a pixel as typed. Raises Refused (422)."""
+    """Micrometres per pixel as typed. Raises Refused (422)."""
     if not text.strip():
         return None
     try:
@@ -694,7 +734,7 @@ def _scale(text: str) -> float | None:
     except ValueError:
         value = 0.0
     if not 0.01 <= value <= 100:
-        raise Refused(422, "The scale is a number of micrometres a pixel, such as 0.25.")
+        raise Refused(422, "The scale is a number of micrometres per pixel, such as 0.25.")
     return value
 
 
@@ -838,27 +878,27 @@ async def admin_change(
             case "users":
                 async with gate.hashing:
                     await asyncio.to_thread(accounts.add, name, role, password)
-                done = f"{name} can sign in now."
+                done = f"{name} can now sign in."
             case "password":
                 async with gate.hashing:
                     await asyncio.to_thread(accounts.set_password, name, password)
                 done = f"{name} has a new password and is signed out everywhere."
             case "role":
                 await asyncio.to_thread(accounts.set_role, name, role)
-                done = f"{name} is {role} now."
+                done = f"{name} is now {role}."
             case "disable" | "enable":
                 await asyncio.to_thread(accounts.set_disabled, name, what == "disable")
-                done = f"{name} is shut out." if what == "disable" else f"{name} may come in again."
+                done = f"{name} is disabled." if what == "disable" else f"{name} is enabled again."
             case "signout":
                 await asyncio.to_thread(accounts.end_sessions, name)
                 done = f"{name} is signed out everywhere."
             case "tokens":
                 valid = float(days) if days.replace(".", "", 1).isdecimal() else 0.0
                 made, secret = await asyncio.to_thread(accounts.add_token, owner, label, tuple(scope or ()), valid)
-                name, done = made.owner, "The token is made."
+                name, done = made.owner, "The token has been created."
             case "revoke":
                 await asyncio.to_thread(accounts.revoke_token, token)
-                done = "The token is worthless now."
+                done = "The token has been revoked."
             case _:
                 raise Refused(404, "There is no such change.")
     except AccountError as error:

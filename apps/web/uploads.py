@@ -73,10 +73,10 @@ async def read_form(request: Request, limits: UploadLimits) -> Form:
             parser.write(chunk)
         parser.finalize()
         if not reader.ended:
-            raise Refused(400, "The form was cut off on its way.")
+            raise Refused(400, "The upload was cut off.")
         return await asyncio.to_thread(_unpacked, reader, limits)
     except FormParserError:
-        raise Refused(400, "The form is damaged or was cut off on its way.") from None
+        raise Refused(400, "The upload is damaged or was cut off.") from None
     finally:
         gate.receiving -= received
 
@@ -143,7 +143,7 @@ class _Reader:
         self._content = bytearray()
         files = sum(file is not None for _, file, _ in self.parts)
         if self._file is not None and files >= self.limits.files:
-            raise Refused(413, f"One upload may have up to {self.limits.files} files; send the rest in a further one.")
+            raise Refused(413, f"One upload may have up to {self.limits.files} files; send the rest in another one.")
         if self._file is None and len(self.parts) - files >= _FIELDS:
             raise Refused(400, "The form has too many fields.")
 
@@ -184,7 +184,7 @@ def _unpacked(reader: _Reader, limits: UploadLimits) -> Form:
             refusal = no_picture(file) if content else "empty: the file has no bytes"
             uploads.append(Upload(shown_name(file), content if refusal is None else b"", refusal))
         if len(uploads) > limits.files:
-            raise Refused(413, f"One upload may have up to {limits.files} images; send the rest in a further one.")
+            raise Refused(413, f"One upload may have up to {limits.files} images; send the rest in another one.")
     return Form(tuple(uploads), tuple(fields))
 
 

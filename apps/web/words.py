@@ -20,7 +20,7 @@ from tasks.wording import Scale, class_name
 
 RESEARCH_USE = (
     "Research use only. Not a medical device: no diagnosis, and no decision about a patient, may rest on this. "
-    "Every finding needs the eye of a haematologist on the slide itself."
+    "Every finding must be confirmed by a haematologist on the slide itself."
 )
 CLASS_NOTES = {
     "Benign": "haematogones",
@@ -205,7 +205,7 @@ def versus(findings: Sequence[Any]) -> str:
     if len(answers) < 2:
         return ""
     if len({f.label for f in answers}) > 1:
-        return "The models disagree: take neither answer for granted."
+        return "The models disagree: rely on neither answer."
     most = max(abs(a - b) for a, b in zip(answers[0].probabilities, answers[1].probabilities, strict=True))
     return f"The models agree on the label; their probabilities differ by at most {most:.3f}."
 

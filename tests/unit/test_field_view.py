@@ -107,7 +107,7 @@ def moved(copy: Path, to: str) -> RunTable:
 def test_a_source_that_is_gone(copy: Path, tmp_path: Path) -> None:
     found = view(moved(copy, str(tmp_path / "gone.zip")), 0)
     assert (found.pixels, len(found.tiles) > 0, found.mapped) == (False, True, True)
-    assert "cannot be read any more" in found.remarks[0]
+    assert "can no longer be read" in found.remarks[0]
     assert found.tiles[0].original.min() == 255
     assert found.tiles[0].semantic.any()
 
@@ -124,7 +124,7 @@ def test_a_source_that_holds_other_images_now(night: Run, copy: Path, tmp_path: 
     found = view(moved(copy, str(other)), 0)
     assert not found.pixels
     assert found.tiles[0].original.min() == 255
-    assert any("cannot be read any more" in r or "the source has changed" in r for r in found.remarks)
+    assert any("can no longer be read" in r or "the source has changed" in r for r in found.remarks)
 
 
 def test_maps_that_are_absent_and_masks_that_are_damaged(copy: Path) -> None:

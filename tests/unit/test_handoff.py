@@ -269,6 +269,25 @@ def test_reviews_are_handed_over(copy: Path) -> None:
     assert "A reviewer has labelled the slide: Malignant, early pre-B." in reports[0]["conclusion"]
 
 
+def test_a_withdrawn_decision_is_not_handed_over(copy: Path) -> None:
+    out = str(copy.parent)
+    opened = open_run_table(out, NIGHT)
+    slide = opened.field(1).slide_key
+    never = (csv_rows(bytes_of(opened, Scope(), Format.CSV)), fhir(opened, Scope(slide=slide)))
+    add(out, opened.verdict_on_field(1, Action.CORRECT, "dr. grey", "Pro"))
+    add(out, opened.verdict_on_slide(slide, Action.CORRECT, "dr. grey", "Early"))
+    opened = open_run_table(out, NIGHT)
+    assert [x.ordinal for x in training_labels(out)] == [1]
+    assert csv_rows(bytes_of(opened, Scope(), Format.CSV)) != never[0]
+    assert fhir(opened, Scope(slide=slide)) != never[1]
+    add(out, opened.verdict_on_field(1, Action.WITHDRAW, "dr. grey"))
+    add(out, opened.verdict_on_slide(slide, Action.WITHDRAW, "dr. grey"))
+    opened = open_run_table(out, NIGHT)
+    assert training_labels(out) == []
+    assert csv_rows(bytes_of(opened, Scope(), Format.CSV)) == never[0]
+    assert fhir(opened, Scope(slide=slide)) == never[1]
+
+
 def test_labels_are_what_training_reads(copy: Path, tmp_path: Path) -> None:
     out = str(copy.parent)
     with pytest.raises(ConfigError, match="nothing to train on"):

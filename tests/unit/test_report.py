@@ -246,7 +246,7 @@ def test_a_finished_run_reconciles_and_shows_its_fields(run: tuple[Path, RunMani
     assert "1,100.0 ms" in text
     assert "Research use only." in text
     assert page.count("data:image/jpeg;base64,") == 24  # twelve suspicious and twelve uncertain fields
-    assert "mask alone" not in text
+    assert "only the mask is shown" not in text
     for i in (3, 7, 18):
         assert f"field-{i:05d}.jpg" in text
         assert _text(REASONS[i]) in page
@@ -438,7 +438,7 @@ def test_a_lost_source_leaves_the_masks(run: tuple[Path, RunManifest], tmp_path:
     moved = {k: v.replace(b"smears.zip", b"moved-away.zip") for k, v in metadata.items()}
     pq.write_table(table.replace_schema_metadata(moved), root / "plan.parquet", row_group_size=SHARD_SIZE)
     page = build_report(str(root), gone)
-    assert "masks are shown alone" in _plain(page)
+    assert "only masks are shown" in _plain(page)
     assert "data:image" not in page
     assert page.count("nophoto") > 20
 

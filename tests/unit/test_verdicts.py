@@ -81,7 +81,31 @@ def test_the_last_word_holds(copy: Path) -> None:
     assert len(found.of(("image", OTHERS))) == 5
 
 
+def test_a_decision_is_withdrawn_by_another_entry(copy: Path) -> None:
+    out = str(copy.parent)
+
+    def standing() -> Any:
+        return read(out, "night").standings()[("image", OTHERS)]
+
+    add(out, verdict(action=Action.CORRECT, label="Early", comment="rim"))
+    add(out, verdict(action=Action.FLAG))
+    add(out, verdict(action=Action.WITHDRAW, label="Early", who="dr. webber"))
+    assert (standing().decision, standing().flagged, standing().comment, standing().verdicts) == (None, True, "rim", 3)
+    last = read(out, "night").given[-1]
+    assert (last.who, last.label, last.seen_label, last.said) == ("dr. webber", "Early", "Pre", None)
+    checked = check_run(Storage(str(copy)), "night")
+    assert (checked.verdicts, checked.problems) == (3, ())
+    add(out, verdict(action=Action.ACCEPT))
+    assert standing().decision.said == "Pre"
+    add(out, verdict(action=Action.WITHDRAW, label="Early"))  # it came too late: a new decision stands
+    assert standing().decision.said == "Pre"
+    add(out, verdict(action=Action.WITHDRAW, label="Pre"))
+    assert standing().decision is None
+
+
 BAD: list[tuple[Verdict, str]] = [
+    (verdict(action=Action.WITHDRAW), "no decision to withdraw"),
+    (verdict(action=Action.WITHDRAW, label="Blast"), "no decision to withdraw"),
     (verdict(None), "name either"),
     (verdict(slide_id="S1", grouping="manifest"), "name either"),
     (verdict(action=Action.CORRECT), "needs a label"),

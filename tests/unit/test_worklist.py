@@ -346,6 +346,67 @@ def test_verdicts_show_at_once(copy: Path) -> None:
         add(out, table.verdict_on_field(36, Action.ACCEPT, "dr. grey"))
 
 
+def test_a_withdrawn_decision_counts_nowhere(copy: Path) -> None:
+    out = str(copy.parent)
+
+    def table() -> RunTable:
+        return open_run_table(out, NIGHT)
+
+    first = table().fields(Query(sort=Sort.ORDER, descending=False, limit=1)).items[0]
+    assert first.patient_key is not None
+    other = "Pro" if first.label != "Pro" else "Pre"
+    add(out, table().verdict_on_field(first.ordinal, Action.CORRECT, "dr. grey", other))
+    add(out, table().verdict_on_slide(first.slide_key, Action.CORRECT, "dr. grey", other))
+    before = timeline(out, first.patient_key).points[-1]
+    assert (agreement(out).n, before.corrected, before.summary.reviewed) == (1, 1, 1)
+    with pytest.raises(RequestError, match="another decision"):
+        table().verdict_on_field(first.ordinal, Action.WITHDRAW, "dr. grey", first.label)
+    add(out, table().verdict_on_field(first.ordinal, Action.WITHDRAW, "dr. webber"))
+    add(out, table().verdict_on_slide(first.slide_key, Action.WITHDRAW, "dr. webber", other))
+    opened = table()
+    line, slide = opened.field(first.ordinal), opened.slide(first.slide_key)
+    assert line.details is not None
+    assert [(v.action, v.who, v.label) for v in line.details.verdicts] == [
+        (Action.CORRECT, "dr. grey", other),
+        (Action.WITHDRAW, "dr. webber", other),
+    ]
+    assert (line.standing.decision, slide.standing.decision, slide.summary.reviewed) == (None, None, 0)
+    for review in (Review.REVIEWED, Review.CORRECTED):
+        assert opened.fields(Query(review=review)).total == opened.slides(Query(review=review)).total == 0
+    assert first.ordinal in {f.ordinal for f in opened.fields(Query(review=Review.UNREVIEWED, limit=500)).items}
+    after = timeline(out, first.patient_key).points[-1]
+    assert (agreement(out).n, after.corrected, after.summary.reviewed) == (0, 0, 0)
+    for verdict_on in (
+        lambda: opened.verdict_on_field(first.ordinal, Action.WITHDRAW, "dr. grey"),
+        lambda: opened.verdict_on_slide(first.slide_key, Action.WITHDRAW, "dr. grey"),
+    ):
+        with pytest.raises(RequestError, match="no decision to withdraw"):
+            verdict_on()
+
+
+def test_the_next_field_that_needs_a_decision(copy: Path) -> None:
+    out = str(copy.parent)
+    query = Query(sort=Sort.ORDER, descending=False)
+    table = open_run_table(out, NIGHT)
+    wanted = [f.ordinal for f in table.fields(replace(query, limit=500)).items if f.label]  # diagnosed: needs one
+    assert len(wanted) > 4
+    first, second, third, last = *wanted[:3], wanted[-1]
+    assert table.undecided(query, first) == second
+    assert table.undecided(query, last) == first  # from the beginning again
+    for ordinal in (first, second):
+        add(out, table.verdict_on_field(ordinal, Action.CORRECT, "dr. grey", "Pro"))
+    table = open_run_table(out, NIGHT)
+    for review in (None, Review.UNREVIEWED):  # a list of what is undecided has lost the field itself
+        assert table.undecided(replace(query, review=review), first) == third
+        assert table.undecided(replace(query, review=review), last) == third
+    assert table.undecided(replace(query, review=Review.REVIEWED), first) is None
+    slide = table.field(third).slide_key
+    rest = [o for o in wanted if o not in (first, second, third) and table.field(o).slide_key == slide]
+    assert table.undecided(replace(query, slide=slide), third) == rest[0]
+    add(out, table.verdict_on_field(second, Action.WITHDRAW, "dr. grey"))
+    assert open_run_table(out, NIGHT).undecided(query, first) == second
+
+
 # --- runs in all conditions ------------------------------------------------------------------------------------------
 
 

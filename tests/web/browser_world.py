@@ -31,6 +31,8 @@ FLAGS = [
 ]  # fmt: skip
 HOSTILE = "<img src=x onerror=document.title='owned'>"
 """As the name of a folder, which stands for a slide, and of a file: on a page it must be text and nothing else."""
+LONG = "scanned-2026-11-25_ward-12_" + "one-long-name-without-a-blank_" * 4
+"""In the name of a slide and of its files, as microscopes make them: no page may become wider for it."""
 RUN = "night"
 
 
@@ -61,11 +63,12 @@ def make_run(folder: Path, bundle: Bundle) -> tuple[Path, list[Path]]:
     """A finished run over made-up fields of two patients, a white field, no image, and hostile names."""
     sample = write_sample(folder / "sample", 12, 5, 224).directory / "fields"
     fields = sorted(sample.iterdir())
-    members = {f"slide-{'ab'[n % 2]}/{p.name}": p.read_bytes() for n, p in enumerate(fields[:8])}
+    slides = ("slide-a/", f"slide-b_{LONG}/{LONG}")
+    members = {f"{slides[n % 2]}{p.name}": p.read_bytes() for n, p in enumerate(fields[:8])}
     members |= {
         f"{HOSTILE}/{HOSTILE}.jpg": fields[8].read_bytes(),
         "slide-a/white.png": white(),
-        "slide-b/no.png": b"no",
+        f"{slides[1]}no.png": b"no",
     }
     archive = write_zip(folder / "smears.zip", members)
     manifest = folder / "manifest.csv"

@@ -109,7 +109,7 @@ def test_every_page(browser: Any, site: Site, scheme: str, size: dict[str, int])
     page.context.close()
     assert wrong == {}
     assert {a for a in addresses if not a.startswith((site.url, "blob:", "data:"))} == set()
-    assert [t for t in page.troubles if "404" not in t] == []
+    assert len(page.troubles) <= 1  # of the page that is not there
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])

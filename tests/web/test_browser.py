@@ -54,7 +54,7 @@ def test_first_start_makes_an_administrator(browser: Any, tmp_path: Path) -> Non
         page.fill("[name=name]", "anna")
         page.fill("[name=password]", "not this one, I fear")
         page.click("main button.primary")
-        assert "do not fit" in page.inner_text("[role=alert]")
+        assert "is wrong" in page.inner_text("[role=alert]")
         page.context.close()
 
 
@@ -211,13 +211,15 @@ def test_where_the_model_abstained_there_is_no_answer_to_accept(browser: Any, si
         assert "Accept" not in bar
         assert page.locator("[data-review] [aria-pressed=true]").count() == 0
         page.keyboard.press("a")
-        until(lambda: "no answer to accept" in page.inner_text("#toast"))
+        until(lambda: "no answer to accept" in page.inner_text("[data-saved]"))
         page.keyboard.press("m")
         assert page.input_value("[name=map]") == ""
         page.focus("main")
         page.keyboard.press("3")
+        page.wait_for_url(re.compile("decided="))
+        page.keyboard.press("b")
         page.wait_for_selector("#standing[data-decision='correct:Pre']")
-        assert "instead of" not in page.inner_text("#standing")
+        assert "labelled it Pre-B" in page.inner_text("#standing")
         assert [str(v.action) for v in verdicts.read(str(other.out), RUN).given][-1:] == ["correct"]
         assert page.troubles == []
         page.context.close()
@@ -292,7 +294,7 @@ def test_worklist_filters_sorts_and_searches_without_names_in_addresses(browser:
     page.select_option("[name=status]", "quarantined")
     until(lambda: rows(page) == 1)
     page.select_option("[name=label]", "Pro")
-    page.wait_for_selector("text=Nothing fits these filters")
+    page.wait_for_selector("text=No fields match these filters")
     assert page.title() != "owned"
     assert page.troubles == []
     page.context.close()
@@ -308,9 +310,12 @@ def test_review_by_keyboard(browser: Any, site: Site) -> None:
     first = page.url
     for key in "a3f":  # faster than the server answers
         page.keyboard.press(key)
+    page.wait_for_url(re.compile("decided="))  # all three were saved, and led on
+    page.keyboard.press("b")
+    page.wait_for_url(first)
     page.wait_for_selector("#standing[data-decision='correct:Pre'][data-flagged=yes]")
-    page.wait_for_selector("[data-saved].good")
     assert page.get_attribute("[data-means='correct:Pre']", "aria-pressed") == "true"
+    picture_shown(page)
     page.keyboard.press("f")
     page.wait_for_selector("#standing[data-flagged=no]")
     page.keyboard.press("c")
@@ -328,13 +333,13 @@ def test_review_by_keyboard(browser: Any, site: Site) -> None:
     page.wait_for_url(lambda url: url != first)
     page.keyboard.press("k")
     page.wait_for_url(first)
-    page.keyboard.press("u")
+    page.keyboard.press("l")
     page.wait_for_url(re.compile("tab=fields"))
     kept = verdicts.read(str(site.out), "night").given
     assert [str(v.action) for v in kept][-5:] == ["accept", "correct", "flag", "unflag", "comment"]
     assert {v.who for v in kept} == {"rita"}
     page.goto(f"{site.url}/agreement")
-    assert "said Pre-B" in page.inner_text("main")
+    assert "labelled Pre-B" in page.inner_text("main")
     assert page.troubles == []
     page.context.close()
 
@@ -354,19 +359,19 @@ def test_a_verdict_that_is_not_kept_is_told(browser: Any, site: Site) -> None:
     page.context.set_offline(False)
     page.evaluate("document.querySelector('[data-review] [name=seen]').value = 'another'")
     page.keyboard.press("4")
-    until(lambda: "no longer the one" in page.inner_text("[data-saved]"))
+    until(lambda: "has changed since" in page.inner_text("[data-saved]"))
     page.context.close()
 
 
 def test_viewers_give_no_verdicts_and_export_nothing(browser: Any, site: Site) -> None:
     page = page_of(browser, site, "vera")
     open_worklist(page, site, "?tab=fields")
-    assert page.locator("text=Hand over").count() == 0
+    assert page.locator("main summary:has-text('Export')").count() == 0
     page.click(".list a.go >> nth=0")
     assert page.locator("[data-review]").count() == 0
     assert "reviewer" in page.inner_text("main")
     page.goto(f"{site.url}/admin")
-    assert "This is not yours to do" in page.inner_text("main")
+    assert "You are not allowed to do this" in page.inner_text("main")
     page.context.close()
 
 
@@ -407,7 +412,7 @@ def test_errors_help(browser: Any, site: Site) -> None:
     for path, words in (
         ("/runs/0123456789abcdef", "deleted"),
         ("/patients/0123456789abcdef", "erased"),
-        (f"{run}/fields/999999", "nothing here"),
+        (f"{run}/fields/999999", "no field"),
         (f"{run}?status=unheard", "no status"),
         ("/bench/AAAAAAAAAAAAAAAAAAAAAA", "bench"),
     ):
@@ -420,13 +425,13 @@ def test_errors_help(browser: Any, site: Site) -> None:
 def test_administration(browser: Any, site: Site) -> None:
     page = page_of(browser, site, "anna")
     page.goto(f"{site.url}/admin")
-    page.click("text=Add somebody")
+    page.click("text=Add a user")
     form = page.locator("form[action$='/admin/users']")
     form.locator("[name=name]").fill("nora")
     form.locator("[name=password]").fill(PASSWORD)
     form.locator("button").click()
-    assert "nora can sign in" in page.inner_text("[role=status] >> nth=0")
-    page.click("text=Make a token")
+    assert "nora can now sign in" in page.inner_text("[role=status] >> nth=0")
+    page.click("text=Create a token")
     form = page.locator("form[action$='/admin/tokens']")
     form.locator("[name=label]").fill("night reports")
     form.locator("button").click()

@@ -93,6 +93,14 @@ def test_a_morning_by_program(place: World) -> None:
     corrected = program.get(f"{RUN}/fields", params={"review": "corrected"}).json()
     assert [f["ordinal"] for f in corrected["items"]] == [first["ordinal"]]
     assert program.get(f"{API}/agreement").json()["n"] == 1
+    late = program.post(f"{url}/verdicts", json={"action": "withdraw", "label": first["label"]})
+    assert late.status_code == 422
+    assert "Another decision" in late.json()["detail"]
+    taken = program.post(f"{url}/verdicts", json={"action": "withdraw", "label": other})
+    assert (taken.status_code, taken.json()["standing"]["decision"]) == (201, None)
+    assert program.post(f"{url}/verdicts", json={"action": "withdraw"}).status_code == 422
+    assert program.get(f"{RUN}/fields", params={"review": "corrected"}).json()["total"] == 0
+    assert program.get(f"{API}/agreement").json()["n"] == 0
     patient = patients["items"][0]
     course = program.get(f"{API}/patients/{patient['patient_key']}/timeline").json()
     assert patient_key_of(patient["patient"]) == patient["patient_key"]

@@ -29,7 +29,7 @@ def call(*arguments: str, text: str | None = None) -> Result:
 
 def test_users_on_the_command_line(tmp_path: Path) -> None:
     users = str(tmp_path / "users.json")
-    assert "nobody yet" in call("users", "list", "--users", users).output
+    assert "no users yet" in call("users", "list", "--users", users).output
     added = call("users", "add", "anna", "--role", "admin", "--users", users, "--password-stdin", text=LONG + "\n")
     assert added.exit_code == 0, added.output
     asked = call("users", "add", "rita", "--role", "reviewer", "--users", users, text=f"{LONG}\n{LONG}\n")

@@ -1,4 +1,5 @@
 // Loads what a page needs. Everything here only adds to pages that also work by links and forms.
+import { startDrafts } from "./drafts.js";
 import { startThemes } from "./themes.js";
 import { startKeys } from "./keys.js";
 import * as viewer from "./viewer.js";
@@ -23,6 +24,7 @@ function start(root) {
 }
 
 startThemes();
+startDrafts();
 startKeys();
 start(document);
 
@@ -31,20 +33,20 @@ document.addEventListener("htmx:load", (event) => {
   if (event.detail.elt !== document.body) start(event.detail.elt);
 });
 
-// Failures are told, never swallowed.
-document.addEventListener("htmx:sendError", () => say("The server does not answer. Nothing was changed; try again.", true));
+// Failures are shown, never swallowed.
+document.addEventListener("htmx:sendError", () => say("The server is not responding. Nothing was changed; try again.", true));
 document.addEventListener("htmx:timeout", () => say("The server took too long. Try again.", true));
 document.addEventListener("htmx:responseError", (event) => {
   const status = event.detail.xhr.status;
   const words = {
-    401: "You are signed out. Sign in again in another tab, then repeat this.",
-    403: "This is not allowed for your role, or the page is too old: load it anew.",
-    404: "This is no longer there. It may have been deleted.",
-    413: "This is too large to be taken.",
-    429: "Too many requests at once; wait a moment.",
-    503: "Busy just now; try again in a moment.",
+    401: "You are signed out. Sign in again in another tab, then try again here.",
+    403: "Your role does not allow this, or the page is out of date: load it again.",
+    404: "This no longer exists. It may have been deleted.",
+    413: "This is too large.",
+    429: "Too many requests at once; try again in a moment.",
+    503: "The server is busy; try again in a moment.",
   };
-  say(event.detail.xhr.getResponseHeader("X-Message") || words[status] || `The server could not do this (${status}).`, true);
+  say(event.detail.xhr.getResponseHeader("X-Message") || words[status] || `The server could not do this (error ${status}).`, true);
 });
 
 // Lists that choose something send their form at once.

@@ -61,8 +61,10 @@ class Heart:
         elif isinstance(error, LeukoflowError):
             self.say("failed", str(error), error.exit_code)
         else:
-            what = place_of(error) if isinstance(error, QUOTING) else f"{type(error).__name__}: {error}".rstrip(": ")
-            self.say("failed", f"{what} (while {self._phase})", 1)
+            quoting = isinstance(error, QUOTING)
+            what = place_of(error) if quoting else type(error).__name__
+            said = "" if quoting else f": {error}".rstrip(": ")
+            self.say("failed", f"{what} while {self._phase}{said}", 1)
 
     def stop(self) -> None:
         """Ends the beats; without a last word the run is taken for one whose process is gone, once it is."""

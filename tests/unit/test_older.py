@@ -123,7 +123,7 @@ def test_cells_of_an_old_run_have_nulls_for_what_it_lacks(old: Path) -> None:
 
 
 def test_an_old_run_is_corrected_and_summed_up(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    key = b"a key for tests"
+    key = b"a key that only these tests have"
     monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", key.decode())
     assert run_facts(str(old), "night", manifest_of(old), "d").counts().sum() > 0
     correct_patient(str(old.parent), pseudonym("janet", key), pseudonym("jane", key))

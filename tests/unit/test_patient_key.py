@@ -65,11 +65,24 @@ def test_a_run_is_not_taken_up_with_another_key(begin: Any, monkeypatch: pytest.
 def test_a_plan_that_was_cut_off_before_it_was_bound_keeps_its_key(begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(NAME, WRONG)
     run = begin()
-    (Path(run.root) / "run.json").unlink()
+    path = Path(run.root) / "run.json"
+    unplanned = replace(run.binding, members=0, shards=0, plan_sha256="", patient_key_check="")
+    assert not unplanned.is_planned
+    path.write_bytes(dumps(unplanned))
     monkeypatch.setenv(NAME, RIGHT)
     with pytest.raises(RunConflictError, match="another patient key"):
         begin()
-    assert not (Path(run.root) / "run.json").exists()
+    assert not loads(RunBinding, path.read_bytes(), "run.json").is_planned
+
+
+def test_a_plan_that_nothing_binds_is_made_again_with_the_right_key(
+    begin: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(NAME, WRONG)
+    run = begin()
+    (Path(run.root) / "run.json").unlink()
+    monkeypatch.setenv(NAME, RIGHT)
+    assert patients(begin()) == {pseudonym("7", RIGHT.encode())}
 
 
 def test_a_plan_that_was_lost_is_not_made_with_another_key(begin: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -124,7 +137,10 @@ def test_a_key_that_can_be_guessed_begins_no_run(begin: Any, monkeypatch: pytest
     monkeypatch.setenv(NAME, "x")
     with pytest.raises(ConfigError, match="can be guessed: it has 1 characters"):
         begin()
-    assert not (tmp_path / "out" / "night" / "run.json").exists()
+    path = tmp_path / "out" / "night" / "run.json"
+    assert not loads(RunBinding, path.read_bytes(), "run.json").is_planned
+    monkeypatch.setenv(NAME, RIGHT)
+    assert patients(begin()) == {pseudonym("7", RIGHT.encode())}
 
 
 def test_whoever_looks_for_a_patient_hears_where_the_key_does_not_fit(

@@ -3,6 +3,9 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Tests of one file stay together, since they share a server; two at once keep two cores busy.
+TEST_WORKERS ?= 2
+SIDE_BY_SIDE = -n $(TEST_WORKERS) --dist loadfile
 
 .PHONY: install demo test chaos chaos-short check bench stack stack-status stack-down lock clean
 
@@ -20,7 +23,7 @@ demo: install
 	$(BIN)/leukoflow run demo-out/archive/smears.zip --out demo-out --run-id demo --manifest demo-out/archive/manifest.csv --shard-size 32
 
 test: install
-	$(BIN)/python -m pytest -m "not chaos"
+	$(BIN)/python -m pytest -m "not chaos" $(SIDE_BY_SIDE)
 
 # Kills, frozen processes, poisonous images, full disks, stores and servers that go away: an hour, so not part of every
 # change. LEUKOFLOW_CHAOS_SEED draws other faults at other moments.
@@ -28,7 +31,7 @@ chaos: install
 	$(BIN)/python -m pytest -m chaos
 
 chaos-short: install
-	$(BIN)/python -m pytest -m chaos_short
+	$(BIN)/python -m pytest -m chaos_short -n $(TEST_WORKERS)
 
 check: install
 	$(BIN)/ruff check .

@@ -34,7 +34,7 @@ from tasks.sample import render_field
 from tasks.single import Models, examine, load_models
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
-OUTCOMES = ("caught", "flagged", "same pixels", "same label", "no answer", "ANOTHER LABEL")
+OUTCOMES = ("caught", "flagged", "same pixels", "same label", "no answer", "ANOTHER LABEL", "not diagnosed")
 MISSING = ("cut", "cut, end mark", "zeros 512", "zeros 4096")
 REAL = (
     "all_fields", "bccd_fields", "healthy_other_source", "healthy_pbc_raabin", "other_centre_allidb2", "scale_fields",
@@ -206,9 +206,7 @@ def main() -> int:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--bundle", default="pocket")
     parser.add_argument("--whole", choices=("all", "few"), default="all", help="real pictures for false alarms")
-    parser.add_argument(
-        "--decode-only", action="store_true", help="a minute; list what is not caught, diagnose nothing"
-    )
+    parser.add_argument("--decode-only", action="store_true", help="a minute; what is not caught is not diagnosed")
     options = parser.parse_args()
     began, folder = time.perf_counter(), data_folder()
     rng = np.random.default_rng(options.seed)
@@ -237,9 +235,8 @@ def main() -> int:
                 else:
                     table[form, kind][result] += 1
     print(f"{len(doubtful):,} files with other pixels are not caught ({time.perf_counter() - began:.0f} s)", flush=True)
-    print(dict(Counter(d[:3] for d in doubtful).most_common(40)) if options.decode_only else "", flush=True)
-    for form, kind, origin, whole, broken in [] if options.decode_only else doubtful:
-        result = judge.compared(whole, broken)
+    for form, kind, origin, whole, broken in doubtful:
+        result = "not diagnosed" if options.decode_only else judge.compared(whole, broken)
         table[form, kind][result] += 1
         table[form, kind][origin] += result == "ANOTHER LABEL"
     show(table)
@@ -277,8 +274,9 @@ def show(table: dict[tuple[str, str], Counter[str]]) -> None:
     print(f"{'all':6} {'':14} {files:6} " + " ".join(f"{total[o]:13}" for o in OUTCOMES))
     print(
           f"\ncaught {total['caught'] / files:.1%} of {files:,}; of those with data missing "
-          f"{total['missing caught'] / max(total['missing'], 1):.1%} of {total['missing']:,}; answered with "
-          f"another label {total['ANOTHER LABEL'] / files:.2%} (real {total['real']}, drawn {total['drawn']})"
+          f"{total['missing caught'] / max(total['missing'], 1):.1%} of {total['missing']:,}"
+          + ("" if total["not diagnosed"] else f"; answered with another label {total['ANOTHER LABEL'] / files:.2%} "
+             f"(real {total['real']}, drawn {total['drawn']})")
     )  # fmt: skip
 
 

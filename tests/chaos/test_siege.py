@@ -33,6 +33,7 @@ from tasks.verify import verify_run
 SEED = int(os.environ.get("LEUKOFLOW_CHAOS_SEED", "1"))
 RUNS = int(os.environ.get("LEUKOFLOW_CHAOS_RUNS", "22"))
 FAULTS = int(os.environ.get("LEUKOFLOW_CHAOS_FAULTS", "10"))  # per run
+FEW_FAULTS = 4  # of the single night that is played after every change
 IMAGES, SHARD = 80, 16
 SLOW = 0.5  # seconds an image takes while there are faults to come
 RUN_SECONDS = 900.0
@@ -379,5 +380,5 @@ def test_nights_full_of_faults(kind: str, tmp_path: Path, show: Any) -> None:
 @pytest.mark.chaos_short
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("kind", ["disk", "s3"])
-def test_one_night_full_of_faults(kind: str, tmp_path: Path, show: Any) -> None:
-    assert siege(kind, 1, FAULTS, tmp_path, SEED + 1, show).total() >= FAULTS // 2
+def test_one_night_with_some_faults(kind: str, tmp_path: Path, show: Any) -> None:
+    assert siege(kind, 1, FEW_FAULTS, tmp_path, SEED + 1, show).total() >= FEW_FAULTS // 2

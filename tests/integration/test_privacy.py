@@ -242,7 +242,7 @@ def test_the_search_would_find_what_it_looks_for(
     for name in ("exif", "xmp", "iptc", "comment", "png", "tiff", "dicom", "text"):
         assert NEVER[name].encode() in packed, name
     assert b"nightly-summary" in elsewhere["the Prefect database"]
-    assert f"({(out / 'zip' / 'report.html').as_uri()})".encode() in elsewhere["the Prefect database"]
+    assert f"File: `{out / 'zip' / 'report.html'}`".encode() in elsewhere["the Prefect database"]
     assert b"leukoflow.run.finished" in elsewhere["the Prefect database"]
     assert b"failed" in elsewhere["the Prefect database"]
     table = pa.concat_tables(pq.read_table(p) for p in (out / "zip" / "predictions").iterdir())

@@ -249,8 +249,8 @@ def test_a_manifest_is_named_as_the_user_named_it(
     for key, body, words in (
         ("in/none.csv", None, r"--manifest s3://lab/in/none\.csv does not exist"),
         ("in/bad.csv", b"name\nx\n", r"^s3://lab/in/bad\.csv has no column image_key"),
-        ("in/twice.csv", b"image_key\nx\nx\n", r"^s3://lab/in/twice\.csv has more than one line for x"),
-        ("in/odd.csv", b"image_key\n\xff\n", r"the manifest s3://lab/in/odd\.csv is neither UTF-8"),
+        ("in/twice.csv", b"image_key,slide_id\nx,a\nx,b\n", r"^s3://lab/in/twice\.csv has more than one line for an"),
+        ("in/odd.csv", b"image_key\n\x81\n", r"s3://lab/in/odd\.csv, line 2 is neither UTF-8 nor Windows-1252"),
     ):
         if body is not None:
             client.put_object(Bucket="lab", Key=key, Body=body)

@@ -150,6 +150,18 @@ def until(what: Callable[[], Any], seconds: float = 30.0) -> None:
         time.sleep(0.05)
 
 
+def upload(page: Any, *files: Path) -> Any:
+    """Chooses files on the bench and waits for their answers; returns that upload's part of the page.
+
+    Earlier uploads of the same person stand below it, with answers of their own.
+    """
+    before = page.locator("#jobs > section").count()
+    page.set_input_files("#files", [str(file) for file in files])
+    until(lambda: page.locator("#jobs > section").count() == before + 1)
+    page.wait_for_selector("#jobs:not(:has([aria-busy]))", timeout=120_000)
+    return page.locator("#jobs > section >> nth=0")
+
+
 def picture_shown(page: Any) -> None:
     """Waits until the field's picture is there, and its pixels with it."""
     page.wait_for_selector(".canvas image")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
-from browser_world import Site, page_of, picture_shown
+from browser_world import Site, page_of, picture_shown, upload
 
 pytestmark = pytest.mark.timeout(180)
 BYTES = 300_000
@@ -116,8 +116,7 @@ def test_every_page(browser: Any, site: Site, scheme: str, size: dict[str, int])
 def test_answers_of_the_bench_have_no_serious_findings(browser: Any, site: Site, scheme: str) -> None:
     page = page_of(browser, site, color_scheme=scheme, reduced_motion="reduce")
     page.goto(f"{site.url}/bench")
-    page.set_input_files("#files", [str(p) for p in site.fields[:2]])
-    page.wait_for_selector("#jobs section:not([aria-busy])", timeout=120_000)
+    upload(page, *site.fields[:2])
     wrong = {"bench": findings(page)}
     page.click(".card a.go >> nth=0")
     picture_shown(page)

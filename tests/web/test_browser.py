@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from browser_world import HOSTILE, PASSWORD, RUN, Site, page_of, picture_shown, served, until
+from browser_world import HOSTILE, PASSWORD, RUN, Site, page_of, picture_shown, served, until, upload
 
 from tasks import verdicts
 
@@ -65,9 +65,7 @@ def test_bench_from_upload_to_export(browser: Any, site: Site, tmp_path: Path) -
     shutil.copy(site.fields[0], hostile)
     with zipfile.ZipFile(tmp_path / "more.zip", "w") as archive:
         archive.write(site.fields[1], "one.jpg")
-    page.set_input_files("#files", [str(site.fields[2]), str(hostile), str(tmp_path / "more.zip")])
-    page.wait_for_selector("#jobs section:not([aria-busy])", timeout=120_000)
-    assert page.locator("#jobs > section >> nth=0 >> .card").count() == 3
+    assert upload(page, site.fields[2], hostile, tmp_path / "more.zip").locator(".card").count() == 3
     assert "onerror" in page.inner_text("#jobs")
     page.click(".card a.go >> nth=0")
     picture_shown(page)
@@ -124,11 +122,7 @@ def test_everything_that_is_chosen_gets_an_answer(browser: Any, site: Site, tmp_
     with zipfile.ZipFile(tmp_path / "bare.zip", "w") as archive:
         archive.mkdir("nothing in it")
     given = [*site.fields[4:7], tmp_path / "hollow.jpg", tmp_path / "words.txt", tmp_path / "bare.zip", site.fields[4]]
-    before = page.locator("#jobs > section").count()
-    page.set_input_files("#files", [str(p) for p in given])
-    until(lambda: page.locator("#jobs > section").count() == before + 1)
-    page.wait_for_selector("#jobs:not(:has([aria-busy]))", timeout=120_000)
-    job = page.locator("#jobs > section >> nth=0")
+    job = upload(page, *given)
     assert job.locator(".card").count() == 7
     assert job.locator("h3 >> nth=0").inner_text().startswith("7 pictures: ")
     cards = dict(zip(job.locator(".card .name").all_inner_texts(), job.locator(".card").all_inner_texts(), strict=True))
@@ -229,9 +223,7 @@ def test_two_bundles_side_by_side(browser: Any, site: Site) -> None:
     page = page_of(browser, site, "vera")
     page.goto(f"{site.url}/bench")
     page.select_option("[name=other]", label="other")
-    page.set_input_files("#files", str(site.fields[3]))
-    page.wait_for_selector("#jobs section:not([aria-busy])", timeout=60_000)
-    assert page.locator(".card").count() == 2
+    assert upload(page, site.fields[3]).locator(".card").count() == 2
     page.click(".card a.go >> nth=0")
     page.wait_for_selector("#versus")
     table = page.inner_text("section:has(#versus)")

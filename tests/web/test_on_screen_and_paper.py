@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser_world import LONG, PASSWORD, RUN, Site, page_of, picture_shown
+from browser_world import LONG, PASSWORD, RUN, Site, page_of, picture_shown, upload
 from test_accessibility import places, settled
 
 from apps.web import scenes
@@ -35,8 +35,7 @@ def test_no_page_scrolls_sideways_or_asks_for_what_is_not_there(browser: Any, si
     picture = site.folder / f"{LONG}.jpg"
     picture.write_bytes(site.fields[0].read_bytes())
     page.select_option("[name=other]", label="other")
-    page.set_input_files("#files", str(picture))
-    page.wait_for_selector("#jobs section:not([aria-busy])", timeout=120_000)
+    upload(page, picture)
     answer = page.get_attribute(".card a.go", "href")
     everywhere = places(page, site) | {"api": "/api/v1/docs", "answer": answer, "upload": answer.rpartition("/")[0]}
     everywhere |= {"other slide": page_with(page, site, LONG)}

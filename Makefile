@@ -3,7 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
-# Tests of one file stay together, since they share a server; two at once keep two cores busy.
+# Tests of one file stay together, since they share a server; two at once keep two cores busy. The folders come one after
+# the other: a browser's event loop and a Prefect server's settings must not meet tests that know nothing of them.
 TEST_WORKERS ?= 2
 SIDE_BY_SIDE = -n $(TEST_WORKERS) --dist loadfile
 
@@ -23,7 +24,7 @@ demo: install
 	$(BIN)/leukoflow run demo-out/archive/smears.zip --out demo-out --run-id demo --manifest demo-out/archive/manifest.csv --shard-size 32
 
 test: install
-	$(BIN)/python -m pytest -m "not chaos" $(SIDE_BY_SIDE)
+	for folder in unit integration web; do $(BIN)/python -m pytest -m "not chaos" $(SIDE_BY_SIDE) tests/$$folder || exit 1; done
 
 # Kills, frozen processes, poisonous images, full disks, stores and servers that go away: an hour, so not part of every
 # change. LEUKOFLOW_CHAOS_SEED draws other faults at other moments.

@@ -17,11 +17,13 @@ from apps.common import (
     Out,
     RunId,
     execute,
+    existing,
     fail,
     prefect_api,
     reached,
     refuse_remote,
     reported,
+    require_named,
     root_of,
     use_configured_prefect,
 )
@@ -150,6 +152,8 @@ def run(
     with reported(debug):
         from leukoflow.config import load_config
 
+        require_named("SOURCE", source)
+        require_named("--out", out)
         settings = load_config(
             config,
             source=source,
@@ -190,6 +194,7 @@ def status(
         from leukoflow.progress import list_runs, read_progress
 
         console = view.console()
+        existing(out)
         if run_id is None:
             runs = list_runs(reached(out))
             if not runs:
@@ -273,7 +278,7 @@ def verify(
         from tasks.verify import finished_runs, verify_run
 
         console = view.console()
-        names, unfinished = ([run_id], []) if run_id is not None else finished_runs(reached(out))
+        names, unfinished = ([run_id], []) if run_id is not None else finished_runs(existing(out))
         logs = [(file, log) for file in (LOG, WEB_LOG) if (log := verify_log(out, file)) is not None]
         if not names and not unfinished and not logs:
             raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {out}` makes one")
@@ -296,7 +301,7 @@ def verify(
         if unfinished:
             console.print(f"[dim]not finished, so not verified: {', '.join(unfinished)}[/]", soft_wrap=True)
         if not names:
-            console.print("[yellow]no run was verified[/]: none of OUT is finished", soft_wrap=True)
+            console.print(f"[yellow]no run was verified[/]: no run in {out} is finished", soft_wrap=True)
         raise typer.Exit(1 if bad else 0)
 
 
@@ -417,6 +422,7 @@ def erase(
         from tasks.patient_key import patient_key
 
         console = view.console()
+        existing(out)
         use_configured_prefect(debug)  # the key may come from a block of that server
         key = patient_key()
         names = patient_names(patient, key)

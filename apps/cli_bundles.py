@@ -379,8 +379,8 @@ def correct(
         from tasks.patient_key import patient_key
 
         wrong, right = (patient, to) if to is not None else (None, patient if slide is not None else None)
-        if right is None:
-            raise ConfigError("who is right? --patient WRONG --to RIGHT, or --slide SLIDE --patient RIGHT")
+        if right is None or (wrong is None and slide is None):
+            raise ConfigError("name the right patient: --patient WRONG --to RIGHT, or --slide SLIDE --patient RIGHT")
         console = view.console()
         use_configured_prefect(debug)  # the key may come from a block of that server
         key = patient_key()

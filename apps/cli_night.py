@@ -90,7 +90,7 @@ def night(
             raise typer.Exit(outcome.exit_code)
         if isinstance(outcome, BaseException):
             raise outcome
-        raise LeukoflowError(f"the night ended without a word: {state.message or state.name}")
+        raise LeukoflowError(f"the night ended without a result: {state.message or state.name}")
 
 
 # --- what they show --------------------------------------------------------------------------------------------------

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from apps.common import Debug, Out, RunId, reached, reported
+from apps.common import Debug, Out, RunId, reached, reported, root_of
 from leukoflow.errors import ConfigError
 
 
@@ -37,6 +37,9 @@ def export(
     """
     with reported(debug):
         from apps import view
+        from leukoflow.counts import count_of
+        from leukoflow.progress import read_manifest
+        from leukoflow.storage import Storage
         from tasks.amend import patient_name, runs_of_other_keys
         from tasks.handoff import Format, Scope
         from tasks.handoff import export as pieces
@@ -60,7 +63,13 @@ def export(
         except OSError as error:
             raise ConfigError(f"{to} cannot be written: {error.strerror or error}") from error
         rows = len(table.rows_of(scope.slide, scope.patient))
-        view.console().print(f"{rows:,} fields of {run_id} in {to}", soft_wrap=True, highlight=False, markup=False)
+        view.console().print(
+            f"{count_of(rows, 'field')} of {run_id} in {to}", soft_wrap=True, highlight=False, markup=False
+        )
+        if read_manifest(Storage(root_of(out, run_id))) is None:
+            view.console().print(
+                f"[yellow]{run_id} is not finished[/]: only what it has done so far is in the file", soft_wrap=True
+            )
 
 
 def labels(

@@ -35,14 +35,25 @@ RunId = Annotated[str, typer.Argument(metavar="RUN_ID", help="The run, as `leuko
 class Commands(TyperGroup):
     """Exits with 1 for a command that cannot be understood, since 2 says that the source is unusable."""
 
+    def make_context(self, *words: Any, **more: Any) -> Any:
+        """Reads the words before the command's name."""
+        with _usage_errors():
+            return super().make_context(*words, **more)
+
     def invoke(self, ctx: Any) -> Any:
         """Runs the command that the words name."""
-        try:
+        with _usage_errors():
             return super().invoke(ctx)
-        except Exception as error:
-            if hasattr(error, "show") and hasattr(error, "exit_code"):  # the usage errors of typer's parser
-                error.exit_code = _USAGE
-            raise
+
+
+@contextmanager
+def _usage_errors() -> Iterator[None]:
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "show") and hasattr(error, "exit_code"):  # the usage errors of typer's parser
+            error.exit_code = _USAGE
+        raise
 
 
 @contextmanager
@@ -96,13 +107,30 @@ def execute(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
             from leukoflow.heart import beating
             from tasks.open_run import open_run
 
-            opened = open_run(settings, lambda root: life.enter_context(beating(root, "planning the source")))
+            def begin(root: str) -> None:
+                _warn_of_another(console, root)
+                life.enter_context(beating(root, "planning the source"))
+
+            opened = open_run(settings, begin)
         if opened.finished is not None:
             console.print(f"[green]{opened.run_id} is finished already[/]; nothing was started.")
             view.show_outcome(console, opened.root, opened.finished)
             return opened.finished.exit_code
         settled = settings.model_copy(update={"run_id": opened.run_id})
         return _carry_out(console, opened, settled, keep_prefect, debug)
+
+
+def _warn_of_another(console: Console, root: str) -> None:
+    from leukoflow.progress import ProgressReader
+
+    reader = ProgressReader(root)
+    beat = reader.heartbeat()
+    if beat is not None and beat.pid != os.getpid() and reader.state(beat) == "running":
+        console.print(
+            f"[yellow]this run is being worked on already, by process {beat.pid} on {beat.host} since or before "
+            f"{beat.at}[/]; both go on, and nothing is counted twice, but one is enough",
+            soft_wrap=True,
+        )
 
 
 def _carry_out(console: Console, opened: Run, settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
@@ -140,7 +168,7 @@ def _carry_out(console: Console, opened: Run, settings: RunConfig, keep_prefect:
             raise outcome
     if manifest is None:
         words = (state.message or state.name) if state is not None else "no reason was given"
-        raise LeukoflowError(f"run {opened.run_id} ended without a manifest: {words}")
+        raise LeukoflowError(f"run {opened.run_id} ended without a manifest: {words}; give the same command again")
     view.show_outcome(console, opened.root, manifest)
     return manifest.exit_code
 
@@ -222,6 +250,12 @@ def use_configured_prefect(debug: bool) -> str | None:
     return url
 
 
+def require_named(option: str, value: str) -> None:
+    """Refuses an empty value, as an unset variable of a script gives: it would silently mean the current folder."""
+    if not value.strip():
+        raise ConfigError(f"{option} is empty: name it (is a variable of a script not set?)")
+
+
 def root_of(out: str, run_id: str) -> str:
     """Where a run lies. Raises what `reached` does."""
     return f"{reached(out)}/{run_id}"
@@ -232,6 +266,7 @@ def reached(out: str) -> str:
     """`out` without a slash at its end. A store that cannot be used is reported at once, not after many retries."""
     from leukoflow.storage import Storage
 
+    require_named("OUT", out)
     Storage(out).probe()
     return out.rstrip("/")
 

@@ -26,6 +26,7 @@ from rich.progress import (
 from rich.table import Table
 from rich.text import Text
 
+from leukoflow.counts import count_of
 from leukoflow.records import CLASSES, read_reasons
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def show_plan(target: Console, run_id: str, root: str, summary: PlanSummary) -> 
     table = _facts()
     table.add_row("run", Text(run_id, style="bold"))
     table.add_row("source", Text(f"{summary.source.uri} ({summary.source.kind})"))
-    found = f"{summary.members:,} images in {summary.shards:,} shards"
+    found = f"{count_of(summary.members, 'image')} in {count_of(summary.shards, 'shard')}"
     extra = [
         f"{count:,} {what}"
         for count, what in ((summary.missing, "missing"), (summary.ignored, "other entries ignored"))
@@ -311,7 +312,7 @@ def show_status(target: Console, root: str, p: RunProgress) -> None:
     for shard, message in p.failed_shards[:10]:
         table.add_row("failed", Text(f"shard {shard}: {message}", style="red"))
     if len(p.failed_shards) > 10:
-        table.add_row("", f"and {len(p.failed_shards) - 10} more shards")
+        table.add_row("", f"and {count_of(len(p.failed_shards) - 10, 'more shard')}")
     if p.dashboard and p.state == "running":
         table.add_row("dashboard", Text(p.dashboard))
     if p.state == "finished":

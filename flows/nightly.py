@@ -36,6 +36,7 @@ from flows.deadline import watching
 from flows.events import drift_rows, emit, run_events
 from leukoflow.cluster import Cluster, code_digest, open_cluster
 from leukoflow.config import ClusterSettings, RunConfig
+from leukoflow.counts import count_of
 from leukoflow.errors import (
     QUOTING,
     AttemptError,
@@ -460,22 +461,23 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], stop: threadi
             rate = images / (shown - started)
             dashboard.progress(
                 100.0 * (total - max(0, ahead)) / total,
-                f"{done} shards done in this session, {failures} failed, {rate:.1f} images/s",
+                f"{count_of(done, 'shard')} done in this session, {failures} failed, {rate:.1f} images/s",
             )
     if full:
         raise StorageError(
-            f"the disk that holds {run.root} is full; {done} shards were finished in this session and stay. Make room "
-            f"there, then take it up again: {run.binding.command}"
+            f"the disk that holds {run.root} is full; finished in this session, and kept: "
+            f"{count_of(done, 'shard')}. Make room there, then take it up again: {run.binding.command}"
         )
     if stop.is_set() and not exhausted and next(upcoming, None) is not None:
         raise RunCancelledError(
-            f"run {run.run_id} was asked to stop and has drained; {done} shards were finished in this session. "
+            f"run {run.run_id} was asked to stop and has drained; finished in this session: {count_of(done, 'shard')}. "
             f"To take it up again: {run.binding.command}"
         )
     if failures:
         raise ShardError(
-            f"run {run.run_id}: {failures} of {total} shards failed after {options.shard_retries + 1} attempts each; "
-            f"the others are committed. What failed and why: leukoflow status {run.config.out} {run.run_id}. "
+            f"run {run.run_id}: {failures} of {total} shards failed after "
+            f"{count_of(options.shard_retries + 1, 'attempt')} each; the others "
+            f"are committed. What failed and why: leukoflow status {run.config.out} {run.run_id}. "
             f"Once mended: {run.binding.command}"
         )
     dashboard.progress(100.0, f"all {total} shards are committed")

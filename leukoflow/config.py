@@ -310,5 +310,8 @@ def _without_none(table: dict[str, Any]) -> dict[str, Any]:
 
 def explain(error: ValidationError) -> str:
     """Each wrong setting with what is wrong about it."""
-    lines = [f"{'.'.join(str(p) for p in e['loc']) or 'settings'}: {e['msg']}" for e in error.errors()]
+    lines = [
+        f"{'.'.join(str(p) for p in e['loc']) or 'settings'}: {e['msg'].removeprefix('Value error, ')}"
+        for e in error.errors()
+    ]
     return "the configuration is not usable: " + "; ".join(lines)

@@ -174,7 +174,7 @@ def _decode(data: bytes, uri: str) -> tuple[ClaimHead, pa.Table]:
         raise StorageError(f"{uri} is damaged ({words_of(error)}); restore it from a backup") from None
     head = (table.schema.metadata or {}).get(_HEAD)
     if head is None:
-        raise StorageError(f"{uri} is no claim of an inbox; take it out of that folder")
+        raise StorageError(f"{uri} is not a claim of an inbox; take it out of that folder")
     return loads(ClaimHead, head, uri), table.replace_schema_metadata(None)
 
 

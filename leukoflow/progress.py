@@ -212,7 +212,7 @@ def read_state(root: str) -> RunState:
     try:
         age = time.time() - datetime.fromisoformat(last).timestamp()
     except (ValueError, TypeError):
-        raise StorageError(f"{root}: its records are damaged, {last!r} is no time") from None
+        raise StorageError(f"{root}: its records are damaged, {last!r} is not a time") from None
     fresh = beat is not None and beat.state == "running" and age < 6 * HEARTBEAT_SECONDS
     beginning = beat is None and manifest is None and age < BEGINNING_SECONDS
     return RunState(

@@ -78,7 +78,7 @@ def identify(uri: str | Path) -> Source:
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist: check the path of the source") from None
     except PermissionError:
-        raise SourceError(f"{path} may not be read: give this user the right to read it") from None
+        raise SourceError(f"{path} cannot be read: permission denied; let this user read it") from None
     return Source(path, kind, _file_identity(status), status.st_size)
 
 
@@ -115,7 +115,10 @@ def _kind_of(file: BinaryIO, size: int, name: str) -> SourceKind:
         return SourceKind.TAR  # or nothing but zeros, which is known once it is read
     if foreign := next((what for magic, what in _FOREIGN.items() if head.startswith(magic)), None):
         raise SourceError(f"{name} is {foreign}, which is not supported: hand it over as a zip or tar archive")
-    raise SourceError(f"{name} is neither a zip or tar archive nor a JPEG, PNG, TIFF or BMP image")
+    raise SourceError(
+        f"{name} is neither a zip or tar archive nor a JPEG, PNG, TIFF, BMP or "
+        "JPEG 2000 image: look at what was handed over, or have it handed over again"
+    )
 
 
 def _folder_digest(path: str) -> Iterator[tuple[bytes, int, str]]:
@@ -451,7 +454,7 @@ def survey(uri: str) -> Iterator[Entry]:
                 yield Entry(key_of(relative), locator_of(relative), 0, "", 0.0, f"cannot be read: {status.strerror}")
             continue
         if not relative:
-            raise SourceError(f"{uri} is no folder")
+            raise SourceError(f"{uri} is not a folder")
         path = key_of(relative)
         if is_left_behind(path):
             continue

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Iterable, Iterator
@@ -64,6 +65,8 @@ class Storage:
 
     def __init__(self, root: str) -> None:
         self.is_local = "://" not in root
+        if root.startswith("s3:") and not re.match(r"s3://[^/]", root):
+            raise StorageError(f"{root}: an object store is written s3://BUCKET/PREFIX")
         if not self.is_local and not root.startswith("s3://"):
             raise StorageError(f"{root}: only local folders and s3:// prefixes are supported")
         self.root = str(Path(root).expanduser().absolute()) if self.is_local else root.rstrip("/")

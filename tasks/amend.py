@@ -263,7 +263,8 @@ def _look(run: Storage, name: str, amendment: Amendment, check: str) -> Amended 
         )
     if state.state != "finished":
         raise StorageError(
-            f"run {name} knows the patient and is {state.state}, not finished: finish it or delete it first. Nothing "
+            f"run {name} knows the patient and is not finished ({state.state}): give its command "
+            "again (leukoflow status), or delete it. Nothing "
             "was changed"
         )
     return Amended(name, images, missing, 0, _sha256(run.read("manifest.json")), None)

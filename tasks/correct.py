@@ -64,7 +64,7 @@ def correct_patient(
     StorageError before anything is changed where a run that may be concerned is not finished or damaged.
     """
     if patient is None and slide is None:
-        raise ConfigError("whose images are to be corrected? Name the wrong patient, the slide, or both")
+        raise ConfigError("say whose images to correct: name the wrong patient, the slide, or both")
     if patient == to:
         raise ConfigError("the wrong patient and the right one are the same; nothing was changed")
     return amend_runs(out, Correction(to, patient, slide), dry_run, key)

@@ -407,12 +407,12 @@ def facts_from(data: bytes, what: str) -> DriftFacts:
         body = json.loads(data)
         if body["schema_version"] != SCHEMA or not _same_grids(body["grids"]):
             raise StorageError(
-                f"{what} was made by another version of leukoflow; make it anew: leukoflow drift reference"
+                f"{what} was made by another version of leukoflow; make it again: leukoflow drift reference"
             )
         groups = tuple(Group(g["site"], g["scanner"], _dense(g["slides"])) for g in body["groups"])
         return DriftFacts(tuple(body["runs"]), body["bundle_digest"], body["made_at"], groups)
     except (ValueError, KeyError, TypeError, IndexError) as error:
-        raise StorageError(f"{what} is damaged ({type(error).__name__}); delete it and make it anew") from None
+        raise StorageError(f"{what} is damaged ({type(error).__name__}); delete it and make it again") from None
 
 
 def _same_grids(grids: dict[str, list[Any]]) -> bool:
@@ -463,7 +463,7 @@ def merge_reference(out: str, run_ids: Sequence[str]) -> DriftFacts:
         root = f"{out.rstrip('/')}/{run_id}"
         manifest = read_manifest(Storage(root))
         if manifest is None:
-            raise ConfigError(f"{root} is no finished run; `leukoflow status {out}` lists them")
+            raise ConfigError(f"{root} is not a finished run; `leukoflow status {out}` lists them")
         digests[manifest.bundle_digest] = run_id
         groups += stored_facts(root, manifest).groups
     if len(digests) > 1:

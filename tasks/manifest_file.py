@@ -21,6 +21,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from leukoflow.counts import count_of
 from leukoflow.errors import ConfigError
 from tasks.names import counted, tidied
 from tasks.patient_key import PATIENT_KEY, pseudonym, require_good
@@ -183,7 +184,8 @@ def _places_of(path: PathLike, names: Sequence[str], known: Sequence[str], metas
         there[_column(name)].append(place)
     if KEY_COLUMN not in there:
         raise ConfigError(
-            f"{path} has no column {KEY_COLUMN}, and {len(names)} others: its first line must name the columns, and "
+            f"{path} has no column {KEY_COLUMN} among its {count_of(len(names), 'column')}: its first line "
+            f"must name the columns, and "
             f"{KEY_COLUMN} the images"
         )
     if absent := [name for name in metas if _column(name) not in there]:
@@ -235,7 +237,7 @@ def _read_csv(path: PathLike, data: bytes, known: Sequence[str], metas: Sequence
         if len(numbers) % _CHUNK == 0:
             flush()
     if wrong:
-        more = f", and {len(wrong) - 1:,} more lines do not fit either" if len(wrong) > 1 else ""
+        more = f" ({len(wrong):,} such lines)" if len(wrong) > 1 else ""
         raise ConfigError(
             f"{path}, line {wrong[0]} has {first_wrong} fields, the header names {len(names)}{more}; quote values that "
             f"contain {_DELIMITERS[delimiter]}"
@@ -243,6 +245,8 @@ def _read_csv(path: PathLike, data: bytes, known: Sequence[str], metas: Sequence
     flush()
     columns = {name: pa.chunked_array(parts, pa.string()).combine_chunks() for name, parts in chunks.items()}
     sheet = _Sheet(columns, numbers, "line")
+    if not numbers:
+        sheet.remarks.append("the manifest has a header and no line: it says nothing of any image")
     if text.foreign:
         sheet.remarks.append(
             f"{len(text.foreign):,} of the manifest's lines read as Windows-1252, since they are not UTF-8: "

@@ -95,7 +95,10 @@ def _open(config: RunConfig, manifest: Path | _FetchedFile | None, begun: Callab
     bundle = bundle or load_bundle(bundle_uri)
     fingerprint, run_id = name(bundle.digest)
     if not (_RUN_ID if config.shadow_of is None else _SHADOW_ID).fullmatch(run_id):
-        raise ConfigError(f"run id {run_id!r} is not usable: letters, digits, '.', '_' and '-' only, at most 100")
+        raise ConfigError(
+            f"run id {run_id!r} is not usable: letters, digits, '.', '_' and '-' only, a letter or digit first, at "
+            "most 100"
+        )
     storage = out.child(run_id)
     bound = _binding(storage)
     if bound is not None and not bound.is_planned and bound.fingerprint != fingerprint:
@@ -108,6 +111,8 @@ def _open(config: RunConfig, manifest: Path | _FetchedFile | None, begun: Callab
     if config.reuse and ((reused := _binding(out.child(config.reuse))) is None or not reused.is_planned):
         raise ConfigError(f"--reuse {config.reuse}: there is no such run in {config.out}, or it has done nothing yet")
     require_writable(storage)
+    if bound is not None and main is None:
+        _check_key(run_id, bound.patient_key_check)  # a refusal leaves the record of what the run did last
     if read_manifest(storage) is None:
         begun(storage.root)
     if bound is None:
@@ -134,8 +139,6 @@ def _open(config: RunConfig, manifest: Path | _FetchedFile | None, begun: Callab
     _check_plan(storage, bound)
     if main is not None:
         _take_plan(out.child(main.run_id), storage)
-    else:
-        _check_key(run_id, bound.patient_key_check)
     summary = _frozen_plan(storage, config, source, manifest, selection)
     if not bound.is_planned:
         if main is None:
@@ -323,9 +326,10 @@ def _check_key(run_id: str, check: str) -> None:
         return
     if key is not None and check_value(key) != check:
         raise RunConflictError(
-            f"the pseudonyms of run {run_id} were made with another patient key than {PATIENT_KEY} (or the Prefect "
-            "Secret block) holds now: if the key of before was right, set it again; if this one is, choose a new "
-            f"--run-id and delete {run_id}, whose patients are found in no other run"
+            f"the pseudonyms of run {run_id} were made with a different patient key from the one that "
+            f"{PATIENT_KEY} (or the Prefect Secret block) holds now: if the key of before was right, "
+            f"set it again; if this one is, choose a new --run-id and delete {run_id}, whose "
+            "patients are found in no other run"
         )
 
 

@@ -209,7 +209,7 @@ def check_verdict(verdict: Verdict) -> None:
         raise RequestError("whose verdict this is must be known")
     for text in (verdict.comment, verdict.who):
         if text is not None and not all(c.isprintable() or c in "\n\t" for c in text):
-            raise RequestError("a comment or a name holds characters that cannot be shown: type it anew")
+            raise RequestError("a comment or a name holds characters that cannot be shown: type it again")
     try:
         if datetime.fromisoformat(verdict.at).utcoffset() is None:
             raise ValueError

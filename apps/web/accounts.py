@@ -127,7 +127,7 @@ class Accounts:
         except (OSError, ValidationError) as error:
             raise ConfigError(
                 f"the users file {self.path} cannot be read ({type(error).__name__}); put back a copy, or move it "
-                "aside and begin anew with `leukoflow users add`"
+                "aside and start again with `leukoflow users add`"
             ) from None
 
     def user(self, name: str) -> User | None:

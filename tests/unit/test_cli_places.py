@@ -14,7 +14,8 @@ from typer.testing import CliRunner
 from apps import view
 from apps.cli import app, next_command
 from leukoflow.config import load_config
-from leukoflow.errors import ConfigError
+from leukoflow.counts import count_of
+from leukoflow.errors import ConfigError, RunConflictError
 from leukoflow.progress import read_progress
 from models.bundle import Bundle
 from tasks.open_run import open_run
@@ -178,3 +179,56 @@ def test_what_is_wrong_is_said_before_a_password_is_asked_for(
     assert done.exit_code == 1
     assert said in done.output
     assert "password:" not in done.output
+
+
+# --- what a script or a tired hand leaves out ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("run", "", "--out", "out"), "SOURCE is empty"),
+        (("run", "night.zip", "--out", " "), "--out is empty"),
+        (("run", "night.zip", "--out", "s3:/lab/out"), "an object store is written s3://BUCKET/PREFIX"),
+        (("run", "night.zip", "--out", "s3://"), "an object store is written s3://BUCKET/PREFIX"),
+        (("status", ""), "OUT is empty"),
+        (("status", "nowhere"), "nowhere does not exist"),
+        (("verify", "nowhere"), "nowhere does not exist"),
+        (("erase", "nowhere", "--patient", "7"), "nowhere does not exist"),
+        (("correct", "nowhere", "--to", "7"), "name the right patient"),
+    ],
+)
+def test_what_is_left_out_or_mistyped_is_named(
+    arguments: tuple[str, ...], words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    done = call(*arguments)
+    assert done.exit_code == 1
+    assert words in done.stderr
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("arguments", [(), ("--foo",), ("foo",), ("run", "--foo")])
+def test_a_command_that_cannot_be_understood_is_not_an_unusable_source(arguments: tuple[str, ...]) -> None:
+    assert call(*arguments).exit_code == 1
+
+
+def test_a_refused_command_leaves_the_record_of_what_the_run_did(
+    archive: Path, small: Bundle, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "slides.csv").write_text("image_key,patient_id\nfield-00000.png,7\n")
+    settings = {"source": str(archive), "out": str(tmp_path), "run_id": "night", "bundle": str(small.path)}
+    config = load_config(**settings, manifest=str(tmp_path / "slides.csv"))
+    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "a key that only these tests have")
+    open_run(config)
+    begun: list[str] = []
+    monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "another key that only these tests have")
+    with pytest.raises(RunConflictError):
+        open_run(config, begun.append)
+    assert begun == []
+
+
+def test_numbers_of_things() -> None:
+    assert count_of(1, "shard") == "1 shard"
+    assert count_of(0, "shard") == "0 shards"
+    assert count_of(1200, "image") == "1,200 images"

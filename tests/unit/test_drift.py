@@ -280,7 +280,7 @@ def test_the_reference_of_a_setting_of_the_bundle_of_the_folder_in_this_order(ou
 def test_what_makes_no_reference_is_refused(out: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="16 readable fields of 6 slides are too few"):
         merge_reference(str(out), ["few"])
-    with pytest.raises(ConfigError, match="no finished run"):
+    with pytest.raises(ConfigError, match="not a finished run"):
         merge_reference(str(out), ["nobody"])
     with pytest.raises(StorageError, match="damaged"):
         facts_from(b"{}", "it")

@@ -46,13 +46,13 @@ def patients(*names: str | None) -> list[str | None]:
     [
         (HEADER + "a.jpg,S1,Family, Given *1.1.1900\n", "line 2 has 4 fields, the header names 3; quote values that "
          "contain commas"),
-        (HEADER + "a.jpg,S1,7\nb.jpg,Family\nc.jpg,Family\n", "line 3 has 2 fields, the header names 3, and 1 more "
-         "lines do not fit either"),
+        (HEADER + "a.jpg,S1,7\nb.jpg,Family\nc.jpg,Family\n", "line 3 has 2 fields, the header names 3 (2 such "
+         "lines)"),
         (HEADER.replace(",", ";") + "a.jpg;S1;Family; Given\n", "quote values that contain semicolons"),
         (HEADER + 'a.jpg,S1,"Family\nb.jpg,S1,7\n', "line 2: its quotation marks do not fit"),
         (HEADER + 'a.jpg,"Family" Given,7\n', "line 2: its quotation marks do not fit"),
         (HEADER + f'a.jpg,S1,{"Family" * 30000}\n', "line 2: its quotation marks do not fit"),
-        ("slide1/Family.jpg,Family,1900\n", "has no column image_key, and 3 others"),
+        ("slide1/Family.jpg,Family,1900\n", "has no column image_key among its 3 columns:"),
         (HEADER + "a.jpg,S1,Family\na.jpg,S1,Given\n", "with different values: lines 2, 3; keep one"),
         (HEADER + ",S1,Family\n", "line 2: no image_key"),
         ("image_key,um_per_px\na.jpg,Family\n", "line 2: um_per_px is not a positive number"),
@@ -117,6 +117,12 @@ def test_scales_with_a_decimal_comma_or_nothing(tmp_path: Path) -> None:
     (remark,) = known.remarks
     assert "um_per_px says nothing" in remark
     assert "in line 4: these images have no scale of their own" in remark
+
+
+def test_a_header_alone_is_remarked(tmp_path: Path) -> None:
+    known = read(tmp_path, HEADER)
+    assert known.rows == {}
+    assert known.remarks == ("the manifest has a header and no line: it says nothing of any image",)
 
 
 def test_a_line_that_is_repeated_word_for_word_counts_once(tmp_path: Path) -> None:

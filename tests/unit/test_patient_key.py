@@ -51,7 +51,7 @@ def test_a_run_is_not_taken_up_with_another_key(begin: Any, monkeypatch: pytest.
     assert WRONG not in (Path(run.root) / "run.json").read_text()
     assert patients(run) == {pseudonym("7", WRONG.encode())}
     monkeypatch.setenv(NAME, RIGHT)
-    with pytest.raises(RunConflictError, match="were made with another patient key") as refused:
+    with pytest.raises(RunConflictError, match="were made with a different patient key") as refused:
         begin()
     assert "choose a new --run-id and delete night" in str(refused.value)
     assert RIGHT not in str(refused.value)
@@ -70,7 +70,7 @@ def test_a_plan_that_was_cut_off_before_it_was_bound_keeps_its_key(begin: Any, m
     assert not unplanned.is_planned
     path.write_bytes(dumps(unplanned))
     monkeypatch.setenv(NAME, RIGHT)
-    with pytest.raises(RunConflictError, match="another patient key"):
+    with pytest.raises(RunConflictError, match="a different patient key"):
         begin()
     assert not loads(RunBinding, path.read_bytes(), "run.json").is_planned
 
@@ -90,7 +90,7 @@ def test_a_plan_that_was_lost_is_not_made_with_another_key(begin: Any, monkeypat
     run = begin()
     (Path(run.root) / "plan.parquet").unlink()
     monkeypatch.setenv(NAME, WRONG)
-    with pytest.raises(RunConflictError, match="another patient key"):
+    with pytest.raises(RunConflictError, match="a different patient key"):
         begin()
     assert not (Path(run.root) / "plan.parquet").exists()
     monkeypatch.setenv(NAME, RIGHT)

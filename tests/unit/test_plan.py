@@ -217,7 +217,7 @@ def test_a_leading_dot_slash_makes_no_difference(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("rows", "words"),
     [
-        ([{"file": "f1.jpg"}], "has no column image_key, and 1 others"),
+        ([{"file": "f1.jpg"}], "has no column image_key among its 1 column:"),
         ([{"image_key": "f1.jpg", "site": ""}, {"image_key": "", "site": "Graz"}], "line 3: no image_key"),
         ([{"image_key": n, "site": str(i)} for i, n in enumerate("abacb")], r"lines 2, 4 \(1 more such lines\)"),
         ([{"image_key": "a", "um_per_px": "4"}, {"image_key": "b", "um_per_px": "four"}], "line 3: um_per_px is not a"),

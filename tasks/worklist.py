@@ -43,6 +43,7 @@ from leukoflow.progress import list_runs as run_names
 from leukoflow.records import CLASSES, RunManifest, Status, read_reason
 from leukoflow.schema import CELLS, PREDICTIONS, SCHEMA_VERSION, as_cells
 from leukoflow.storage import Storage
+from tasks import wording
 from tasks.plan import read_summary
 from tasks.slides import MALIGNANT, disagreement, mean_malignant_probability, urgency_of
 from tasks.tables import INTENT, shard_name, table_files
@@ -321,11 +322,9 @@ class FieldDetails:
 
 @dataclass(frozen=True, slots=True)
 class Frequency:
-    """A confidence in words. `low` and `high` (of 100) say how far calibration was off when it was measured."""
+    """A confidence in words: of 100 answers, how many were right when that was measured, and where it is from."""
 
     of_100: int
-    low: int
-    high: int
     words: str
     basis: str
 
@@ -467,36 +466,28 @@ PROTOCOL, MODEL = "cluster", "leukoflow"
 
 
 def frequency(metrics: Mapping[str, Any], label: str, confidence: float) -> Frequency:
-    """What a calibrated confidence means: of 100 such fields, how many are what the label says.
+    """What a calibrated confidence means: of 100 answers of this confidence, how many were what the label says.
 
     `metrics` is that part of a bundle's `bundle.json`. Where the bundle keeps its reliability (how often answers of a
-    confidence were right, on photographs of groups that the classifier had not seen), that is what is told; where it
-    keeps only the mean miscalibration, the confidence itself is, give or take that. Without metrics, nothing was
+    confidence were right, on photographs of groups that the classifier had not seen), that is what is said; where it
+    keeps only the mean miscalibration, the confidence itself is. Neither is an interval. Without metrics, nothing was
     measured.
     """
     share = min(max(float(confidence), 0.0), 1.0)
-    measured: Mapping[str, Any] = metrics.get("protocols", {}).get(PROTOCOL, {}).get("models", {}).get(MODEL, {})
+    protocol: Mapping[str, Any] = metrics.get("protocols", {}).get(PROTOCOL, {})
+    measured: Mapping[str, Any] = protocol.get("models", {}).get(MODEL, {})
     bins = [b for b in measured.get("reliability", ()) if b.get("fields")]
-    of = f"of fields that were new to the model ({measured.get('fields', 0):,} answers)"
+    of = f"on fields that were new to the model ({wording.repeated_words(protocol, measured)})"
     if bins:
         near = min(bins, key=lambda b: abs(b["confidence"] - share))
-        right, n = float(near["accuracy"]) * near["fields"], float(near["fields"])
-        low, high = (float(v[0]) for v in beta_interval(np.array([right]), np.array([n])))
-        told = float(near["accuracy"])
-        basis = f"counted on {int(n):,} answers of about this confidence, {of}"
+        share = float(near["accuracy"])
+        basis = f"counted on {int(near['fields']):,} answers of about this confidence, {of}"
     elif "ece" in measured:
-        off = float(measured["ece"])
-        told, low, high = share, max(0.0, share - off), min(1.0, share + off)
-        basis = f"calibrated confidence; on average it was off by {100 * off:.1f} of 100, {of}"
+        basis = f"calibrated confidence; on average it was off by {100 * float(measured['ece']):.1f} of 100, {of}"
     else:
-        told, low, high = share, 0.0, 1.0
         basis = "the model's own confidence; how often it is right was never measured for this bundle"
-    n100 = round(100 * told)
-    edges = (math.floor(100 * low), math.ceil(100 * high))
-    count = "more than 99" if told > 0.995 else "fewer than 1" if told < 0.005 else f"about {n100}"
-    words = f"Of 100 fields that look like this to the model, {count} are {label}"
-    words += f" ({edges[0]} to {edges[1]})." if "ece" in measured or bins else "; how far that holds is not known."
-    return Frequency(n100, edges[0], edges[1], words, basis)
+    words = wording.confidence_words(label, share, bool(bins) or "ece" in measured)
+    return Frequency(min(99, round(100 * share)), words, basis)
 
 
 def _codes(values: pa.ChunkedArray) -> tuple[Ints, list[Any]]:

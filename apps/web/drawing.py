@@ -25,7 +25,6 @@ from apps.web.words import (
     RESEARCH_USE,
     Cell,
     Subject,
-    frequency,
     prob,
     shown,
 )
@@ -212,13 +211,9 @@ def shares(parts: Sequence[tuple[str, float]], whole: float = 1000.0) -> list[tu
     return out
 
 
-def hundred(right: int, low: int, high: int) -> list[tuple[str, str, str]]:
-    """(x, y, kind) of 100 squares: `on` as many as of 100 fields are right, `maybe` within the interval."""
-    squares = []
-    for i in range(100):
-        kind = "on" if i < low else "on maybe" if i < right else "maybe" if i < high else ""
-        squares.append((f"{i % 20 * 12.5:g}", f"{i // 20 * 10:g}", kind))
-    return squares
+def hundred(right: int) -> list[tuple[str, str, str]]:
+    """(x, y, kind) of 100 squares: `on` as many as of 100 fields were right."""
+    return [(f"{i % 20 * 12.5:g}", f"{i // 20 * 10:g}", "on" if i < right else "") for i in range(100)]
 
 
 def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
@@ -409,7 +404,8 @@ def _said(subject: Subject) -> tuple[str, ...]:
     """What stands below the headline: of an answer what its confidence and its set mean, else why there is none."""
     if subject.label is not None:
         return tuple(filter(None, (
-            frequency(subject.label, subject.confidence), set_words(subject.prediction_set, subject.alpha),
+            subject.caution, subject.told.words if subject.told else "",
+            set_words(subject.prediction_set, subject.alpha, subject.probabilities),
         )))  # fmt: skip
     if subject.status == "abstained":
         return (" ".join(filter(None, subject.why[:2])), LEANING)
@@ -548,6 +544,7 @@ def export_json(subject: Subject, cells: Sequence[Cell], by: str) -> bytes:
         "reason": subject.reason,
         "label": subject.label,
         "confidence": subject.confidence,
+        "caution": subject.caution or None,
         "probabilities": dict(zip(CLASSES, subject.probabilities, strict=False)),
         "prediction_set": list(subject.prediction_set),
         "ood_score": subject.ood,

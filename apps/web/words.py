@@ -16,12 +16,9 @@ from typing import Any
 from leukoflow.method import SegmentSettings
 from leukoflow.records import CLASSES, Quality, Status
 from tasks import page, wording
-from tasks.wording import Scale, class_name
+from tasks.wording import RESEARCH_USE, Scale, class_name
+from tasks.worklist import Frequency
 
-RESEARCH_USE = (
-    "Research use only. Not a medical device: no diagnosis, and no decision about a patient, may rest on this. "
-    "Every finding must be confirmed by a haematologist on the slide itself."
-)
 CLASS_NOTES = {
     "Benign": "haematogones",
     "Early": "malignant, early precursor B cells",
@@ -88,6 +85,7 @@ class Subject:
     facts: tuple[tuple[str, str], ...] = ()
     settings: SegmentSettings = field(default_factory=SegmentSettings)  # of the method that looked at it
     alpha: float = 0.05  # miss rate that its prediction set was built for, per class
+    told: Frequency | None = None  # what the confidence of its answer means; None without an answer
     where: str = "run"  # or "bench"
 
     @property
@@ -95,6 +93,13 @@ class Subject:
         """Why there is no answer: what, the likeliest cause with what to do about it, and the measured part."""
         scale = Scale(self.width_px, self.height_px, self.um_per_px, self.settings)
         return reason_words(self.reason, scale, self.where)
+
+    @property
+    def caution(self) -> str:
+        """What stands before an answer that may rest on a wrong size; empty otherwise, and without an answer."""
+        if self.label is None:
+            return ""
+        return Scale(self.width_px, self.height_px, self.um_per_px, self.settings).caution
 
     @property
     def confidence(self) -> float | None:
@@ -107,22 +112,6 @@ class Subject:
     def malignant(self) -> float | None:
         """Probability of the three malignant classes together."""
         return sum(self.probabilities[1:]) if self.probabilities else None
-
-
-def of_hundred(probability: float) -> str:
-    """A probability as a count of 100, never as a certainty."""
-    if probability > 0.995:
-        return "more than 99"
-    if probability < 0.005:
-        return "fewer than 1"
-    return f"about {round(100 * probability)}"
-
-
-def frequency(label: str | None, confidence: float | None) -> str:
-    """Calibrated confidence in words; empty where there is none."""
-    if label is None or confidence is None:
-        return ""
-    return f"Of 100 fields answered with this confidence, {of_hundred(confidence)} were {class_name(label)}."
 
 
 def reason_words(reason: str | None, scale: Scale | None = None, where: str = "run") -> tuple[str, str, str]:

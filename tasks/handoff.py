@@ -445,7 +445,7 @@ def _observations(summary: Summary) -> Iterator[tuple[str, str, dict[str, Any], 
 
 def _interval_words(summary: Summary) -> str:
     if summary.interval is None:
-        return "No field was predicted."
+        return "too few fields for an interval" if summary.counts.predicted else "no field was predicted"
     low, high = (probability(v) for v in summary.interval)
     return f"95 % interval {low} to {high}, as if fields were independent"
 
@@ -467,8 +467,8 @@ def _scale_caution(table: RunTable, line: SlideLine | PatientLine) -> str:
     )
     answered = rows[table.frame.predicted[rows]]
     settings = segment_settings(table.bundle[0])
-    sizes = (table.frame.column(name).take(pa.array(answered)).to_pylist() for name in _SIZES)
-    guessed = sum(Scale(*size, settings).guessed for size in zip(*sizes, strict=True))
+    width, height, um = (table.frame.column(name).take(pa.array(answered)).to_pylist() for name in _SIZES)
+    guessed = sum(Scale(w, h, u, settings).guessed for w, h, u in zip(width, height, um, strict=True))
     note = answered_scale_note(guessed, len(answered), settings)
     return f" {note}." if note else ""
 

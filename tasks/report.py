@@ -86,7 +86,7 @@ _FOR, _AGAINST = "#ffe11a", "#12c9ff"  # seen well on violet nuclei, and of no h
 _STATUS_MEANING = {
     "predicted": "answered: a label with its confidence",
     "abstained": "no answer: the model does not know",
-    "rejected": "quality too poor to diagnose",
+    "rejected": "quality too poor to classify",
     "quarantined": "could not be read",
 }
 
@@ -491,7 +491,7 @@ def _drawing(
         weight = cell["attention"] / top if cell else 0.0
         title = f"cell {cell_id}"
         if cell:
-            title += f": attention {cell['attention']:.3f}, nucleus to cell {ratio_words(cell['nc_ratio'])}"
+            title += f": attention {cell['attention']:.3f}, nucleus / cell area {ratio_words(cell['nc_ratio'])}"
         fill = "none" if photo is not None else _colour(weight) + "55"
         parts.append(
             f'<path d="{_outline(labels == cell_id)}" fill="{fill}" stroke="{_colour(weight)}" '
@@ -694,8 +694,8 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool, split: Map
             _text(s["slide_id"], 60),
             _text(s["site"] or "–", 40),
             _text((s["patient_id"] or "–")[:12]),
-            _probability(s["urgency"]),
-            _bar(s["urgency"], "var(--accent)"),
+            _probability(s["urgency"]) if s["label"] else "–",
+            _bar(s["urgency"], "var(--accent)") if s["label"] else "",
             _slide_label(s),
             mean_words(s["malignant_score"]),
             _number(s["n_malignant"]),
@@ -720,7 +720,7 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool, split: Map
         else ""
     )
     explained = (
-        '<p class="quiet">Urgency is the expected share of malignant fields; with few predicted fields it stays near '
+        '<p class="quiet">Urgency is a priority, not a probability: the expected share of malignant fields; with few predicted fields it stays near '
         "one half, so that a slide with little to go by is not taken for a healthy one. The likeliest class is the "
         "one of highest mean probability; where that is Benign although the three malignant classes together are "
         f"likelier, the table says so. {MEAN_MALIGNANT}: {MEAN_MALIGNANT_NOTE[:1].lower()}{MEAN_MALIGNANT_NOTE[1:]} "
@@ -946,8 +946,8 @@ def _provenance(t: _Totals) -> str:
         ("finished", _moment(t.finished_at) if t.finished_at else "–"),
         (
             "ignored",
-            f"{_number(t.ignored)} {'entry that is no image by its name' if t.ignored == 1 else 'entries that are no images by their names'}"
-            " (folders, files of the operating system)",
+            f"{_number(t.ignored)} {'entry whose name is' if t.ignored == 1 else 'entries whose names are'} not that of "
+            "an image (folders, files of the operating system)",
         ),
         *(("note", _text(note, 400)) for note in t.notes),
         *((_text(name), _text(version)) for name, version in t.software),

@@ -17,6 +17,10 @@ RESEARCH_USE = (
     "Research use only. Not a medical device: no diagnosis, and no decision about a patient, may rest on this. "
     "Every finding must be confirmed by a haematologist on the slide itself."
 )
+CLASS_CAUTION = (
+    "The classes are labels of the training data: morphology does not establish the B-cell stage, and Benign does not "
+    "mean a normal smear."
+)
 BENIGN_BUT = "is the most probable single class; malignant classes together"
 """Stands between Benign and the malignant probability of a slide, where that is the higher one."""
 NO_ANSWER = "No answer: the model abstained."
@@ -68,7 +72,12 @@ _REASONS = {
     ),
 }
 _ABSTENTIONS = (OUT_OF_DISTRIBUTION, "ambiguous", "too few cells")
-_STAIN = "Another stain, scanner or tissue may be the cause. Judge the slide by eye."
+_DEPTH = "bits in 16?"
+"""How the remark on values that fill a small part of their range ends (`tasks.wide_pixels`)."""
+_DEPTH_FIRST = (
+    "The likeliest cause is the file: it may use only a part of its 16 bits. Have the camera's software state the depth, or save "
+    "with 8 bits. If that is not it, more light or a longer exposure helps."
+)
 _THEN = "If it abstains again, think of another stain, scanner or tissue."
 _REMEDIES = {
     "run": "Have the run repeated with the scale: --um-per-px, or the column um_per_px of the manifest.",
@@ -91,6 +100,13 @@ class Scale:
         if not self.width_px or not self.height_px:
             return False
         return scale_is_guessed(self.width_px, self.height_px, self.um_per_px, self.settings)
+
+    @property
+    def small(self) -> bool:
+        """Whether the picture has less than half of a training field's pixels along a side."""
+        return bool(self.width_px and self.height_px) and 2 * min(self.width_px or 0, self.height_px or 0) < (
+            self.settings.field_px
+        )
 
     @property
     def caution(self) -> str:
@@ -177,16 +193,19 @@ def set_words(prediction_set: Sequence[str], alpha: float = 0.05, probabilities:
     return f"Prediction set: {_or(names)}{between}.{outside} This excludes no other class: {missed}"
 
 
-def reason_words(reason: str | None, scale: Scale | None = None, where: str = "run") -> tuple[str, str, str]:
+def reason_words(
+    reason: str | None, scale: Scale | None = None, where: str = "run", remarks: Sequence[str] = ()
+) -> tuple[str, str, str]:
     """Puts a stored reason into words: what it is, the likeliest cause with the remedy, and the measured part.
 
     Args:
         reason: as stored; its kind stands before the colon.
         scale: of the picture, where it is known. An abstention from a picture of unknown scale names that first.
         where: `run` or `bench`, which decides the remedy.
+        remarks: on the picture, as decoding has left them; they may name a likelier cause.
 
     Returns:
-        Three texts, the last two possibly empty. What is stored otherwise is returned as it is.
+        Three texts, the last two possibly empty. What is stored otherwise is returned as it is, as a sentence.
     """
     reason = read_reason(reason)
     if not reason:
@@ -194,14 +213,29 @@ def reason_words(reason: str | None, scale: Scale | None = None, where: str = "r
     kind, _, rest = (part.strip() for part in reason.partition(":"))
     if f"{kind}: {rest}" in _REASONS:
         kind, rest = f"{kind}: {rest}", ""
+    if kind == "damaged":
+        return (f"The file is damaged{f' ({rest})' if rest else ''}.", "Copy or export it again.", "")
     if kind not in _REASONS:
-        return (reason, "", "")
+        return (sentence(reason), "", "")
     what, remedy = _REASONS[kind]
+    if kind == "too dark" and any(_DEPTH in r for r in remarks):
+        remedy = _DEPTH_FIRST
+    if kind == "out of focus" and scale is not None and scale.small:
+        remedy = (
+            f"It has only {scale.width_px} × {scale.height_px} px, too few to tell: send the field as the camera "
+            "took it. If it is that already, focus again."
+        )
     if kind not in _ABSTENTIONS:
         return (what, remedy, rest)
     if scale is not None and scale.guessed:
         return (what, f"{_missing_scale(scale)} {_REMEDIES[where]} {_THEN}", rest)
-    return (what, remedy or _STAIN, rest)
+    return (what, remedy or _stain(scale), rest)
+
+
+def sentence(text: str) -> str:
+    """Writes a text as a sentence: with a capital and a full stop."""
+    text = text.strip()
+    return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '!', '?')) else '.'}" if text else ""
 
 
 def answered_scale_note(guessed: int, answered: int, settings: SegmentSettings) -> str:
@@ -233,7 +267,8 @@ def scale_note(guessed: int, abstained: int, settings: SegmentSettings) -> str:
     if not guessed:
         return ""
     return (
-        f"{guessed:,} of {abstained:,} abstentions are from pictures of another size than the training fields "
+        f"{guessed:,} of {abstained:,} abstention{'s' if abstained != 1 else ''} "
+        f"{'is from a picture' if guessed == 1 else 'are from pictures'} of another size than the training fields "
         f"({settings.field_px} px), and without a scale: the missing scale is the likeliest cause. Repeat the run with "
         "--um-per-px, or with the column um_per_px in the manifest"
     )
@@ -245,6 +280,12 @@ def _missing_scale(scale: Scale) -> str:
         f"fields that the model learned from have {scale.settings.field_px} × {scale.settings.field_px}, and no "
         "micrometres per pixel were given. So its cells may have been judged at the wrong size."
     )
+
+
+def _stain(scale: Scale | None) -> str:
+    given = scale.um_per_px if scale is not None else None
+    too = f", or the scale that was given ({given:g} µm per pixel)," if given else ""
+    return f"Another stain, scanner or tissue{too} may be the cause. Judge the slide by eye."
 
 
 def _missed(alpha: float) -> str:

@@ -188,7 +188,7 @@ class Reconciliation:
     rejected: int
     quarantined: int
     waiting: int  # of a run in progress: not done yet
-    missing: int
+    missing: int | None  # None: no manifest says what should be there
     ignored: int
     truncated: str | None
     conflicts: int  # rows with images that are found under more than one patient
@@ -218,9 +218,9 @@ class Summary:
     """What the fields of a slide or patient say together; None where no field was predicted.
 
     `urgency` is that of `slides.parquet`. `mean_malignant_probability` is that of `tasks.slides`, over the answered
-    (predicted) fields, which have `answered_cells` cells: no differential count, since no cell is diagnosed by itself.
+    (predicted) fields, which have `answered_cells` cells: no differential count, since no cell is classified by itself.
     `interval` is its 95 % interval from even odds as urgency has them (Beta(1, 1)), as if fields were independent,
-    which those of one slide are not. `uncertainty` is the share of diagnosed fields that were abstained from or whose
+    which those of one slide are not; None of fewer than `MIN_INTERVAL_FIELDS` answered fields. `uncertainty` is the share of diagnosed fields that were abstained from or whose
     prediction set has more than one class; `entropy` the mean entropy of the predicted fields' probabilities, 0 to 1.
     """
 
@@ -411,6 +411,10 @@ def entropy(probabilities: Floats) -> Floats:
     p = np.clip(probabilities, 1e-12, 1.0)
     out: Floats = -(p * np.log(p)).sum(1) / math.log(probabilities.shape[1])
     return np.clip(out, 0.0, 1.0)
+
+
+MIN_INTERVAL_FIELDS = 5
+"""Answered fields from which an interval is given: with fewer, it says more of the even odds it starts from."""
 
 
 def beta_interval(malignant: Floats, predicted: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:
@@ -674,7 +678,7 @@ class Groups:
             probabilities=tuple(float(v) / n for v in self.sums[i]) if n else (),
             urgency=float(self.urgency[i]) if urgency is None else urgency,
             mean_malignant_probability=_number(self.share[i]),
-            interval=(float(low[0]), float(high[0])) if n else None,
+            interval=(float(low[0]), float(high[0])) if n >= MIN_INTERVAL_FIELDS else None,
             malignant_fields=int(self.positive[i]),
             uncertainty=_number(self.uncertainty[i]),
             entropy=_number(self.entropy[i]),
@@ -716,7 +720,7 @@ class _Held:
     fingerprint: str
     shard_size: int
     files: Mapping[str, str]  # of the shards: where their predictions are
-    missing: int
+    missing: int | None
     ignored: int
     truncated: str | None
     slides: Groups
@@ -1588,12 +1592,18 @@ def _open_finished(run: Storage, run_id: str, stamp: str, patient: str | None = 
         fingerprint=manifest.fingerprint,
         shard_size=manifest.shard_size,
         files=files,
-        missing=manifest.missing,
+        missing=_missing(manifest.missing, manifest.config),
         ignored=manifest.ignored,
         truncated=manifest.source_truncated,
         slides=Groups(frame, frame.slide, len(frame.slides)),
         patients=Groups(frame, frame.patient, len(frame.patients)),
     )
+
+
+def _missing(count: int, config: str) -> int | None:
+    """Images that were listed and not handed over; None where the run's settings name no manifest that lists any."""
+    listed = not config or json.loads(config).get("manifest") is not None
+    return count if listed or count else None
 
 
 def _planned(run: Storage, name: str) -> pa.ChunkedArray:
@@ -1649,7 +1659,7 @@ def _open_in_progress(shelf: _Shelf, run: Storage, run_id: str, before: _Held | 
         fingerprint=binding.fingerprint,
         shard_size=max(1, binding.shard_size),
         files=files,
-        missing=missing,
+        missing=_missing(missing, binding.config),
         ignored=ignored,
         truncated=truncated,
         slides=Groups(frame, frame.slide, len(frame.slides)),

@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from apps.web.words import (
-    RESEARCH_USE,
     Cell,
     Subject,
     prob,
@@ -30,7 +29,7 @@ from apps.web.words import (
 )
 from leukoflow.records import CLASS_NAMES, CLASSES
 from tasks.cytoplasm import measured, measured_words
-from tasks.wording import LEANING, NO_ANSWER, class_name, mean_words, set_words
+from tasks.wording import LEANING, NO_ANSWER, RESEARCH_USE, class_name, mean_words, set_words
 from tasks.worklist import TimelinePoint, WeekLine
 
 NUCLEUS, CYTOPLASM = "#35d6ff", "#ffd23e"  # seen on violet nuclei as on pale ground
@@ -231,12 +230,11 @@ def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
     xs = _places([p.at for p in points], left, width - left - right)
     segments: list[list[str]] = []
     for x, point in zip(xs, points, strict=True):
-        if point.summary.interval is None:
-            continue
-        low, high = (level(v) for v in point.summary.interval)
-        plot.line("whisker", x, low, x, high)
-        plot.line("whisker", x - 5, low, x + 5, low)
-        plot.line("whisker", x - 5, high, x + 5, high)
+        if point.summary.interval is not None:
+            low, high = (level(v) for v in point.summary.interval)
+            plot.line("whisker", x, low, x, high)
+            plot.line("whisker", x - 5, low, x + 5, low)
+            plot.line("whisker", x - 5, high, x + 5, high)
         if point.summary.mean_malignant_probability is not None:
             if not segments or not point.same_bundle:
                 segments.append([])  # another bundle is another measure: points are not joined
@@ -486,7 +484,7 @@ def export_pdf(subject: Subject, tile: Tile | None, cells: Sequence[Cell], by: s
     if cells:
         pdf.add_page()
         _line(pdf, "Cells by attention", 13, style="B")
-        _line(pdf, f"Nucleus to cell: {measured_words([c.nc_ratio for c in cells])}.", 9, (92, 97, 107))
+        _line(pdf, f"Nucleus / cell area: {measured_words([c.nc_ratio for c in cells])}.", 9, (92, 97, 107))
         _cell_table(pdf, cells)
     return bytes(pdf.output())
 

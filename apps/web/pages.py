@@ -105,6 +105,8 @@ def render(request: Request, template: str, here: str = "", /, status: int = 200
         "measured": cytoplasm.measured,
         "ratio_words": cytoplasm.ratio_words,
         "told_of": scenes.told_of,
+        "uncertain_of": words.uncertain_of,
+        "class_caution": wording.CLASS_CAUTION,
         "caution_of": scenes.caution_of,
         "confidence_example": wording.confidence_words("Pro", 0.93, True),
         "shown": words.shown,

@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -16,7 +16,7 @@ from apps.web.jobs import Item
 from apps.web.words import Cell, Subject
 from leukoflow.errors import LeukoflowError
 from leukoflow.records import CLASSES, Status
-from tasks import cytoplasm, field_view, wording, worklist
+from tasks import cytoplasm, field_view, worklist
 from tasks.field_view import FieldView, ReferenceCell
 from tasks.single import Finding
 from tasks.wording import Scale
@@ -238,6 +238,7 @@ def of_line(table: RunTable, line: FieldLine) -> Subject:
         facts=tuple((k, words.shown(v, 120)) for k, v in facts if v),
         settings=field_view.segment_settings(bundle),
         alpha=field_view.alpha_of(bundle),
+        max_ood=field_view.max_ood_of(bundle),
         told=frequency(bundle, line.label, line.confidence, line.status),
     )
 
@@ -293,7 +294,7 @@ def why_of(item: Item) -> tuple[str, str, str]:
     """Why an image of the bench has no answer: what, the likeliest cause with the remedy, and what was measured."""
     f: Finding = item.finding
     scale = Scale(f.width_px, f.height_px, item.um_per_px, field_view.segment_settings(f.bundle))
-    return words.reason_words(f.reason, scale, "bench")
+    return words.reason_words(f.reason, scale, "bench", f.remarks)
 
 
 def of_item(item: Item) -> Subject:
@@ -320,6 +321,7 @@ def of_item(item: Item) -> Subject:
         facts=(("File", f"{words.number(item.size)} bytes"),),
         settings=field_view.segment_settings(f.bundle),
         alpha=field_view.alpha_of(f.bundle),
+        max_ood=field_view.max_ood_of(f.bundle),
         told=told_of(item),
         where="bench",
     )

@@ -16,8 +16,8 @@ from typing import Any
 from leukoflow.method import SegmentSettings
 from leukoflow.records import CLASSES, Quality, Status
 from tasks import page, wording
-from tasks.wording import RESEARCH_USE, Scale, class_name
-from tasks.worklist import Frequency
+from tasks.wording import Scale
+from tasks.worklist import Frequency, Summary
 
 CLASS_NOTES = {
     "Benign": "haematogones",
@@ -29,14 +29,14 @@ _BECAME = (
     ("predicted", "answered"),
     ("abstained", "without an answer"),
     ("rejected", "rejected"),
-    ("quarantined", "could not be read"),
-    ("", "not diagnosed"),
+    ("quarantined", "quarantined"),
+    ("", "quarantined"),
 )
 STATUSES = ("predicted", "abstained", "rejected", "quarantined")
 STATUS_WORDS = {
     "predicted": "answered: a label with its confidence",
     "abstained": "no answer: the model does not know",
-    "rejected": "quality too poor to diagnose",
+    "rejected": "quality too poor to classify",
     "quarantined": "could not be read",
     "missing": "listed, but not handed over",
 }
@@ -85,6 +85,7 @@ class Subject:
     facts: tuple[tuple[str, str], ...] = ()
     settings: SegmentSettings = field(default_factory=SegmentSettings)  # of the method that looked at it
     alpha: float = 0.05  # miss rate that its prediction set was built for, per class
+    max_ood: float | None = None  # distance above which its model abstains
     told: Frequency | None = None  # what the confidence of its answer means; None without an answer
     where: str = "run"  # or "bench"
 
@@ -92,7 +93,7 @@ class Subject:
     def why(self) -> tuple[str, str, str]:
         """Why there is no answer: what, the likeliest cause with what to do about it, and the measured part."""
         scale = Scale(self.width_px, self.height_px, self.um_per_px, self.settings)
-        return reason_words(self.reason, scale, self.where)
+        return reason_words(self.reason, scale, self.where, self.remarks)
 
     @property
     def caution(self) -> str:
@@ -114,9 +115,11 @@ class Subject:
         return sum(self.probabilities[1:]) if self.probabilities else None
 
 
-def reason_words(reason: str | None, scale: Scale | None = None, where: str = "run") -> tuple[str, str, str]:
+def reason_words(
+    reason: str | None, scale: Scale | None = None, where: str = "run", remarks: Sequence[str] = ()
+) -> tuple[str, str, str]:
     """A reason as it is stored, in words: what, the likeliest cause with what to do about it, and the measured part."""
-    what, remedy, measured = wording.reason_words(reason, scale, where)
+    what, remedy, measured = wording.reason_words(reason, scale, where, remarks)
     return (shown(what, 300), remedy, shown(measured, 200))
 
 
@@ -131,6 +134,13 @@ def quality_words(quality: Quality | None) -> tuple[tuple[str, str], ...]:
         ("Stained area", f"{100 * quality.foreground:.1f} %"),
         ("Distance from blood stains", f"{quality.stain:.2f}"),
     )
+
+
+def uncertain_of(summary: Summary) -> str:
+    """What the share of uncertain fields is of: those that the model looked at, and how many it could not use."""
+    n, rest = summary.diagnosed, summary.counts.fields - summary.diagnosed
+    of = f"of {number(n)} field{'s' if n != 1 else ''} that the model looked at"
+    return f"{of}; {number(rest)} more could not be used" if rest else of
 
 
 def bundle_name(bundle: str) -> str:
@@ -170,8 +180,7 @@ def moment(at: str | None) -> str:
 
 def sentence(text: object, limit: int = 300) -> str:
     """Foreign text as a sentence: with a capital and a full stop."""
-    words = shown(text, limit).strip()
-    return f"{words[:1].upper()}{words[1:]}{'' if words.endswith(('.', '!', '?')) else '.'}" if words else ""
+    return wording.sentence(shown(text, limit))
 
 
 def upload_words(items: Sequence[Any], pictures: int) -> str:

@@ -39,6 +39,7 @@ from tasks.open_run import Run
 from tasks.patient_key import pseudonym
 from tasks.train_data import read_labels, read_members
 from tasks.verdicts import Action, add
+from tasks.wording import RESEARCH_USE
 from tasks.worklist import Query, RunTable, Sort, open_run_table, patient_key_of, run_key_of
 
 KEY = b"a key that only these tests have"

@@ -720,8 +720,9 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool, split: Map
         else ""
     )
     explained = (
-        '<p class="quiet">Urgency is a priority, not a probability: the expected share of malignant fields; with few predicted fields it stays near '
-        "one half, so that a slide with little to go by is not taken for a healthy one. The likeliest class is the "
+        '<p class="quiet">Urgency is a priority, not a probability: the expected share of malignant fields; with few '
+        "predicted fields it stays near one half, so that a slide with little to go by is not taken for a healthy "
+        "one. The likeliest class is the "
         "one of highest mean probability; where that is Benign although the three malignant classes together are "
         f"likelier, the table says so. {MEAN_MALIGNANT}: {MEAN_MALIGNANT_NOTE[:1].lower()}{MEAN_MALIGNANT_NOTE[1:]} "
         "Beside it, the answered fields in which that probability is above one half.</p>"
@@ -946,8 +947,8 @@ def _provenance(t: _Totals) -> str:
         ("finished", _moment(t.finished_at) if t.finished_at else "–"),
         (
             "ignored",
-            f"{_number(t.ignored)} {'entry whose name is' if t.ignored == 1 else 'entries whose names are'} not that of "
-            "an image (folders, files of the operating system)",
+            f"{_number(t.ignored)} {'entry whose name is' if t.ignored == 1 else 'entries whose names are'} not that "
+            "of an image (folders, files of the operating system)",
         ),
         *(("note", _text(note, 400)) for note in t.notes),
         *((_text(name), _text(version)) for name, version in t.software),

@@ -75,8 +75,8 @@ _ABSTENTIONS = (OUT_OF_DISTRIBUTION, "ambiguous", "too few cells")
 _DEPTH = "bits in 16?"
 """How the remark on values that fill a small part of their range ends (`tasks.wide_pixels`)."""
 _DEPTH_FIRST = (
-    "The likeliest cause is the file: it may use only a part of its 16 bits. Have the camera's software state the depth, or save "
-    "with 8 bits. If that is not it, more light or a longer exposure helps."
+    "The likeliest cause is the file: it may use only a part of its 16 bits. Have the camera's software state the "
+    "depth, or save with 8 bits. If that is not it, more light or a longer exposure helps."
 )
 _THEN = "If it abstains again, think of another stain, scanner or tissue."
 _REMEDIES = {

@@ -220,8 +220,9 @@ class Summary:
     `urgency` is that of `slides.parquet`. `mean_malignant_probability` is that of `tasks.slides`, over the answered
     (predicted) fields, which have `answered_cells` cells: no differential count, since no cell is classified by itself.
     `interval` is its 95 % interval from even odds as urgency has them (Beta(1, 1)), as if fields were independent,
-    which those of one slide are not; None of fewer than `MIN_INTERVAL_FIELDS` answered fields. `uncertainty` is the share of diagnosed fields that were abstained from or whose
-    prediction set has more than one class; `entropy` the mean entropy of the predicted fields' probabilities, 0 to 1.
+    which those of one slide are not; None of fewer than `MIN_INTERVAL_FIELDS` answered fields. `uncertainty` is the
+    share of diagnosed fields that were abstained from or whose prediction set has more than one class; `entropy` the
+    mean entropy of the predicted fields' probabilities, 0 to 1.
     """
 
     counts: Counts

@@ -30,7 +30,7 @@ _BECAME = (
     ("abstained", "without an answer"),
     ("rejected", "rejected"),
     ("quarantined", "quarantined"),
-    ("", "quarantined"),
+    ("", "not classified"),
 )
 STATUSES = ("predicted", "abstained", "rejected", "quarantined")
 STATUS_WORDS = {
@@ -185,13 +185,20 @@ def sentence(text: object, limit: int = 300) -> str:
 
 def upload_words(items: Sequence[Any], pictures: int) -> str:
     """What became of an upload, by number: the parts add up to what was chosen, times the models that looked at it."""
-    found = Counter(str(i.finding.status) if i.finding is not None else "" for i in items if i.done)
+    found = Counter(_became(i) for i in items if i.done)
     parts = [f"{found[kind]} {said}" for kind, said in _BECAME if found[kind]]
     if waiting := sum(not i.done for i in items):
         parts.append(f"{waiting} to do")
     models = len(items) // pictures if pictures else 1
     head = f"{pictures} picture{'s' if pictures != 1 else ''}{f', {models} models' if models > 1 else ''}"
     return f"{head}: {', '.join(parts)}"
+
+
+def _became(item: Any) -> str:
+    """Status of an image of the bench; empty where it is not the image's fault that there is none."""
+    if item.finding is not None:
+        return str(item.finding.status)
+    return "" if item.busy or item.fault else str(Status.QUARANTINED)
 
 
 def versus(findings: Sequence[Any]) -> str:

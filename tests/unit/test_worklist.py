@@ -136,9 +136,9 @@ def test_mean_malignant_probability_uncertainty_and_entropy_by_hand(spread: Path
         assert line.summary.entropy == pytest.approx(sum(h) / len(h), abs=1e-9)
         if len(said) < 5:
             assert line.summary.interval is None  # too few for an interval
-            continue
-        low, high = line.summary.interval
-        assert 0 <= low < (sum(malignant) + 1) / (len(said) + 2) < high <= 1
+        else:
+            low, high = line.summary.interval
+            assert 0 <= low < (sum(malignant) + 1) / (len(said) + 2) < high <= 1
         worst = table.field(line.summary.worst)
         assert 1 - worst.probabilities[0] == pytest.approx(max(malignant))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from typing import Any
 
 from leukoflow.records import read_reason
@@ -17,7 +18,7 @@ sorts fields of peripheral blood smears into the four classes of one public data
 Pre-B, Pre-B, Pro-B), with a prediction set, the cells that carried the decision, and an abstention where it has no
 business answering.
 
-{CLASS_CAUTION}
+{textwrap.fill(CLASS_CAUTION, 118)}
 
 ## Where it comes from
 

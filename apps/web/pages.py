@@ -97,7 +97,6 @@ def render(request: Request, template: str, here: str = "", /, status: int = 200
         "reason_words": words.reason_words,
         "set_words": wording.set_words,
         "set_note": wording.SET_NOTE,
-        "research_use": wording.RESEARCH_USE,
         "leaning": wording.LEANING,
         "mean_malignant": wording.MEAN_MALIGNANT,
         "mean_malignant_note": wording.MEAN_MALIGNANT_NOTE,

@@ -36,6 +36,7 @@ from tasks.worklist import (
     Review,
     RunTable,
     Sort,
+    _missing,
     agreement,
     agreement_of,
     beta_interval,
@@ -805,6 +806,13 @@ def test_confidence_as_a_frequency() -> None:
     assert unknown.of_100 == 93
     assert "not known" in unknown.words
     assert "never measured" in unknown.basis
+
+
+def test_without_a_manifest_nobody_knows_what_is_missing() -> None:
+    assert _missing(0, '{"manifest": null}') is None
+    assert _missing(0, '{"manifest": "night.csv"}') == 0
+    assert _missing(2, '{"manifest": "night.csv"}') == 2
+    assert _missing(0, "") == 0  # a run of before: its settings were not kept
 
 
 def test_pages_are_values() -> None:

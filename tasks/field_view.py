@@ -36,6 +36,7 @@ from tasks.ingest import Decoded, Decoder
 from tasks.normalize import normalize
 from tasks.plan import read_shard, read_summary
 from tasks.single import MAX_VIEWS, TileView
+from tasks.wording import reason_words
 from tasks.worklist import RunTable, list_runs, open_run_table
 
 DEFAULT_ALPHA = 0.05
@@ -181,6 +182,13 @@ def alpha_of(bundle: str) -> float:
 
 
 @lru_cache(maxsize=16)
+def max_ood_of(bundle: str) -> float | None:
+    """The distance above which a bundle abstains; None where the bundle is not here, or has no such limit."""
+    limit = ((bundle_document(bundle) or {}).get("calibration") or {}).get("max_ood")
+    return float(limit) if isinstance(limit, int | float) and limit < 1e9 else None
+
+
+@lru_cache(maxsize=16)
 def method_of(bundle: str) -> MethodSettings | None:
     """The settings of a bundle, by name or folder; None where it is not here. Its weights are not looked at."""
     document = bundle_document(bundle)
@@ -239,7 +247,7 @@ def view(table: RunTable, ordinal: int, decoder: Decoder | None = None) -> Field
     cells = table.cells(ordinal)
     status = Status(row["status"])
     if status is Status.QUARANTINED:
-        return FieldView(ordinal, (), cells, False, False, (f"there is no picture: {row['reason']}",))
+        return FieldView(ordinal, (), cells, False, False, (" ".join(filter(None, reason_words(row["reason"])[:2])),))
     with ExitStack() as stack:
         bundle = table.bundle[0]
         pixels = Pixels(table.storage, bundle, stack, decoder or shared_decoder(bundle))

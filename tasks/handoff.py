@@ -28,11 +28,12 @@ from leukoflow.errors import ConfigError, LeukoflowError, NotFoundError, Request
 from leukoflow.progress import now
 from leukoflow.records import CLASSES, SourceKind, read_reason
 from leukoflow.sources import open_reader
+from tasks.field_view import segment_settings
 from tasks.page import probability
 from tasks.plan import read_shard, read_summary
 from tasks.slides import disagreement
 from tasks.verdicts import Standing
-from tasks.wording import MEAN_MALIGNANT, MEAN_MALIGNANT_NOTE, mean_words
+from tasks.wording import MEAN_MALIGNANT, MEAN_MALIGNANT_NOTE, RESEARCH_USE, Scale, answered_scale_note, mean_words
 from tasks.worklist import (
     MAX_PAGE,
     PROBABILITIES,
@@ -49,11 +50,8 @@ from tasks.worklist import (
     timeline,
 )
 
-NOTICE = (
-    "Research use only. Not a medical device: no diagnosis, and no decision about a patient, may rest on this. Every "
-    "finding needs the eye of a haematologist on the slide itself."
-)
 ROWS = 4096
+_SIZES = ("width_px", "height_px", "um_per_px")
 FHIR_VERSION = "4.3.0"
 """R4B; the resources and elements that are used here are the same in R4."""
 LOCAL = "urn:leukoflow:codes"
@@ -168,7 +166,7 @@ def _rows(table: RunTable, rows: Ints) -> pa.Table:
         "reviewed_at": [datetime.fromisoformat(d.at) if d else None for d in decisions],
         "flagged": [s.flagged for s in said],
         "comment": [s.comment for s in said],
-        "notice": [NOTICE] * len(rows),
+        "notice": [RESEARCH_USE] * len(rows),
     }
     arrays = []
     for field in schema:
@@ -242,7 +240,7 @@ class _Pipe(io.RawIOBase):
 
 
 def _parquet(tables: Iterable[pa.Table]) -> Iterator[bytes]:
-    schema = exported_schema().with_metadata({"leukoflow.notice": NOTICE})
+    schema = exported_schema().with_metadata({"leukoflow.notice": RESEARCH_USE})
     pipe = _Pipe()
     with pq.ParquetWriter(pipe, schema, compression="zstd", use_dictionary=False) as writer:
         for table in tables:
@@ -278,7 +276,7 @@ def _fhir(what: Sequence[tuple[RunTable, Scope]]) -> Iterator[bytes]:
                     "display": "healthcare research",
                 }
             ],
-            "tag": [{"system": LOCAL, "code": "research-use-only", "display": NOTICE}],
+            "tag": [{"system": LOCAL, "code": "research-use-only", "display": RESEARCH_USE}],
         },
     }
     yield json.dumps(head, ensure_ascii=True)[:-1].encode()
@@ -362,7 +360,7 @@ def _report(table: RunTable, line: SlideLine | PatientLine) -> list[tuple[str, d
             "code": _concept(code, display),
             **values,
             "device": {"type": "Device", "display": f"leukoflow, bundle {digest}"},
-            "note": [{"text": f"{note} {NOTICE}"}],
+            "note": [{"text": f"{note} {RESEARCH_USE}"}],
         }
         if specimen is not None:
             observation["specimen"] = specimen
@@ -384,7 +382,7 @@ def _report(table: RunTable, line: SlideLine | PatientLine) -> list[tuple[str, d
         ],
         "code": _concept("smear-screening", "Screening of a blood smear by an image classifier, research use"),
         "result": [{"reference": url, "type": "Observation"} for url, _ in out],
-        "conclusion": _conclusion(line, name, _contradiction(table, line)),
+        "conclusion": _conclusion(line, name, _contradiction(table, line) + _scale_caution(table, line)),
     }
     if specimen is not None:
         report["specimen"] = [specimen]
@@ -447,7 +445,7 @@ def _observations(summary: Summary) -> Iterator[tuple[str, str, dict[str, Any], 
 
 def _interval_words(summary: Summary) -> str:
     if summary.interval is None:
-        return "No field was predicted."
+        return "too few fields for an interval" if summary.counts.predicted else "no field was predicted"
     low, high = (probability(v) for v in summary.interval)
     return f"95 % interval {low} to {high}, as if fields were independent"
 
@@ -460,7 +458,22 @@ def _contradiction(table: RunTable, line: SlideLine | PatientLine) -> str:
     return f" The slides do not agree: {said}" if said else ""
 
 
-def _conclusion(line: SlideLine | PatientLine, name: str, contradiction: str = "") -> str:
+def _scale_caution(table: RunTable, line: SlideLine | PatientLine) -> str:
+    """What to remark where answers were given to pictures whose scale is a guess."""
+    rows = (
+        table.rows_of(slide_key=line.slide_key)
+        if isinstance(line, SlideLine)
+        else table.rows_of(patient_key=line.patient_key)
+    )
+    answered = rows[table.frame.predicted[rows]]
+    settings = segment_settings(table.bundle[0])
+    width, height, um = (table.frame.column(name).take(pa.array(answered)).to_pylist() for name in _SIZES)
+    guessed = sum(Scale(w, h, u, settings).guessed for w, h, u in zip(width, height, um, strict=True))
+    note = answered_scale_note(guessed, len(answered), settings)
+    return f" {note}." if note else ""
+
+
+def _conclusion(line: SlideLine | PatientLine, name: str, remarks: str = "") -> str:
     s = line.summary
     if s.label is None or s.mean_malignant_probability is None:
         found = f"{name}: no answer on any of {s.counts.fields:,} fields."
@@ -475,7 +488,7 @@ def _conclusion(line: SlideLine | PatientLine, name: str, contradiction: str = "
         )
     if isinstance(line, SlideLine) and line.standing.decision is not None and line.standing.decision.said:
         found += f" A reviewer has labelled the slide: {_CLASS_WORDS[line.standing.decision.said]}."
-    return f"{_clean(found + contradiction)} {NOTICE}"
+    return f"{_clean(found + remarks)} {RESEARCH_USE}"
 
 
 # --- training labels -------------------------------------------------------------------------------------------------

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import sys
+import textwrap
 from typing import Any
 
 from leukoflow.records import read_reason
 from models.bundle import Bundle, load_bundle
+from tasks.wording import CLASS_CAUTION
 
-ORIGIN = """\
+ORIGIN = f"""\
 ## What it is for
 
 Research use only. It is no medical device, it has not been validated in a clinic, and no diagnosis may rest on it. It
 sorts fields of peripheral blood smears into the four classes of one public data set (Benign = haematogones, Early
 Pre-B, Pre-B, Pro-B), with a prediction set, the cells that carried the decision, and an abstention where it has no
 business answering.
+
+{textwrap.fill(CLASS_CAUTION, 118)}
 
 ## Where it comes from
 

@@ -12,6 +12,7 @@ from leukoflow.records import CLASSES
 from tasks import page
 from tasks.drift import ACT, CHANCE, MIN_FIELDS, MIN_SLIDES, QUANTITIES, WATCH, Drift, Level, title_of, worst
 from tasks.nights import LEVELS, STATUSES, GroupDrift, Night, Nights
+from tasks.wording import class_name
 
 REASONS_SHOWN, CHARTS_SHOWN = 12, 6
 
@@ -80,7 +81,7 @@ def _verdict(found: Nights) -> str:
         lines.append(
             (
                 "open",
-                f"<b>The night of {last.night} is not finished:</b> {page.number(left)} images are still open.{said}",
+                f"<b>The night of {last.night} is not finished:</b> {page.number(left)} images are unfinished.{said}",
             )
         )
     if last.total("missing"):
@@ -160,12 +161,12 @@ def _tiles(nights: Sequence[Night]) -> str:
 
 
 def _reconciliation(nights: Sequence[Night]) -> str:
-    colours = page.STATUS_COLOURS | {"open": "var(--line)"}
+    colours = page.STATUS_COLOURS | {"unfinished": "var(--line)"}
     series = {s: [float(n.total(s)) for n in nights] for s in STATUSES}
-    series["open"] = [float(n.total("members") - n.total("done")) for n in nights]
+    series["unfinished"] = [float(n.total("members") - n.total("done")) for n in nights]
     legend = "".join(f"{page.dot(colours[s])}{s} " for s in series if any(series[s]))
     head = (
-        ("night", "key"), ("runs", "n"), ("handed over", "n"), *((s, "n") for s in STATUSES), ("open", "n"),
+        ("night", "key"), ("runs", "n"), ("handed over", "n"), *((s, "n") for s in STATUSES), ("unfinished", "n"),
         ("missing", "n"), ("", ""),
     )  # fmt: skip
     rows = [
@@ -195,7 +196,7 @@ def _rates(nights: Sequence[Night]) -> str:
     ]
     for i, label in enumerate(CLASSES):
         shares = [n.labels[i] / sum(n.labels) if sum(n.labels) else None for n in nights]
-        charts.append((f"{label} among predicted", page.LABEL_COLOURS[label], shares))
+        charts.append((f"{class_name(label)} among predicted", page.LABEL_COLOURS[label], shares))
     figures = "".join(
         f'<div class="small"><h3>{page.dot(colour)}{name} <span class="n">{_percent(values[-1])}</span></h3>'
         f"{_line(nights, values, colour, _percent)}</div>"
@@ -240,7 +241,7 @@ def _heatmap(nights: Sequence[Night], against: str) -> str:
     for i, night in enumerate(nights):
         if _is_labelled(i, len(nights)):
             parts.append(
-                f'<text x="{left + (i + 0.5) * step:.1f}" y="12" text-anchor="middle">{night.night:%d.%m.}</text>'
+                f'<text x="{left + (i + 0.5) * step:.1f}" y="12" text-anchor="middle">{night.night:%-d %b}</text>'
             )
     for k, quantity in enumerate(QUANTITIES):
         y = top + k * high
@@ -494,7 +495,7 @@ def _columns(
                     "</title></rect>"
                 )
         if _is_labelled(i, len(nights)) and (width > 600 or _is_labelled(i, 2 * len(nights))):
-            parts.append(f'<text x="{middle:.1f}" y="{height + 15}" text-anchor="middle">{night.night:%d.%m.}</text>')
+            parts.append(f'<text x="{middle:.1f}" y="{height + 15}" text-anchor="middle">{night.night:%-d %b}</text>')
     parts.append(f'<line class="axis" x1="{side}" x2="{width}" y1="{height}" y2="{height}"/>')
     return "".join(parts) + "</svg>"
 
@@ -530,7 +531,7 @@ def _line(
         parts.append(f'<line class="median" x1="{side}" x2="{width}" y1="{y:.1f}" y2="{y:.1f}"/>')
         for i, anchor in {0: "start", len(nights) - 1: "end"}.items():
             parts.append(
-                f'<text x="{at(i, 0)[0]:.1f}" y="{height + 14}" text-anchor="{anchor}">{nights[i].night:%d.%m.}</text>'
+                f'<text x="{at(i, 0)[0]:.1f}" y="{height + 14}" text-anchor="{anchor}">{nights[i].night:%-d %b}</text>'
             )
     points = [(*at(i, v), v, nights[i]) for i, v in enumerate(values) if v is not None]
     path = " ".join(f"{x:.1f},{y:.1f}" for x, y, _, _ in points)

@@ -55,10 +55,13 @@ from tasks.plan import read_summary
 from tasks.slides import patients_in_disagreement
 from tasks.tables import shard_name, table_files
 from tasks.wording import (
+    BENIGN_BUT,
     MEAN_MALIGNANT,
     MEAN_MALIGNANT_NOTE,
     NO_ANSWER,
+    RESEARCH_USE,
     Scale,
+    answered_scale_note,
     class_name,
     mean_words,
     reason_words,
@@ -83,7 +86,7 @@ _FOR, _AGAINST = "#ffe11a", "#12c9ff"  # seen well on violet nuclei, and of no h
 _STATUS_MEANING = {
     "predicted": "answered: a label with its confidence",
     "abstained": "no answer: the model does not know",
-    "rejected": "quality too poor to diagnose",
+    "rejected": "quality too poor to classify",
     "quarantined": "could not be read",
 }
 
@@ -98,7 +101,7 @@ class _Survey:
     without: dict[str, list[tuple[str, str]]] = field(default_factory=dict)  # status -> first (key, reason)
     suspicious: dict[str, list[tuple[float, str, dict[str, Any]]]] = field(default_factory=dict)  # slide -> heap
     uncertain: list[tuple[float, str, dict[str, Any]]] = field(default_factory=list)  # heap, least certain kept
-    guessed: int = 0  # abstentions from pictures without a scale, and of another size than the training fields
+    guessed: Counter[str] = field(default_factory=Counter)  # status -> without a scale, of another size than trained on
 
 
 @dataclass(frozen=True, slots=True)
@@ -296,8 +299,9 @@ def _take(survey: _Survey, row: dict[str, Any]) -> None:
         listed = survey.without.setdefault(status, [])
         if len(listed) < KEYS_SHOWN:
             listed.append((key, read_reason(row["reason"]) or ""))
-    if status == "abstained":
-        survey.guessed += Scale(row["width_px"], row["height_px"], row["um_per_px"], survey.settings).guessed
+    if status in ("predicted", "abstained"):
+        guessed = Scale(row["width_px"], row["height_px"], row["um_per_px"], survey.settings).guessed
+        survey.guessed[status] += guessed
     if row["label"] is None:
         return
     place = min(_BINS - 1, max(0, int((row["confidence"] - 0.25) / 0.75 * _BINS)))
@@ -487,7 +491,7 @@ def _drawing(
         weight = cell["attention"] / top if cell else 0.0
         title = f"cell {cell_id}"
         if cell:
-            title += f": attention {cell['attention']:.3f}, nucleus to cell {ratio_words(cell['nc_ratio'])}"
+            title += f": attention {cell['attention']:.3f}, nucleus / cell area {ratio_words(cell['nc_ratio'])}"
         fill = "none" if photo is not None else _colour(weight) + "55"
         parts.append(
             f'<path d="{_outline(labels == cell_id)}" fill="{fill}" stroke="{_colour(weight)}" '
@@ -570,10 +574,10 @@ def _page(
         ("slides", "Slides by urgency", lambda: _slides_section(slides, finished, split)),
         (
             "suspicious",
-            "Most suspicious fields",
+            "Most suspicious field of each slide, then others",
             lambda: _gallery("suspicious", suspicious, notes, "No field was predicted."),
         ),
-        ("uncertain", "Least certain fields", lambda: _gallery("uncertain", uncertain, (), "No field was diagnosed.")),
+        ("uncertain", "Lowest confidence", lambda: _gallery("uncertain", uncertain, (), "No field was classified.")),
         ("distributions", "Distributions", lambda: _distributions(t, survey)),
         ("unpredicted", "Members without a prediction", lambda: _unpredicted(t, survey)),
         ("timings", "Timings", lambda: _timings(t)),
@@ -589,13 +593,12 @@ def _page(
         f"<title>{_text(t.run_id)} · leukoflow</title><style>{_style()}</style></head><body>"
         f'<header><p class="brand">leukoflow <span>run report</span></p><h1>{_text(t.run_id)} '
         f'<span class="state {state}">{state}</span></h1><p class="quiet">{_text(t.source_uri)}</p></header>'
-        f"<main>{_verdict(t, finished, progress)}{_tiles(t)}<nav>{contents}</nav>{body}</main>"
-        "<footer><b>Research use only.</b> Not a medical device: no diagnosis, and no decision about a patient, may "
-        "rest on this page. Every finding needs the eye of a haematologist on the slide itself.</footer></body></html>"
+        f"<main>{_verdict(t, finished, progress, survey)}{_tiles(t)}<nav>{contents}</nav>{body}</main>"
+        f"<footer>{_text(RESEARCH_USE, 400)}</footer></body></html>"
     )
 
 
-def _verdict(t: _Totals, finished: bool, progress: RunProgress) -> str:
+def _verdict(t: _Totals, finished: bool, progress: RunProgress, survey: _Survey) -> str:
     sums = " + ".join(f"{_number(n)} {name}" for name, n in t.counts)
     if not finished:
         left = t.members - t.done
@@ -613,15 +616,18 @@ def _verdict(t: _Totals, finished: bool, progress: RunProgress) -> str:
         text = f"<b>The totals do not balance:</b> {sums} make {_number(t.done)}, not {_number(t.members)} members."
         kind = "bad"
     more = []
+    if note := answered_scale_note(survey.guessed["predicted"], dict(t.counts)["predicted"], survey.settings):
+        more.append(f"<b>{_text(note, 400)}.</b>")
     if t.missing:
-        more.append(
-            f"{_number(t.missing)} images that the manifest lists were not in the source; missing.parquet names them."
-        )
+        listed = "image that the manifest lists was" if t.missing == 1 else "images that the manifest lists were"
+        named = "it" if t.missing == 1 else "them"
+        more.append(f"{_number(t.missing)} {listed} not in the source; missing.parquet names {named}.")
     if t.truncated:
         more.append(f"The source is incomplete: {_text(t.truncated, 400)}.")
     if t.conflicts:
         more.append(
-            f"{_number(t.conflicts)} rows show identical images under different patients (duplicates.parquet): "
+            f"{_number(t.conflicts)} row{'s show' if t.conflicts != 1 else ' shows'} identical images under different "
+            "patients (duplicates.parquet): "
             "resolve this mix-up before acting on any result."
         )
     if progress.shadow_of is not None:
@@ -688,8 +694,8 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool, split: Map
             _text(s["slide_id"], 60),
             _text(s["site"] or "–", 40),
             _text((s["patient_id"] or "–")[:12]),
-            _probability(s["urgency"]),
-            _bar(s["urgency"], "var(--accent)"),
+            _probability(s["urgency"]) if s["label"] else "–",
+            _bar(s["urgency"], "var(--accent)") if s["label"] else "",
             _slide_label(s),
             mean_words(s["malignant_score"]),
             _number(s["n_malignant"]),
@@ -714,8 +720,9 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool, split: Map
         else ""
     )
     explained = (
-        '<p class="quiet">Urgency is the expected share of malignant fields; with few predicted fields it stays near '
-        "one half, so that a slide with little to go by is not taken for a healthy one. The likeliest class is the "
+        '<p class="quiet">Urgency is a priority, not a probability: the expected share of malignant fields; with few '
+        "predicted fields it stays near one half, so that a slide with little to go by is not taken for a healthy "
+        "one. The likeliest class is the "
         "one of highest mean probability; where that is Benign although the three malignant classes together are "
         f"likelier, the table says so. {MEAN_MALIGNANT}: {MEAN_MALIGNANT_NOTE[:1].lower()}{MEAN_MALIGNANT_NOTE[1:]} "
         "Beside it, the answered fields in which that probability is above one half.</p>"
@@ -742,7 +749,7 @@ def _slide_label(slide: Mapping[str, Any]) -> str:
     """A slide's likeliest class, with a remark where Benign is that although malignant is likelier than not."""
     shown = _label(slide["label"])
     if slide["label"] == "Benign" and (slide["malignant_score"] or 0.0) > 0.5:
-        shown += f" <small>but malignant {_probability(slide['malignant_score'])}</small>"
+        shown += f" <small>{BENIGN_BUT} {_probability(slide['malignant_score'])}</small>"
     return shown
 
 
@@ -788,30 +795,37 @@ def _heat_switch(name: str, cards: Sequence[_Card]) -> str:
     return switch + note
 
 
+_PROBABILITIES = ("prob_benign", "prob_early", "prob_pre", "prob_pro")
+
+
 def _figure(card: _Card) -> str:
     row = card.row
     bars = "".join(
         f'<tr><td>{class_name(name)}</td><td class="chart">{_bar(row[column], _LABEL_COLOURS[name])}</td>'
         f'<td class="n">{_probability(row[column])}</td></tr>'
-        for name, column in zip(CLASSES, ("prob_benign", "prob_early", "prob_pre", "prob_pro"), strict=True)
+        for name, column in zip(CLASSES, _PROBABILITIES, strict=True)
     )
     lines = [f'<p class="key">{_text(row["image_key"], 80)}</p>']
     if row["slide_id"]:
         lines.append(f'<p class="quiet">slide {_text(row["slide_id"], 60)}</p>')
+    scale = Scale(row["width_px"], row["height_px"], row["um_per_px"], card.settings)
     if row["status"] == "predicted":
+        if scale.caution:
+            lines.append(f'<p class="verdict warn">{scale.caution}</p>')
         confidence = _probability(row["confidence"])
         lines.append(f'<p class="said">{_label(row["label"])} <span class="n">{confidence}</span></p>')
         lines.append(f"<table>{bars}</table>")
-        lines.append(f'<p class="quiet">{_text(set_words(row["prediction_set"] or (), card.alpha), 400)}</p>')
+        said = set_words(row["prediction_set"] or (), card.alpha, [row[column] for column in _PROBABILITIES])
+        lines.append(f'<p class="quiet">{_text(said, 500)}</p>')
     else:
-        scale = Scale(row["width_px"], row["height_px"], row["um_per_px"], card.settings)
         what, remedy, measured = reason_words(row["reason"], scale)
         more = f" Measured: {_text(measured)}." if measured else ""
         lines.append(
             f'<p class="said">{NO_ANSWER}</p><p class="quiet"><b>{_text(what)}</b> {_text(remedy, 600)}{more}</p>'
         )
         lines.append(f"<details><summary>Probabilities, which are no answer</summary><table>{bars}</table></details>")
-    lines.append(f"<p class='quiet'>{row['n_cells'] or 0} cells</p>")
+    n_cells = row["n_cells"] or 0
+    lines.append(f'<p class="quiet">{n_cells} cell{"s" if n_cells != 1 else ""}</p>')
     if card.remark:
         lines.append(f'<p class="quiet">{_text(card.remark, 300)}</p>')
     drawing = card.drawing or '<div class="nodrawing">no drawing</div>'
@@ -834,18 +848,18 @@ def _distributions(t: _Totals, survey: _Survey) -> str:
         f'<div class="two"><div><h3>Labels</h3><p class="quiet">Of the {_number(total)} predicted fields.{apart}</p>'
         f"{labels}"
         f'<p class="quiet">{_number(t.cells)} cells were found.</p></div>'
-        f'<div><h3>Confidence</h3><p class="quiet">{_dot(_STATUS_COLOURS["predicted"])}predicted '
+        f'<div><h3>Highest probability</h3><p class="quiet">{_dot(_STATUS_COLOURS["predicted"])}predicted '
         f"{_dot(_STATUS_COLOURS['abstained'])}abstained</p>"
         f"{_histogram(survey.histogram)}</div></div>"
     )
 
 
 def _histogram(counts: NDArray[np.int64]) -> str:
-    """Stacked columns: fields by confidence."""
+    """Stacked columns: fields by their highest probability, which is a confidence only where there is an answer."""
     width, height, foot, side = 460, 170, 22, 44
     top = int(counts.sum(axis=1).max(initial=0))
     if not top:
-        return '<p class="quiet">No field was diagnosed.</p>'
+        return '<p class="quiet">No field was classified.</p>'
     step = (width - side) / _BINS
     parts = [f'<svg class="plot" viewBox="0 0 {width} {height + foot}" role="img">']
     for part in (0.5, 1.0):
@@ -876,7 +890,7 @@ def _unpredicted(t: _Totals, survey: _Survey) -> str:
         _table((("reason", ""), ("members", "n")), [(_text(r), _number(n)) for r, n in t.reasons]),
     ]
     counts = dict(t.counts)
-    if note := scale_note(survey.guessed, counts["abstained"], survey.settings):
+    if note := scale_note(survey.guessed["abstained"], counts["abstained"], survey.settings):
         out.append(f'<p class="verdict warn">{_text(note, 600)}.</p>')
     for status in ("quarantined", "rejected", "abstained"):
         listed = survey.without.get(status, [])
@@ -933,7 +947,8 @@ def _provenance(t: _Totals) -> str:
         ("finished", _moment(t.finished_at) if t.finished_at else "–"),
         (
             "ignored",
-            f"{_number(t.ignored)} entries that are not images by their names (folders, files of the operating system)",
+            f"{_number(t.ignored)} {'entry whose name is' if t.ignored == 1 else 'entries whose names are'} not that "
+            "of an image (folders, files of the operating system)",
         ),
         *(("note", _text(note, 400)) for note in t.notes),
         *((_text(name), _text(version)) for name, version in t.software),

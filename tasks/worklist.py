@@ -43,6 +43,7 @@ from leukoflow.progress import list_runs as run_names
 from leukoflow.records import CLASSES, RunManifest, Status, read_reason
 from leukoflow.schema import CELLS, PREDICTIONS, SCHEMA_VERSION, as_cells
 from leukoflow.storage import Storage
+from tasks import wording
 from tasks.plan import read_summary
 from tasks.slides import MALIGNANT, disagreement, mean_malignant_probability, urgency_of
 from tasks.tables import INTENT, shard_name, table_files
@@ -187,7 +188,7 @@ class Reconciliation:
     rejected: int
     quarantined: int
     waiting: int  # of a run in progress: not done yet
-    missing: int
+    missing: int | None  # None: no manifest says what should be there
     ignored: int
     truncated: str | None
     conflicts: int  # rows with images that are found under more than one patient
@@ -217,10 +218,11 @@ class Summary:
     """What the fields of a slide or patient say together; None where no field was predicted.
 
     `urgency` is that of `slides.parquet`. `mean_malignant_probability` is that of `tasks.slides`, over the answered
-    (predicted) fields, which have `answered_cells` cells: no differential count, since no cell is diagnosed by itself.
+    (predicted) fields, which have `answered_cells` cells: no differential count, since no cell is classified by itself.
     `interval` is its 95 % interval from even odds as urgency has them (Beta(1, 1)), as if fields were independent,
-    which those of one slide are not. `uncertainty` is the share of diagnosed fields that were abstained from or whose
-    prediction set has more than one class; `entropy` the mean entropy of the predicted fields' probabilities, 0 to 1.
+    which those of one slide are not; None of fewer than `MIN_INTERVAL_FIELDS` answered fields. `uncertainty` is the
+    share of diagnosed fields that were abstained from or whose prediction set has more than one class; `entropy` the
+    mean entropy of the predicted fields' probabilities, 0 to 1.
     """
 
     counts: Counts
@@ -321,11 +323,9 @@ class FieldDetails:
 
 @dataclass(frozen=True, slots=True)
 class Frequency:
-    """A confidence in words. `low` and `high` (of 100) say how far calibration was off when it was measured."""
+    """A confidence in words: of 100 answers, how many were right when that was measured, and where it is from."""
 
     of_100: int
-    low: int
-    high: int
     words: str
     basis: str
 
@@ -414,6 +414,10 @@ def entropy(probabilities: Floats) -> Floats:
     return np.clip(out, 0.0, 1.0)
 
 
+MIN_INTERVAL_FIELDS = 5
+"""Answered fields from which an interval is given: with fewer, it says more of the even odds it starts from."""
+
+
 def beta_interval(malignant: Floats, predicted: Floats, level: float = LEVEL) -> tuple[Floats, Floats]:
     """Interval of the mean malignant probability after so many fields, from even odds: [n] and [n]."""
     a, b = 1.0 + malignant, 1.0 + predicted - malignant
@@ -467,36 +471,28 @@ PROTOCOL, MODEL = "cluster", "leukoflow"
 
 
 def frequency(metrics: Mapping[str, Any], label: str, confidence: float) -> Frequency:
-    """What a calibrated confidence means: of 100 such fields, how many are what the label says.
+    """What a calibrated confidence means: of 100 answers of this confidence, how many were what the label says.
 
     `metrics` is that part of a bundle's `bundle.json`. Where the bundle keeps its reliability (how often answers of a
-    confidence were right, on photographs of groups that the classifier had not seen), that is what is told; where it
-    keeps only the mean miscalibration, the confidence itself is, give or take that. Without metrics, nothing was
+    confidence were right, on photographs of groups that the classifier had not seen), that is what is said; where it
+    keeps only the mean miscalibration, the confidence itself is. Neither is an interval. Without metrics, nothing was
     measured.
     """
     share = min(max(float(confidence), 0.0), 1.0)
-    measured: Mapping[str, Any] = metrics.get("protocols", {}).get(PROTOCOL, {}).get("models", {}).get(MODEL, {})
+    protocol: Mapping[str, Any] = metrics.get("protocols", {}).get(PROTOCOL, {})
+    measured: Mapping[str, Any] = protocol.get("models", {}).get(MODEL, {})
     bins = [b for b in measured.get("reliability", ()) if b.get("fields")]
-    of = f"of fields that were new to the model ({measured.get('fields', 0):,} answers)"
+    of = f"on fields that were new to the model ({wording.repeated_words(protocol, measured)})"
     if bins:
         near = min(bins, key=lambda b: abs(b["confidence"] - share))
-        right, n = float(near["accuracy"]) * near["fields"], float(near["fields"])
-        low, high = (float(v[0]) for v in beta_interval(np.array([right]), np.array([n])))
-        told = float(near["accuracy"])
-        basis = f"counted on {int(n):,} answers of about this confidence, {of}"
+        share = float(near["accuracy"])
+        basis = f"counted on {int(near['fields']):,} answers of about this confidence, {of}"
     elif "ece" in measured:
-        off = float(measured["ece"])
-        told, low, high = share, max(0.0, share - off), min(1.0, share + off)
-        basis = f"calibrated confidence; on average it was off by {100 * off:.1f} of 100, {of}"
+        basis = f"calibrated confidence; on average it was off by {100 * float(measured['ece']):.1f} of 100, {of}"
     else:
-        told, low, high = share, 0.0, 1.0
         basis = "the model's own confidence; how often it is right was never measured for this bundle"
-    n100 = round(100 * told)
-    edges = (math.floor(100 * low), math.ceil(100 * high))
-    count = "more than 99" if told > 0.995 else "fewer than 1" if told < 0.005 else f"about {n100}"
-    words = f"Of 100 fields that look like this to the model, {count} are {label}"
-    words += f" ({edges[0]} to {edges[1]})." if "ece" in measured or bins else "; how far that holds is not known."
-    return Frequency(n100, edges[0], edges[1], words, basis)
+    words = wording.confidence_words(label, share, bool(bins) or "ece" in measured)
+    return Frequency(min(99, round(100 * share)), words, basis)
 
 
 def _codes(values: pa.ChunkedArray) -> tuple[Ints, list[Any]]:
@@ -683,7 +679,7 @@ class Groups:
             probabilities=tuple(float(v) / n for v in self.sums[i]) if n else (),
             urgency=float(self.urgency[i]) if urgency is None else urgency,
             mean_malignant_probability=_number(self.share[i]),
-            interval=(float(low[0]), float(high[0])) if n else None,
+            interval=(float(low[0]), float(high[0])) if n >= MIN_INTERVAL_FIELDS else None,
             malignant_fields=int(self.positive[i]),
             uncertainty=_number(self.uncertainty[i]),
             entropy=_number(self.entropy[i]),
@@ -725,7 +721,7 @@ class _Held:
     fingerprint: str
     shard_size: int
     files: Mapping[str, str]  # of the shards: where their predictions are
-    missing: int
+    missing: int | None
     ignored: int
     truncated: str | None
     slides: Groups
@@ -1597,12 +1593,18 @@ def _open_finished(run: Storage, run_id: str, stamp: str, patient: str | None = 
         fingerprint=manifest.fingerprint,
         shard_size=manifest.shard_size,
         files=files,
-        missing=manifest.missing,
+        missing=_missing(manifest.missing, manifest.config),
         ignored=manifest.ignored,
         truncated=manifest.source_truncated,
         slides=Groups(frame, frame.slide, len(frame.slides)),
         patients=Groups(frame, frame.patient, len(frame.patients)),
     )
+
+
+def _missing(count: int, config: str) -> int | None:
+    """Images that were listed and not handed over; None where the run's settings name no manifest that lists any."""
+    listed = not config or json.loads(config).get("manifest") is not None
+    return count if listed or count else None
 
 
 def _planned(run: Storage, name: str) -> pa.ChunkedArray:
@@ -1658,7 +1660,7 @@ def _open_in_progress(shelf: _Shelf, run: Storage, run_id: str, before: _Held | 
         fingerprint=binding.fingerprint,
         shard_size=max(1, binding.shard_size),
         files=files,
-        missing=missing,
+        missing=_missing(missing, binding.config),
         ignored=ignored,
         truncated=truncated,
         slides=Groups(frame, frame.slide, len(frame.slides)),

@@ -26,13 +26,9 @@ from apps.web.settings import SCOPES, WebSettings
 from apps.web.uploads import read_form
 from leukoflow.records import CLASSES, Status
 from tasks import cytoplasm
-from tasks.wording import SET_DESCRIPTION
+from tasks.wording import RESEARCH_USE, SET_DESCRIPTION
 
 router = APIRouter(prefix="/api/v1")
-RESEARCH_USE = (
-    "For research use only. Not for diagnosis: every result must be confirmed by a haematologist at the smear."
-)
-
 _common = documented(400, 401, 403, 422)
 _found = _common | documented(404)
 JobId = Annotated[str, Path(pattern=r"^[A-Za-z0-9_-]{22}$", examples=["pY0GJbUqk4yTQv1wq9Zk3A"])]

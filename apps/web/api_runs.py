@@ -69,7 +69,7 @@ class ReconciliationOut(Model):
     rejected: int
     quarantined: int
     waiting: int
-    missing: int
+    missing: int | None = Field(description="listed, but not handed over; null where there was no manifest to list it")
     ignored: int
     truncated: str | None
     conflicts: int
@@ -105,7 +105,7 @@ class SummaryOut(Model):
     urgency: float
     mean_malignant_probability: float | None = Field(description=f"{MEAN_MALIGNANT_NOTE} Null without answered fields.")
     interval: tuple[float, float] | None = Field(
-        description="95 % interval of the mean, as if fields were independent; null without answered fields"
+        description="95 % interval of the mean, as if fields were independent; null for fewer than 5 answered fields"
     )
     malignant_fields: int = Field(description="answered fields with a malignant probability above one half")
     uncertainty: float | None

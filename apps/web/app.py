@@ -25,7 +25,7 @@ from apps.web.problems import TITLES, problem
 from apps.web.settings import WebSettings
 from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError, place_of
 from leukoflow.progress import now
-from tasks import worklist
+from tasks import wording, worklist
 
 HERE = Path(__file__).parent
 UPLOADS = frozenset({"/api/v1/diagnoses", "/bench"})
@@ -92,6 +92,7 @@ def _context(request: Request) -> dict[str, Any]:
         "csrf": lambda: guard.csrf_token(request),
         "who": guard.principal(request),
         "as_of": now(),
+        "research_use": wording.RESEARCH_USE,
     }
 
 

@@ -22,16 +22,14 @@ from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
 from apps.web.words import (
-    RESEARCH_USE,
     Cell,
     Subject,
-    frequency,
     prob,
     shown,
 )
 from leukoflow.records import CLASS_NAMES, CLASSES
 from tasks.cytoplasm import measured, measured_words
-from tasks.wording import LEANING, NO_ANSWER, class_name, mean_words, set_words
+from tasks.wording import LEANING, NO_ANSWER, RESEARCH_USE, class_name, mean_words, set_words
 from tasks.worklist import TimelinePoint, WeekLine
 
 NUCLEUS, CYTOPLASM = "#35d6ff", "#ffd23e"  # seen on violet nuclei as on pale ground
@@ -212,13 +210,9 @@ def shares(parts: Sequence[tuple[str, float]], whole: float = 1000.0) -> list[tu
     return out
 
 
-def hundred(right: int, low: int, high: int) -> list[tuple[str, str, str]]:
-    """(x, y, kind) of 100 squares: `on` as many as of 100 fields are right, `maybe` within the interval."""
-    squares = []
-    for i in range(100):
-        kind = "on" if i < low else "on maybe" if i < right else "maybe" if i < high else ""
-        squares.append((f"{i % 20 * 12.5:g}", f"{i // 20 * 10:g}", kind))
-    return squares
+def hundred(right: int) -> list[tuple[str, str, str]]:
+    """(x, y, kind) of 100 squares: `on` as many as of 100 fields were right."""
+    return [(f"{i % 20 * 12.5:g}", f"{i // 20 * 10:g}", "on" if i < right else "") for i in range(100)]
 
 
 def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
@@ -236,12 +230,11 @@ def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
     xs = _places([p.at for p in points], left, width - left - right)
     segments: list[list[str]] = []
     for x, point in zip(xs, points, strict=True):
-        if point.summary.interval is None:
-            continue
-        low, high = (level(v) for v in point.summary.interval)
-        plot.line("whisker", x, low, x, high)
-        plot.line("whisker", x - 5, low, x + 5, low)
-        plot.line("whisker", x - 5, high, x + 5, high)
+        if point.summary.interval is not None:
+            low, high = (level(v) for v in point.summary.interval)
+            plot.line("whisker", x, low, x, high)
+            plot.line("whisker", x - 5, low, x + 5, low)
+            plot.line("whisker", x - 5, high, x + 5, high)
         if point.summary.mean_malignant_probability is not None:
             if not segments or not point.same_bundle:
                 segments.append([])  # another bundle is another measure: points are not joined
@@ -409,7 +402,8 @@ def _said(subject: Subject) -> tuple[str, ...]:
     """What stands below the headline: of an answer what its confidence and its set mean, else why there is none."""
     if subject.label is not None:
         return tuple(filter(None, (
-            frequency(subject.label, subject.confidence), set_words(subject.prediction_set, subject.alpha),
+            subject.caution, subject.told.words if subject.told else "",
+            set_words(subject.prediction_set, subject.alpha, subject.probabilities),
         )))  # fmt: skip
     if subject.status == "abstained":
         return (" ".join(filter(None, subject.why[:2])), LEANING)
@@ -490,7 +484,7 @@ def export_pdf(subject: Subject, tile: Tile | None, cells: Sequence[Cell], by: s
     if cells:
         pdf.add_page()
         _line(pdf, "Cells by attention", 13, style="B")
-        _line(pdf, f"Nucleus to cell: {measured_words([c.nc_ratio for c in cells])}.", 9, (92, 97, 107))
+        _line(pdf, f"Nucleus / cell area: {measured_words([c.nc_ratio for c in cells])}.", 9, (92, 97, 107))
         _cell_table(pdf, cells)
     return bytes(pdf.output())
 
@@ -548,6 +542,7 @@ def export_json(subject: Subject, cells: Sequence[Cell], by: str) -> bytes:
         "reason": subject.reason,
         "label": subject.label,
         "confidence": subject.confidence,
+        "caution": subject.caution or None,
         "probabilities": dict(zip(CLASSES, subject.probabilities, strict=False)),
         "prediction_set": list(subject.prediction_set),
         "ood_score": subject.ood,

@@ -337,15 +337,17 @@ def _card(name: str, bundle: Any) -> BundleCard:
 def _measured(metrics: dict[str, Any]) -> tuple[str, ...]:
     """What `leukoflow evaluate` found out, in sentences; empty where nothing was measured."""
     from tasks.model_card import TITLES
+    from tasks.wording import repeated_words
 
     lines = []
     for name, title in TITLES.items():
         try:
-            ours = metrics["protocols"][name]["models"]["leukoflow"]
+            protocol = metrics["protocols"][name]
+            ours = protocol["models"]["leukoflow"]
             low, high = ours["intervals_95"]["accuracy"]
             lines.append(
-                f"{title}: {100 * ours['accuracy']:.1f} % of {ours['fields']:,} answers right "
-                f"(95 % interval {100 * low:.1f} to {100 * high:.1f} %), "
+                f"{title}: {repeated_words(protocol, ours)}; right in {100 * ours['accuracy']:.1f} % counting "
+                f"abstentions (95 % interval {100 * low:.1f} to {100 * high:.1f} %); "
                 f"{100 * ours['abstention_rate']:.1f} % abstained"
             )
         except (KeyError, TypeError, ValueError):

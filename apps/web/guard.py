@@ -190,7 +190,7 @@ _WORDS = {
     "diagnose": "have images diagnosed",
     "review": "review",
     "export": "export",
-    "admin": "administer",
+    "admin": "open Admin",
 }
 viewer = allowed("read")
 diagnoser = allowed("diagnose")

@@ -56,6 +56,7 @@ class Item:
     finding: Any = None  # tasks.single.Finding
     error: str = ""  # why there is none, for people
     busy: bool = False  # the error is that the queue was full
+    fault: bool = False  # the error is the program's, not the image's
     seconds: float = 0.0  # from upload to result
     data: bytes = b""  # the image as uploaded, for the original layer at full size
     um_per_px: float | None = None  # as whoever sent it said
@@ -221,7 +222,8 @@ class Jobs:
                         await asyncio.sleep(1.0)
                 except Exception as error:
                     log.error("%s", place_of(error))
-                    item.error = "this image could not be diagnosed because of a fault of the program"
+                    item.error = "this image could not be classified because of a fault of the program"
+                    item.fault = True
                 finally:
                     item.seconds = time.monotonic() - job.created
                     item.stage = "done"

@@ -103,7 +103,11 @@ def render(request: Request, template: str, here: str = "", /, status: int = 200
         "mean_words": wording.mean_words,
         "measured": cytoplasm.measured,
         "ratio_words": cytoplasm.ratio_words,
-        "frequency": words.frequency,
+        "told_of": scenes.told_of,
+        "uncertain_of": words.uncertain_of,
+        "class_caution": wording.CLASS_CAUTION,
+        "caution_of": scenes.caution_of,
+        "confidence_example": wording.confidence_words("Pro", 0.93, True),
         "shown": words.shown,
         "bundle_name": words.bundle_name,
         "shares": drawing.shares,
@@ -430,7 +434,6 @@ def field_page(
         request, "field.html", "runs", run=table, run_key=run_key, line=line, subject=subject, earlier=earlier,
         later=later, asked=asked, tile=tile, exports=KINDS, seen=_seen(line), decided=_decided(table, decided),
         no_view=remarks,
-        told=scenes.frequency(table.bundle[0], line.label, line.confidence, line.status),
     )  # fmt: skip
 
 
@@ -807,7 +810,6 @@ async def bench_field(request: Request, job_id: str, number: int, who: Diagnoser
         request, "bench_field.html", "bench", job=job, subject=subject, scene=scene, seconds=finding.seconds,
         earlier=done[at - 1] if at else None, later=done[at + 1] if at + 1 < len(done) else None,
         exports=KINDS, here_path=base, others=others if len(others) > 1 else (),
-        told=scenes.frequency(finding.bundle, subject.label, subject.confidence, str(finding.status)),
         versus_words=words.versus([i.finding for _, i in same]),
     )  # fmt: skip
 

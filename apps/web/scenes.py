@@ -6,7 +6,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import pyarrow as pa
 
@@ -16,7 +16,7 @@ from apps.web.jobs import Item
 from apps.web.words import Cell, Subject
 from leukoflow.errors import LeukoflowError
 from leukoflow.records import CLASSES, Status
-from tasks import cytoplasm, field_view, wording, worklist
+from tasks import cytoplasm, field_view, worklist
 from tasks.field_view import FieldView, ReferenceCell
 from tasks.single import Finding
 from tasks.wording import Scale
@@ -238,20 +238,31 @@ def of_line(table: RunTable, line: FieldLine) -> Subject:
         facts=tuple((k, words.shown(v, 120)) for k, v in facts if v),
         settings=field_view.segment_settings(bundle),
         alpha=field_view.alpha_of(bundle),
+        max_ood=field_view.max_ood_of(bundle),
+        told=frequency(bundle, line.label, line.confidence, line.status),
     )
 
 
 def frequency(bundle: str, label: str | None, confidence: float | None, status: str) -> Frequency | None:
-    """Confidence as a calibrated frequency; None where there is no answer, or the bundle is not on this machine."""
-    if label is None or confidence is None or status != "predicted":
+    """What the confidence of an answer means; None where there is no answer."""
+    if label is None or confidence is None or status != Status.PREDICTED:
         return None
-    document = field_view.bundle_document(bundle)
-    if document is None:
+    document = field_view.bundle_document(bundle) or {}
+    return worklist.frequency(document.get("metrics") or {}, label, confidence)
+
+
+def told_of(item: Item) -> Frequency | None:
+    """What the confidence of an answer of the bench means; None where there is no answer."""
+    f: Finding = item.finding
+    if f.label is None or not f.probabilities:
         return None
-    told = worklist.frequency(document.get("metrics") or {}, wording.class_name(label), confidence)
-    if told.of_100 < 100:
-        return told
-    return replace(told, words=told.words.replace("about 100 are", "more than 99 are"))  # certainty is never told
+    return frequency(f.bundle, f.label, float(f.probabilities[CLASSES.index(f.label)]), f.status)
+
+
+def caution_of(item: Item) -> str:
+    """What stands before an answer of the bench that may rest on a wrong size; empty otherwise."""
+    f: Finding = item.finding
+    return Scale(f.width_px, f.height_px, item.um_per_px, field_view.segment_settings(f.bundle)).caution
 
 
 def references(out: str) -> tuple[tuple[str, tuple[ReferenceCell, ...]], ...]:
@@ -283,7 +294,7 @@ def why_of(item: Item) -> tuple[str, str, str]:
     """Why an image of the bench has no answer: what, the likeliest cause with the remedy, and what was measured."""
     f: Finding = item.finding
     scale = Scale(f.width_px, f.height_px, item.um_per_px, field_view.segment_settings(f.bundle))
-    return words.reason_words(f.reason, scale, "bench")
+    return words.reason_words(f.reason, scale, "bench", f.remarks)
 
 
 def of_item(item: Item) -> Subject:
@@ -310,5 +321,7 @@ def of_item(item: Item) -> Subject:
         facts=(("File", f"{words.number(item.size)} bytes"),),
         settings=field_view.segment_settings(f.bundle),
         alpha=field_view.alpha_of(f.bundle),
+        max_ood=field_view.max_ood_of(f.bundle),
+        told=told_of(item),
         where="bench",
     )

@@ -16,12 +16,9 @@ from typing import Any
 from leukoflow.method import SegmentSettings
 from leukoflow.records import CLASSES, Quality, Status
 from tasks import page, wording
-from tasks.wording import Scale, class_name
+from tasks.wording import Scale
+from tasks.worklist import Frequency, Summary
 
-RESEARCH_USE = (
-    "Research use only. Not a medical device: no diagnosis, and no decision about a patient, may rest on this. "
-    "Every finding must be confirmed by a haematologist on the slide itself."
-)
 CLASS_NOTES = {
     "Benign": "haematogones",
     "Early": "malignant, early precursor B cells",
@@ -32,14 +29,14 @@ _BECAME = (
     ("predicted", "answered"),
     ("abstained", "without an answer"),
     ("rejected", "rejected"),
-    ("quarantined", "could not be read"),
-    ("", "not diagnosed"),
+    ("quarantined", "quarantined"),
+    ("", "not classified"),
 )
 STATUSES = ("predicted", "abstained", "rejected", "quarantined")
 STATUS_WORDS = {
     "predicted": "answered: a label with its confidence",
     "abstained": "no answer: the model does not know",
-    "rejected": "quality too poor to diagnose",
+    "rejected": "quality too poor to classify",
     "quarantined": "could not be read",
     "missing": "listed, but not handed over",
 }
@@ -88,13 +85,22 @@ class Subject:
     facts: tuple[tuple[str, str], ...] = ()
     settings: SegmentSettings = field(default_factory=SegmentSettings)  # of the method that looked at it
     alpha: float = 0.05  # miss rate that its prediction set was built for, per class
+    max_ood: float | None = None  # distance above which its model abstains
+    told: Frequency | None = None  # what the confidence of its answer means; None without an answer
     where: str = "run"  # or "bench"
 
     @property
     def why(self) -> tuple[str, str, str]:
         """Why there is no answer: what, the likeliest cause with what to do about it, and the measured part."""
         scale = Scale(self.width_px, self.height_px, self.um_per_px, self.settings)
-        return reason_words(self.reason, scale, self.where)
+        return reason_words(self.reason, scale, self.where, self.remarks)
+
+    @property
+    def caution(self) -> str:
+        """What stands before an answer that may rest on a wrong size; empty otherwise, and without an answer."""
+        if self.label is None:
+            return ""
+        return Scale(self.width_px, self.height_px, self.um_per_px, self.settings).caution
 
     @property
     def confidence(self) -> float | None:
@@ -109,25 +115,11 @@ class Subject:
         return sum(self.probabilities[1:]) if self.probabilities else None
 
 
-def of_hundred(probability: float) -> str:
-    """A probability as a count of 100, never as a certainty."""
-    if probability > 0.995:
-        return "more than 99"
-    if probability < 0.005:
-        return "fewer than 1"
-    return f"about {round(100 * probability)}"
-
-
-def frequency(label: str | None, confidence: float | None) -> str:
-    """Calibrated confidence in words; empty where there is none."""
-    if label is None or confidence is None:
-        return ""
-    return f"Of 100 fields answered with this confidence, {of_hundred(confidence)} were {class_name(label)}."
-
-
-def reason_words(reason: str | None, scale: Scale | None = None, where: str = "run") -> tuple[str, str, str]:
+def reason_words(
+    reason: str | None, scale: Scale | None = None, where: str = "run", remarks: Sequence[str] = ()
+) -> tuple[str, str, str]:
     """A reason as it is stored, in words: what, the likeliest cause with what to do about it, and the measured part."""
-    what, remedy, measured = wording.reason_words(reason, scale, where)
+    what, remedy, measured = wording.reason_words(reason, scale, where, remarks)
     return (shown(what, 300), remedy, shown(measured, 200))
 
 
@@ -142,6 +134,13 @@ def quality_words(quality: Quality | None) -> tuple[tuple[str, str], ...]:
         ("Stained area", f"{100 * quality.foreground:.1f} %"),
         ("Distance from blood stains", f"{quality.stain:.2f}"),
     )
+
+
+def uncertain_of(summary: Summary) -> str:
+    """What the share of uncertain fields is of: those that the model looked at, and how many it could not use."""
+    n, rest = summary.diagnosed, summary.counts.fields - summary.diagnosed
+    of = f"of {number(n)} field{'s' if n != 1 else ''} that the model looked at"
+    return f"{of}; {number(rest)} more could not be used" if rest else of
 
 
 def bundle_name(bundle: str) -> str:
@@ -181,19 +180,25 @@ def moment(at: str | None) -> str:
 
 def sentence(text: object, limit: int = 300) -> str:
     """Foreign text as a sentence: with a capital and a full stop."""
-    words = shown(text, limit).strip()
-    return f"{words[:1].upper()}{words[1:]}{'' if words.endswith(('.', '!', '?')) else '.'}" if words else ""
+    return wording.sentence(shown(text, limit))
 
 
 def upload_words(items: Sequence[Any], pictures: int) -> str:
     """What became of an upload, by number: the parts add up to what was chosen, times the models that looked at it."""
-    found = Counter(str(i.finding.status) if i.finding is not None else "" for i in items if i.done)
+    found = Counter(_became(i) for i in items if i.done)
     parts = [f"{found[kind]} {said}" for kind, said in _BECAME if found[kind]]
     if waiting := sum(not i.done for i in items):
         parts.append(f"{waiting} to do")
     models = len(items) // pictures if pictures else 1
     head = f"{pictures} picture{'s' if pictures != 1 else ''}{f', {models} models' if models > 1 else ''}"
     return f"{head}: {', '.join(parts)}"
+
+
+def _became(item: Any) -> str:
+    """Status of an image of the bench; empty where it is not the image's fault that there is none."""
+    if item.finding is not None:
+        return str(item.finding.status)
+    return "" if item.busy or item.fault else str(Status.QUARANTINED)
 
 
 def versus(findings: Sequence[Any]) -> str:

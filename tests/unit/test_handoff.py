@@ -26,7 +26,6 @@ from tasks.erase import erase_patient
 from tasks.handoff import (
     EXPORTED,
     LABELS,
-    NOTICE,
     Format,
     Scope,
     export,
@@ -40,6 +39,7 @@ from tasks.open_run import Run
 from tasks.patient_key import pseudonym
 from tasks.train_data import read_labels, read_members
 from tasks.verdicts import Action, add
+from tasks.wording import RESEARCH_USE
 from tasks.worklist import Query, RunTable, Sort, open_run_table, patient_key_of, run_key_of
 
 KEY = b"a key that only these tests have"
@@ -64,7 +64,7 @@ def csv_rows(data: bytes) -> list[dict[str, str]]:
 def test_csv_and_parquet_hold_every_field_once(night: Run, opened: RunTable) -> None:
     stored = table_of(Path(night.root), "predictions", ()).to_pylist()
     whole = pq.read_table(io.BytesIO(bytes_of(opened, Scope(), Format.PARQUET)))
-    assert whole.schema.metadata[b"leukoflow.notice"] == NOTICE.encode()
+    assert whole.schema.metadata[b"leukoflow.notice"] == RESEARCH_USE.encode()
     assert tuple(whole.schema.names) == EXPORTED
     shared = [name for name in EXPORTED if name in stored[0]]
     assert [{n: r[n] for n in shared} for r in whole.to_pylist()] == [{n: r[n] for n in shared} for r in stored]
@@ -73,7 +73,7 @@ def test_csv_and_parquet_hold_every_field_once(night: Run, opened: RunTable) -> 
     for row, expected in zip(rows, stored, strict=True):
         assert row["confidence"] == ("" if expected["confidence"] is None else repr(expected["confidence"]))
         assert row["prediction_set"] == " ".join(expected["prediction_set"] or ())
-        assert row["notice"] == NOTICE
+        assert row["notice"] == RESEARCH_USE
 
 
 def test_a_slide_and_a_patient_alone(opened: RunTable) -> None:
@@ -151,7 +151,7 @@ def test_fhir_is_valid_and_says_what_the_worklist_says(opened: RunTable) -> None
     lines = opened.slides(Query(limit=500)).items
     assert len(reports) == len(lines)
     for report, line in zip(reports, lines, strict=True):
-        assert NOTICE in report["conclusion"]
+        assert RESEARCH_USE in report["conclusion"]
         assert report["status"] == "preliminary"
         assert report["specimen"][0]["identifier"]["value"] == line.name
         assert ("subject" in report) == (line.patient is not None)
@@ -163,7 +163,7 @@ def test_fhir_is_valid_and_says_what_the_worklist_says(opened: RunTable) -> None
     ):
         found = [o for o in observations if o["code"]["coding"][0]["code"] == code]
         assert [o["valueQuantity"]["value"] for o in found] == [round(v, 6) for v in values]  # type: ignore[arg-type]
-        assert all(NOTICE in o["note"][0]["text"] for o in found)
+        assert all(RESEARCH_USE in o["note"][0]["text"] for o in found)
     tags = json.loads(bytes_of(opened, Scope(), Format.FHIR))["meta"]
     assert tags["tag"][0]["code"] == "research-use-only"
     assert tags["security"][0]["code"] == "HRESCH"

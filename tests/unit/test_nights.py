@@ -234,7 +234,7 @@ def test_the_page_is_whole_and_needs_nothing_else(out: str) -> None:
     assert all(link.startswith("#") for link in page.links)
     assert "url(" not in html
     assert "not finished" in html
-    assert "64 images are still open" in html
+    assert "64 images are unfinished" in html
     assert "NaN" not in html
     assert not re.search(r"\bnan\b|\binf\b", html)
 

@@ -274,12 +274,34 @@ def test_a_field_without_an_answer_shows_none(run: tuple[Path, RunManifest]) -> 
     before, _, after = caption.partition("<details>")
     assert "Pre-B" not in before
     assert after.startswith("<summary>Probabilities, which are no answer</summary>")
-    assert "1 of 1 abstentions are from pictures of another size than the training fields (224 px)" in _plain(page)
+    assert "1 of 1 abstention is from a picture of another size than the training fields (224 px)" in _plain(page)
+
+
+def test_an_answer_of_unknown_scale_is_cautioned_against(run: tuple[Path, RunManifest]) -> None:
+    root, manifest = run
+    assert "Do not rely on" not in build_report(str(root), manifest)
+    _change(root, "predictions", "field-00014.jpg", um_per_px=None, width_px=112, height_px=112)
+    page = build_report(str(root), manifest)
+    figures = _figures(page, "suspicious")
+    caption = figures["field-00014.jpg"].partition("<figcaption>")[2]
+    assert caption.index("No scale was given and this picture is not of the training size") < caption.index('"said"')
+    assert "Do not rely on this answer" not in figures["field-00019.jpg"]
+    assert "1 of 17 answers is to a picture of another size" in _plain(page)
+
+
+def test_headings_say_what_is_shown(run: tuple[Path, RunManifest]) -> None:
+    page = build_report(str(run[0]), run[1])
+    for heading in ("Most suspicious field of each slide, then others", "Lowest confidence"):
+        assert f"<h2>{heading}</h2>" in page
+    assert "<h3>Highest probability</h3>" in page
+    assert "<h3>Confidence</h3>" not in page
 
 
 def test_a_set_of_one_is_no_exclusion_in_the_report(run: tuple[Path, RunManifest]) -> None:
     text = _plain(build_report(str(run[0]), run[1]))
-    assert "Prediction set: Early Pre-B alone. This excludes no other class: by design, up to 1 field in 20 has" in text
+    assert "Prediction set: Early Pre-B. " in text
+    assert "This excludes no other class: by design, up to 1 field in 20 has" in text
+    assert "Early Pre-B alone" not in text
     assert "remains possible" not in text
     assert "Mean malignant probability" in text
 
@@ -287,9 +309,9 @@ def test_a_set_of_one_is_no_exclusion_in_the_report(run: tuple[Path, RunManifest
 def test_a_ratio_that_was_not_measured_is_a_dash(run: tuple[Path, RunManifest]) -> None:
     _change(run[0], "cells", "field-00014.jpg", nc_ratio=1.0)
     figures = _figures(build_report(str(run[0]), run[1]), "suspicious")
-    assert "nucleus to cell – (cytoplasm not seen)" in figures["field-00014.jpg"]
-    assert "nucleus to cell 1.00" not in figures["field-00014.jpg"]
-    assert "nucleus to cell 0.80" in figures["field-00019.jpg"]
+    assert "nucleus / cell area – (cytoplasm not seen)" in figures["field-00014.jpg"]
+    assert "nucleus / cell area 1.00" not in figures["field-00014.jpg"]
+    assert "nucleus / cell area 0.80" in figures["field-00019.jpg"]
 
 
 def test_labels_are_counted_over_the_predicted(run: tuple[Path, RunManifest]) -> None:
@@ -319,8 +341,8 @@ def test_benign_as_the_likeliest_of_malignant_classes_is_told(run: tuple[Path, R
         row |= {"malignant_score": score, "label": "Benign" if row["rank"] < 3 else "Pro"}
     pq.write_table(pa.Table.from_pylist(rows, SLIDES), root / "slides.parquet")
     text = _plain(build_report(str(root), manifest))
-    assert text.count("but malignant") == 1
-    assert "Benign but malignant 0.580" in text
+    assert text.count("malignant classes together 0.") == 1
+    assert "Benign is the most probable single class; malignant classes together 0.580" in text
 
 
 def test_no_probability_is_rounded_to_a_certainty(run: tuple[Path, RunManifest]) -> None:

@@ -7,7 +7,18 @@ import pytest
 from leukoflow.geometry import scale_is_guessed
 from leukoflow.method import SegmentSettings
 from leukoflow.records import CLASSES
-from tasks.wording import MEAN_MALIGNANT_NOTE, Scale, mean_words, reason_words, scale_note, set_words
+from tasks.wording import (
+    MEAN_MALIGNANT_NOTE,
+    SCALE_CAUTION,
+    Scale,
+    answered_scale_note,
+    confidence_words,
+    mean_words,
+    reason_words,
+    repeated_words,
+    scale_note,
+    set_words,
+)
 
 SMALL = SegmentSettings(field_px=224)
 MISSING = "The likeliest cause is the missing scale"
@@ -16,7 +27,7 @@ MISSING = "The likeliest cause is the missing scale"
 def test_a_set_of_one_excludes_nothing() -> None:
     words = set_words(["Pre"])
     assert words == (
-        "Prediction set: Pre-B alone. This excludes no other class: by design, up to 1 field in 20 has a true class "
+        "Prediction set: Pre-B. This excludes no other class: by design, up to 1 field in 20 has a true class "
         "that is not in its set."
     )
 
@@ -87,7 +98,8 @@ def test_with_a_scale_stain_scanner_and_tissue_come_first(scale: Scale | None) -
     for reason in ("out of distribution: 3.1 > 2.3", "foreign: 3.1 > 2.3"):
         what, remedy, _ = reason_words(reason, scale)
         assert what == "It is unlike the fields the model learned from."
-        assert remedy == "Another stain, scanner or tissue may be the cause. Judge the slide by eye."
+        given = ", or the scale that was given (0.19 µm per pixel)," if scale and scale.um_per_px else ""
+        assert remedy == f"Another stain, scanner or tissue{given} may be the cause. Judge the slide by eye."
 
 
 def test_a_rejection_has_nothing_to_do_with_the_scale() -> None:
@@ -100,7 +112,7 @@ def test_an_empty_file_is_not_a_field_without_stain() -> None:
 
 
 def test_other_reasons_stay_as_they_are() -> None:
-    assert reason_words("damaged: checksum") == ("damaged: checksum", "", "")
+    assert reason_words("not supported: a HEIC") == ("Not supported: a HEIC.", "", "")
     assert reason_words(None) == ("No reason was stored.", "", "")
 
 
@@ -109,6 +121,60 @@ def test_a_run_says_how_many_abstentions_lack_a_scale() -> None:
     words = scale_note(3, 5, SMALL)
     assert words.startswith("3 of 5 abstentions are from pictures of another size than the training fields (224 px)")
     assert "--um-per-px" in words
+
+
+def test_an_answer_of_unknown_scale_carries_a_caution() -> None:
+    assert Scale(112, 112, None, SMALL).caution == SCALE_CAUTION
+    assert SCALE_CAUTION.endswith("Do not rely on this answer.")
+    for known in (Scale(224, 224, None, SMALL), Scale(112, 112, 0.2, SMALL), Scale(None, None, None, SMALL)):
+        assert known.caution == ""
+    assert answered_scale_note(0, 7, SMALL) == ""
+    assert answered_scale_note(2, 7, SMALL).startswith("2 of 7 answers are to pictures of another size than the")
+    assert answered_scale_note(1, 1, SMALL).startswith("1 of 1 answer is to a picture of another size")
+
+
+def test_confidence_is_said_as_it_was_measured() -> None:
+    assert confidence_words("Pre", 0.67, True) == (
+        "Of 100 fields answered with this confidence, about 67 were Pre-B when this was measured, on one hospital's "
+        "fields."
+    )
+    assert "more than 99 were" in confidence_words("Pre", 1.0, True)
+    assert "fewer than 1" in confidence_words("Pre", 0.0, True)
+    unknown = confidence_words("Pre", 0.67, False)
+    assert "were" not in unknown
+    assert "not known" in unknown
+
+
+def test_a_likely_class_outside_the_set_is_named() -> None:
+    words = set_words(["Benign"], 0.05, (0.5, 0.066, 0.434, 0.0))
+    assert words.startswith("Prediction set: Benign. Pre-B (0.434) falls outside the set but is not excluded. This")
+    two = set_words(["Benign"], 0.05, (0.5, 0.25, 0.25, 0.0))
+    assert "Early Pre-B (0.250) and Pre-B (0.250) fall outside the set but are not excluded." in two
+    assert "outside" not in set_words(["Benign"], 0.05, (0.61, 0.199, 0.1, 0.091))
+    assert "outside" not in set_words(["Benign", "Pre"], 0.05, (0.5, 0.066, 0.434, 0.0))
+
+
+def test_repeats_add_no_fields() -> None:
+    assert repeated_words({"repeats": 4}, {"fields": 10416}) == "2,604 fields, 4 repeats"
+    assert repeated_words({"repeats": 1}, {"fields": 2604}) == "2,604 fields"
+    assert repeated_words({}, {"fields": 1000}) == "1,000 fields"
+
+
+def test_the_likelier_cause_comes_first() -> None:
+    dark = "too dark: mean lightness 0.03 < 0.2"
+    assert reason_words(dark)[1] == "More light or a longer exposure helps."
+    remark = "values reach 4,095 of 65,535: is this 12 bits in 16? If so, save it with its bits stated"
+    assert reason_words(dark, remarks=[remark])[1].startswith("The likeliest cause is the file")
+    blurred = "out of focus: 0.1 < 0.5"
+    assert reason_words(blurred, Scale(224, 224, None, SMALL))[1].startswith("Focus again")
+    assert reason_words(blurred, Scale(60, 60, None, SMALL))[1].startswith("It has only 60 × 60 px")
+
+
+def test_a_damaged_file_is_said_once_with_its_remedy() -> None:
+    said = reason_words("damaged: the checksum of chunk IDAT of the PNG is wrong")
+    assert said == (
+        "The file is damaged (the checksum of chunk IDAT of the PNG is wrong).", "Copy or export it again.", "",
+    )  # fmt: skip
 
 
 def test_a_mean_is_never_rounded_to_certainty() -> None:

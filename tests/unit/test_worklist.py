@@ -36,6 +36,7 @@ from tasks.worklist import (
     Review,
     RunTable,
     Sort,
+    _missing,
     agreement,
     agreement_of,
     beta_interval,
@@ -134,8 +135,11 @@ def test_mean_malignant_probability_uncertainty_and_entropy_by_hand(spread: Path
         assert line.summary.uncertainty == pytest.approx(len(unsure) / len(diagnosed))
         h = [-sum(r[p] * math.log(r[p]) for p in PROBABILITIES) / math.log(4) for r in said]
         assert line.summary.entropy == pytest.approx(sum(h) / len(h), abs=1e-9)
-        low, high = line.summary.interval
-        assert 0 <= low < (sum(malignant) + 1) / (len(said) + 2) < high <= 1
+        if len(said) < 5:
+            assert line.summary.interval is None  # too few for an interval
+        else:
+            low, high = line.summary.interval
+            assert 0 <= low < (sum(malignant) + 1) / (len(said) + 2) < high <= 1
         worst = table.field(line.summary.worst)
         assert 1 - worst.probabilities[0] == pytest.approx(max(malignant))
 
@@ -786,17 +790,29 @@ def test_confidence_as_a_frequency() -> None:
             {"confidence": 0.55, "accuracy": 0.4, "fields": 50}, {"confidence": 0.97, "accuracy": 0.93, "fields": 500},
         ]), "Early", 0.99,
     )  # fmt: skip
-    assert (counted.of_100, counted.low, counted.high) == (93, 90, 95)
-    assert counted.words == "Of 100 fields that look like this to the model, about 93 are Early (90 to 95)."
+    assert counted.of_100 == 93
+    assert counted.words == (
+        "Of 100 fields answered with this confidence, about 93 were Early Pre-B when this was measured, on one "
+        "hospital's fields."
+    )
     assert "500 answers" in counted.basis
     derived = frequency(_metrics(ece=0.0176), "Pro", 0.93)
-    assert (derived.of_100, derived.low, derived.high) == (93, 91, 95)
+    assert derived.of_100 == 93
+    assert "(" not in derived.words  # the miscalibration is no interval
     assert "1.8 of 100" in derived.basis
-    assert "1,000 answers" in derived.basis
+    assert "1,000 fields" in derived.basis
+    assert frequency(_metrics(ece=0.0176), "Pro", 1.0).of_100 == 99
     unknown = frequency({}, "Pro", 0.93)
-    assert (unknown.of_100, unknown.low, unknown.high) == (93, 0, 100)
+    assert unknown.of_100 == 93
     assert "not known" in unknown.words
     assert "never measured" in unknown.basis
+
+
+def test_without_a_manifest_nobody_knows_what_is_missing() -> None:
+    assert _missing(0, '{"manifest": null}') is None
+    assert _missing(0, '{"manifest": "night.csv"}') == 0
+    assert _missing(2, '{"manifest": "night.csv"}') == 2
+    assert _missing(0, "") == 0  # a run of before: its settings were not kept
 
 
 def test_pages_are_values() -> None:

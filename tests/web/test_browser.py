@@ -159,7 +159,7 @@ def test_a_folder_and_what_cannot_be_read_get_an_answer_too(browser: Any, site: 
     until(lambda: page.locator("#jobs > section").count() == before + 1)
     page.wait_for_selector("#jobs:not(:has([aria-busy]))", timeout=60_000)
     job = page.locator("#jobs > section >> nth=0")
-    assert job.locator("h3 >> nth=0").inner_text() == "4 pictures: 4 not diagnosed"
+    assert job.locator("h3 >> nth=0").inner_text() == "4 pictures: 4 quarantined"
     said = dict(zip(job.locator(".card .name").all_inner_texts(), job.locator(".card").all_inner_texts(), strict=True))
     assert "A folder: open it" in said["slides"]
     assert "could not read it" in said["away.jpg"]

@@ -638,6 +638,33 @@ def test_an_abstention_has_no_answer_in_the_api_nor_on_the_bench(tmp_path: Path)
     assert "missing scale" not in pages["0.2"]
 
 
+def test_an_answer_of_unknown_scale_is_cautioned_against_on_the_bench(tmp_path: Path) -> None:
+    place = world(tmp_path)
+    whole = place.engine.examine
+
+    async def small(data: bytes, **given: Any) -> Any:
+        return replace(await whole(data, **given), width_px=112, height_px=112)
+
+    place.engine.examine = small  # type: ignore[method-assign]
+    browser = place.browser("vera")
+    pages = {}
+    with place:
+        for scale in ("", "0.2"):
+            form = {"csrf": token_in(browser.get("/bench").text), "um_per_px": scale}
+            where = browser.post("/bench", data=form, files={"file": ("a.png", picture())}).headers["location"]
+            for _ in range(100):
+                page = browser.get(f"{where}/0")
+                if page.status_code == 200:
+                    break
+            card = browser.get(where).text
+            pages[scale] = page.text
+            exported = browser.get(f"{where}/0/export.json").json()
+            assert ("Do not rely on this answer" in card) == (scale == "")
+            assert (exported["caution"] is not None) == (scale == "")
+    assert pages[""].index("Do not rely on this answer") < pages[""].index("Early Pre-B when this was measured")
+    assert "Do not rely" not in pages["0.2"]
+
+
 @pytest.mark.parametrize(
     ("kind", "body", "status"),
     [

@@ -194,6 +194,8 @@ def check_verdict(verdict: Verdict) -> None:
         raise RequestError("there is no decision to withdraw here")
     if verdict.action not in (Action.CORRECT, Action.WITHDRAW) and verdict.label is not None:
         raise RequestError(f"only a correction has a label, not {verdict.action}")
+    if verdict.action in (Action.ACCEPT, Action.CORRECT) and verdict.seen_status == Status.QUARANTINED:
+        raise RequestError("no picture could be read here, so there is nothing to label: flag it or comment on it")
     if verdict.action is Action.ACCEPT and verdict.seen_status == Status.ABSTAINED:
         raise RequestError(
             "the model abstained from this field, so there is no answer to accept: say which class it is, flag it or "

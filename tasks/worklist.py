@@ -239,6 +239,11 @@ class Summary:
     flagged: int  # fields
     worst: int  # ordinal of the field to look at first
 
+    @property
+    def outweighed(self) -> bool:
+        """Whether the label is Benign although the three malignant classes together are at least as probable."""
+        return is_outweighed(self.label, self.mean_malignant_probability)
+
 
 @dataclass(frozen=True, slots=True)
 class SlideLine:
@@ -299,6 +304,11 @@ class FieldLine:
     uncertainty: float | None  # entropy, 0 to 1
     standing: Standing
     details: FieldDetails | None = None  # only of a single field
+
+    @property
+    def outweighed(self) -> bool:
+        """As that of a summary."""
+        return is_outweighed(self.label, self.urgency)
 
 
 @dataclass(frozen=True, slots=True)
@@ -405,6 +415,11 @@ def run_key_of(run_id: str) -> str:
 def patient_key_of(patient: str) -> str:
     """Key of a patient, the same in all runs."""
     return opaque("patient", patient)
+
+
+def is_outweighed(label: str | None, malignant: float | None) -> bool:
+    """Whether Benign is no more than the most probable single class: malignancy as a whole is as probable or more."""
+    return label == CLASSES[0] and malignant is not None and malignant >= 0.5
 
 
 def entropy(probabilities: Floats) -> Floats:

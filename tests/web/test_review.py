@@ -12,6 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from browser_world import RUN, Site, page_of, picture_shown, served, until
 
+from leukoflow.records import Status
 from tasks import verdicts
 from tasks.verdicts import Verdict
 from tasks.worklist import open_run_named
@@ -69,4 +70,48 @@ def test_keys_on_a_field_of_a_slide_do_not_decide_the_slide(browser: Any, copied
         page.wait_for_selector("#standing[data-decision='correct:Pro']")
         assert [(v.target[0], str(v.action), v.label) for v in said(other)] == [("slide", "correct", "Pro")]
         assert page.troubles == []
+        page.context.close()
+
+
+def test_no_key_accepts_benign_where_malignancy_outweighs_it(browser: Any, copied: Path, tmp_path: Path) -> None:
+    shares = {"prob_benign": 0.32, "prob_early": 0.24, "prob_pre": 0.24, "prob_pro": 0.2}
+
+    def change(_: int, row: dict[str, Any]) -> None:
+        if row["label"]:
+            row |= shares | {"status": "predicted", "reason": None, "label": "Benign", "confidence": 0.32}
+
+    changed(copied, change)
+    with served(tmp_path, copied) as other:
+        page = page_of(browser, other)
+        table = open_run_named(str(copied), RUN)
+        field = next(f.ordinal for f in table.fields().items if f.label and f.slide == "slide-a")
+        for where in (f"{other.url}/runs/{table.run_key}?tab={tab}" for tab in ("slides", "patients", "fields")):
+            page.goto(where)
+            assert "malignant classes together 0.680" in page.inner_text(".list")
+        for where in (address(other), address(other, field)):
+            page.goto(where)
+            if where.endswith(f"/{field}"):
+                picture_shown(page)
+            assert page.locator("[data-key=a]").count() == 0
+            page.keyboard.press("a")
+            until(lambda: "No key accepts Benign here" in page.inner_text("[data-saved]"))
+        assert said(other) == []
+        page.click("[data-means=accept]")
+        until(lambda: [str(v.action) for v in said(other)] == ["accept"])
+        assert page.troubles == []
+        page.context.close()
+
+
+def test_what_could_not_be_read_is_not_labelled(browser: Any, copied: Path, tmp_path: Path) -> None:
+    table = open_run_named(str(copied), RUN)
+    (field,) = [f.ordinal for f in table.fields().items if f.status is Status.QUARANTINED]
+    with served(tmp_path, copied) as other:
+        page = page_of(browser, other)
+        page.goto(address(other, field))
+        assert page.locator("[data-review] [data-decides]").count() == 0
+        assert "nothing to label" in page.inner_text("[data-review]")
+        page.keyboard.press("1")
+        page.keyboard.press("f")
+        page.wait_for_selector("#standing[data-flagged=yes]")
+        assert [str(v.action) for v in said(other)] == ["flag"]
         page.context.close()

@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from harness import table as table_of
 
+from apps.web.drawing import timeline_svg
 from leukoflow.codec import dumps
 from leukoflow.errors import NotFoundError, RequestError, RunBusyError, RunNotFoundError, StorageError
 from leukoflow.progress import Heartbeat, now, read_manifest
@@ -715,6 +716,14 @@ def test_runs_of_the_same_images_are_no_course(weeks: Path) -> None:
     for patient, same in ((MARY, [False, True, True]), (JANE, [False, False, False])):
         found = timeline(str(weeks), patient_key_of(patient))
         assert [p.same_images for p in found.points] == same
+        # Of three points, the third has another bundle; the first two are joined unless they are of the same images.
+        assert timeline_svg(found.points).count('class="line"') == (0 if any(same) else 1)
+    day = [
+        replace(p, at=f"2026-03-01T{hour}:30:00+00:00")
+        for p, hour in zip(found.points, ("06", "14", "22"), strict=True)
+    ]
+    assert "2026-03-01 06:30" in timeline_svg(day)
+    assert ">2026-03-01<" in timeline_svg(found.points)
 
 
 def _answer(run: Path, patient: str, labels: dict[int, str]) -> None:

@@ -14,8 +14,9 @@ from browser_world import RUN, Site, page_of, picture_shown, served, until
 
 from leukoflow.records import Status
 from tasks import verdicts
-from tasks.verdicts import Verdict
-from tasks.worklist import open_run_named
+from tasks.verdicts import Action, Verdict
+from tasks.wording import class_name
+from tasks.worklist import Query, open_run_named
 
 pytestmark = pytest.mark.timeout(180)
 
@@ -114,4 +115,87 @@ def test_what_could_not_be_read_is_not_labelled(browser: Any, copied: Path, tmp_
         page.keyboard.press("f")
         page.wait_for_selector("#standing[data-flagged=yes]")
         assert [str(v.action) for v in said(other)] == ["flag"]
+        page.context.close()
+
+
+def test_rows_say_what_was_not_reviewed_and_what_was_said_of_the_slide(
+    browser: Any, copied: Path, tmp_path: Path
+) -> None:
+    table = open_run_named(str(copied), RUN)
+    slide = next(s for s in table.slides().items if s.summary.counts.quarantined and s.summary.diagnosed)
+    own = table.fields(Query(slide=slide.slide_key, limit=100)).items
+    answered = [f for f in own if f.status is Status.PREDICTED]
+    for line in own:
+        if line.label or line.status is Status.ABSTAINED:
+            label = line.label or "Pro"  # the label that was answered, by its own key
+            verdicts.add(str(copied), table.verdict_on_field(line.ordinal, Action.CORRECT, "rita", label))
+    verdicts.add(str(copied), table.verdict_on_slide(slide.slide_key, Action.CORRECT, "rita", "Pro"))
+    with served(tmp_path, copied) as other:
+        page = page_of(browser, other)
+        page.goto(f"{other.url}/runs/{table.run_key}?tab=slides")
+        row = page.locator(f".list tr:has(a[href$='/slides/{slide.slide_key}'])")
+        done = slide.summary.diagnosed
+        assert f"{done} of {len(own)}; 1 unreadable" in row.locator("td").last.inner_text()
+        assert row.locator(".mark.done >> text=all").count() == 0
+        assert "slide:" in row.locator(".whole-slide").inner_text()
+        assert "Pro-B" in row.locator(".whole-slide").inner_text() or slide.summary.label == "Pro"
+        page.goto(f"{other.url}/runs/{table.run_key}?tab=fields&slide={slide.slide_key}")
+        assert page.locator(".list .mark.done").count() == len(answered)
+        assert page.locator(".list .mark.bad").count() == 0
+        assert page.locator(".list tr:has-text('quarantined') td >> nth=0").inner_text().endswith("sorted as 0.5")
+        page.goto(address(other, answered[0].ordinal))
+        history = page.inner_text("#standing")
+        assert f"accepted {class_name(answered[0].label)}" in history
+        assert "The last decision counts" not in history
+        page.keyboard.press("f")
+        page.wait_for_selector("#standing[data-flagged=yes]")
+        assert "The last decision counts" not in page.inner_text("#standing")
+        assert page.troubles == []
+        page.context.close()
+
+
+def test_a_slide_of_several_patients_and_fields_in_no_folder(browser: Any, copied: Path, tmp_path: Path) -> None:
+    others = iter("ab" * 100)
+
+    def change(_: int, row: dict[str, Any]) -> None:
+        if row["image_key"].startswith("slide-a/"):
+            row["patient_id"] = "p_" + next(others) * 20
+
+    changed(copied, change)
+    plan = copied / RUN / "plan.parquet"
+    part = copied / RUN / "predictions" / "part-00000.parquet"
+    for path in (plan, part):
+        rows = pq.read_table(path).to_pylist()
+        for row in rows:
+            if row["image_key"].startswith("<img"):
+                row["image_key"] = "loose.jpg"
+        pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path, use_dictionary=False)
+    with served(tmp_path, copied) as other:
+        page = page_of(browser, other)
+        page.goto(address(other))
+        assert "Fields of 2 patients are on this slide: resolve before reading." in page.inner_text("main")
+        page.emulate_media(media="print")
+        assert "2 patients: resolve before reading" in page.inner_text(".paper")
+        page.emulate_media(media="screen")
+        run = address(other).partition("/slides/")[0]
+        page.goto(run)
+        assert "2 patients: resolve before reading" in page.inner_text(".list")
+        page.goto(address(other, slide="."))
+        assert page.inner_text("h1") == "(no folder)"
+        assert page.locator("[data-decides]").count() == 0
+        assert "label each of them on its own page" in page.inner_text("[data-review]")
+        assert page.locator("[data-key=f]").count() == 1
+        assert page.troubles == []
+        page.context.close()
+
+
+def test_all_classes_of_the_agreement_fit_the_page(browser: Any, copied: Path, tmp_path: Path) -> None:
+    table = open_run_named(str(copied), RUN)
+    line = next(f for f in table.fields().items if f.label)
+    verdicts.add(str(copied), table.verdict_on_field(line.ordinal, Action.CORRECT, "rita", "Pro"))
+    with served(tmp_path, copied) as other:
+        page = page_of(browser, other)
+        page.goto(f"{other.url}/agreement")
+        wide = "document.querySelector('.matrix').parentElement"
+        assert page.evaluate(f"{wide}.scrollWidth <= {wide}.clientWidth")
         page.context.close()

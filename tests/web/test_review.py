@@ -199,3 +199,21 @@ def test_all_classes_of_the_agreement_fit_the_page(browser: Any, copied: Path, t
         wide = "document.querySelector('.matrix').parentElement"
         assert page.evaluate(f"{wide}.scrollWidth <= {wide}.clientWidth")
         page.context.close()
+
+
+def test_one_key_accepts_any_other_answer(browser: Any, copied: Path, tmp_path: Path) -> None:
+    shares = {"prob_benign": 0.04, "prob_early": 0.03, "prob_pre": 0.9, "prob_pro": 0.03}
+
+    def change(_: int, row: dict[str, Any]) -> None:
+        if row["label"]:
+            row |= shares | {"status": "predicted", "reason": None, "label": "Pre", "confidence": 0.9}
+
+    changed(copied, change)
+    with served(tmp_path, copied) as other:
+        page = page_of(browser, other)
+        field = next(f.ordinal for f in open_run_named(str(copied), RUN).fields().items if f.label)
+        page.goto(address(other, field))
+        picture_shown(page)
+        page.keyboard.press("a")
+        until(lambda: [(str(v.action), v.said) for v in said(other)] == [("accept", "Pre")])
+        page.context.close()

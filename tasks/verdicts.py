@@ -96,6 +96,16 @@ class Verdict:
             return self.seen_label
         return self.label if self.action is Action.CORRECT else None
 
+    @property
+    def agrees(self) -> bool:
+        """Whether it is a decision for what the model answered, by whichever key it was made."""
+        return self.said is not None and self.said == self.seen_answer
+
+    @property
+    def corrects(self) -> bool:
+        """Whether it is a decision for another label than the model answered."""
+        return self.said is not None and self.seen_answer not in (None, self.said)
+
 
 @dataclass(frozen=True, slots=True)
 class Standing:
@@ -194,6 +204,8 @@ def check_verdict(verdict: Verdict) -> None:
         raise RequestError("there is no decision to withdraw here")
     if verdict.action not in (Action.CORRECT, Action.WITHDRAW) and verdict.label is not None:
         raise RequestError(f"only a correction has a label, not {verdict.action}")
+    if verdict.action is Action.CORRECT and verdict.seen_status == Status.QUARANTINED:
+        raise RequestError("no picture could be read here, so there is nothing to label: flag it or comment on it")
     if verdict.action is Action.ACCEPT and verdict.seen_status == Status.ABSTAINED:
         raise RequestError(
             "the model abstained from this field, so there is no answer to accept: say which class it is, flag it or "

@@ -12,14 +12,14 @@ import json
 import math
 import os
 import threading
-from collections import OrderedDict
+from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from datetime import datetime
 from enum import StrEnum
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Generic, TypeVar
 
 import numpy as np
@@ -241,6 +241,11 @@ class Summary:
     flagged: int  # fields
     worst: int  # ordinal of the field to look at first
 
+    @property
+    def outweighed(self) -> bool:
+        """Whether the label is Benign although the three malignant classes together are at least as probable."""
+        return is_outweighed(self.label, self.mean_malignant_probability)
+
 
 @dataclass(frozen=True, slots=True)
 class SlideLine:
@@ -256,6 +261,18 @@ class SlideLine:
     summary: Summary
     standing: Standing  # what was said of the slide as a whole
     rank: int  # by urgency among all slides of the run, from 1
+    patients: int  # whose fields are on it; `patient` is one of them
+    missing: int  # images that the manifest lists for it and the source does not hold
+
+    @property
+    def in_no_folder(self) -> bool:
+        """Whether it is no slide at all, but what lies in no folder of the source."""
+        return self.grouping == "folder" and self.name == NO_FOLDER
+
+    @property
+    def title(self) -> str:
+        """Its name for people."""
+        return title_of(self.name) if self.in_no_folder else self.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -268,6 +285,7 @@ class PatientLine:
     slides: int
     summary: Summary
     worst_slide: str  # its key
+    missing: int  # images that the manifest lists for the patient and the source does not hold
 
 
 @dataclass(frozen=True, slots=True)
@@ -301,6 +319,16 @@ class FieldLine:
     uncertainty: float | None  # entropy, 0 to 1
     standing: Standing
     details: FieldDetails | None = None  # only of a single field
+
+    @property
+    def outweighed(self) -> bool:
+        """As that of a summary."""
+        return is_outweighed(self.label, self.urgency)
+
+    @property
+    def slide_title(self) -> str:
+        """The name of its slide for people."""
+        return title_of(self.slide)
 
 
 @dataclass(frozen=True, slots=True)
@@ -343,6 +371,8 @@ class TimelinePoint:
     corrected: int  # fields that people have labelled otherwise
     bundle_digest: str
     same_bundle: bool  # as the point before: only then are two points made by the same measure
+    same_images: bool  # as the point before, byte by byte: then the two are no course
+    missing: int  # images that the manifest lists for the patient and the source does not hold
     patient: str  # the pseudonym
     slide_labels: tuple[tuple[str, str | None, int], ...] = ()  # slide, label, fields that speak for it; the patient's
 
@@ -405,6 +435,20 @@ def run_key_of(run_id: str) -> str:
 def patient_key_of(patient: str) -> str:
     """Key of a patient, the same in all runs."""
     return opaque("patient", patient)
+
+
+NO_FOLDER = "."
+"""The name that stands for the root of the source, whose images lie in no folder."""
+
+
+def title_of(slide: str) -> str:
+    """The name of a slide, or of the folder that stands for it, for people."""
+    return "(no folder)" if slide == NO_FOLDER else slide
+
+
+def is_outweighed(label: str | None, malignant: float | None) -> bool:
+    """Whether Benign is no more than the most probable single class: malignancy as a whole is as probable or more."""
+    return label == CLASSES[0] and malignant is not None and malignant >= 0.5
 
 
 def entropy(probabilities: Floats) -> Floats:
@@ -512,6 +556,24 @@ def _floats(values: pa.ChunkedArray) -> Floats:
     return np.asarray(pc.cast(values, pa.float64()).to_numpy(), np.float64)
 
 
+def _slides_of(ids: pa.ChunkedArray, keys: Callable[[], pa.ChunkedArray]) -> tuple[Ints, list[str]]:
+    """Code of each image's slide [n], and grouping and name of each slide, joined by a colon.
+
+    `keys` gives the image keys, which are needed where the manifest names no slide: there the folder stands for it.
+    """
+    codes, names = _codes(ids)
+    named = [f"manifest:{name}" for name in names]
+    if not ids.null_count:
+        return codes, named
+    alone = codes < 0
+    folders = pc.replace_substring_regex(keys().filter(pa.array(alone)), r"^[^/]*$", "")  # at the top: no folder
+    folders = pc.replace_substring_regex(folders, r"/[^/]*$", "")
+    more, names = _codes(folders)
+    codes = codes.copy()
+    codes[alone] = more + len(named)
+    return codes, [*named, *(f"folder:{name or NO_FOLDER}" for name in names)]
+
+
 class Frame:
     """Rows of the predictions as arrays. n fields, in the order of the plan; missing columns are nulls.
 
@@ -559,18 +621,7 @@ class Frame:
 
     @cached_property
     def _slides(self) -> tuple[Ints, list[str]]:
-        ids = self.table["slide_id"]
-        codes, names = _codes(ids)
-        named = [f"manifest:{name}" for name in names]
-        if not ids.null_count:
-            return codes, named
-        alone = codes < 0
-        folders = pc.replace_substring_regex(self.keys.filter(pa.array(alone)), r"^[^/]*$", "")  # at the top: no folder
-        folders = pc.replace_substring_regex(folders, r"/[^/]*$", "")
-        more, names = _codes(folders)
-        codes = codes.copy()
-        codes[alone] = more + len(named)
-        return codes, [*named, *(f"folder:{name or '.'}" for name in names)]
+        return _slides_of(self.table["slide_id"], lambda: self.keys)
 
     @property
     def slide(self) -> Ints:
@@ -732,6 +783,7 @@ class _Held:
     keys: dict[str, dict[str, int]] = field(default_factory=dict)
     pairs: tuple[Ints, Ints, Floats] | None = None
     ranks: Ints | None = None
+    absent: tuple[Counter[str], Counter[str]] | None = None  # images that are missing, by slide and by patient
     lock: threading.Lock = field(default_factory=threading.Lock)
 
 
@@ -1110,7 +1162,7 @@ class RunTable:
         for i, standing in self._slide_standings.items():
             done[i] |= standing.decision is not None
             flagged[i] |= standing.flagged
-            corrected[i] |= standing.decision is not None and standing.decision.action is Action.CORRECT
+            corrected[i] |= standing.decision is not None and standing.decision.corrects
         return {
             Review.REVIEWED: done,
             Review.UNREVIEWED: ~done,
@@ -1160,6 +1212,14 @@ class RunTable:
         self._held.pairs = values // width, values % width, urgency
         return self._held.pairs
 
+    @property
+    def _absent(self) -> tuple[Counter[str], Counter[str]]:
+        if self._held.absent is None:
+            self._held.absent = (
+                _read_absent(self.storage, self.run_id) if self._held.missing else (Counter(), Counter())
+            )
+        return self._held.absent
+
     @cached_property
     def _patient_urgency(self) -> Floats:
         patient, _, urgency = self._pairs
@@ -1189,7 +1249,9 @@ class RunTable:
         grouping, _, name = frame.slides[code].partition(":")
         row = int(groups.first[code])  # as `slides.parquet`: the first field names the site
         reviewed, flagged = self._reviewed_by_group["slides"]
-        named = frame.patient[(frame.slide == code) & (frame.patient >= 0)]  # and the first that names one the patient
+        named: Ints = frame.patient[
+            (frame.slide == code) & (frame.patient >= 0)
+        ]  # and the first that names one the patient
         patient = frame.patients[named[0]] if len(named) else None
         return SlideLine(
             slide_key=self._slide_key(code),
@@ -1202,6 +1264,8 @@ class RunTable:
             summary=groups.summary(code, int(reviewed[code]), int(flagged[code])),
             standing=self._slide_standings.get(code, Standing()),
             rank=int(self._ranks_by_urgency[code]),
+            patients=len(np.unique(named)),
+            missing=self._absent[0][frame.slides[code]],
         )
 
     def _patient_line(self, code: int) -> PatientLine:
@@ -1217,6 +1281,7 @@ class RunTable:
             slides=len(own),
             summary=groups.summary(code, int(reviewed[code]), int(flagged[code]), float(urgency[worst])),
             worst_slide=self._slide_key(int(slides[worst])),
+            missing=self._absent[1][frame.patients[code]],
         )
 
     def _field_line(self, row: int) -> FieldLine:
@@ -1297,8 +1362,7 @@ def _reviews(held: _Held, verdicts: Verdicts) -> Reviews:
             standing = standings[("image", name)]
             reviewed[row] = standing.decision is not None
             flagged[row] = standing.flagged
-            seen = standing.decision.seen_answer if standing.decision is not None else None
-            corrected[row] = standing.decision is not None and seen is not None and standing.decision.said != seen
+            corrected[row] = standing.decision is not None and standing.decision.corrects
     held.reviews = Reviews(verdicts, standings, reviewed, flagged, corrected)
     return held.reviews
 
@@ -1669,6 +1733,19 @@ def _open_in_progress(shelf: _Shelf, run: Storage, run_id: str, before: _Held | 
     )
 
 
+def _read_absent(run: Storage, run_id: str) -> tuple[Counter[str], Counter[str]]:
+    """Images that the manifest lists and the source does not hold: by grouping and name of the slide, by patient."""
+    with _reading(run_id):
+        try:
+            with run.open("missing.parquet") as file:
+                table = pq.ParquetFile(file).read(columns=["image_key", "slide_id", "patient_id"])
+        except FileNotFoundError:  # all of it was erased, or the run is being planned
+            return Counter(), Counter()
+    codes, slides = _slides_of(table["slide_id"], lambda: table["image_key"])
+    patients = Counter(p for p in table["patient_id"].to_pylist() if p is not None)
+    return Counter(slides[code] for code in codes.tolist()), patients
+
+
 def _empty(columns: Sequence[str]) -> pa.Table:
     return pa.schema([PREDICTIONS.field(name) for name in columns]).empty_table()
 
@@ -1715,6 +1792,7 @@ def timeline(out: str, patient_key: str) -> Timeline:
     points: list[TimelinePoint] = []
     unread: list[str] = []
     name = ""
+    images: Callable[[], list[str]] = list  # of the point before
     for line in reversed(list_runs(out)):
         if line.shadow_of is not None or line.state == "damaged":
             unread += [line.run_id] if line.state == "damaged" else []
@@ -1725,12 +1803,16 @@ def timeline(out: str, patient_key: str) -> Timeline:
                 continue
             table = _open_patient(shelf, line.run_id, name)
             patient = table.patient(patient_key)
+            mine = table.rows_of(patient_key=patient_key)
+            digests = partial(_digests, table, mine)
+            # Digests are read only where they can be the same.
+            same = bool(points) and points[-1].summary.counts.fields == len(mine) and digests() == images() != []
         except NotFoundError:
             continue  # not done yet, or deleted meanwhile
         except LeukoflowError:
             unread.append(line.run_id)
             continue
-        mine = table.rows_of(patient_key=patient_key)
+        images = digests
         points.append(
             TimelinePoint(
                 run_key=line.run_key,
@@ -1742,6 +1824,8 @@ def timeline(out: str, patient_key: str) -> Timeline:
                 corrected=int(table.reviews.corrected[mine].sum()),
                 bundle_digest=line.bundle_digest,
                 same_bundle=not points or points[-1].bundle_digest == line.bundle_digest,
+                same_images=same,
+                missing=patient.missing,
                 patient=name,
                 slide_labels=slide_labels(table, mine),
             )
@@ -1749,6 +1833,12 @@ def timeline(out: str, patient_key: str) -> Timeline:
     if not points:
         raise NotFoundError("no run here knows this patient (any more)")
     return Timeline(patient_key, points[-1].patient, tuple(points), tuple(unread), course_remarks(points))
+
+
+def _digests(table: RunTable, rows: Ints) -> list[str]:
+    """Digests of the images of some rows, sorted; none where one is not known."""
+    found = table.frame.column("member_sha256").take(pa.array(rows)).to_pylist()
+    return [] if None in found else sorted(found)
 
 
 def slide_labels(table: RunTable, rows: Ints) -> tuple[tuple[str, str | None, int], ...]:

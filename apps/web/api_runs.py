@@ -154,6 +154,8 @@ class SlideOut(Model):
     summary: SummaryOut
     standing: StandingOut
     rank: int
+    missing: int = Field(description="images that the manifest lists for it and that were not received")
+    patients: int = Field(description="patients whose fields are on it; with several, resolve that before reading")
 
 
 class PatientOut(Model):
@@ -165,6 +167,7 @@ class PatientOut(Model):
     slides: int
     summary: SummaryOut
     worst_slide: str
+    missing: int = Field(description="images that the manifest lists for the patient and that were not received")
 
 
 class FieldDetailsOut(Model):
@@ -496,6 +499,7 @@ class PointOut(Model):
     corrected: int
     bundle_digest: str
     same_bundle: bool
+    same_images: bool = Field(description="as the point before: then the two are no course")
 
 
 class TimelineOut(Model):

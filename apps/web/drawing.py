@@ -236,8 +236,8 @@ def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
             plot.line("whisker", x - 5, low, x + 5, low)
             plot.line("whisker", x - 5, high, x + 5, high)
         if point.summary.mean_malignant_probability is not None:
-            if not segments or not point.same_bundle:
-                segments.append([])  # another bundle is another measure: points are not joined
+            if not segments or not point.same_bundle or point.same_images:
+                segments.append([])  # another bundle is another measure, and the same images are no course: not joined
             segments[-1].append(f"{x:.1f} {level(point.summary.mean_malignant_probability):.1f}")
     plot.parts += [f'<path class="line" d="M{"L".join(s)}"/>' for s in segments if len(s) > 1]
     named = -math.inf
@@ -248,8 +248,9 @@ def timeline_svg(points: Sequence[TimelinePoint]) -> Markup:
             plot.parts.append(f'<circle class="point {kind}" cx="{x:.1f}" cy="{level(share_):.1f}" r="7"/>')
             dx, anchor = (-12, "end") if x > width - 90 else (12, "start")
             plot.text(mean_words(share_), x + dx, level(share_) - 9, anchor, "strong")
-        if x - named >= 92:  # else the dates would run into each other
-            plot.text(point.at[:10], x, height - 22, "middle")
+        alone = [p.at[:10] for p in points].count(point.at[:10]) == 1
+        if x - named >= (92 if alone else 140):  # else the dates would run into each other
+            plot.text(point.at[:10] if alone else f"{point.at[:10]} {point.at[11:16]}", x, height - 22, "middle")
             named = x
     return plot.done()
 

@@ -217,7 +217,7 @@ def of_line(table: RunTable, line: FieldLine) -> Subject:
         quality.append(("Focus", f"{d.focus:.1f}"))
     if d.exposure is not None:
         quality.append(("Mean lightness", f"{d.exposure:.2f}"))
-    facts = [("Slide", line.slide), ("Patient", line.patient), ("Site", line.site), ("Scanner", line.scanner)]
+    facts = [("Slide", line.slide_title), ("Patient", line.patient), ("Site", line.site), ("Scanner", line.scanner)]
     return Subject(
         title=words.shown(line.image_key),
         status=str(line.status),

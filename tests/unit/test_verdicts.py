@@ -109,6 +109,7 @@ BAD: list[tuple[Verdict, str]] = [
     (verdict(None), "name either"),
     (verdict(slide_id="S1", grouping="manifest"), "name either"),
     (verdict(action=Action.CORRECT), "needs a label"),
+    (verdict(action=Action.CORRECT, label="Pro", seen_status="quarantined"), "nothing to label: flag it or comment"),
     (verdict(action=Action.CORRECT, label="Blast"), "needs a label"),
     (verdict(action=Action.ACCEPT, label="Pro"), "only a correction"),
     (verdict(action=Action.ACCEPT, seen_label=None), "no prediction to accept"),

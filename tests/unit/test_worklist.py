@@ -18,6 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 from harness import table as table_of
 
+from apps.web.drawing import timeline_svg
 from leukoflow.codec import dumps
 from leukoflow.errors import NotFoundError, RequestError, RunBusyError, RunNotFoundError, StorageError
 from leukoflow.progress import Heartbeat, now, read_manifest
@@ -220,6 +221,79 @@ def test_nobody_can_accept_what_was_not_answered(spread: Path) -> None:
         with pytest.raises(RequestError, match="abstained from this field, so there is no answer to accept"):
             add(out, verdict)
     assert open_run_table(out, NIGHT).field(line.ordinal).standing.verdicts == 0
+
+
+def test_benign_is_outweighed_by_the_malignant_classes_together(copy: Path) -> None:
+    part = sorted((copy / "predictions").iterdir())[0]
+    rows = pq.read_table(part).to_pylist()
+    given = [r for r in rows if r["label"]][:2]
+    for row, benign in zip(given, (0.4, 0.6), strict=True):
+        row |= {"status": "predicted", "reason": None, "label": "Benign", "confidence": benign}
+        row |= dict.fromkeys(PROBABILITIES, (1 - benign) / 3) | {"prob_benign": benign}
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(part)), part, use_dictionary=False)
+    lines = {f.image_key: f for f in everything(open_run_table(str(copy.parent), NIGHT).fields)}
+    assert [lines[r["image_key"]].outweighed for r in given] == [True, False]
+    assert [worklist.is_outweighed(label, 0.9) for label in ("Benign", "Pre", None)] == [True, False, False]
+    assert not worklist.is_outweighed("Benign", None)
+
+
+def test_a_slide_tells_how_many_patients_are_on_it(copy: Path) -> None:
+    part = sorted((copy / "predictions").iterdir())[0]
+    rows = pq.read_table(part).to_pylist()
+    next(r for r in rows if r["patient_id"] == MARY)["patient_id"] = JANE
+    pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(part)), part, use_dictionary=False)
+    table = open_run_table(str(copy.parent), NIGHT)
+    on: dict[str, set[str]] = {}
+    for line in everything(table.fields):
+        on.setdefault(line.slide_key, set()).update({line.patient} - {None})
+    assert {s.slide_key: s.patients for s in everything(table.slides)} == {key: len(who) for key, who in on.items()}
+    assert max(map(len, on.values())) == 2
+
+
+def test_missing_images_are_told_of_their_slide_and_patient(copy: Path) -> None:
+    def told() -> tuple[dict[tuple[str, str], int], dict[str, int]]:
+        table = open_run_table(str(copy.parent), NIGHT)
+        slides, patients = everything(table.slides), everything(table.patients)
+        return {(s.grouping, s.name): s.missing for s in slides if s.missing}, {
+            p.patient: p.missing for p in patients if p.missing
+        }
+
+    lost = pq.read_table(copy / "missing.parquet")
+    (row,) = lost.to_pylist()
+    named = row["slide_id"] is not None
+    slide = ("manifest", row["slide_id"]) if named else ("folder", row["image_key"].rpartition("/")[0])
+    assert told() == ({slide: 1}, {row["patient_id"]: 1} if row["patient_id"] else {})
+    given = next(s for s in everything(open_run_table(str(copy.parent), NIGHT).slides) if s.patient)
+    rows = [row, row | {"slide_id": given.name, "patient_id": given.patient}]
+    pq.write_table(pa.Table.from_pylist(rows, lost.schema), copy / "missing.parquet")
+    worklist._shelf(str(copy.parent)).forget("night")
+    assert told()[0][(given.grouping, given.name)] == 1 + (slide == (given.grouping, given.name))
+    assert told()[1][given.patient] == 1 + (row["patient_id"] == given.patient)
+
+
+def test_what_lies_in_no_folder_is_no_slide(opened: RunTable) -> None:
+    line = everything(opened.slides)[0]
+    loose = replace(line, grouping="folder", name=".")
+    assert (loose.title, loose.in_no_folder) == ("(no folder)", True)
+    assert not replace(loose, grouping="manifest").in_no_folder
+    assert replace(line, name="ward-2").title == "ward-2"
+
+
+def test_a_decision_for_the_answer_accepts_it_by_whichever_key(copy: Path) -> None:
+    out = str(copy.parent)
+    table = open_run_table(out, NIGHT)
+    field = next(f for f in everything(table.fields) if f.label)
+    same = table.verdict_on_field(field.ordinal, Action.CORRECT, "dr. grey", field.label)
+    other = replace(same, label="Pro" if field.label != "Pro" else "Pre")
+    assert [(v.agrees, v.corrects) for v in (same, other)] == [(True, False), (False, True)]
+    unseen = replace(other, seen_status="abstained")
+    assert (unseen.agrees, unseen.corrects) == (False, False)
+    slide = next(s for s in everything(table.slides) if s.summary.label)
+    add(out, table.verdict_on_slide(slide.slide_key, Action.CORRECT, "dr. grey", slide.summary.label))
+    found = open_run_table(out, NIGHT)
+    assert found.slide(slide.slide_key).standing.decision is not None
+    assert found.slides(Query(review=Review.CORRECTED)).total == 0
+    assert found.slides(Query(review=Review.REVIEWED)).total == 1
 
 
 def test_a_label_for_an_abstained_field_corrects_nothing() -> None:
@@ -634,6 +708,26 @@ def test_a_patients_course(weeks: Path, monkeypatch: pytest.MonkeyPatch) -> None
         assert found.points[0].slides == expected.slides
     with pytest.raises(NotFoundError):
         timeline(out, patient_key_of("p_nobody"))
+
+
+def test_runs_of_the_same_images_are_no_course(weeks: Path) -> None:
+    for path in (weeks / "second" / "predictions").iterdir():
+        rows = pq.read_table(path).to_pylist()
+        hers = [row for row in rows if row["patient_id"] == JANE]
+        if hers:
+            hers[0]["member_sha256"] = "f" * 64
+            pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path, use_dictionary=False)
+    for patient, same in ((MARY, [False, True, True]), (JANE, [False, False, False])):
+        found = timeline(str(weeks), patient_key_of(patient))
+        assert [p.same_images for p in found.points] == same
+        # Of three points, the third has another bundle; the first two are joined unless they are of the same images.
+        assert timeline_svg(found.points).count('class="line"') == (0 if any(same) else 1)
+    day = [
+        replace(p, at=f"2026-03-01T{hour}:30:00+00:00")
+        for p, hour in zip(found.points, ("06", "14", "22"), strict=True)
+    ]
+    assert "2026-03-01 06:30" in timeline_svg(day)
+    assert ">2026-03-01<" in timeline_svg(found.points)
 
 
 def _answer(run: Path, patient: str, labels: dict[int, str]) -> None:

@@ -32,7 +32,12 @@ function step(by) {
     rows[next].focus();
     rows[next].scrollIntoView({ block: "nearest" });
   } else {
-    document.querySelector(by > 0 ? "[data-page=next]" : "[data-page=previous]")?.click();
+    const page = document.querySelector(by > 0 ? "[data-page=next]" : "[data-page=previous]");
+    if (page) {
+      // The row that had the focus goes with its page: without another, the next key would mean the whole page.
+      document.addEventListener("htmx:afterSwap", () => [...document.querySelectorAll(".list a.go")].at(by > 0 ? 0 : -1)?.focus(), { once: true });
+      page.click();
+    }
   }
   return true;
 }

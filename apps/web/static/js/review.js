@@ -45,6 +45,14 @@ function key(event) {
   }
   if (event.defaultPrevented || event.repeat || typing(event)) return;
   if (event.key.startsWith("Arrow") && event.target.matches("input")) return; // sliders and choices have their own use
+  // The keys of a slide's page decide on the whole slide, and who stands on one of its fields may mean that field.
+  const onField = event.target.closest?.(".list, .strip");
+  if (onField && event.key === "Escape") document.activeElement.blur();
+  if (onField && bar() && /^[a1-9ufc]$/.test(event.key)) {
+    note("Nothing was saved: one field has the focus, and these keys are for the whole slide. Enter opens the field, Esc leaves it.");
+    event.preventDefault();
+    return;
+  }
   const go = { j: "next", ArrowRight: "next", k: "previous", ArrowLeft: "previous", l: "list", b: "back" }[event.key];
   if (go) {
     // A list on the page has j and k for its lines; there, nothing is to go on to.
@@ -65,6 +73,7 @@ function key(event) {
     event.preventDefault();
     if (button.disabled) note(button.dataset.why ?? "");
     else if (button.hasAttribute("data-decides") && document.querySelector(".review .waiting")) note("Wait for the picture: nothing was saved.");
+    else if (button.hasAttribute("data-decides") && document.querySelector("[data-no-picture]")) note("There is no picture, so no key decides: nothing was saved.");
     else button.click();
   }
 }

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 from prefect.events import emit_event
+from prefect.settings import PREFECT_API_URL
 
 from leukoflow.config import AlertSettings
 from leukoflow.records import CLASSES, RunManifest
@@ -28,6 +29,8 @@ def emit(event: EventName, run_id: str, payload: Mapping[str, Any]) -> None:
     The resource is `leukoflow.run.<run_id>`; inside a flow Prefect adds the flow run and its deployment as related
     resources. The payload holds figures and nothing that comes from a source.
     """
+    if not PREFECT_API_URL.value():
+        return  # there is nobody to hear it, and Prefect would start a temporary server for it
     try:
         emit_event(
             event=event,

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+from prefect.settings import PREFECT_API_URL, temporary_settings
 from test_nights import facts, manifest
 
 from flows import events
@@ -68,7 +69,8 @@ def test_an_event_that_cannot_be_sent_is_a_warning(
 ) -> None:
     sent = []
     monkeypatch.setattr(events, "emit_event", lambda **said: sent.append(said))
-    emit("leukoflow.run.finished", "night", {"members": 1})
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
+        emit("leukoflow.run.finished", "night", {"members": 1})
     assert sent == [
         {
             "event": "leukoflow.run.finished",
@@ -81,8 +83,18 @@ def test_an_event_that_cannot_be_sent_is_a_warning(
         raise OSError("no server")
 
     monkeypatch.setattr(events, "emit_event", broken)
-    emit("leukoflow.run.finished", "night", {})
+    with temporary_settings({PREFECT_API_URL: "http://127.0.0.1:1/api"}):
+        emit("leukoflow.run.finished", "night", {})
     assert "leukoflow.run.finished was not sent (OSError)" in caplog.text
+
+
+def test_without_a_server_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Prefect would start a temporary server, whose farewell goes to a log that may be closed by then."""
+    sent: list[object] = []
+    monkeypatch.setattr(events, "emit_event", lambda **said: sent.append(said))
+    with temporary_settings(restore_defaults={PREFECT_API_URL}):
+        emit("leukoflow.run.finished", "night", {})
+    assert sent == []
 
 
 def test_the_report_is_named_so_that_a_browser_can_come_to_it() -> None:

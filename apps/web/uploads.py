@@ -181,7 +181,7 @@ def _unpacked(reader: _Reader, limits: UploadLimits) -> Form:
                 uploads.append(Upload(shown_name(file), b"", "an archive without pictures"))
             uploads += [Upload(f"{shown_name(file)} / {m.name}", m.data, m.refusal) for m in members]
         elif content or file:  # browsers send an empty part where no file was chosen
-            refusal = no_picture(file) if content else "empty: the file has no bytes"
+            refusal = no_picture(file) if content else "empty: 0 bytes"
             uploads.append(Upload(shown_name(file), content if refusal is None else b"", refusal))
         if len(uploads) > limits.files:
             raise Refused(413, f"One upload may have up to {limits.files} images; send the rest in another one.")
@@ -242,7 +242,7 @@ def _member(file: io.BytesIO, entry: ZipEntry, name: str, limits: UploadLimits, 
         return Upload(name, b"", str(error))
     if content[:4] in _ZIP:
         return Upload(name, b"", "refused: an archive within an archive; unpack it first")
-    return Upload(name, content) if content else Upload(name, b"", "empty: the file has no bytes")
+    return Upload(name, content) if content else Upload(name, b"", "empty: 0 bytes")
 
 
 def shown_name(name: str) -> str:

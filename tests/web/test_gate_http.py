@@ -591,7 +591,7 @@ def test_every_file_that_is_sent_has_an_answer(tmp_path: Path) -> None:
     assert [i["name"] for i in items] == [name for _, (name, _) in sent]
     assert [i["error"] for i in items] == [
         None,
-        "empty: the file has no bytes",
+        "empty: 0 bytes",
         "an archive without pictures",
         "an archive without pictures",
         "a folder: open it, and choose the pictures in it",

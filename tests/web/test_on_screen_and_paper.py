@@ -255,7 +255,7 @@ def test_a_decision_leads_on_and_can_be_withdrawn(browser: Any, site: Site) -> N
     page.wait_for_selector("[data-scene]")
     page.keyboard.press("u")
     assert "no decision to withdraw" in page.inner_text("[data-saved]")
-    page.keyboard.press("a")
+    page.keyboard.press("1")  # its answer is any, and no key accepts a Benign that is outweighed
     page.wait_for_url(re.compile(rf"/fields/{left[1]}\?.*decided={left[0]}"))
     assert "Saved" in page.inner_text(".decided")
     page.wait_for_selector("[data-scene]")
@@ -294,8 +294,10 @@ def nothing_to_accept(page: Any, url: str, out: Path, status: Status, words: str
     assert (page.url, page.locator(".history li").count()) == (here, before)
 
 
-@pytest.mark.parametrize("status", [Status.REJECTED, Status.QUARANTINED])
-def test_accept_without_a_prediction_says_why(browser: Any, site: Site, status: Status) -> None:
+@pytest.mark.parametrize(
+    ("status", "words"), [(Status.REJECTED, "no answer to accept"), (Status.QUARANTINED, "nothing to label")]
+)
+def test_accept_without_a_prediction_says_why(browser: Any, site: Site, status: Status, words: str) -> None:
     page = page_of(browser, site)
-    nothing_to_accept(page, site.url, site.out, status, "no answer to accept")
+    nothing_to_accept(page, site.url, site.out, status, words)
     page.context.close()

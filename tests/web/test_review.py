@@ -23,8 +23,9 @@ pytestmark = pytest.mark.timeout(180)
 
 @pytest.fixture
 def copied(site: Site, tmp_path: Path) -> Path:
-    """A copy of the run that a test may change."""
+    """A copy of the run that a test may change, without what other tests have said of it."""
     shutil.copytree(site.out, tmp_path / "out")
+    shutil.rmtree(tmp_path / "out" / RUN / "verdicts", ignore_errors=True)
     return tmp_path / "out"
 
 

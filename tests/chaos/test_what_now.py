@@ -18,7 +18,7 @@ from harness import ROOT, Command, committed_shards, small_bundle, smears, start
 from leukoflow.progress import read_progress
 from leukoflow.storage import Storage
 
-pytestmark = [pytest.mark.chaos, pytest.mark.chaos_short, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 IMAGES = 96
 
 
@@ -100,6 +100,7 @@ def fill(disk: Path) -> Path:
             return ballast
 
 
+@pytest.mark.chaos_short
 def test_a_full_disk(disk: Path, tmp_path: Path) -> None:
     bundle = small_bundle(tmp_path / "bundle").path
     source = write_zip(tmp_path / "night.zip", smears(tmp_path / "sample", IMAGES, seed=22))

@@ -223,9 +223,12 @@ def shadow(
             view.show_plan(console, opened.run_id, opened.root, opened.summary)
             life.enter_context(prefect_api(keep_prefect, debug))
             life.enter_context(view.live_progress(console, opened.root))
+            from prefect import tags
+
             from flows.shadow import shadow as flow
 
-            state = flow(out, config.shadow_of, bundle, workers, cluster, return_state=True)
+            with tags("leukoflow", "shadow", f"run:{opened.run_id}"):
+                state = flow(out, config.shadow_of, bundle, workers, cluster, return_state=True)
         storage = Storage(opened.root)
         if not state.is_completed():
             outcome = state.result(raise_on_failure=False)

@@ -395,7 +395,7 @@ def _awaited(settings: ClusterSettings, gpu: bool) -> str:
         return f"waiting for workers from {settings.address}"
     gpus, count, _ = local_sizes(settings, gpu)
     count += len(gpus)
-    return f"starting {count} worker{'s' if count > 1 else ''}"
+    return f"starting {count_of(count, 'worker')}"
 
 
 @contextmanager

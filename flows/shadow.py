@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from prefect import flow, get_run_logger, tags
+from prefect import flow, get_run_logger
 from prefect.artifacts import create_markdown_artifact
 from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
@@ -37,8 +37,7 @@ def shadow(
         config = shadow_config(out, run_id, bundle, workers, cluster)
         if config.cluster.address == "local":
             _be_nice()
-        with tags("leukoflow", "shadow", f"run:{config.run_id or config.shadow_of}"):
-            state: State[Any] = nightly.fn(config)
+        state: State[Any] = nightly.fn(config)
         if not state.is_completed():
             return state
         found = compare(out, str(config.run_id))

@@ -22,6 +22,7 @@ import zarr
 from numpy.typing import NDArray
 
 from leukoflow.codec import loads
+from leukoflow.counts import count_of
 from leukoflow.errors import StorageError
 from leukoflow.method import SegmentSettings
 from leukoflow.progress import ProgressReader, RunBinding, RunProgress
@@ -825,7 +826,7 @@ def _figure(card: _Card) -> str:
         )
         lines.append(f"<details><summary>Probabilities, which are no answer</summary><table>{bars}</table></details>")
     n_cells = row["n_cells"] or 0
-    lines.append(f'<p class="quiet">{n_cells} cell{"s" if n_cells != 1 else ""}</p>')
+    lines.append(f'<p class="quiet">{count_of(n_cells, "cell")}</p>')
     if card.remark:
         lines.append(f'<p class="quiet">{_text(card.remark, 300)}</p>')
     drawing = card.drawing or '<div class="nodrawing">no drawing</div>'

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from leukoflow.counts import count_of
 from leukoflow.records import CLASS_NAMES
 
 MALIGNANT = slice(1, 4)
@@ -58,7 +59,7 @@ def disagreement(found: Iterable[tuple[str, str | None, int]]) -> str:
         shown = ", ".join(name for name, _ in named[:NAMED])
         more = f" and {len(named) - NAMED} more" if len(named) > NAMED else ""
         fields = sum(n for _, n in named)
-        parts.append(f"{CLASS_NAMES[label]} in {shown}{more} ({fields:,} field{'' if fields == 1 else 's'})")
+        parts.append(f"{CLASS_NAMES[label]} in {shown}{more} ({count_of(fields, 'field')})")
     if "Benign" in by_label:
         causes = "Another sample or treatment can be the reason, but also a wrong answer or a mix-up of patients."
     else:

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from leukoflow.counts import count_of
 from leukoflow.geometry import scale_is_guessed
 from leukoflow.method import SegmentSettings
 from leukoflow.records import CLASS_NAMES, CLASSES, OUT_OF_DISTRIBUTION, read_reason
@@ -250,7 +251,7 @@ def answered_scale_note(guessed: int, answered: int, settings: SegmentSettings) 
         return ""
     are = "is to a picture" if guessed == 1 else "are to pictures"
     return (
-        f"{guessed:,} of {answered:,} answer{'s' if answered != 1 else ''} {are} of another size than the training "
+        f"{guessed:,} of {count_of(answered, 'answer')} {are} of another size than the training "
         f"fields ({settings.field_px} px), and without a scale: cells may have been judged at the wrong size. Do not "
         "rely on them"
     )
@@ -267,7 +268,7 @@ def scale_note(guessed: int, abstained: int, settings: SegmentSettings) -> str:
     if not guessed:
         return ""
     return (
-        f"{guessed:,} of {abstained:,} abstention{'s' if abstained != 1 else ''} "
+        f"{guessed:,} of {count_of(abstained, 'abstention')} "
         f"{'is from a picture' if guessed == 1 else 'are from pictures'} of another size than the training fields "
         f"({settings.field_px} px), and without a scale: the missing scale is the likeliest cause. Repeat the run with "
         "--um-per-px, or with the column um_per_px in the manifest"

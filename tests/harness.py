@@ -298,3 +298,17 @@ def committed_shards(root: Path) -> list[str]:
     """Shards whose last marker is there."""
     folder = root / "markers" / "predictions"
     return sorted(p.stem for p in folder.glob("*.json")) if folder.is_dir() else []
+
+
+class Pipe(io.RawIOBase):
+    """A sink that cannot seek, so that zipfile writes sizes behind the data."""
+
+    def __init__(self) -> None:
+        self.data = bytearray()
+
+    def writable(self) -> bool:
+        return True
+
+    def write(self, data: object) -> int:
+        self.data += bytes(data)  # type: ignore[call-overload]
+        return len(bytes(data))  # type: ignore[call-overload]

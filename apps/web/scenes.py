@@ -14,6 +14,7 @@ from apps.web import drawing, words
 from apps.web.drawing import Shape, Tile
 from apps.web.jobs import Item
 from apps.web.words import Cell, Subject
+from leukoflow.counts import count_of
 from leukoflow.errors import LeukoflowError
 from leukoflow.records import CLASSES, Status
 from tasks import cytoplasm, field_view, worklist
@@ -117,7 +118,7 @@ def _scene(
     view = tiles[tile]
     mine = tuple(c for c in cells if c.tile == tile)
     height, width = view.cells.shape
-    what = f"{len(mine)} cell{'s' if len(mine) != 1 else ''}" if mine else "no cells"
+    what = count_of(len(mine), "cell") if mine else "no cells"
     scale = float(view.to_source[0, 0])
     return Scene(
         pictures=base,

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from harness import Pipe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -37,20 +38,6 @@ def noise(seed: int, size: int = 300) -> bytes:
 
 
 FILES = {f"s/{i}.jpg": noise(i, 300 + 40 * i) for i in range(4)}
-
-
-class Pipe(io.RawIOBase):
-    """A sink that cannot seek, so that zipfile writes sizes behind the data."""
-
-    def __init__(self) -> None:
-        self.data = bytearray()
-
-    def writable(self) -> bool:
-        return True
-
-    def write(self, data: object) -> int:
-        self.data += bytes(data)  # type: ignore[call-overload]
-        return len(bytes(data))  # type: ignore[call-overload]
 
 
 def zip_of(

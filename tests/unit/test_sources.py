@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 import zstandard
+from harness import Pipe
 
 from leukoflow.errors import MemberError, SourceError
 from leukoflow.records import Member, Shard, Source, SourceKind
@@ -47,17 +48,6 @@ def zip_of(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes
 
 def streamed_zip_of(files: dict[str, bytes], method: int = zipfile.ZIP_DEFLATED) -> bytes:
     """As a program writes it into a pipe: sizes and checksums only after the data."""
-
-    class Pipe(io.RawIOBase):
-        def __init__(self) -> None:
-            self.data = bytearray()
-
-        def writable(self) -> bool:
-            return True
-
-        def write(self, data: object) -> int:
-            self.data += bytes(data)  # type: ignore[call-overload]
-            return len(bytes(data))  # type: ignore[call-overload]
 
     pipe = Pipe()
     with zipfile.ZipFile(pipe, "w", method) as archive:

@@ -39,6 +39,18 @@ def changed(out: Path, change: Callable[[int, dict[str, Any]], None]) -> list[di
     return rows
 
 
+def answered_everywhere(out: Path, label: str, probabilities: tuple[float, float, float, float]) -> None:
+    """Gives every field that was diagnosed this answer."""
+    given = dict(zip(("prob_benign", "prob_early", "prob_pre", "prob_pro"), probabilities, strict=True))
+    given |= {"status": "predicted", "reason": None, "label": label, "confidence": max(probabilities)}
+
+    def change(_: int, row: dict[str, Any]) -> None:
+        if row["label"]:
+            row |= given
+
+    changed(out, change)
+
+
 def address(other: Site, ordinal: int | None = None, slide: str = "slide-a") -> str:
     """The address of a field, or of a slide."""
     table = open_run_named(str(other.out), RUN)
@@ -76,13 +88,7 @@ def test_keys_on_a_field_of_a_slide_do_not_decide_the_slide(browser: Any, copied
 
 
 def test_no_key_accepts_benign_where_malignancy_outweighs_it(browser: Any, copied: Path, tmp_path: Path) -> None:
-    shares = {"prob_benign": 0.32, "prob_early": 0.24, "prob_pre": 0.24, "prob_pro": 0.2}
-
-    def change(_: int, row: dict[str, Any]) -> None:
-        if row["label"]:
-            row |= shares | {"status": "predicted", "reason": None, "label": "Benign", "confidence": 0.32}
-
-    changed(copied, change)
+    answered_everywhere(copied, "Benign", (0.32, 0.24, 0.24, 0.2))
     with served(tmp_path, copied) as other:
         page = page_of(browser, other)
         table = open_run_named(str(copied), RUN)
@@ -203,13 +209,7 @@ def test_all_classes_of_the_agreement_fit_the_page(browser: Any, copied: Path, t
 
 
 def test_one_key_accepts_any_other_answer(browser: Any, copied: Path, tmp_path: Path) -> None:
-    shares = {"prob_benign": 0.04, "prob_early": 0.03, "prob_pre": 0.9, "prob_pro": 0.03}
-
-    def change(_: int, row: dict[str, Any]) -> None:
-        if row["label"]:
-            row |= shares | {"status": "predicted", "reason": None, "label": "Pre", "confidence": 0.9}
-
-    changed(copied, change)
+    answered_everywhere(copied, "Pre", (0.04, 0.03, 0.9, 0.03))
     with served(tmp_path, copied) as other:
         page = page_of(browser, other)
         field = next(f.ordinal for f in open_run_named(str(copied), RUN).fields().items if f.label)

@@ -108,7 +108,7 @@ def execute(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
             from tasks.open_run import open_run
 
             def begin(root: str) -> None:
-                _warn_of_another(console, root)
+                warn_of_another(console, root)
                 life.enter_context(beating(root, "planning the source"))
 
             opened = open_run(settings, begin)
@@ -120,15 +120,16 @@ def execute(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
         return _carry_out(console, opened, settled, keep_prefect, debug)
 
 
-def _warn_of_another(console: Console, root: str) -> None:
+def warn_of_another(console: Console, root: str) -> None:
+    """Says that a run is being worked on by another process, which does no harm and is of no use."""
     from leukoflow.progress import ProgressReader
 
     reader = ProgressReader(root)
     beat = reader.heartbeat()
     if beat is not None and beat.pid != os.getpid() and reader.state(beat) == "running":
         console.print(
-            f"[yellow]this run is being worked on already, by process {beat.pid} on {beat.host} since or before "
-            f"{beat.at}[/]; both go on, and nothing is counted twice, but one is enough",
+            f"[yellow]this run is already being worked on, by process {beat.pid} on {beat.host}[/]; both go on, and "
+            "nothing is counted twice, but one is enough",
             soft_wrap=True,
         )
 

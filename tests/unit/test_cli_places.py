@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import io
 import json
+import socket
+import subprocess
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import pytest
 from harness import smears, write_zip
+from rich.console import Console
 from typer.testing import CliRunner
 
 from apps import view
 from apps.cli import app, next_command
+from apps.common import warn_of_another
+from leukoflow.codec import dumps
 from leukoflow.config import load_config
 from leukoflow.counts import count_of
 from leukoflow.errors import ConfigError, RunConflictError
-from leukoflow.progress import read_progress
+from leukoflow.progress import Heartbeat, now, read_progress
 from models.bundle import Bundle
 from tasks.open_run import open_run
 
@@ -232,3 +238,18 @@ def test_numbers_of_things() -> None:
     assert count_of(1, "shard") == "1 shard"
     assert count_of(0, "shard") == "0 shards"
     assert count_of(1200, "image") == "1,200 images"
+
+
+def test_a_run_that_another_process_works_on_is_announced(tmp_path: Path) -> None:
+    root = tmp_path / "night"
+    root.mkdir()
+    said = Console(file=io.StringIO(), width=200)
+    with subprocess.Popen(["sleep", "60"]) as other:
+        beat = Heartbeat(other.pid, socket.gethostname(), now(), "running", phase="screening images")
+        (root / "heartbeat.json").write_bytes(dumps(beat))
+        warn_of_another(said, str(root))
+        assert f"already being worked on, by process {other.pid} on {socket.gethostname()}" in said.file.getvalue()
+        other.kill()
+    said = Console(file=io.StringIO(), width=200)
+    warn_of_another(said, str(root))
+    assert said.file.getvalue() == ""

@@ -127,20 +127,20 @@ def of_hundred(share: float) -> str:
     return "fewer than 1" if share < 0.005 else f"about {round(100 * share)}"
 
 
-def confidence_words(label: str, share: float, measured: bool) -> str:
-    """Says what the confidence of an answer means.
+def confidence_words(label: str, share: float, counted: bool = False, calibrated: bool = False) -> str:
+    """Says what the confidence of an answer means, and no more than was measured.
 
     Args:
         label: of the answer.
-        share: of the answers of this confidence that were right, 0 to 1; where that was never measured, the confidence.
-        measured: whether the bundle says how often its answers are right.
+        share: of the answers of this confidence that are right, 0 to 1: as it was counted, else the confidence itself.
+        counted: whether `share` was counted on answers of about this confidence.
+        calibrated: whether how far such confidences are off was at least measured on average.
     """
     name, count = class_name(label), of_hundred(share)
-    if measured:
-        return (
-            f"Of 100 fields answered with this confidence, {count} were {name} when this was measured, "
-            "on one hospital's fields."
-        )
+    if counted:
+        return f"{name}: of 100 answers with about this confidence, {count} were right when that was counted."
+    if calibrated:
+        return f"{name}: of 100 answers with this confidence, {count} should be right. That is calibrated, not counted."
     return f"The model's own confidence is {count} of 100 for {name}; how often such answers are right is not known."
 
 

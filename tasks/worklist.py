@@ -532,10 +532,10 @@ def frequency(metrics: Mapping[str, Any], label: str, confidence: float) -> Freq
         share = float(near["accuracy"])
         basis = f"counted on {int(near['fields']):,} answers of about this confidence, {of}"
     elif "ece" in measured:
-        basis = f"calibrated confidence; on average it was off by {100 * float(measured['ece']):.1f} of 100, {of}"
+        basis = f"on average such confidences were off by {100 * float(measured['ece']):.1f} of 100, measured {of}"
     else:
         basis = "the model's own confidence; how often it is right was never measured for this bundle"
-    words = wording.confidence_words(label, share, bool(bins) or "ece" in measured)
+    words = wording.confidence_words(label, share, bool(bins), "ece" in measured)
     return Frequency(min(99, round(100 * share)), words, basis)
 
 

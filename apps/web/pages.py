@@ -107,7 +107,6 @@ def render(request: Request, template: str, here: str = "", /, status: int = 200
         "uncertain_of": words.uncertain_of,
         "class_caution": wording.CLASS_CAUTION,
         "caution_of": scenes.caution_of,
-        "confidence_example": wording.confidence_words("Pro", 0.93, True),
         "shown": words.shown,
         "bundle_name": words.bundle_name,
         "shares": drawing.shares,

@@ -134,13 +134,13 @@ def test_an_answer_of_unknown_scale_carries_a_caution() -> None:
 
 
 def test_confidence_is_said_as_it_was_measured() -> None:
-    assert confidence_words("Pre", 0.67, True) == (
-        "Of 100 fields answered with this confidence, about 67 were Pre-B when this was measured, on one hospital's "
-        "fields."
-    )
-    assert "more than 99 were" in confidence_words("Pre", 1.0, True)
-    assert "fewer than 1" in confidence_words("Pre", 0.0, True)
-    unknown = confidence_words("Pre", 0.67, False)
+    counted = confidence_words("Pre", 0.67, counted=True, calibrated=True)
+    assert counted == "Pre-B: of 100 answers with about this confidence, about 67 were right when that was counted."
+    assert "more than 99 were" in confidence_words("Pre", 1.0, counted=True)
+    assert "fewer than 1" in confidence_words("Pre", 0.0, counted=True)
+    calibrated = confidence_words("Pre", 0.67, calibrated=True)  # nobody has counted answers of this confidence
+    assert "about 67 should be right. That is calibrated, not counted." in calibrated
+    unknown = confidence_words("Pre", 0.67)
     assert "were" not in unknown
     assert "not known" in unknown
 

@@ -886,13 +886,14 @@ def test_confidence_as_a_frequency() -> None:
     )  # fmt: skip
     assert counted.of_100 == 93
     assert counted.words == (
-        "Of 100 fields answered with this confidence, about 93 were Early Pre-B when this was measured, on one "
-        "hospital's fields."
+        "Early Pre-B: of 100 answers with about this confidence, about 93 were right when that was counted."
     )
     assert "500 answers" in counted.basis
     derived = frequency(_metrics(ece=0.0176), "Pro", 0.93)
     assert derived.of_100 == 93
-    assert "(" not in derived.words  # the miscalibration is no interval
+    assert derived.words == (
+        "Pro-B: of 100 answers with this confidence, about 93 should be right. That is calibrated, not counted."
+    )
     assert "1.8 of 100" in derived.basis
     assert "1,000 fields" in derived.basis
     assert frequency(_metrics(ece=0.0176), "Pro", 1.0).of_100 == 99

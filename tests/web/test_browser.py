@@ -198,7 +198,7 @@ def test_where_the_model_abstained_there_is_no_answer_to_accept(browser: Any, si
         said = page.inner_text("section[aria-label=Prediction]")
         assert "No answer" in said
         assert "The likeliest cause is the missing scale: the picture has 2592 × 1944 px" in said
-        assert not re.search("Prediction set|Of 100|Pre-B", said)  # probabilities are folded away
+        assert not re.search("Prediction set|of 100|Pre-B", said)  # probabilities are folded away
         page.click(".leaning summary")
         assert "They are no answer" in page.inner_text(".leaning")
         bar = page.inner_text("[data-review]")

@@ -632,7 +632,7 @@ def test_an_abstention_has_no_answer_in_the_api_nor_on_the_bench(tmp_path: Path)
         assert "No answer" in page
         assert "Had it answered" not in page
         assert "Prediction set:" not in page
-        assert "Of 100 fields" not in page
+        assert "of 100 answers" not in page
     assert "The likeliest cause is the missing scale" in pages[""]
     assert "Enter the scale" in pages[""]
     assert "missing scale" not in pages["0.2"]
@@ -661,7 +661,7 @@ def test_an_answer_of_unknown_scale_is_cautioned_against_on_the_bench(tmp_path: 
             exported = browser.get(f"{where}/0/export.json").json()
             assert ("Do not rely on this answer" in card) == (scale == "")
             assert (exported["caution"] is not None) == (scale == "")
-    assert pages[""].index("Do not rely on this answer") < pages[""].index("Early Pre-B when this was measured")
+    assert pages[""].index("Do not rely on this answer") < pages[""].index("Early Pre-B: of 100 answers")
     assert "Do not rely" not in pages["0.2"]
 
 

@@ -64,6 +64,12 @@ def said(other: Site) -> list[Verdict]:
     return list(verdicts.read(str(other.out), RUN).given)
 
 
+def led_on(page: Any) -> None:
+    """Waits for the page that follows a decision; a context that is closed on the way there may never close."""
+    page.wait_for_selector(".decided")
+    page.wait_for_load_state("networkidle")
+
+
 def test_keys_on_a_field_of_a_slide_do_not_decide_the_slide(browser: Any, copied: Path, tmp_path: Path) -> None:
     with served(tmp_path, copied) as other:
         page = page_of(browser, other)
@@ -105,7 +111,8 @@ def test_no_key_accepts_benign_where_malignancy_outweighs_it(browser: Any, copie
             until(lambda: "No key accepts Benign here" in page.inner_text("[data-saved]"))
         assert said(other) == []
         page.click("[data-means=accept]")
-        until(lambda: [str(v.action) for v in said(other)] == ["accept"])
+        led_on(page)
+        assert [str(v.action) for v in said(other)] == ["accept"]
         assert page.troubles == []
         page.context.close()
 
@@ -216,5 +223,6 @@ def test_one_key_accepts_any_other_answer(browser: Any, copied: Path, tmp_path: 
         page.goto(address(other, field))
         picture_shown(page)
         page.keyboard.press("a")
-        until(lambda: [(str(v.action), v.said) for v in said(other)] == [("accept", "Pre")])
+        led_on(page)
+        assert [(str(v.action), v.said) for v in said(other)] == [("accept", "Pre")]
         page.context.close()

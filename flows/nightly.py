@@ -564,8 +564,8 @@ def _draining(stop: threading.Event) -> Iterator[None]:
     def ask(number: int, frame: Any) -> None:
         if stop.is_set():
             raise KeyboardInterrupt
+        stop.set()  # first, since the second signal may come while this one is logged
         get_logger().warning("%s: finishing what is on its way, then stopping", signal.Signals(number).name)
-        stop.set()
 
     if threading.current_thread() is not threading.main_thread():
         yield

@@ -12,9 +12,11 @@ from typing import Any, Literal, Self
 
 from pydantic import AwareDatetime, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import ErrorDetails
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
 
 from leukoflow.errors import ConfigError
+from leukoflow.geometry import MAX_UM_PER_PX, MIN_UM_PER_PX
 from leukoflow.method import Settings
 
 MICRO_BATCH = 16
@@ -174,7 +176,9 @@ class RunConfig(BaseSettings):
     reuse: str | None = None
     shadow_of: str | None = Field(None, description="the finished run in `out` that this one only accompanies")
     shard_size: int = Field(128, ge=MICRO_BATCH, le=4096)
-    um_per_px: float | None = Field(None, gt=0, description="scale of all images whose manifest row gives none")
+    um_per_px: float | None = Field(
+        None, ge=MIN_UM_PER_PX, le=MAX_UM_PER_PX, description="scale of all images whose manifest row gives none"
+    )
     meta_columns: tuple[str, ...] = Field((), description="further manifest columns to carry along, as meta_<name>")
     device: str = Field("auto", description="`auto`, `cpu` or `cuda`")
     deadline: AwareDatetime | None = Field(None, description="when people want to read the results")
@@ -309,9 +313,33 @@ def _without_none(table: dict[str, Any]) -> dict[str, Any]:
 
 
 def explain(error: ValidationError) -> str:
-    """Each wrong setting with what is wrong about it."""
-    lines = [
-        f"{'.'.join(str(p) for p in e['loc']) or 'settings'}: {e['msg'].removeprefix('Value error, ')}"
-        for e in error.errors()
-    ]
+    """Say of each wrong setting what is wrong about it."""
+    lines = [f"{'.'.join(str(p) for p in e['loc']) or 'settings'}: {_in_words(e)}" for e in error.errors()]
     return "the configuration is not usable: " + "; ".join(lines)
+
+
+_WORDS = {
+    "missing": "is missing",
+    "extra_forbidden": "there is no setting of this name",
+    "greater_than": "must be above {gt:g}",
+    "greater_than_equal": "must be at least {ge:g}",
+    "less_than": "must be below {lt:g}",
+    "less_than_equal": "must be at most {le:g}",
+    "int_type": "must be a whole number",
+    "int_parsing": "must be a whole number",
+    "int_from_float": "must be a whole number",
+    "float_type": "must be a number",
+    "float_parsing": "must be a number",
+    "finite_number": "must be a number",
+    "bool_type": "must be true or false",
+    "bool_parsing": "must be true or false",
+    "string_type": "must be text, in quotes",
+    "literal_error": "must be {expected}",
+    "enum": "must be {expected}",
+}
+"""Kinds of errors of pydantic, as an operator reads them; of others, pydantic's own words."""
+
+
+def _in_words(error: ErrorDetails) -> str:
+    words = _WORDS.get(error["type"])
+    return error["msg"].removeprefix("Value error, ") if words is None else words.format(**error.get("ctx", {}))

@@ -13,6 +13,8 @@ if TYPE_CHECKING:  # the disposable decoding process uses this module, and start
     from leukoflow.method import SegmentSettings
 
 MAX_ENLARGEMENT = 8.0
+MIN_UM_PER_PX, MAX_UM_PER_PX = 0.01, 100.0
+"""The widest range in which cells are seen; 420 would be nanometres, 4.2e-7 metres."""
 SAME_SIZE = 1.1
 """A picture whose longer side is within this factor of the training fields' is of their size."""
 

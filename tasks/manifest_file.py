@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 
 from leukoflow.counts import count_of
 from leukoflow.errors import ConfigError
+from leukoflow.geometry import MAX_UM_PER_PX, MIN_UM_PER_PX
 from tasks.names import counted, tidied
 from tasks.patient_key import PATIENT_KEY, pseudonym, require_good
 
@@ -494,7 +495,7 @@ class _Cleaner:
             column = column.cast(column.type.value_type)
         encoded = column.dictionary_encode()
         values: list[float | None] = []
-        wrong, blank = set(), set()
+        wrong, beyond, blank = set(), set(), set()
         for place, written in enumerate(encoded.dictionary.to_pylist()):
             text = tidied(str(written))
             if not text or text.casefold() in _SAYS_NOTHING:
@@ -505,10 +506,17 @@ class _Cleaner:
             values.append(value)
             if value is None:
                 wrong.add(place)
+            elif not MIN_UM_PER_PX <= value <= MAX_UM_PER_PX:
+                beyond.add(place)
         if rows := _rows(encoded.indices, wrong):
             raise ConfigError(
                 f"{self.path}, {self.sheet.places(rows)}: um_per_px is not a positive number like 0.42; correct it, or "
                 "leave it empty"
+            )
+        if rows := _rows(encoded.indices, beyond):
+            raise ConfigError(
+                f"{self.path}, {self.sheet.places(rows)}: um_per_px is not between {MIN_UM_PER_PX:g} and "
+                f"{MAX_UM_PER_PX:g}; is it in micrometres per pixel, like 0.42? Correct it, or leave it empty"
             )
         if rows := _rows(encoded.indices, blank):
             self.sheet.remarks.append(_nothing(self.sheet, "um_per_px", rows))

@@ -35,6 +35,8 @@ from tasks.tables import check_intent
 _RUNS_COMPARED = 50  # the last by name, as nights name them; a look at each costs a request
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHADOW_ID = re.compile(_RUN_ID.pattern + r"-shadow-[0-9a-f]{8}")
+_TAKEN = ("inbox", "nights.html", "nights.json", "audit.jsonl", "audit.lock", "web-audit.jsonl")
+"""What lies beside the runs of an output folder."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +70,8 @@ def open_run(config: RunConfig, begun: Callable[[str], object] = lambda root: No
 
 
 def _open(config: RunConfig, manifest: Path | _FetchedFile | None, begun: Callable[[str], object]) -> Run:
+    if config.run_id is not None:  # before anything that takes long, or can fail, is looked at
+        _check_run_id(config.run_id, config.shadow_of)
     out = Storage(config.out)
     out.probe()
     asked = reference(config.bundle)
@@ -94,11 +98,7 @@ def _open(config: RunConfig, manifest: Path | _FetchedFile | None, begun: Callab
     bundle_uri = config.bundle if bundle is not None else _registered(config, asked, out, lambda d: name(d)[1])
     bundle = bundle or load_bundle(bundle_uri)
     fingerprint, run_id = name(bundle.digest)
-    if not (_RUN_ID if config.shadow_of is None else _SHADOW_ID).fullmatch(run_id):
-        raise ConfigError(
-            f"run id {run_id!r} is not usable: letters, digits, '.', '_' and '-' only, a letter or digit first, at "
-            "most 100"
-        )
+    _check_run_id(run_id, config.shadow_of)
     storage = out.child(run_id)
     bound = _binding(storage)
     if bound is not None and not bound.is_planned and bound.fingerprint != fingerprint:
@@ -162,6 +162,16 @@ def _open(config: RunConfig, manifest: Path | _FetchedFile | None, begun: Callab
         config, run_id, storage.root, fingerprint, source, summary, bundle, bundle_uri, device, bound,
         _finished(storage),
     )  # fmt: skip
+
+
+def _check_run_id(run_id: str, shadow_of: str | None) -> None:
+    if not (_RUN_ID if shadow_of is None else _SHADOW_ID).fullmatch(run_id):
+        raise ConfigError(
+            f"run id {run_id!r} is not usable: letters, digits, '.', '_' and '-' only, a letter or digit first, at "
+            "most 100"
+        )
+    if run_id in _TAKEN:
+        raise ConfigError(f"run id {run_id!r} is not usable: the output folder keeps something else under that name")
 
 
 def bound_config(binding: RunBinding) -> RunConfig:

@@ -176,6 +176,7 @@ class RunLine:
     bundle_digest: str
     shadow_of: str | None = None
     message: str = ""
+    phase: str = ""  # what a running run does or waits for
 
 
 @dataclass(frozen=True, slots=True)
@@ -993,6 +994,8 @@ class RunTable:
     ) -> Verdict:
         """A verdict on a slide as a whole, with what its fields say together; else like `verdict_on_field`."""
         line = self.slide(slide_key)
+        if line.in_no_folder and action in (Action.ACCEPT, Action.CORRECT):
+            raise RequestError("these fields are in no folder and are no slide: label each of them on its own page")
         if action is Action.WITHDRAW:
             label = _withdrawn(line.standing, label)
         probabilities = line.summary.probabilities
@@ -1555,6 +1558,7 @@ def _line_in_progress(shelf: _Shelf, run_id: str) -> RunLine:
         bundle_digest=binding.bundle_digest,
         shadow_of=p.shadow_of,
         message=p.message,
+        phase=p.phase if p.state == "running" else "",
     )
 
 

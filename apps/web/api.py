@@ -24,6 +24,7 @@ from apps.web.live import STREAM, event, live
 from apps.web.problems import add_problem_schema, documented, finite
 from apps.web.settings import SCOPES, WebSettings
 from apps.web.uploads import read_form
+from leukoflow.geometry import MAX_UM_PER_PX, MIN_UM_PER_PX
 from leukoflow.records import CLASSES, Status
 from tasks import cytoplasm
 from tasks.wording import RESEARCH_USE, SET_DESCRIPTION
@@ -211,7 +212,9 @@ async def diagnose(
     bundle: Annotated[
         list[str] | None, Query(max_length=4, description="bundles by name; the first one unless given")
     ] = None,
-    um_per_px: Annotated[float | None, Query(gt=0, le=100, description="micrometres per pixel, if known")] = None,
+    um_per_px: Annotated[
+        float | None, Query(ge=MIN_UM_PER_PX, le=MAX_UM_PER_PX, description="micrometres per pixel, if known")
+    ] = None,
     cells: Annotated[bool, Query(description="whether to list the cells")] = True,
     wait: Annotated[bool, Query(description="false: answer immediately; fetch the result later")] = True,
 ) -> Diagnoses:

@@ -58,6 +58,7 @@ class RunOut(Model):
     bundle_digest: str
     shadow_of: str | None
     message: str
+    phase: str = Field(description="what a running run does or waits for; else empty")
 
 
 class ReconciliationOut(Model):

@@ -50,6 +50,7 @@ from apps.web.frames import (
 )
 from leukoflow.config import LimitSettings
 from leukoflow.errors import BundleError, LeukoflowError, place_of, words_of
+from leukoflow.geometry import MAX_UM_PER_PX, MIN_UM_PER_PX
 from leukoflow.host import worker_environment
 from leukoflow.records import DIED, Status
 from tasks.ingest import too_large
@@ -299,8 +300,10 @@ class Engine:
         if not self._open:
             raise EngineError("the engine is not running")
         card = self._card(bundle)
-        if um_per_px is not None and not (math.isfinite(um_per_px) and um_per_px > 0):
-            raise ValueError(f"micrometres per pixel must be a positive number, not {um_per_px}")
+        if um_per_px is not None and not MIN_UM_PER_PX <= um_per_px <= MAX_UM_PER_PX:
+            raise ValueError(
+                f"micrometres per pixel must be between {MIN_UM_PER_PX:g} and {MAX_UM_PER_PX:g}, not {um_per_px:g}"
+            )
         if (reason := too_large(len(data), self._limits)) is not None:
             return _quarantined(data, card, reason)
         if self._down and not self._ready:

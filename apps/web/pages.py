@@ -44,6 +44,7 @@ from apps.web.jobs import Item, Job, Jobs
 from apps.web.settings import ROLES, SCOPES
 from apps.web.uploads import read_form
 from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError
+from leukoflow.geometry import MAX_UM_PER_PX, MIN_UM_PER_PX
 from leukoflow.records import CLASSES, Status
 from tasks import cytoplasm, handoff, verdicts, wording, worklist
 from tasks.single import STAGES, Finding
@@ -735,7 +736,7 @@ def _scale(text: str) -> float | None:
         value = float(text.replace(",", "."))
     except ValueError:
         value = 0.0
-    if not 0.01 <= value <= 100:
+    if not MIN_UM_PER_PX <= value <= MAX_UM_PER_PX:
         raise Refused(422, "The scale is a number of micrometres per pixel, such as 0.25.")
     return value
 

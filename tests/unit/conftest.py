@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,15 +17,9 @@ KEY = "a key that only these tests have"
 
 @pytest.fixture(autouse=True)
 def _threads() -> Iterator[None]:
-    """Some stages bind torch to one thread; runs record how many there were, so each test finds the same number.
-
-    Beside other test processes that number is one: threads that wait for each other on busy cores make small steps of
-    training a hundred times slower.
-    """
+    """Some stages bind torch to one thread; runs record how many there were, so each test finds the same number."""
     import torch
 
-    if "PYTEST_XDIST_WORKER" in os.environ:
-        torch.set_num_threads(1)
     before = torch.get_num_threads()
     yield
     torch.set_num_threads(before)

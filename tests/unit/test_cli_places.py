@@ -67,6 +67,13 @@ def test_an_output_that_is_no_folder_is_named_with_the_remedy(
     assert (tmp_path / "README.md").read_text() == "words"
 
 
+def test_a_run_id_is_looked_at_before_anything_else(tmp_path: Path) -> None:
+    for run_id in ("a/b", ".night", "n" * 101, "inbox", "nights.html", "audit.jsonl", "web-audit.jsonl"):
+        with pytest.raises(ConfigError, match=r"run id .* is not usable"):
+            open_run(load_config(source="nowhere.zip", out=str(tmp_path / "out"), run_id=run_id))
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_source_that_is_the_output_or_lies_in_a_run_is_refused(small: Bundle, tmp_path: Path) -> None:
     smears(tmp_path / "fields", 2)
     with pytest.raises(ConfigError, match="is the source itself"):

@@ -56,6 +56,8 @@ def patients(*names: str | None) -> list[str | None]:
         (HEADER + "a.jpg,S1,Family\na.jpg,S1,Given\n", "with different values: lines 2, 3; keep one"),
         (HEADER + ",S1,Family\n", "line 2: no image_key"),
         ("image_key,um_per_px\na.jpg,Family\n", "line 2: um_per_px is not a positive number"),
+        ("image_key,um_per_px\na.jpg,0.42\nb.jpg,420\n", "line 3: um_per_px is not between 0.01 and 100"),
+        ("image_key,um_per_px\na.jpg,4.2e-7\n", "line 2: um_per_px is not between 0.01 and 100"),
         ("image_key,site,Site \na.jpg,Family,Family\n", "has more than one column site"),
         (HEADER.encode() + b"a.jpg,S1,Family\0\n", "line 2 has zero bytes"),
         (b"PK\x03\x04Family", "is a workbook of a spreadsheet: save it as CSV"),

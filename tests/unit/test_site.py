@@ -44,12 +44,12 @@ def test_paths_are_relative_to_the_file_and_the_environment_names_it(
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('inbox = "in"\nout = "out"', "name: Field required"),
+        ('inbox = "in"\nout = "out"', "name: is missing"),
         (MINIMAL + 'time_zone = "Mars/Olympus"', "no time zone 'Mars/Olympus'"),
         (MINIMAL + 'deadline = "26:00"', "deadline"),
         (MINIMAL + 'deadline = "06:00Z"', "local time"),
-        (MINIMAL + "inbocks = 3", "inbocks: Extra inputs"),
-        (MINIMAL + "[arrival]\nsettle = 3", "arrival.settle: Extra inputs"),
+        (MINIMAL + "inbocks = 3", "inbocks: there is no setting of this name"),
+        (MINIMAL + "[arrival]\nsettle = 3", "arrival.settle: there is no setting of this name"),
         (MINIMAL + '[arrival]\nsentinel = "a/b"', "arrival.sentinel"),
         (MINIMAL + "[run]\nshard_size = 17", "table run: .*shard_size: .*multiple of 16"),
         (MINIMAL + '[run]\nmanifest = "x.csv"', r"manifest: the site says it outside of \[run\]"),

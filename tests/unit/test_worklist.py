@@ -279,6 +279,16 @@ def test_what_lies_in_no_folder_is_no_slide(opened: RunTable) -> None:
     assert replace(line, name="ward-2").title == "ward-2"
 
 
+def test_fields_in_no_folder_are_not_labelled_together(opened: RunTable, monkeypatch: pytest.MonkeyPatch) -> None:
+    line = everything(opened.slides)[0]
+    loose = replace(line, grouping="folder", name=".")
+    monkeypatch.setattr(RunTable, "slide", lambda self, key: loose)
+    for action, label in ((Action.ACCEPT, None), (Action.CORRECT, "Pre")):
+        with pytest.raises(RequestError, match="label each of them on its own page"):
+            opened.verdict_on_slide(loose.slide_key, action, "dr. grey", label)
+    assert opened.verdict_on_slide(loose.slide_key, Action.FLAG, "dr. grey").action is Action.FLAG
+
+
 def test_a_decision_for_the_answer_accepts_it_by_whichever_key(copy: Path) -> None:
     out = str(copy.parent)
     table = open_run_table(out, NIGHT)
@@ -518,7 +528,9 @@ def test_a_run_in_progress_shows_what_is_committed(copy: Path, tmp_path: Path) -
     for shard in ("00001", "00002"):
         (copy / f"markers/predictions/{shard}.json").rename(hidden / f"{shard}.json")
         (copy / f"predictions/part-{shard}.parquet").rename(hidden / f"{shard}.parquet")
-    (copy / "heartbeat.json").write_bytes(dumps(Heartbeat(os.getpid(), socket.gethostname(), now(), "running")))
+    (copy / "heartbeat.json").write_bytes(
+        dumps(Heartbeat(os.getpid(), socket.gethostname(), now(), "running", phase="screening images"))
+    )
     out = str(copy.parent)
     table = open_run_table(out, NIGHT)
     found = table.reconciliation()
@@ -527,6 +539,7 @@ def test_a_run_in_progress_shows_what_is_committed(copy: Path, tmp_path: Path) -
     assert table.fields().total == 16
     (line,) = list_runs(out)
     assert (line.state, line.done, line.members, line.missing) == ("running", 16, 38, 1)
+    assert line.phase == "screening images"
     add(out, table.verdict_on_field(3, Action.FLAG, "dr. grey"))
     with pytest.raises(NotFoundError, match="no field 20"):
         table.field(20)

@@ -71,7 +71,7 @@ def test_no_site_and_a_broken_one_are_one_line(command: str, site: Path) -> None
     site.write_text("name = 3")
     broken = invoke(command, str(site))
     assert broken.exit_code == 1
-    assert "inbox: Field required" in broken.stderr
+    assert "inbox: is missing" in broken.stderr
 
 
 def test_an_inbox_that_is_not_there(site: Path) -> None:

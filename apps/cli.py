@@ -107,7 +107,7 @@ def run(
         int | None, typer.Option("--workers", min=0, help="Local worker processes; 0 is one per core.")
     ] = None,
     shard_size: Annotated[
-        int | None, typer.Option("--shard-size", help="Images per shard, a multiple of 16. Default: 256.")
+        int | None, typer.Option("--shard-size", help="Images per shard, a multiple of 16. Default: 128.")
     ] = None,
     cluster: Annotated[
         str | None,
@@ -118,7 +118,9 @@ def run(
     reuse: Annotated[
         str | None,
         typer.Option(
-            "--reuse", metavar="RUN_ID", help="Take over the stages that an earlier run in OUT has done alike."
+            "--reuse",
+            metavar="RUN_ID",
+            help="Take over the stages that an earlier run in OUT has computed from the same input.",
         ),
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda. Default: auto.")] = None,
@@ -198,7 +200,7 @@ def status(
         if run_id is None:
             runs = list_runs(reached(out))
             if not runs:
-                raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {out}` makes one")
+                raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {shlex.quote(out)}` makes one")
             found, damaged = [], []
             for name in runs:
                 try:
@@ -281,7 +283,7 @@ def verify(
         names, unfinished = ([run_id], []) if run_id is not None else finished_runs(existing(out))
         logs = [(file, log) for file in (LOG, WEB_LOG) if (log := verify_log(out, file)) is not None]
         if not names and not unfinished and not logs:
-            raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {out}` makes one")
+            raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {shlex.quote(out)}` makes one")
         bad = 0
         for name in names:
             try:
@@ -463,6 +465,7 @@ def doctor(
         from apps.doctor import diagnose
 
         console = view.console()
+        use_configured_prefect(debug)  # the patient key may come from a block of that server
         with console.status("checking", spinner="dots"):
             checks = diagnose(out, bundle, cluster, start_prefect)
         view.show_checks(console, checks)
@@ -583,7 +586,8 @@ def train(
 
         console = view.console()
         console.print(f"bundle {out}, digest {digest[:12]}", soft_wrap=True)
-        console.print(f"next: leukoflow evaluate {out} {data} --out evaluation", soft_wrap=True)
+        command = shlex.join(["leukoflow", "evaluate", str(out), str(data), "--out", "evaluation"])
+        console.print(f"next: {command}", soft_wrap=True, markup=False)
 
 
 PROTOCOL_NAMES: tuple[Literal["random", "slide", "cluster"], ...] = ("random", "slide", "cluster")

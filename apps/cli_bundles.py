@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated, Any
@@ -239,15 +240,17 @@ def shadow(
         from leukoflow.codec import loads
 
         found = loads(ShadowSummary, storage.read(SUMMARY), storage.uri(SUMMARY))
+        slides = "1 slide is" if found.slides_moved == 1 else f"{found.slides_moved:,} slides are"
         console.print(
             f"{found.moved:,} of {found.images:,} images would get another label or status, {found.changed:,} differ "
-            f"in anything; {found.slides_moved:,} slides are concerned",
+            f"in some way; {slides} affected",
             soft_wrap=True,
         )
         for before, after, n in found.transitions:
             if before != after:
                 console.print(f"  {n:>7,}  {before} -> {after}", soft_wrap=True)
-        console.print(f"images  leukoflow diff {root_of(out, found.shadow_of)} {opened.root}", soft_wrap=True)
+        command = shlex.join(["leukoflow", "diff", root_of(out, found.shadow_of), opened.root])
+        console.print(f"images  {command}", soft_wrap=True, markup=False)
 
 
 def rerun(
@@ -257,19 +260,23 @@ def rerun(
         bool, typer.Option("--verify", help="Compute the finished run again elsewhere, and compare.")
     ] = False,
     shards: Annotated[
-        int | None, typer.Option("--shards", min=1, help="Only so many shards, chosen by --seed. Default: all.")
+        int | None, typer.Option("--shards", min=1, help="With --verify: only so many, chosen by --seed. Default: all.")
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of the choice of shards.")] = 0,
-    workers: Annotated[int, typer.Option("--workers", min=0, help="Processes; 0 is one per core.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="With --verify: of the choice of shards.")] = 0,
+    workers: Annotated[
+        int | None, typer.Option("--workers", min=0, help="Processes; 0 is one per core. Default: as the run had it.")
+    ] = None,
     bundle: Annotated[
-        str | None, typer.Option("--bundle", help="Where the run's bundle is now, if it is not where it was.")
+        str | None,
+        typer.Option("--bundle", help="With --verify: where the run's bundle is now, if it is not where it was."),
     ] = None,
     registry: RegistryOption = None,
     scratch: Annotated[
-        Path | None, typer.Option("--scratch", help="Folder for what is computed. Default: that of temporary files.")
+        Path | None,
+        typer.Option("--scratch", help="With --verify: folder for what is computed. Default: that of temporary files."),
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Everything that was found, as JSON.")
+        Path | None, typer.Option("--json", metavar="FILE", help="With --verify: everything that was found, as JSON.")
     ] = None,
     keep_prefect: Annotated[
         bool, typer.Option("--keep-prefect", help="Leave the Prefect server that this run starts running.")
@@ -281,7 +288,8 @@ def rerun(
     With --verify, compute a finished run again from its source with its bundle, and compare bit for bit: predictions,
     cells, masks, features and activation maps of all shards, or of a seeded sample, are held against what is stored. On
     the same kind of machine with the same software nothing may differ; else it is said how far the numbers are apart,
-    and what is different here. The run is not touched. The options from --shards to --json belong to it.
+    and what is different here. The run is not touched. --shards, --seed, --bundle, --registry, --scratch and
+    --json belong to it.
 
     **Examples**: `leukoflow rerun out ward-2026-03-01`; `leukoflow rerun out smears-1f0c63b2 --verify --shards 3`
 
@@ -293,7 +301,11 @@ def rerun(
                 raise ConfigError("--shards, --bundle, --scratch and --json belong to --verify")
             from flows.rerun import rerun_config
 
-            raise typer.Exit(execute(rerun_config(out, run_id), keep_prefect, debug))
+            settings = rerun_config(out, run_id)
+            if workers is not None:
+                cluster = settings.cluster.model_copy(update={"workers": workers})
+                settings = settings.model_copy(update={"cluster": cluster})
+            raise typer.Exit(execute(settings, keep_prefect, debug))
         from apps import view
         from tasks.reproduce import reproduce_run, to_json
 
@@ -304,7 +316,14 @@ def rerun(
                 status.update(f"computing again: {done} of {total} shards")
 
             found = reproduce_run(
-                root_of(out, run_id), shards, seed, workers, bundle, registry, str(scratch) if scratch else None, report
+                root_of(out, run_id),
+                shards,
+                seed,
+                workers or 0,
+                bundle,
+                registry,
+                str(scratch) if scratch else None,
+                report,
             )
         if json_file is not None:
             json_file.write_text(to_json(found), encoding="utf-8")

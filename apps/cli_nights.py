@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -174,4 +175,5 @@ def metrics(
             return
         with metrics_endpoint(RunsCollector(out), port, address) as bound:
             view.console().print(f"metrics  http://{address}:{bound}/metrics  (Ctrl-C ends)", soft_wrap=True)
-            threading.Event().wait()
+            with suppress(KeyboardInterrupt):
+                threading.Event().wait()

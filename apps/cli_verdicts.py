@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from apps.common import Debug, Out, RunId, reached, reported, root_of
+from apps.common import Debug, Out, RunId, reached, reported, root_of, use_configured_prefect
 from leukoflow.errors import ConfigError
 
 
@@ -51,6 +51,8 @@ def export(
             raise ConfigError(f"{to}: the name says the format; end it with {', '.join(k.suffix for k in Format)}")
         if to.exists():
             raise ConfigError(f"{to} exists; name another file")
+        if patient is not None:
+            use_configured_prefect(debug)  # the key may come from a block of that server
         key = patient_key() if patient is not None else None
         scope = Scope(patient=None if patient is None else patient_key_of(patient_name(patient, key)))
         if patient is not None:

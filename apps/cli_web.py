@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -149,7 +150,8 @@ def serve(
         )
         with _listen(host, port) as listening:
             settings = replace(settings, port=listening.getsockname()[1])
-            asyncio.run(_serve(settings, listening, tls_cert, tls_key, view.console().print))
+            with suppress(KeyboardInterrupt):
+                asyncio.run(_serve(settings, listening, tls_cert, tls_key, view.console().print))
 
 
 async def _serve(

@@ -64,7 +64,7 @@ def reported(debug: bool = False) -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt:
-        fail("stopped; the same command continues where it was", 130)
+        fail("stopped; nothing that was committed is lost, and the same command can be given again", 130)
     except LeukoflowError as error:
         if debug:
             traceback.print_exc()
@@ -72,12 +72,27 @@ def reported(debug: bool = False) -> Iterator[None]:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if isinstance(error, OSError) and (words := _system_trouble(error)):
+            fail(words, 1)
         where = traceback.extract_tb(error.__traceback__)[-1]
         fail(
             f"{_without_values(error)} ({Path(where.filename).name}, line {where.lineno}); "
             "this is a fault of the program: --debug shows the whole traceback",
             1,
         )
+
+
+def _system_trouble(error: OSError) -> str:
+    """What an operator can mend about an error of the system, with the remedy; empty for others."""
+    from leukoflow.storage import is_full
+
+    scratch = os.environ.get("TMPDIR") or "/tmp"
+    if is_full(str(error)) or "No usable temporary directory" in str(error):  # one more look for it would fail as well
+        place = f"the disk of {error.filename}" if error.filename else f"a disk, most likely that of {scratch} (TMPDIR)"
+        return f"no space left on {place}; make room there, then give the same command again"
+    if isinstance(error, PermissionError) and error.filename is not None:
+        return f"{error.filename}: permission denied; give the command as the user whom the runs belong to"
+    return ""
 
 
 def _without_values(error: Exception) -> str:
@@ -181,6 +196,7 @@ def _well(state: Any) -> bool:
 
 def _without_prefect(console: Any, root: str, error: Exception) -> None:
     """The run's own last word, when Prefect's server did not take it. Raises LeukoflowError unless it finished."""
+    from apps.prefect_server import without_server
     from leukoflow.errors import RunCancelledError
     from leukoflow.progress import ProgressReader
 
@@ -196,8 +212,8 @@ def _without_prefect(console: Any, root: str, error: Exception) -> None:
         raise LeukoflowError(f"{words} ({where})")
     else:
         raise LeukoflowError(
-            f"the Prefect server does not answer ({error}); start it again, or unset PREFECT_API_URL so that the "
-            "run starts its own. What is committed stays, and the same command continues where the run was"
+            f"the Prefect server does not answer ({error}); start it again, or {without_server()} so that "
+            "the run starts its own. What is committed stays, and the same command continues where the run was"
         ) from error
 
 

@@ -187,7 +187,8 @@ def check_patient_key() -> Iterator[Check]:
 
     key = patient_key()
     if key is None:
-        yield Check("patient key", "ok", f"none; where a manifest names patients, {PATIENT_KEY} must be set")
+        why = f"set {PATIENT_KEY} or the Prefect Secret block leukoflow-patient-key"
+        yield Check("patient key", "ok", f"none; where a manifest names patients, {why}")
     elif wrong := weakness(key):
         remedy = f"make one with {KEY_COMMAND}: {KEY_RULE}. What was made with this one is found with this one alone"
         yield Check("patient key", "fail", f"it can be guessed: {wrong}", remedy)

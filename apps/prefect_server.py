@@ -90,8 +90,10 @@ def configured_api_url() -> str | None:
 
 def _configured(name: str) -> str | None:
     """A setting of Prefect's client: from the environment, else from the active profile."""
-    if value := os.environ.get(name):
-        return value
+    return os.environ.get(name) or _of_profile(name)
+
+
+def _of_profile(name: str) -> str | None:
     home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
     path = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml").expanduser()
     try:
@@ -150,6 +152,7 @@ def require_server(api_url: str | None, timeout: float = 5.0) -> None:
         try:
             _open(f"{base}/admin/version", timeout, _credentials())
         except urllib.error.HTTPError as error:
+            trouble = f"answers with HTTP {error.code}: see to that server, or to the proxy before it"
             if error.code in (401, 403):
                 said = "refuses" if _configured("PREFECT_API_AUTH_STRING") else "asks for"
                 raise PrefectServerError(
@@ -160,14 +163,42 @@ def require_server(api_url: str | None, timeout: float = 5.0) -> None:
                 raise PrefectServerError(
                     f"there is no Prefect API at {api_url}: correct the path of PREFECT_API_URL, which ends with /api"
                 ) from None
-        except (urllib.error.URLError, OSError, ValueError):
-            continue
+        except (urllib.error.URLError, OSError, ValueError) as error:
+            if words := _certificate_trouble(error):
+                raise PrefectServerError(f"the Prefect server at {api_url}: {words}") from None
+            trouble = "does not answer: start that server"
         else:
             return
     raise PrefectServerError(
-        f"the Prefect server at {api_url} does not answer: start that server, or unset PREFECT_API_URL so that a run "
-        "starts its own"
+        f"the Prefect server at {api_url} {trouble}, or {without_server()} so that a run starts its own"
     )
+
+
+def without_server() -> str:
+    """Says what makes a run start a server of its own: the configured address is taken away where it stands."""
+    url = _configured("PREFECT_API_URL")
+    in_profile = url is not None and _of_profile("PREFECT_API_URL") == url
+    return (
+        "take its address out of the profile (`prefect config unset PREFECT_API_URL`)"
+        if in_profile
+        else ("unset PREFECT_API_URL")
+    )
+
+
+def _certificate_trouble(error: BaseException) -> str:
+    """What is wrong with certificates, and the remedy; empty where an error is of another kind."""
+    reason = getattr(error, "reason", None)
+    cause = reason if isinstance(reason, BaseException) else error
+    if isinstance(cause, ssl.SSLCertVerificationError):
+        return (
+            f"its certificate is refused ({cause.verify_message}): set PREFECT_API_SSL_CERT_FILE to the certificate "
+            "of the authority that signed it, or have it renewed"
+        )
+    file = _configured("PREFECT_API_SSL_CERT_FILE")
+    unread = isinstance(cause, FileNotFoundError | PermissionError) or getattr(cause, "library", None) == "X509"
+    if file is None or not unread:
+        return ""
+    return f"{file}, which PREFECT_API_SSL_CERT_FILE names, is absent or no PEM file: correct its path, or unset it"
 
 
 def _credentials() -> dict[str, str]:
@@ -439,10 +470,10 @@ def _tail(home: Path, lines: int = 12) -> str:
 def _failure(home: Path, what: str) -> str:
     tail = _tail(home)
     remedy = "run `leukoflow doctor`, or set PREFECT_API_URL to a server that runs already"
-    if "min_items" in tail or "fastapi" in tail.lower():
-        remedy = f"install fastapi<{FASTAPI_BELOW}, which Prefect 3.8 needs; `leukoflow doctor` checks the versions"
-    elif "no space left" in tail.lower():
+    if "no space left" in tail.lower() or "disk is full" in tail.lower():  # a traceback may name fastapi as well
         remedy = f"make room on the disk of {home}"
+    elif "min_items" in tail or "fastapi" in tail.lower():
+        remedy = f"install fastapi<{FASTAPI_BELOW}, which Prefect 3.8 needs; `leukoflow doctor` checks the versions"
     elif "malformed" in tail.lower() or "alembic" in tail.lower():
         remedy = f"move {home / 'prefect.db'} away: it is damaged or of another version, and holds only past dashboards"
     return f"the local Prefect server {what}; {remedy}. The end of {home / _LOG}:\n{tail}"

@@ -379,7 +379,8 @@ def show_verification(target: Console, found: Verification) -> None:
         return
     count = len(found.findings) + found.more
     target.print(
-        Text.assemble((found.run_id, "bold red"), f" is not as it was committed: {count:,} findings"), soft_wrap=True
+        Text.assemble((found.run_id, "bold red"), f" is not as it was committed: {count_of(count, 'finding')}"),
+        soft_wrap=True,
     )
     remedies: dict[str, list[str]] = {}
     for finding in found.findings:
@@ -456,10 +457,10 @@ def show_retention(target: Console, found: Sequence[Decision], dry_run: bool) ->
 def show_amended(target: Console, found: Sequence[Amended], done: str, dry_run: bool) -> None:
     """In which runs a patient is erased or corrected."""
     if not found:
-        target.print("no run knows this patient (or slide) as that; nothing was changed")
+        target.print("no run has a patient (or slide) by that name; nothing was changed")
         return
     for e in found:
-        words = f"{e.images:,} images" + (f" and {e.missing:,} missing ones" if e.missing else "")
+        words = f"{count_of(e.images, 'image')}" + (f" and {e.missing:,} missing ones" if e.missing else "")
         if dry_run:
             target.print(Text.assemble((e.run_id, "bold"), f"  {words} would be {done}"), soft_wrap=True)
             continue
@@ -581,6 +582,6 @@ def show_checks(target: Console, checks: Sequence[Check]) -> None:
     target.print(table)
     failed, warned = (sum(c.verdict == v for c in checks) for v in ("fail", "warn"))
     if not failed:
-        target.print("[green]a run can start[/]" + (f", with {warned} warnings" if warned else ""))
+        target.print("[green]a run can start[/]" + (f", with {count_of(warned, 'warning')}" if warned else ""))
     else:
         target.print(f"[red]{failed} of {len(checks)} checks failed[/]")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextvars
+import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,8 +15,9 @@ from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
 from flows.events import emit
-from leukoflow.errors import DeadlineError, RunCancelledError
+from leukoflow.errors import DeadlineError, RunCancelledError, words_of
 from leukoflow.progress import ProgressReader, RunProgress
+from leukoflow.storage import Storage
 from tasks.handover import FOLDER, Pace, hand_over, lateness
 from tasks.open_run import Run
 
@@ -70,7 +72,7 @@ class _Watch:
             try:
                 self.look(self._reader.read(), datetime.now(UTC), time.monotonic())
             except Exception as error:  # a look that fails must not end a night's work
-                self.log.warning("deadline: %s", error)
+                self.log.warning("deadline: %s", words_of(error))
             left = (self.deadline - datetime.now(UTC)).total_seconds()
             if left <= 0:
                 break
@@ -122,7 +124,9 @@ class _Watch:
             done = hand_over(self.run.root)
             words = f"handed over at the deadline ({self.words}): {done.done} of {done.members} images"
         except Exception as error:
-            words = f"what is done could not be handed over ({type(error).__name__}: {error}); `leukoflow report` may"
+            why = f"{type(error).__name__}: {words_of(error)}"
+            again = shlex.join(["leukoflow", "report", Storage(self.run.config.out).root, self.run.run_id])
+            words = f"what is done could not be handed over ({why}); try: {again}"
         self.note(words)
         self.log.warning("run %s: %s", self.run.run_id, words)
         self._artifact(
@@ -134,4 +138,4 @@ class _Watch:
             create: Any = create_markdown_artifact
             create(text, key="nightly-deadline", description=f"Deadline of {self.run.run_id}")
         except Exception as error:
-            self.log.warning("deadline: %s", error)
+            self.log.warning("deadline: %s", words_of(error))

@@ -22,6 +22,7 @@ from prefect.states import Cancelled, Completed, Failed
 
 from flows.nightly import STATE_NAMES, headline, screen
 from leukoflow.config import RunConfig
+from leukoflow.counts import count_of
 from leukoflow.errors import ConfigError, DeadlineError, LeukoflowError, RunCancelledError, SourceError, StorageError
 from leukoflow.ledger import ClaimHead, ClaimOutcome, Ledger, RunOutcome, read_selection
 from leukoflow.progress import HEARTBEAT_SECONDS, ProgressReader, now, read_manifest
@@ -238,13 +239,12 @@ def in_words(report: NightReport) -> list[str]:
     for run in report.runs:
         lines.append(f"{run.run_id}: {run.message}")
     if complete := len(report.view.of("complete")):
-        lines.append(f"{complete} have arrived meanwhile, for the next night")
+        lines.append(f"{count_of(complete, 'item')} arrived meanwhile and will be taken next night")
     if arriving := len(report.view.of("arriving")):
-        lines.append(f"{arriving} still arriving, for the next night")
+        lines.append(f"{count_of(arriving, 'item')} still arriving, for the next night")
     if changed := sum(item.changed for item in report.view.items):
-        lines.append(
-            f"{changed} files were replaced after they had been taken; the next night takes them as they are now"
-        )
+        were = "file was" if changed == 1 else "files were"
+        lines.append(f"{changed:,} {were} replaced after having been taken; the next night takes what is there now")
     if report.view.leftovers:
         lines.append(f"{report.view.leftovers} unfinished files lie in the inbox, and are not taken")
     expected = report.view.expected

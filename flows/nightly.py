@@ -293,8 +293,22 @@ def _chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...], priority: int
 
 
 def _worth_a_retry(task: Any, task_run: Any, state: State[Any]) -> bool:
-    """Not when the cluster is lost for good: every further attempt would end the same way."""
-    return not isinstance(state.data, ClusterError)
+    """Not when the cluster is lost for good: every further attempt would end the same way.
+
+    Prefect asks only where attempts are left, so that this is where one is promised.
+    """
+    if isinstance(state.data, ClusterError):
+        return False
+    get_logger().warning("%s; the shard is tried again", _why(state))
+    return True
+
+
+def _why(state: State[Any]) -> str:
+    """Why a task has failed, without Prefect's words around it."""
+    error = getattr(state.data, "result", state.data)
+    if isinstance(error, LeukoflowError):
+        return str(error)
+    return (state.message or "it failed").removeprefix("Task run encountered an exception ")
 
 
 def _obituary(storage: Storage, job: ShardJob) -> str:
@@ -302,8 +316,8 @@ def _obituary(storage: Storage, job: ShardJob) -> str:
     try:
         note = json.loads(storage.read(f"{attempt_prefix(job.shard, job.attempt)}/timeout.json"))
     except FileNotFoundError:
-        return "its worker process died (out of memory, killed, or a poisonous image); the shard is tried again"
-    return f"{note['message']}; its worker was ended and the shard is tried again"
+        return "its worker process died (out of memory, killed, or a poisonous image)"
+    return f"{note['message']}; its worker was ended"
 
 
 @dataclass(slots=True)
@@ -354,7 +368,7 @@ class _Work:
                 self.cluster.settle()
             else:
                 return self.job(shard)
-        raise ShardError(f"shard {shard.name}: {LOSSES} workers died while they searched it; it is tried again")
+        raise ShardError(f"shard {shard.name}: {LOSSES} workers died while they searched it")
 
 
 # --- the run ---------------------------------------------------------------------------------------------------------
@@ -450,7 +464,7 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], stop: threadi
             future.wait()  # takes over the final state; without it the server is asked, which may lag behind
             if not future.state.is_completed():
                 failures += 1
-                words = future.state.message or "it failed"
+                words = _why(future.state)
                 if is_full(words):  # it would be so for every further shard
                     full = exhausted = True
                     continue
@@ -480,7 +494,7 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], stop: threadi
         raise ShardError(
             f"run {run.run_id}: {failures} of {total} shards failed after "
             f"{count_of(options.shard_retries + 1, 'attempt')} each; the others "
-            f"are committed. What failed and why: leukoflow status {run.config.out} {run.run_id}. "
+            f"are committed. What failed and why: {_command('status', run)}. "
             f"Once mended: {run.binding.command}"
         )
     dashboard.progress(100.0, f"all {total} shards are committed")
@@ -525,7 +539,15 @@ def _with_spool(work: _Work, pending: Iterator[Shard]) -> Iterator[Shard]:
     def sink(shard: Shard) -> BinaryIO:
         return storage.writer(work.spool_key(shard))
 
-    yield from spool(run.source, ((shard, planned(run.root, shard)) for shard in pending), sink)
+    try:
+        yield from spool(run.source, ((shard, planned(run.root, shard)) for shard in pending), sink)
+    except OSError as error:
+        if not is_full(str(error)):
+            raise
+        raise StorageError(
+            f"the disk that holds {run.root} is full: the archive's images are unpacked there. Make room there, then "
+            f"take it up again: {run.binding.command}"
+        ) from error
 
 
 def _remember_failure(run: Run, shard: Shard, message: str) -> None:
@@ -584,9 +606,14 @@ def _report(run: Run, manifest: RunManifest) -> None:
         Storage(run.root).write("report.html", build_report(run.root, manifest).encode())
     except Exception as error:
         get_run_logger().warning(
-            "the report could not be built (%s: %s); build it again with: leukoflow report %s %s",
-            type(error).__name__, error, run.config.out, run.run_id,
+            "the report could not be built (%s: %s); build it again with: %s",
+            type(error).__name__, words_of(error), _command("report", run),
         )  # fmt: skip
+
+
+def _command(name: str, run: Run) -> str:
+    """A command about a run, which holds from wherever it is given."""
+    return shlex.join(["leukoflow", name, Storage(run.config.out).root, run.run_id])
 
 
 # --- what others are told ---------------------------------------------------------------------------------------------
@@ -637,7 +664,7 @@ def where_the_report_is(run: Run) -> str:
     """How people come to the report, Markdown: a browser follows no link from here to a file."""
     file = f"File: `{Storage(run.root).uri('report.html')}`"
     if run.config.web_url is None:
-        command = shlex.join(["leukoflow", "serve", run.config.out])
+        command = shlex.join(["leukoflow", "serve", Storage(run.config.out).root])
         return f"{file}\n\nIn the browser: `{command}`, then open run {run.run_id} there."
     page = f"{run.config.web_url.rstrip('/')}/runs/{run_key_of(run.run_id)}"
     return f"[{run.run_id} in the web application]({page})\n\n{file}"

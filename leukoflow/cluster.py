@@ -219,7 +219,7 @@ class Cluster:
 
     def _give_up(self, trouble: str) -> None:
         self._failure = ClusterError(
-            f"{trouble}. It was waited for {self._settings.lost_seconds:.0f} s (cluster.lost_seconds). What is "
+            f"{trouble}. Waited for {self._settings.lost_seconds:.0f} s (cluster.lost_seconds). What is "
             "committed stays; once mended, the same command goes on from there"
         )
         with self._news:
@@ -248,12 +248,9 @@ class Cluster:
             log.info("%s workers, %s of them with a GPU", len(there), len(gpu))
         self.crew = crew
         if not there:
-            return "all workers are gone; start workers with `dask worker ADDRESS --nthreads 1`"
+            return f"all workers are gone; {_remedy(self._settings)}"
         if self._gpu and not gpu:
-            return (
-                "no worker offers the resource GPU any more; start one worker per GPU with "
-                "`dask worker ADDRESS --nthreads 1 --resources GPU=1`"
-            )
+            return f"no worker offers the resource GPU any more; {_remedy(self._settings, gpu=True)}"
         return None
 
     def _identity(self) -> dict[str, Any]:
@@ -402,12 +399,27 @@ def _worker_went_away() -> Iterator[None]:
         raise ClusterError(f"a worker went away before the first shard ({error}); run the same command again") from None
 
 
+def _remedy(settings: ClusterSettings, gpu: bool = False) -> str:
+    """What brings workers back, or those with a GPU, by where they come from."""
+    if settings.address == "local":
+        device = "look at the GPUs with `nvidia-smi`, then " if gpu else ""
+        return f"{device}run the same command again, with fewer --workers if the memory is short"
+    if settings.address == "slurm":
+        return (
+            "see what `squeue --me` says of the jobs and what their output says: a job ends with its time limit, "
+            f"cluster.slurm.walltime ({settings.slurm.walltime})"
+        )
+    if settings.address == "kubernetes":
+        return "see what `kubectl get pods` says"
+    if gpu:
+        return f"start one worker per GPU with `dask worker {settings.address} --nthreads 1 --resources GPU=1`"
+    return f"start workers with `dask worker {settings.address} --nthreads 1`"
+
+
 def _wait_for_workers(client: Any, settings: ClusterSettings, count: int) -> None:
-    remedy = {
-        "local": "run the same command again, with fewer --workers if the memory is short",
-        "slurm": "see what `squeue --me` says of the jobs and what their output says, or raise cluster.wait_seconds",
-        "kubernetes": "see what `kubectl get pods` says, or raise cluster.wait_seconds",
-    }.get(settings.address, "start workers with `dask worker ADDRESS --nthreads 1`, or raise cluster.wait_seconds")
+    remedy = _remedy(settings)
+    if settings.address != "local":
+        remedy += ", or raise cluster.wait_seconds"
     try:
         client.wait_for_workers(count, timeout=settings.wait_seconds)
     except TimeoutError:
@@ -423,8 +435,8 @@ def _require_gpu(client: Any, settings: ClusterSettings) -> None:
             return
         time.sleep(0.5)
     raise ClusterError(
-        "no worker offers the resource GPU, which --device cuda needs; start one worker per GPU with "
-        "`dask worker ADDRESS --nthreads 1 --resources GPU=1`, or run with --device cpu"
+        f"no worker offers the resource GPU, which --device cuda needs; {_remedy(settings, gpu=True)}, or run with "
+        "--device cpu"
     )
 
 

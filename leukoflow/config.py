@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import tomllib
 from collections.abc import Mapping
 from contextvars import ContextVar
@@ -13,7 +14,7 @@ from typing import Any, Literal, Self
 from pydantic import AwareDatetime, Field, ValidationError, field_validator, model_validator
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails
-from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource, SettingsConfigDict, SettingsError
 
 from leukoflow.errors import ConfigError
 from leukoflow.geometry import MAX_UM_PER_PX, MIN_UM_PER_PX
@@ -287,6 +288,12 @@ def config_from(table: Mapping[str, Any], **overrides: Any) -> RunConfig:
         return RunConfig(**_without_none(overrides))
     except ValidationError as error:
         raise ConfigError(explain(error)) from None
+    except SettingsError as error:  # of the environment; its own words quote values
+        found = re.search(r'field "(\w+)"', str(error))
+        name = f"LEUKOFLOW_{found[1].upper()}" if found else "a LEUKOFLOW_ variable"
+        raise ConfigError(
+            f'{name} is not usable: write lists as JSON, ["a", "b"], and one setting of a table as {name}__SETTING'
+        ) from None
     finally:
         _file.reset(token)
 

@@ -27,7 +27,7 @@ class PreflightError(LeukoflowError):
 
 
 class RunConflictError(LeukoflowError):
-    """The run id exists and is bound to another source, other settings or another bundle."""
+    """The run id exists and is bound to another source, manifest, bundle or device, or to other settings."""
 
 
 class BundleError(LeukoflowError):

@@ -20,11 +20,15 @@ from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import Any, Literal
 
+from pydantic import ValidationError
+
 from leukoflow.codec import loads
+from leukoflow.config import RunConfig
 from leukoflow.errors import ConfigError, StorageError
 from leukoflow.progress import RunBinding
 from leukoflow.records import RunManifest, Status, read_reason
 from leukoflow.storage import Storage
+from tasks.open_run import run_words
 from tasks.tables import BATCH_ROWS, finished, regroup, stream, table_files
 
 COLUMNS = (
@@ -179,16 +183,17 @@ def setup_differences(
     return tuple(row for row in rows if row[1] != row[2])
 
 
-_SHOWN_ELSEWHERE = ("--out", "--run-id", "--bundle", "--shard-size", "--device")
+_LEFT_OUT = ("--out", "--run-id", "--bundle", "--shard-size", "--device", "--workers")
+"""Options that the manifest tells, or that are no matter of the outcome."""
 
 
 def _options(command: str) -> dict[str, str]:
-    """Options of the command that resumes a run, without those that the manifest tells."""
+    """Options of the command that made a run, without those that are left out."""
     try:
         words = shlex.split(command)
     except ValueError:  # a quote that never ends: somebody has edited it
         return {}
-    return {name: value for name, value in pairwise(words) if name.startswith("--") and name not in _SHOWN_ELSEWHERE}
+    return {name: value for name, value in pairwise(words) if name.startswith("--") and name not in _LEFT_OUT}
 
 
 @dataclass(slots=True)
@@ -306,9 +311,16 @@ def _keys(storage: Storage, manifest: RunManifest) -> Iterator[Any]:
 
 def _command(storage: Storage) -> str:
     try:
-        return loads(RunBinding, storage.read("run.json"), "run.json").command
+        binding = loads(RunBinding, storage.read("run.json"), "run.json")
     except (FileNotFoundError, StorageError):
         return ""
+    try:  # the command itself may only name the run
+        config = RunConfig.model_validate_json(binding.config)
+    except ValidationError:
+        return binding.command
+    if config.selection or config.shadow_of is not None:
+        return binding.command
+    return shlex.join(run_words(config.model_copy(update={"reuse": binding.reuse}), binding.run_id, binding.bundle))
 
 
 @contextmanager

@@ -266,7 +266,8 @@ def _csv_rows(path: PathLike, reader: Any, skipped: int) -> Iterator[tuple[int, 
             begins = skipped + reader.line_num + 1
     except csv.Error:  # what it says may quote the line
         raise ConfigError(
-            f"{path}, line {begins}: its quotation marks do not fit; close each that is opened, and double those inside"
+            f"{path}, line {begins}: its quotation marks do not match; close each that is opened, and double those "
+            "inside"
         ) from None
 
 
@@ -484,8 +485,8 @@ class _Cleaner:
         places = {p for p, value in enumerate(values) if value is not None and len(alike[_lookalike(value)]) > 1}
         self.sheet.remarks.append(
             f"{name} differs only in leading zeros, a trailing .0 or upper and lower case in "
-            f"{self.sheet.places(_rows(indices, places))}: they are taken for different ones; make them alike if they "
-            "are not"
+            f"{self.sheet.places(_rows(indices, places))}: they are treated as different; spell them alike if they are "
+            "the same"
         )
 
     def scales(self) -> pa.Array:

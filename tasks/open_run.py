@@ -13,6 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
+from typing import Any
 
 import zarr
 from pydantic import ValidationError
@@ -31,6 +32,15 @@ from tasks.compact import expand_run
 from tasks.patient_key import PATIENT_KEY, check_value, patient_key
 from tasks.plan import plan, read_summary
 from tasks.tables import check_intent
+
+_SAID: dict[str, Any] = dict.fromkeys(
+    (
+        "source", "out", "run_id", "manifest", "manifest_sha256", "selection", "bundle", "bundles", "reuse",
+        "shadow_of", "shard_size", "um_per_px", "device", "deadline", "at_deadline",
+    ),
+    True,
+) | {"cluster": {"address", "workers"}}  # fmt: skip
+"""Settings that an option of `run` says, or that no later run takes up: a deadline belongs to its night."""
 
 _RUNS_COMPARED = 50  # the last by name, as nights name them; a look at each costs a request
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
@@ -105,8 +115,9 @@ def _open(config: RunConfig, manifest: Path | _FetchedFile | None, begun: Callab
         bound = None  # it ended before it had anything; what was wrong with source or manifest may be mended by now
     if bound is not None and bound.fingerprint != fingerprint:
         raise RunConflictError(
-            f"run {run_id} exists and was made from another source, other settings or another bundle "
-            f"({bound.fingerprint}, now {fingerprint}); choose a new --run-id, and --reuse {run_id} to keep what holds"
+            f"run {run_id} exists and was made from another source (or the same one written differently), another "
+            f"manifest, bundle or device, or with other settings ({bound.fingerprint}, now {fingerprint}); choose a "
+            f"new --run-id, and --reuse {run_id} to keep what holds"
         )
     if config.reuse and ((reused := _binding(out.child(config.reuse))) is None or not reused.is_planned):
         raise ConfigError(f"--reuse {config.reuse}: there is no such run in {config.out}, or it has done nothing yet")
@@ -151,10 +162,11 @@ def _open(config: RunConfig, manifest: Path | _FetchedFile | None, begun: Callab
             shard_size=summary.shard_size,
             plan_sha256=storage.digest("plan.parquet")[2],
             patient_key_check=summary.patient_key_check,
+            command=resume_command(config, run_id, bundle_uri, planned=True),
         )
         storage.write("run.json", dumps(bound))
     if config.reuse and config.reuse != bound.reuse:
-        bound = replace(bound, reuse=config.reuse, command=resume_command(config, run_id, bundle_uri))
+        bound = replace(bound, reuse=config.reuse, command=resume_command(config, run_id, bundle_uri, planned=True))
         storage.write("run.json", dumps(bound))
     for group in ("masks.zarr", "features.zarr", "activations.zarr"):
         zarr.open_group(storage.zarr(group), mode="a")
@@ -179,9 +191,11 @@ def bound_config(binding: RunBinding) -> RunConfig:
     if not binding.config:
         raise ConfigError(f"run {binding.run_id} was begun by an older version; to take it up: {binding.command}")
     try:
-        return RunConfig.model_validate_json(binding.config).model_copy(update={"run_id": binding.run_id})
+        config = RunConfig.model_validate_json(binding.config)
     except ValidationError as error:
         raise ConfigError(f"run {binding.run_id}: {explain(error)}; to take it up: {binding.command}") from None
+    # what it reuses may have been named only when it was taken up again
+    return config.model_copy(update={"run_id": binding.run_id, "reuse": binding.reuse or config.reuse})
 
 
 def shadow_id(main: str, digest: str) -> str:
@@ -189,12 +203,38 @@ def shadow_id(main: str, digest: str) -> str:
     return f"{main}-shadow-{digest[:8]}"
 
 
-def resume_command(config: RunConfig, run_id: str, bundle: str) -> str:
-    """The command that takes this run up again, with the bundle that it began with, wherever that was found."""
+def resume_command(config: RunConfig, run_id: str, bundle: str, planned: bool = False) -> str:
+    """Says which command takes this run up again, from wherever it is given, with the bundle that it began with.
+
+    What no option of `run` says is kept with the run, which `rerun` reads. Only once the run is planned, however: the
+    manifest of one that is not may be about to be mended, and `rerun` goes by what it was.
+    """
     if config.shadow_of is not None:
-        return shlex.join(["leukoflow", "shadow", config.out, config.shadow_of, "--bundle", bundle])
-    if config.selection:  # what the inbox held that night is in no other command
-        return shlex.join(["leukoflow", "rerun", config.out, run_id])
+        words = ["leukoflow", "shadow", config.out, config.shadow_of, "--bundle", bundle]
+    elif config.selection or (planned and _says_more(config)):
+        words = ["leukoflow", "rerun", config.out, run_id]
+    else:
+        words = run_words(config, run_id, bundle)
+    places = [config.source, config.out, config.manifest, config.bundles, config.drift_reference]
+    if Path(bundle, "bundle.json").is_file():  # else it is the name of one that comes with the program
+        places.append(bundle)
+    here = f"cd {shlex.quote(os.getcwd())} && " if any(map(_is_relative, places)) else ""
+    return here + shlex.join(words)
+
+
+def _is_relative(place: str | None) -> bool:
+    """Whether a place is another one when it is named in another folder."""
+    return place is not None and "://" not in place and not Path(place).is_absolute()
+
+
+def _says_more(config: RunConfig) -> bool:
+    """Whether there are settings, other than the defaults, that no option of `run` says."""
+    default = RunConfig.model_construct(source="", out="")
+    return config.model_dump(exclude=_SAID) != default.model_dump(exclude=_SAID)
+
+
+def run_words(config: RunConfig, run_id: str, bundle: str) -> list[str]:
+    """Spells out the `run` command of these settings, as far as options say them."""
     words = ["leukoflow", "run", config.source, "--out", config.out, "--run-id", run_id]
     for option, value, default in (
         ("--manifest", config.manifest, None),
@@ -204,10 +244,11 @@ def resume_command(config: RunConfig, run_id: str, bundle: str) -> str:
         ("--um-per-px", config.um_per_px, None),
         ("--device", config.device, "auto"),
         ("--cluster", config.cluster.address, "local"),
+        ("--workers", config.cluster.workers, 0),
     ):
         if value != default:
             words += [option, str(value)]
-    return shlex.join(words)
+    return words
 
 
 def resolve_device(device: str, cluster: str = "local") -> str:
@@ -375,7 +416,7 @@ def _frozen_plan(
         pass
     if manifest is not None and _file_digest(manifest) != config.manifest_sha256:
         raise ConfigError(
-            f"{config.manifest} is another one than run {config.run_id} was begun with, and its plan is gone: put the "
+            f"{config.manifest} is not the one that run {config.run_id} began with, and its plan is gone: put the "
             "former manifest back"
         )
     key = patient_key() if config.manifest else None  # nothing else names patients

@@ -81,6 +81,12 @@ def patient_key() -> bytes | None:
     except ValueError:  # there is no such block
         return None
     except httpx.HTTPError as error:
+        if isinstance(error, httpx.HTTPStatusError) and error.response.status_code in (401, 403):
+            raise ConfigError(
+                f"the Prefect server at {os.environ['PREFECT_API_URL']}, which may hold the key for the patients in "
+                "the manifest, refuses user and password: set PREFECT_API_AUTH_STRING to USER:PASSWORD, or set "
+                f"{PATIENT_KEY}"
+            ) from None
         raise ConfigError(
             f"the Prefect server at {os.environ['PREFECT_API_URL']} does not answer ({type(error).__name__}), and it "
             f"may hold the key for the patients in the manifest; start it, or set {PATIENT_KEY}"

@@ -9,6 +9,7 @@ import uuid
 
 import psutil
 
+from leukoflow.counts import count_of
 from leukoflow.errors import PreflightError, StorageError
 from leukoflow.storage import Storage
 from tasks.open_run import Run
@@ -34,7 +35,8 @@ def preflight(run: Run, workers_here: int) -> None:
     available, wanted = psutil.virtual_memory().available, workers_here * WORKER_BYTES
     if available < wanted:
         raise PreflightError(
-            f"{available / 1e9:.1f} GB of memory are available, {workers_here} workers want {wanted / 1e9:.1f} GB; "
+            f"{available / 1e9:.1f} GB of memory are available, "
+            f"{count_of(workers_here, 'worker')} {'wants' if workers_here == 1 else 'want'} {wanted / 1e9:.1f} GB; "
             "use fewer --workers"
         )
 

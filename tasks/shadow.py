@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from dataclasses import dataclass
 
 from leukoflow.codec import dumps, loads
@@ -81,7 +82,7 @@ def as_markdown(s: ShadowSummary) -> str:
         "",
         f"**Not the night's result.** Bundle {s.bundle_digest[:12]} saw what run {s.shadow_of} saw with bundle "
         f"{s.main_bundle_digest[:12]}: {s.moved} of {s.images} images get another label or status, {s.changed} differ "
-        f"in anything; {s.slides_moved} slides are concerned.",
+        f"in some way; slides affected: {s.slides_moved}.",
         "",
     ]
     if rows:
@@ -123,7 +124,7 @@ def shadow_config(
     if not binding.config:
         raise ConfigError(
             f"run {run_id} was made by a version that did not record all settings, so its shadow cannot be made alike; "
-            "compare it with a run of its own: leukoflow run SOURCE --reuse, then leukoflow diff"
+            f"compare it with a run of its own: {_by_hand(binding, out, bundle)}"
         )
     recorded = {name: value for name, value in json.loads(binding.config).items() if name not in _NOT_TAKEN}
     config = load_config(
@@ -139,6 +140,13 @@ def shadow_config(
     )
     digest = opened(config.bundles).resolve(bundle).digest if is_reference(bundle) else load_bundle(bundle).digest
     return config.model_copy(update={"run_id": shadow_id(run_id, digest)})
+
+
+def _by_hand(binding: RunBinding, out: str, bundle: str) -> str:
+    """Commands that show what a candidate would have changed, where no shadow run can."""
+    run = ["leukoflow", "run", binding.source_uri, "--out", out, "--run-id", "NEW", "--bundle", bundle]
+    roots = [f"{out.rstrip('/')}/{name}" for name in (binding.run_id, "NEW")]
+    return f"{shlex.join([*run, '--reuse', binding.run_id])}, then {shlex.join(['leukoflow', 'diff', *roots])}"
 
 
 def compare(out: str, run_id: str) -> ShadowSummary:

@@ -290,6 +290,41 @@ def test_an_unusable_source_is_one_line_and_exit_code_2(stage: Any) -> None:
     assert result.stderr == "error: smears.zip does not exist; check the path\n"
 
 
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (OSError(28, "No space left on device", "/tmp/x"), "no space left on the disk of /tmp/x; make room there"),
+        (
+            OSError("Error writing bytes to file. Detail: [errno 28] No space left on device"),
+            "that of /scratch (TMPDIR)",
+        ),
+        (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "that of /scratch (TMPDIR)"),
+        (
+            PermissionError(13, "Permission denied", "/out/run.json"),
+            "give the command as the user whom the runs belong",
+        ),
+    ],
+)
+def test_what_the_system_refuses_is_no_fault_of_the_program(
+    stage: Any, monkeypatch: pytest.MonkeyPatch, error: OSError, words: str
+) -> None:
+    monkeypatch.setenv("TMPDIR", "/scratch")
+    stage.error = error
+    result = _run(stage)
+    assert result.exit_code == 1
+    assert words in result.stderr
+    assert "fault of the program" not in result.stderr
+
+
+def test_ctrl_c_promises_no_more_than_every_command_holds(stage: Any) -> None:
+    stage.error = KeyboardInterrupt()
+    result = _run(stage)
+    assert result.exit_code == 130
+    assert result.stderr == (
+        "error: stopped; nothing that was committed is lost, and the same command can be given again\n"
+    )
+
+
 def test_a_fault_of_the_program_is_owned_and_debug_shows_where(stage: Any) -> None:
     stage.error = ZeroDivisionError("division by zero")
     result = _run(stage)

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 from typer.testing import CliRunner
 
+from apps import cli_bundles
 from apps.cli import app
 from leukoflow.codec import dumps
-from leukoflow.config import load_config
+from leukoflow.config import RunConfig, load_config
 from leukoflow.progress import RunBinding, now
 from tasks.open_run import resume_command
 
@@ -92,5 +93,24 @@ def test_rerun_needs_a_run_that_kept_its_settings(tmp_path: Path) -> None:
 
 
 def test_a_run_of_a_claim_is_resumed_by_its_id() -> None:
-    config = load_config(source="inbox", out="out dir", selection="out/inbox/ward/claims/00001.parquet", run_id="n")
-    assert resume_command(config, "n", "pocket") == "leukoflow rerun 'out dir' n"
+    config = load_config(source="/inbox", out="/out dir", selection="/out/inbox/ward/claims/00001.parquet", run_id="n")
+    assert resume_command(config, "n", "pocket") == "leukoflow rerun '/out dir' n"
+
+
+@pytest.mark.parametrize(("options", "workers"), [((), 3), (("--workers", "1"), 1)])
+def test_rerun_takes_the_workers_that_are_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, options: tuple[str, ...], workers: int
+) -> None:
+    config = load_config(source="a.zip", out=str(tmp_path), run_id="n", cluster={"workers": 3})
+    bound = RunBinding("n", "f", "a.zip", 1, 1, 16, "pocket", "d", "cpu", now(), "", config=config.canonical())
+    (tmp_path / "n").mkdir()
+    (tmp_path / "n" / "run.json").write_bytes(dumps(bound))
+    taken: list[RunConfig] = []
+
+    def execute(settings: RunConfig, *_: bool) -> int:
+        taken.append(settings)
+        return 0
+
+    monkeypatch.setattr(cli_bundles, "execute", execute)
+    assert invoke("rerun", str(tmp_path), "n", *options).exit_code == 0
+    assert [found.cluster.workers for found in taken] == [workers]

@@ -105,3 +105,15 @@ def test_so_are_source_bundle_device_and_manifest(name: str) -> None:
 )
 def test_what_does_not_is_not(settings: dict[str, Any]) -> None:
     assert config(**settings).fingerprint(**BASE) == config().fingerprint(**BASE)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("LEUKOFLOW_META_COLUMNS", "ward,7-Mary"), ("LEUKOFLOW_CLUSTER", "slurm-Mary")]
+)
+def test_a_variable_that_is_no_json_is_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError) as refused:
+        config()
+    assert str(refused.value) == (
+        f'{name} is not usable: write lists as JSON, ["a", "b"], and one setting of a table as {name}__SETTING'
+    )

@@ -183,7 +183,7 @@ def test_the_command(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     done = invoke("--patient", "mary", "--to", "ruth")
     assert (done.exit_code, "13 images corrected" in done.output) == (0, True), done.output
     assert "13 images corrected" in invoke("--slide", "S0", "--patient", "mary").output
-    assert "no run knows this patient" in invoke("--patient", "ruth", "--to", "mary").output
+    assert "no run has a patient (or slide) by that name" in invoke("--patient", "ruth", "--to", "mary").output
     before = patients(copy)
     monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "the key that somebody has mistyped")
     wrong = invoke("--slide", "S0", "--patient", "ruth")

@@ -274,6 +274,6 @@ def test_the_command(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
     done = invoke(out, "--patient", "mary")
     assert done.exit_code == 0, done.output
     assert "13 images erased" in done.output
-    assert "no run knows this patient" in invoke(out, "--patient", "mary").output
+    assert "no run has a patient (or slide) by that name" in invoke(out, "--patient", "mary").output
     nothing = invoke(str(tmp_path / "nothing"), "--patient", "mary")
     assert (nothing.exit_code, len(nothing.stderr.splitlines())) == (1, 1)

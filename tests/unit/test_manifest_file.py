@@ -49,9 +49,9 @@ def patients(*names: str | None) -> list[str | None]:
         (HEADER + "a.jpg,S1,7\nb.jpg,Family\nc.jpg,Family\n", "line 3 has 2 fields, the header names 3 (2 such "
          "lines)"),
         (HEADER.replace(",", ";") + "a.jpg;S1;Family; Given\n", "quote values that contain semicolons"),
-        (HEADER + 'a.jpg,S1,"Family\nb.jpg,S1,7\n', "line 2: its quotation marks do not fit"),
-        (HEADER + 'a.jpg,"Family" Given,7\n', "line 2: its quotation marks do not fit"),
-        (HEADER + f'a.jpg,S1,{"Family" * 30000}\n', "line 2: its quotation marks do not fit"),
+        (HEADER + 'a.jpg,S1,"Family\nb.jpg,S1,7\n', "line 2: its quotation marks do not match"),
+        (HEADER + 'a.jpg,"Family" Given,7\n', "line 2: its quotation marks do not match"),
+        (HEADER + f'a.jpg,S1,{"Family" * 30000}\n', "line 2: its quotation marks do not match"),
         ("slide1/Family.jpg,Family,1900\n", "has no column image_key among its 3 columns:"),
         (HEADER + "a.jpg,S1,Family\na.jpg,S1,Given\n", "with different values: lines 2, 3; keep one"),
         (HEADER + ",S1,Family\n", "line 2: no image_key"),
@@ -206,7 +206,7 @@ def test_ids_that_look_alike_stay_apart_with_a_remark(tmp_path: Path) -> None:
         in known.remarks[0]
     )
     assert "patient_id differs only in leading zeros" in known.remarks[1]
-    assert "in lines 2, 3, 4: they are taken for different ones" in known.remarks[1]
+    assert "in lines 2, 3, 4: they are treated as different" in known.remarks[1]
 
 
 def test_a_column_of_numbers_with_gaps_has_no_decimal_points(tmp_path: Path) -> None:

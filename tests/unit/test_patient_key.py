@@ -6,9 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pyarrow.parquet as pq
 import pytest
 from harness import smears, write_zip
+from prefect.blocks.system import Secret
 
 from leukoflow.codec import dumps, loads
 from leukoflow.config import load_config
@@ -17,7 +19,7 @@ from leukoflow.progress import RunBinding
 from models.bundle import Bundle
 from tasks.amend import runs_of_other_keys
 from tasks.open_run import Run, open_run
-from tasks.patient_key import check_value, pseudonym
+from tasks.patient_key import check_value, patient_key, pseudonym
 from tasks.plan import read_summary
 
 RIGHT, WRONG = "the key that the hospital has kept", "the key that somebody has mistyped"
@@ -162,3 +164,18 @@ def test_whoever_looks_for_a_patient_hears_where_the_key_does_not_fit(
     assert runs_of_other_keys(out, "7", RIGHT.encode(), ["first"]) == ()
     with pytest.raises(ConfigError, match="pseudonyms of second"):
         runs_of_other_keys(out, "7", RIGHT.encode(), ["second"])
+
+
+@pytest.mark.parametrize(("code", "words"), [(401, "refuses user and password: set PREFECT_API_AUTH"), (502, "answer")])
+def test_a_server_that_refuses_to_say_the_key_is_not_said_to_be_away(
+    monkeypatch: pytest.MonkeyPatch, code: int, words: str
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        request = httpx.Request("GET", "http://night/api")
+        raise httpx.HTTPStatusError("no", request=request, response=httpx.Response(code, request=request))
+
+    monkeypatch.delenv(NAME, raising=False)
+    monkeypatch.setenv("PREFECT_API_URL", "http://night/api")
+    monkeypatch.setattr(Secret, "load", load)
+    with pytest.raises(ConfigError, match=words):
+        patient_key()

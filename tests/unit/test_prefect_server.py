@@ -7,9 +7,12 @@ import http.server
 import json
 import os
 import socket
+import ssl
 import sys
 import threading
+import urllib.error
 from collections.abc import Iterator
+from email.message import Message
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -142,6 +145,7 @@ def _instead_of_prefect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: s
     [
         ("TypeError: Body() got an unexpected keyword argument 'min_items'", "install fastapi<0.151"),
         ("OSError: [Errno 28] No space left on device", "make room on the disk"),
+        ("fastapi/x.py: sqlite3.OperationalError: database or disk is full", "make room on the disk"),
         ("sqlite3.DatabaseError: database disk image is malformed", "prefect.db away"),
         ("something else", "leukoflow doctor"),
     ],
@@ -315,3 +319,44 @@ def test_user_and_password_may_be_in_the_profile(guarded: str, monkeypatch: pyte
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.delenv("PREFECT_PROFILE", raising=False)
     prefect_server.require_server(prefect_server.configured_api_url())
+
+
+def test_a_server_without_which_a_run_can_do_is_taken_away_where_it_stands(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(prefect_server.time, "sleep", lambda seconds: None)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    url = f"http://127.0.0.1:{prefect_server.free_port(0)}/api"
+    monkeypatch.setenv("PREFECT_API_URL", url)
+    with pytest.raises(PrefectServerError, match=r"does not answer: start that server, or unset PREFECT_API_URL so"):
+        prefect_server.require_server(url)
+    (tmp_path / "profiles.toml").write_text(f'active = "site"\n[profiles.site]\nPREFECT_API_URL = "{url}"\n')
+    with pytest.raises(PrefectServerError, match=r"does not answer: .*`prefect config unset PREFECT_API_URL`"):
+        prefect_server.require_server(url)
+
+
+def _certificate_error() -> ssl.SSLCertVerificationError:
+    error = ssl.SSLCertVerificationError(1, "certificate verify failed")
+    error.verify_message = "self-signed certificate"
+    return error
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (urllib.error.URLError(_certificate_error()), r"refused \(self-signed cert.*set PREFECT_API_SSL_CERT_FILE"),
+        (urllib.error.HTTPError("http://a", 502, "Bad Gateway", Message(), None), "answers with HTTP 502: see to that"),
+        (FileNotFoundError(2, "No such file or directory"), "/etc/gone.pem, which PREFECT_API_SSL_CERT_FILE names"),
+    ],
+)
+def test_a_server_that_cannot_be_talked_to_says_why(
+    monkeypatch: pytest.MonkeyPatch, error: Exception, words: str
+) -> None:
+    def refuse(*_: Any) -> bytes:
+        raise error
+
+    monkeypatch.setattr(prefect_server.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(prefect_server, "_open", refuse)
+    monkeypatch.setenv("PREFECT_API_SSL_CERT_FILE", "/etc/gone.pem")
+    with pytest.raises(PrefectServerError, match=words):
+        prefect_server.require_server("https://night/api")

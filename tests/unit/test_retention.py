@@ -21,7 +21,7 @@ from leukoflow.lock import held
 from leukoflow.progress import Heartbeat, RunBinding, now, read_manifest, read_state
 from leukoflow.storage import Storage
 from tasks.audit import LOCK, LOG, verify_log
-from tasks.open_run import Run, open_run
+from tasks.open_run import Run, bound_config, open_run
 from tasks.retention import Candidate, decide, plan_retention, retain
 
 MOMENT = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -233,10 +233,12 @@ def test_reuse_is_remembered(night: Run, tmp_path: Path, monkeypatch: pytest.Mon
     config = night.config.model_copy(update={"out": str(out), "run_id": "again", "reuse": "night"})
     first = open_run(config)
     assert read_state(first.root).reuse == "night"
-    assert "--reuse night" in first.binding.command
+    assert first.binding.command == f"leukoflow rerun {out} again"  # it has columns that no option says
+    assert bound_config(first.binding).reuse == "night"
     config = config.model_copy(update={"run_id": "third", "reuse": None})
     assert read_state(open_run(config).root).reuse is None
-    assert open_run(config.model_copy(update={"reuse": "night"})).binding.reuse == "night"
+    again = open_run(config.model_copy(update={"reuse": "night"}))
+    assert (again.binding.reuse, bound_config(again.binding).reuse) == ("night", "night")
     assert read_state(str(out / "third")).reuse == "night"
     assert read_state(open_run(config).root).reuse == "night"
     assert {d.run_id: d.delete for d in plan_retention(str(out), 0, 0)}["night"] is False

@@ -38,6 +38,7 @@ FASTAPI_BELOW = "0.151"
 
 _PREFERRED_PORT = 4200
 _LOCK, _STATE, _LOG = "server.lock", "server.json", "server.log"
+_LOCK_TRIES, _LOCK_PAUSE = 5, 0.02
 _PARALLEL = 64  # runs at the same time that may each have a server of their own
 
 
@@ -69,7 +70,7 @@ class LocalServer:
         """Ends the server if this process started it and it is not to be kept; otherwise does nothing."""
         if self.process is not None and not self.keep:
             _terminate(self.process.pid, self.process)
-            (self.home / _STATE).unlink(missing_ok=True)
+            _forget(self.home, self.pid)
 
 
 def default_home() -> Path:
@@ -262,7 +263,8 @@ def start_server(keep: bool, home: Path | None = None) -> LocalServer:
             place, number, lock = _free_place(home, only_first=keep)
             break
         except PrefectServerError:
-            starting = keep and _is_locked(home) and not (home / _STATE).exists()  # by another command, to stay
+            # by another command, to stay
+            starting = keep and _is_locked(home) and ((found := _recorded(home)) is None or found.keep)
             if not starting or time.monotonic() > deadline:
                 raise
             time.sleep(0.2)
@@ -286,7 +288,7 @@ def stop(home: Path | None = None) -> bool:
     deadline = time.monotonic() + 5
     while _is_locked(home) and time.monotonic() < deadline:
         time.sleep(0.05)
-    (home / _STATE).unlink(missing_ok=True)
+    _forget(home, server.pid)
     return True
 
 
@@ -305,12 +307,9 @@ def _free_place(home: Path, only_first: bool) -> tuple[Path, int, int]:
                 f"the Prefect server's directory {place} cannot be written ({error.strerror}): "
                 "set LEUKOFLOW_PREFECT_HOME to one that can, or PREFECT_API_URL to a server that runs already"
             ) from None
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            os.close(lock)
-            continue
-        return place, n, lock
+        if _take_lock(lock):
+            return place, n, lock
+        os.close(lock)
     if only_first:
         raise PrefectServerError(
             f"a run that is going on uses the Prefect server of {home}, which ends with it: wait for the end of that "
@@ -321,24 +320,41 @@ def _free_place(home: Path, only_first: bool) -> tuple[Path, int, int]:
     )
 
 
+def _take_lock(lock: int) -> bool:
+    """Takes a home's lock. Tried a few times, since whoever looks whether it is taken holds it for a moment."""
+    for attempt in range(_LOCK_TRIES):
+        if attempt:
+            time.sleep(_LOCK_PAUSE)
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            continue
+        return True
+    return False
+
+
 def _start_in(home: Path, lock: int, keep: bool, port: int) -> LocalServer:
     (home / _STATE).unlink(missing_ok=True)
     deadline = time.monotonic() + STARTUP_SECONDS
     with _listen(port) as listening:
         url = f"http://127.0.0.1:{listening.getsockname()[1]}/api"
         process = _spawn(home, lock, listening, keep)
+    server = LocalServer(url, process.pid, home, keep, process)
     try:
+        _record(server)  # before it answers: a server that outlives this process must be known to others
         while process.poll() is None and time.monotonic() < deadline:
             if _is_of(home, url):
-                server = LocalServer(url, process.pid, home, keep, process)
-                _record(server)
                 return server
             time.sleep(0.1)
     except BaseException:  # Ctrl-C while waiting
         _terminate(process.pid, process)
+        _forget(home, server.pid)
         raise
-    if process.poll() is None:
+    alive = process.poll() is None
+    if alive:
         _terminate(process.pid, process)
+    _forget(home, server.pid)
+    if alive:
         raise PrefectServerError(_failure(home, f"did not answer within {STARTUP_SECONDS:.0f} s"))
     raise PrefectServerError(_failure(home, f"ended at once with status {process.returncode}"))
 
@@ -405,13 +421,25 @@ def _record(server: LocalServer) -> None:
 
 
 def _recorded(home: Path) -> LocalServer | None:
-    """The server that holds this home's lock, once it has answered for the first time."""
+    """The server that holds this home's lock, from its start on; it may not answer yet."""
+    server = _noted(home)
+    return server if server is not None and _is_locked(home) else None
+
+
+def _noted(home: Path) -> LocalServer | None:
+    """The server of which this home has a note, whether it lives or not."""
     try:
         state = json.loads((home / _STATE).read_text(encoding="utf-8"))
-        server = LocalServer(str(state["url"]), int(state["pid"]), home, bool(state["keep"]))
+        return LocalServer(str(state["url"]), int(state["pid"]), home, bool(state["keep"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return server if _is_locked(home) else None
+
+
+def _forget(home: Path, pid: int) -> None:
+    """Removes the note of a server that has ended, and not that of another which has started meanwhile."""
+    server = _noted(home)
+    if server is not None and server.pid == pid:
+        (home / _STATE).unlink(missing_ok=True)
 
 
 def _is_locked(home: Path) -> bool:

@@ -97,10 +97,11 @@ class Dashboard:
         self._thread.start()
         return self
 
-    def __exit__(self, *trouble: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, *trouble: object) -> None:
         self._over.set()
         self._wake.set()
-        self._thread.join(timeout=2 * ANSWER_SECONDS + LAST_WORD_SECONDS)
+        at_once = kind is not None and issubclass(kind, KeyboardInterrupt)  # after a second Ctrl-C nobody waits
+        self._thread.join(timeout=0.0 if at_once else 2 * ANSWER_SECONDS + LAST_WORD_SECONDS)
         if self.away:
             _given_up.set()
 
@@ -163,7 +164,7 @@ class Dashboard:
         try:
             with _client() as client:  # a new one each time: connections to a server that was away are of no use
                 self._send(client)
-                if self._asked(client):
+                if self._asked(client) and not self._wish.is_set():  # a signal may come here, and set it as well
                     self._wish.set()
         except _AWAY as error:
             if not self.away:

@@ -39,8 +39,12 @@ def watching(run: Run, stop: threading.Event, note: Callable[[str], None]) -> It
     context = contextvars.copy_context()  # logs and artifacts belong to the flow run
     thread = threading.Thread(target=context.run, args=(watch.follow,), name="leukoflow-deadline", daemon=True)
     thread.start()
+    patience = 600.0
     try:
         yield
+    except KeyboardInterrupt:  # a second Ctrl-C: nobody wants to wait for the hand-over any more
+        patience = 0.0
+        raise
     except RunCancelledError as error:
         if watch.stopped:
             raise DeadlineError(
@@ -50,7 +54,7 @@ def watching(run: Run, stop: threading.Event, note: Callable[[str], None]) -> It
         raise
     finally:
         watch.over.set()
-        thread.join(timeout=600)  # what it hands over must not appear after the run has ended
+        thread.join(timeout=patience)  # what it hands over must not appear after the run has ended
 
 
 class _Watch:

@@ -20,10 +20,18 @@ from prefect.client.schemas.objects import State
 from prefect.runtime import flow_run
 from prefect.states import Cancelled, Completed, Failed
 
-from flows.nightly import STATE_NAMES, headline, screen
+from flows.nightly import STATE_NAMES, asked_to_stop, headline, screen
 from leukoflow.config import RunConfig
 from leukoflow.counts import count_of
-from leukoflow.errors import ConfigError, DeadlineError, LeukoflowError, RunCancelledError, SourceError, StorageError
+from leukoflow.errors import (
+    ConfigError,
+    DeadlineError,
+    LeukoflowError,
+    RunCancelledError,
+    SourceError,
+    StorageError,
+    words_of,
+)
 from leukoflow.ledger import ClaimHead, ClaimOutcome, Ledger, RunOutcome, read_selection
 from leukoflow.progress import HEARTBEAT_SECONDS, ProgressReader, now, read_manifest
 from leukoflow.records import RunManifest
@@ -73,9 +81,14 @@ def night(site: str | None = None, date: str | None = None) -> State[Any]:
         return Failed(message=str(error), data=error)
     words = "; ".join(in_words(report))
     log.info("%s", words)
-    create_markdown_artifact(
-        summary(place, report), key="night-summary", description=f"The night of {report.night} at {place.name}"
-    )
+    try:
+        create_markdown_artifact(
+            summary(place, report), key="night-summary", description=f"The night of {report.night} at {place.name}"
+        )
+    except Exception as error:  # a server that is away must not turn a finished night into a failed one
+        log.warning(
+            "the night's summary could not be written to Prefect (%s: %s)", type(error).__name__, words_of(error)
+        )
     if report.exit_code in STATE_NAMES:
         return Completed(name=STATE_NAMES[report.exit_code], message=words, data=report)
     late = report.exit_code == 130
@@ -98,6 +111,7 @@ def work_through(site: Site, evening: Date) -> NightReport:
     SourceError and StorageError where inbox or ledger cannot be read.
     """
     log = get_run_logger()
+    asked_to_stop.clear()
     deadline = site.next_deadline(datetime.now(UTC))
     ledger = Ledger(site.out, site.name)
     attempted: dict[int, list[RunOutcome]] = {}
@@ -108,6 +122,8 @@ def work_through(site: Site, evening: Date) -> NightReport:
                 attempted[head.number] = _do_claim(site, ledger, head, deadline)
 
     finish_open_claims()
+    if asked_to_stop.is_set():
+        raise RunCancelledError("the night was stopped before it took what has arrived; the next one takes it")
     taken = take(site, ledger, evening, time.time())
     if taken is not None:
         log.info("night %s: took %s", taken.name, ", ".join(taken.runs))
@@ -132,6 +148,8 @@ def _do_claim(site: Site, ledger: Ledger, head: ClaimHead, deadline: datetime | 
         try:
             if deadline is not None and site.at_deadline == "stop" and datetime.now(UTC) >= deadline:
                 raise DeadlineError("not begun, since the deadline has passed; the next night does it first")
+            if asked_to_stop.is_set():  # while the run before was all but finished
+                raise RunCancelledError(f"the night was stopped before run {run_id}; the next one goes on with it")
             outcome = _do_run(site, ledger, head, run_id, deadline)
         except DeadlineError as late:
             outcome = RunOutcome(run_id, late.exit_code, str(late), settled=False)

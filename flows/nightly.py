@@ -103,8 +103,15 @@ STATE_NAMES = {0: "Completed", 3: "CompletedWithQuarantined", 4: "CompletedWithM
 SHADOW_PRIORITY = -10
 """Dask's priority of the tasks of a shadow run; those of other runs have 0."""
 
+OF_OTHERS = ("amend-", "compact-", "expand-", "moving-")
+"""How the names below `_attempts` begin that are not of shards; whoever makes them removes them."""
+
 DEATHS_BEFORE_SEARCH = 2
 """A worker may die of a reboot; a shard that saw two die is searched for the member that kills them."""
+
+
+asked_to_stop = threading.Event()
+"""Set by the first signal, and cleared by a night when it begins: a wish to stop outlives the run that it came in."""
 
 
 def _run_name() -> str:
@@ -165,7 +172,7 @@ def _screen(run: Run) -> State[Any]:
                 done = _process(run, stop, dashboard, heart)
             heart.phase("writing tables and manifest")
             manifest = publish(run, *done, notes=dashboard.notes())
-        Storage(run.root).delete("_attempts")
+        _clear_attempts(Storage(run.root))
         Storage(run.root).delete(PARTIAL)
         _report(run, manifest)
         if config.shadow_of is None:  # a shadow run is not the night's result
@@ -176,6 +183,14 @@ def _screen(run: Run) -> State[Any]:
         if dashboard.cancelled():  # too late, but Prefect lets a run that is being cancelled end as nothing else
             return Cancelled(message=f"it was finished when Cancel was pressed: {headline(manifest)}")
     return Completed(name=STATE_NAMES[manifest.exit_code], message=headline(manifest))
+
+
+def _clear_attempts(storage: Storage) -> None:
+    """Removes what shards have left; not what others are about to put in place in a run that is finished."""
+    for name in storage.names("_attempts"):
+        if not name.startswith(OF_OTHERS):
+            storage.delete(f"_attempts/{name}")
+    storage.prune("_attempts")
 
 
 def screen(config: RunConfig, *labels: str) -> State[Any]:
@@ -583,10 +598,16 @@ def _draining(stop: threading.Event) -> Iterator[None]:
     A second signal ends the flow at once; what was committed stays.
     """
 
+    asked = False  # `stop` is no sign of a first signal: Cancel and a deadline set it too
+
     def ask(number: int, frame: Any) -> None:
-        if stop.is_set():
+        nonlocal asked
+        if asked:
             raise KeyboardInterrupt
-        stop.set()  # first, since the second signal may come while this one is logged
+        asked = True  # first, since the second signal may come while this one is logged
+        asked_to_stop.set()
+        if not stop.is_set():
+            stop.set()
         get_logger().warning("%s: finishing what is on its way, then stopping", signal.Signals(number).name)
 
     if threading.current_thread() is not threading.main_thread():

@@ -6,6 +6,7 @@ import logging
 import os
 import socket
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
@@ -15,6 +16,10 @@ from leukoflow.errors import QUOTING, LeukoflowError, RunCancelledError, place_o
 from leukoflow.progress import HEARTBEAT_SECONDS, Heartbeat, now
 from leukoflow.runlog import log_once
 from leukoflow.storage import Storage
+
+LAST_WORD_TRIES = 3
+RETRY_SECONDS = 2.0
+"""How often the end of a run tries to write its last word where that has failed, and the pause in between."""
 
 State = Literal["running", "cancelled", "failed", "finished"]
 _beating: dict[str, Heart] = {}
@@ -28,6 +33,7 @@ class Heart:
         self.dashboard = ""
         self._phase, self._note = phase, ""
         self._last: Heartbeat | None = None
+        self._said = False  # whether the last word is written
         self._over = threading.Event()
         self._lock = threading.Lock()
         self._thread = threading.Thread(target=self._beat, name="leukoflow-heart", daemon=True)
@@ -71,6 +77,12 @@ class Heart:
         self._over.set()
         if self._thread.ident is not None:
             self._thread.join(timeout=30)
+        for attempt in range(LAST_WORD_TRIES):
+            if self._last is None or self._said:
+                return
+            if attempt:
+                time.sleep(RETRY_SECONDS)
+            self._try_write()
 
     @property
     def last(self) -> Heartbeat | None:
@@ -85,7 +97,9 @@ class Heart:
 
     def _write(self, beat: Heartbeat) -> None:
         with self._lock:
-            self.storage.write("heartbeat.json", dumps(self._last or beat))
+            last = self._last
+            self.storage.write("heartbeat.json", dumps(last or beat))
+            self._said = last is not None
 
     def _try_write(self) -> None:
         try:
@@ -95,7 +109,7 @@ class Heart:
 
     def _beat(self) -> None:
         while not self._over.wait(HEARTBEAT_SECONDS / 2):
-            if self._last is None:
+            if not self._said:  # a last word that could not be written is said again
                 self._try_write()
 
 

@@ -31,7 +31,8 @@ def held(storage: Storage, key: str, purpose: str) -> Iterator[None]:
     The lock of a process of this machine that has died is taken over; one of another machine is left to people, since
     nobody can tell from here whether it lives.
     """
-    mine = dumps(LockHolder(os.getpid(), socket.gethostname(), now(), purpose))
+    me = LockHolder(os.getpid(), socket.gethostname(), now(), purpose)
+    mine = dumps(me)
     if not storage.create(key, mine):
         holder = _holder(storage, key)
         if holder is not None and not _dead(holder):
@@ -39,13 +40,33 @@ def held(storage: Storage, key: str, purpose: str) -> Iterator[None]:
                 f"{storage.uri(key)} is held for {holder.purpose} by process {holder.pid} on {holder.host} since "
                 f"{holder.at}; wait for it, or delete that file if the process is gone"
             )
-        storage.delete(key)
-        if not storage.create(key, mine):
+        if holder is not None:
+            _clear(storage, key, holder, mine)
+        if not storage.create(key, mine):  # also where it was released a moment ago: then others may be quicker
             raise StorageError(f"{storage.uri(key)} was taken by another process just now; give the command again")
     try:
         yield
     finally:
-        storage.delete(key)
+        if _holder(storage, key) == me:
+            storage.delete(key)
+
+
+def _clear(storage: Storage, key: str, dead: LockHolder, mine: bytes) -> None:
+    """Removes the lock of a process that has died. One at a time does so, lest it removes the lock of the one before.
+
+    Raises StorageError when another process is at it.
+    """
+    turn = f"{key}.takeover"
+    if not storage.create(turn, mine):
+        raise StorageError(
+            f"{storage.uri(key)} is being taken over by another process; give the command again, or delete "
+            f"{storage.uri(turn)} if no such process runs"
+        )
+    try:
+        if _holder(storage, key) == dead:
+            storage.delete(key)
+    finally:
+        storage.delete(turn)
 
 
 def _holder(storage: Storage, key: str) -> LockHolder | None:

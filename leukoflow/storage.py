@@ -325,20 +325,22 @@ class Storage:
     def _place(self, source: Path, target: Path) -> None:
         """Moves a file or folder to `target`, in place of what is there; of several callers one does it."""
         bench = Path(self.uri(f"_attempts/moving-{uuid.uuid4().hex[:8]}"))
-        mine, grave = bench / "new", bench / "old"
-        bench.mkdir(parents=True)
+        grave = bench / "old"
         try:
-            try:
-                source.rename(mine)
-            except FileNotFoundError:
-                return  # another call has moved it; `intact` decides whether it is right
+            bench.mkdir(parents=True)
             target.parent.mkdir(parents=True, exist_ok=True)
-            if target.is_dir():  # what is in the way was altered or never committed
-                target.rename(grave)
-            mine.replace(target)
+            if source.exists() and target.is_dir():  # what is in the way was altered or never committed
+                with contextlib.suppress(FileNotFoundError):  # another call was quicker to clear it away
+                    os.rename(target, grave)
+            # What is new lies at its old place or at its new one, never at a third where nobody would look for it.
+            with contextlib.suppress(FileNotFoundError):  # another call has moved it; `intact` decides about it
+                os.rename(source, target)
         except OSError as error:
             raise _cannot_write(target, error) from error
         finally:
+            if grave.exists() and not target.exists():  # what was cleared away is perhaps what another call put there
+                with contextlib.suppress(OSError):
+                    os.rename(grave, target)
             shutil.rmtree(bench, ignore_errors=True)
 
     def exists(self, key: str) -> bool:

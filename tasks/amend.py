@@ -301,6 +301,7 @@ def _apply(run: Storage) -> None:
         run.write(key, run.read(f"{intent.prefix}/{key}"))
     run.delete("report.html")  # it shows slides and pixels; `leukoflow report` builds it anew
     run.delete(INTENT)
+    run.sweep_attempts("moving")  # what a crash has left there is what was to be changed
     run.sweep_attempts("amend")
 
 

@@ -127,6 +127,11 @@ def _open(config: RunConfig, manifest: Path | _FetchedFile | None, begun: Callab
     if read_manifest(storage) is None:
         begun(storage.root)
     if bound is None:
+        again = _binding(storage)  # another command may have begun the same meanwhile, and its plan is then ours
+        bound = again if again is not None and again.fingerprint == fingerprint else None
+        if bound is not None and main is None:
+            _check_key(run_id, bound.patient_key_check)
+    if bound is None:
         for key in ("plan.parquet", "missing.parquet"):
             storage.delete(key)  # of a source or manifest that nobody can tell any more
         bound = RunBinding(

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from leukoflow.codec import dumps, loads
 from leukoflow.errors import ReconciliationError
 from leukoflow.host import software
-from leukoflow.progress import now
+from leukoflow.progress import now, read_manifest
 from leukoflow.records import CLASSES, Host, Marker, PartRef, RunManifest, ShardReceipt, StageTiming, Status
 from leukoflow.schema import DUPLICATES, SCHEMA_VERSION, SLIDES
 from leukoflow.storage import Storage
@@ -56,9 +56,12 @@ def publish(
 ) -> RunManifest:
     """Writes slides, duplicates and manifest. Raises ReconciliationError unless every member has exactly one row.
 
-    `notes` are for people, beside those that the parts give rise to.
+    `notes` are for people, beside those that the parts give rise to. Where another command has published the run
+    meanwhile, its manifest stands and is returned: the run may have been compacted since, or changed by an erasure.
     """
     storage = Storage(run.root)
+    if (theirs := read_manifest(storage)) is not None:
+        return theirs
     markers = list(_markers(run, storage))
     receipts = [m.receipt for m in markers if m.receipt is not None]
     totals = Counter[str]()
@@ -78,6 +81,8 @@ def publish(
             f"run {run.run_id}: {expected} members, {rows} rows, {counted} accounted for; nothing is published. "
             f"Run the same command again; if it stays, delete {storage.uri('markers')} and rerun"
         )
+    if (theirs := read_manifest(storage)) is not None:  # looked at again, since the tables take their time
+        return theirs
     tables = [_table(storage, "slides.parquet", slides)]
     if len(conflicts):
         tables.append(_table(storage, "duplicates.parquet", conflicts))
@@ -139,7 +144,8 @@ def publish(
         bundle_reference=run.binding.bundle_reference,
         shadow_of=run.binding.shadow_of,
     )
-    storage.write("manifest.json", dumps(manifest))
+    if not storage.create("manifest.json", dumps(manifest)) and (theirs := read_manifest(storage)) is not None:
+        return theirs
     return manifest
 
 

@@ -88,6 +88,9 @@ ARRAYS = {
 
 ZARR_CHUNK, ZARR_SHARD = 10, 250
 
+NOTE_SECONDS = 60.0
+"""How long a process that has exceeded its time may take to leave a note of why it ends."""
+
 _PROBABILITIES = ("prob_benign", "prob_early", "prob_pre", "prob_pro")
 
 
@@ -391,8 +394,13 @@ def _guard(job: ShardJob, stage: str) -> Iterator[None]:
             "stage": stage,
             "message": f"stage {stage} ran longer than its limit of {limit:.0f} s (limits.stage_seconds)",
         }
-        Storage(job.root).write(f"{attempt_prefix(job.shard, job.attempt)}/timeout.json", json.dumps(note).encode())
-        os._exit(75)
+        last = threading.Timer(NOTE_SECONDS, os._exit, (75,))  # for a store that never answers
+        last.daemon = True
+        last.start()
+        try:
+            Storage(job.root).write(f"{attempt_prefix(job.shard, job.attempt)}/timeout.json", json.dumps(note).encode())
+        finally:  # also where no note can be written: the process must go
+            os._exit(75)
 
     timer = threading.Timer(limit, give_up)
     timer.daemon = True

@@ -23,6 +23,7 @@ from leukoflow.config import load_config
 from leukoflow.counts import count_of
 from leukoflow.errors import ConfigError, RunConflictError
 from leukoflow.progress import Heartbeat, now, read_progress
+from leukoflow.storage import Storage
 from models.bundle import Bundle
 from tasks.open_run import open_run
 
@@ -145,6 +146,18 @@ def test_a_run_that_fails_before_it_has_a_plan_says_why_and_can_be_repeated(
     )
     mended = open_run(config)  # nothing was done yet, so nothing binds it to the manifest that was wrong
     assert (mended.binding.members, mended.binding.is_planned) == (2, True)
+
+
+def test_a_plan_that_the_same_command_has_made_meanwhile_is_kept(archive: Path, small: Bundle, tmp_path: Path) -> None:
+    config = load_config(source=str(archive), out=str(tmp_path / "out"), run_id="night", bundle=str(small.path))
+    stamps: list[str] = []
+
+    def meanwhile(root: str) -> None:
+        open_run(config)
+        stamps.append(Storage(root).stamp("plan.parquet"))
+
+    run = open_run(config, meanwhile)
+    assert [Storage(run.root).stamp("plan.parquet")] == stamps
 
 
 def test_an_archive_without_images_is_written_down_with_its_exit_code(small: Bundle, tmp_path: Path) -> None:

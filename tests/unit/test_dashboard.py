@@ -133,6 +133,28 @@ def test_cancel_sets_the_wish(api: Api) -> None:
         assert told.cancelled()
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
+    busy, release = threading.Event(), threading.Event()
+
+    def talk(told: Dashboard) -> None:
+        busy.set()
+        release.wait(60)
+
+    monkeypatch.setattr(Dashboard, "_talk", talk)
+    told = Dashboard("night", str(FLOW_RUN), threading.Event(), print)
+
+    def body() -> None:
+        with told:
+            assert busy.wait(30)
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        body()
+    assert told._thread.is_alive()  # it was not waited for
+    release.set()
+    told._thread.join()
+
+
 def test_a_server_that_comes_back_gets_the_newest_and_the_time_is_noted(api: Api) -> None:
     said: list[str] = []
     with Dashboard("night", str(FLOW_RUN), threading.Event(), said.append) as told:

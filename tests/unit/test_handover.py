@@ -104,6 +104,33 @@ def test_at_its_deadline_a_run_hands_over_and_stops_where_it_is_told_to(
     assert (copy / "partial" / "slides.parquet").exists()
 
 
+def test_a_second_ctrl_c_does_not_wait_for_the_hand_over(night: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(flows.deadline, "get_run_logger", lambda: SimpleNamespace(warning=lambda *_: None))
+    busy, release, waits = threading.Event(), threading.Event(), list[float | None]()
+
+    def follow(watch: Any) -> None:
+        busy.set()
+        release.wait(60)
+
+    def join(thread: threading.Thread, timeout: float | None = None) -> None:
+        waits.append(timeout)
+
+    monkeypatch.setattr(flows.deadline._Watch, "follow", follow)
+    run = replace(night, config=night.config.model_copy(update={"deadline": datetime.now(UTC)}))
+
+    def body(how: type[BaseException]) -> None:
+        with monkeypatch.context() as patch, flows.deadline.watching(run, threading.Event(), lambda words: None):
+            assert busy.wait(30)
+            patch.setattr(threading.Thread, "join", join)
+            raise how
+
+    for how, patience in ((KeyboardInterrupt, 0.0), (RunCancelledError, 600.0)):
+        with pytest.raises(how):
+            body(how)
+        assert waits.pop() == patience
+    release.set()
+
+
 def test_what_is_done_is_handed_over_and_labelled(copy: Path, night: Run) -> None:
     (copy / "manifest.json").unlink()
     (copy / "markers" / "predictions" / "00002.json").unlink()

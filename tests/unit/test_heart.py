@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from leukoflow.errors import ConfigError, LeukoflowError, RunCancelledError, Sou
 from leukoflow.heart import beating
 from leukoflow.progress import Heartbeat, ProgressReader
 from leukoflow.runlog import run_log
+from leukoflow.storage import Storage
 
 
 def beat(root: Path) -> Heartbeat:
@@ -75,3 +77,22 @@ def test_a_block_within_another_uses_its_heart_which_goes_on_beating(tmp_path: P
         assert (beat(tmp_path).state, beat(tmp_path).phase) == ("running", "screening images")
     with beating(str(tmp_path), "planning the source") as again:
         assert again is not outer
+
+
+@pytest.mark.parametrize("how", [OSError(28, "No space left on device"), KeyboardInterrupt()])
+def test_a_last_word_that_could_not_be_written_is_said_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: BaseException
+) -> None:
+    monkeypatch.setattr("leukoflow.heart.RETRY_SECONDS", 0.0)
+    original, failures = Storage.write, [how, OSError(28, "No space left on device")]
+
+    def write(self: Storage, key: str, data: bytes) -> None:
+        if b"finished" in data and failures:
+            raise failures.pop(0)
+        original(self, key, data)
+
+    with suppress(KeyboardInterrupt), beating(str(tmp_path), "writing tables and manifest") as heart:
+        monkeypatch.setattr(Storage, "write", write)
+        heart.say("finished", "all is done", 0)
+    assert (beat(tmp_path).state, beat(tmp_path).message) == ("finished", "all is done")
+    assert failures == []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import fcntl
 import http.server
 import json
 import os
@@ -247,6 +248,53 @@ def test_a_server_that_is_to_stay_is_started_once_by_two_commands_at_the_same_ti
         for server in found:
             if server.process is not None:
                 server.process.wait(10)
+
+
+def test_a_server_that_is_to_stay_is_known_before_it_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The command that starts it may be killed while it waits."""
+    _instead_of_prefect(tmp_path, monkeypatch, "import time; time.sleep(60)")
+    home, pids = tmp_path / "home", list[int]()
+
+    def look(home: Path, url: str) -> bool:
+        found = prefect_server._recorded(home)
+        if found is None:
+            raise LookupError("nobody knows it")
+        assert (found.keep, found.url) == (True, url)
+        pids.append(found.pid)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(prefect_server, "_is_of", look)
+    with pytest.raises(KeyboardInterrupt):
+        start_server(keep=True, home=home)
+    assert len(pids) == 1
+    assert not prefect_server._alive(pids[0])
+    assert not (home / "server.json").exists()
+
+
+def test_only_the_note_of_the_server_that_was_ended_is_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prefect_server._record(LocalServer("http://127.0.0.1:1/api", 11, tmp_path, keep=True))
+    _, _, lock = prefect_server._free_place(tmp_path, only_first=True)
+
+    def terminate(pid: int, process: object) -> None:
+        assert pid == 11
+        os.close(lock)
+        prefect_server._record(LocalServer("http://127.0.0.1:2/api", 12, tmp_path, keep=True))  # by another command
+
+    monkeypatch.setattr(prefect_server, "_terminate", terminate)
+    assert prefect_server.stop(tmp_path)
+    assert json.loads((tmp_path / "server.json").read_text())["pid"] == 12
+
+
+def test_somebody_who_looks_whether_a_home_is_taken_does_not_take_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looker = os.open(tmp_path / "server.lock", os.O_RDWR | os.O_CREAT, 0o600)
+    fcntl.flock(looker, fcntl.LOCK_EX)
+    monkeypatch.setattr(prefect_server.time, "sleep", lambda seconds: fcntl.flock(looker, fcntl.LOCK_UN))
+    place, _, lock = prefect_server._free_place(tmp_path, only_first=True)
+    assert place == tmp_path
+    os.close(lock)
+    os.close(looker)
 
 
 def test_only_the_main_thread_may_start_a_server_that_ends_with_it(tmp_path: Path) -> None:

@@ -10,7 +10,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+import tasks.publish
+from flows.nightly import _clear_attempts
 from leukoflow.cluster import code_digest
+from leukoflow.codec import dumps
 from leukoflow.config import load_config
 from leukoflow.errors import ReconciliationError
 from leukoflow.progress import read_manifest
@@ -123,6 +126,7 @@ def test_absent_activation_maps_are_said_and_change_nothing_else(made: Callable[
     run = made(tmp_path)
     whole = publish(run, 1.0, 2.0, 20)
     Storage(run.root).delete(marker_key("activations", Shard(1, 16, 4)))
+    Storage(run.root).delete("manifest.json")  # as opening a run does with one that holds no more
     manifest = publish(run, 1.0, 2.0, 20)
     (note,) = manifest.notes
     assert note.startswith("activation maps are absent for 1 of 2 shards (00001): their features were taken over")
@@ -197,3 +201,45 @@ def test_a_slide_has_the_patient_that_any_of_its_fields_names() -> None:
     for rows in ([field("S1"), named], [named, field("S1")]):
         (slide,) = ranked(rows)
         assert (slide["slide_id"], slide["patient_id"], slide["site"], slide["n_images"]) == ("S1", "p_7", "north", 2)
+
+
+@pytest.mark.parametrize("when", ["before", "amid", "at last"])
+def test_what_another_command_has_published_meanwhile_stands(
+    made: Callable[[Path], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    run = made(tmp_path)
+    storage = Storage(run.root)
+    theirs = replace(publish(run, 1.0, 2.0, 20), finished_at="2026-03-01T00:00:00+00:00")
+    storage.delete("manifest.json")
+    slides = storage.stamp("slides.parquet")
+
+    def meanwhile() -> None:
+        storage.write("manifest.json", dumps(theirs))
+
+    for moment, name in (("amid", "_read_tables"), ("at last", "_hosts")):
+        original = getattr(tasks.publish, name)
+
+        def late(*arguments: Any, moment: str = moment, original: Any = original) -> Any:
+            found = original(*arguments)
+            if when == moment:
+                meanwhile()
+            return found
+
+        monkeypatch.setattr(tasks.publish, name, late)
+    if when == "before":
+        meanwhile()
+    assert publish(run, 5.0, 6.0, 0) == theirs
+    assert read_manifest(storage) == theirs
+    assert (storage.stamp("slides.parquet") == slides) == (when != "at last")
+
+
+def test_attempts_of_others_stay_when_those_of_shards_are_removed(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    for name in ("00001/one", "spool-1", "preflight-1", "amend-1", "compact-1", "expand-1", "moving-1"):
+        storage.write(f"_attempts/{name}/x", b"x")
+    _clear_attempts(storage)
+    assert storage.names("_attempts") == ["amend-1", "compact-1", "expand-1", "moving-1"]
+    storage.delete("_attempts")
+    storage.write("_attempts/00001/one/x", b"x")
+    _clear_attempts(storage)
+    assert not (tmp_path / "_attempts").exists()

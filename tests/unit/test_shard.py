@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,6 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 import zarr
 
+import tasks.shard
 from leukoflow.cluster import code_digest
 from leukoflow.config import LimitSettings
 from leukoflow.errors import ClusterError, ShardError, StorageError
@@ -312,3 +314,35 @@ def test_a_plan_that_was_made_anew_is_seen(job: ShardJob) -> None:
     for text in ("old", "new"):
         write(text)
         assert open_plan(job.root).read()["image_key"].to_pylist() == [text]
+
+
+@pytest.mark.parametrize("store", ["away", "silent"])
+def test_a_process_that_exceeds_its_time_ends_though_its_note_cannot_be_written(
+    job: ShardJob, monkeypatch: pytest.MonkeyPatch, store: str
+) -> None:
+    ended, release, codes = threading.Event(), threading.Event(), list[int]()
+
+    def end(code: int) -> None:
+        codes.append(code)
+        ended.set()
+
+    def write(*_: object) -> None:
+        if store == "silent":
+            release.wait(60)
+            return
+        raise StorageError("the store is away")
+
+    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
+    monkeypatch.setattr(tasks.shard.os, "_exit", end)
+    monkeypatch.setattr(tasks.shard, "NOTE_SECONDS", 0.05 if store == "silent" else 60.0)
+    limited = replace(job, limits=LimitSettings.model_construct(stage_seconds=0.01))
+    with monkeypatch.context() as patch:
+        patch.setattr(Storage, "write", write)
+        with tasks.shard._guard(limited, "segment"):
+            assert ended.wait(30)
+        release.set()
+        for timer in threading.enumerate():
+            if isinstance(timer, threading.Timer):
+                timer.cancel()
+                timer.join()
+    assert set(codes) == {75}

@@ -1,10 +1,13 @@
 from __future__ import annotations
 
+import contextlib
 import os
 import pickle
+import shutil
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -173,3 +176,54 @@ def test_empty_folders_are_pruned_and_others_stay(tmp_path: Path) -> None:
     storage.delete("_attempts/00002/b")
     storage.prune("_attempts/00002")
     assert not storage.exists("_attempts")
+
+
+class Killed(BaseException):
+    """The process is gone."""
+
+
+@pytest.mark.parametrize("move", range(6))
+@pytest.mark.parametrize("how", [Killed(), OSError(28, "No space left on device")], ids=["killed", "full"])
+def test_a_promotion_that_ends_at_any_move_is_completed_by_the_next_one(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch, move: int, how: BaseException
+) -> None:
+    storage.write("masks.zarr/00001/cells/c/7", b"stale")
+    parts = put(storage, "_attempts/00001/two", FILES)
+    moves: list[str] = []
+    with monkeypatch.context() as patch:
+        for name in ("rename", "replace"):
+            original = getattr(os, name)
+
+            def stepped(source: Any, target: Any, original: Any = original, **more: Any) -> None:
+                moves.append(str(target))
+                if len(moves) > move:
+                    raise how
+                original(source, target, **more)
+
+            patch.setattr(os, name, stepped)
+        if isinstance(how, Killed):  # nor does it clear up
+            patch.setattr(shutil, "rmtree", lambda *args, **more: None)
+        with contextlib.suppress(Killed, StorageError):
+            storage.promote("_attempts/00001/two", parts)
+    storage.promote("_attempts/00001/two", parts)
+    assert storage.intact(parts)
+
+
+def test_a_promotion_that_has_cleared_away_what_another_put_there_puts_it_back(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage.write("masks.zarr/00001/cells/c/7", b"stale")
+    parts = put(storage, "_attempts/00001/two", FILES)
+    original = Path.is_dir
+
+    def is_dir(path: Path, **more: Any) -> bool:
+        found = original(path, **more)
+        if path.name == "00001" and path.parent.name == "masks.zarr":
+            monkeypatch.undo()
+            storage.promote("_attempts/00001/two", parts)
+        return found
+
+    monkeypatch.setattr(Path, "is_dir", is_dir)
+    storage.promote("_attempts/00001/two", parts)
+    assert storage.intact(parts)
+    assert storage.files("_attempts") == []

@@ -170,7 +170,7 @@ def encode(head: ClaimHead, table: pa.Table) -> bytes:
 def _decode(data: bytes, uri: str) -> tuple[ClaimHead, pa.Table]:
     try:
         table = pq.read_table(io.BytesIO(data))
-    except pa.ArrowException as error:
+    except (pa.ArrowException, OSError) as error:
         raise StorageError(f"{uri} is damaged ({words_of(error)}); restore it from a backup") from None
     head = (table.schema.metadata or {}).get(_HEAD)
     if head is None:

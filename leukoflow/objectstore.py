@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
+import re
 import uuid
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -227,7 +228,7 @@ def explain(error: BaseException, uri: str) -> str:
         case "InvalidObjectState":
             return f"{uri}: it is in an archive class of the store; restore it first"
         case "NotImplemented" | "501" | "MethodNotAllowed":
-            return f"{uri}: {endpoint} does not offer what is needed ({root}); use another object store"
+            return f"{uri}: {endpoint} does not offer what is needed ({code}); use another object store"
         case "SlowDown" | "503" | "ServiceUnavailable" | "Throttling" | "RequestLimitExceeded" | "TooManyRequests":
             return f"{uri}: the store is overloaded ({code}) and stayed so through all retries; try again later"
     if isinstance(root, NoCredentialsError | PartialCredentialsError):
@@ -242,16 +243,23 @@ def explain(error: BaseException, uri: str) -> str:
     if isinstance(root, NoRegionError):
         return f"{uri}: no region is set; set AWS_DEFAULT_REGION"
     if isinstance(root, SSLError):
-        return f"{uri}: no secure connection to {endpoint} ({_line(root)}); set AWS_CA_BUNDLE to its authority's file"
+        reason = _tls_reason(root)
+        return f"{uri}: no secure connection to {endpoint} ({reason}); set AWS_CA_BUNDLE to its authority's file"
     if isinstance(root, ResponseParserError):
         return f"{uri}: {endpoint} does not answer as an S3 store does; correct AWS_ENDPOINT_URL"
     broken = isinstance(root, HTTPClientError | NoConnectionError | ConnectionError | TimeoutError)
     if broken or "aiohttp" in type(root).__module__:
         return (
-            f"{uri}: {endpoint} cannot be reached or breaks connections ({_line(root)}); check AWS_ENDPOINT_URL and "
-            "the network, and try again"
+            f"{uri}: {endpoint} cannot be reached or breaks connections ({type(root).__name__}); check "
+            "AWS_ENDPOINT_URL and the network, and try again"
         )
-    return f"{uri} failed at the object store ({_line(root)}); a retry may help"
+    return f"{uri} failed at the object store ({code or type(root).__name__}); a retry may help"
+
+
+def _tls_reason(error: BaseException) -> str:
+    """Why a certificate was refused, in the words of OpenSSL; the client's own quote the address of the object."""
+    found = re.search(r"certificate verify failed: [A-Za-z -]+", str(error))
+    return found[0].strip() if found else type(error).__name__
 
 
 def _line(error: BaseException) -> str:

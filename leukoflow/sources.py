@@ -53,6 +53,7 @@ _PASSING = frozenset(
 """What a network share says when it is out of reach, or this machine when it is short of something."""
 _S3_BLOCK = 4 << 20
 _S3_PAGE = 1000
+_MOST = (1 << 63) - 1  # what a column of the plan holds: a hostile header may state more
 
 
 # ---------------------------------------------------------------- recognising
@@ -73,13 +74,28 @@ def identify(uri: str | Path) -> Source:
             return _identify_folder(path, _folder_digest(path))
         if not stat.S_ISREG(status.st_mode):
             raise SourceError(f"{path} is neither a folder nor a regular file")
-        with open(path, "rb") as file:
-            kind = _kind_of(file, status.st_size, path)
+        with open(path, "rb") as plain, GuardedReader(plain, lambda: _local_errors(path)) as file:
+            kind = _kind_of(cast(BinaryIO, file), status.st_size, path)
     except FileNotFoundError:
         raise SourceError(f"{path} does not exist: check the path of the source") from None
-    except PermissionError:
-        raise SourceError(f"{path} cannot be read: permission denied; let this user read it") from None
+    except PermissionError as error:
+        words = f"{path} cannot be read: permission denied; let this user read it"
+        raise SourceError(words) from _passing(words, error)
+    except StorageError as error:
+        raise SourceError(str(error)) from error
+    except OSError as error:
+        words = f"{path} cannot be read: {error.strerror}; check the path of the source, and whether it is mounted"
+        if error.errno in (errno.ENOTDIR, errno.ENAMETOOLONG, errno.ELOOP):  # what no retry mends
+            raise SourceError(words) from None
+        raise SourceError(words) from _passing(words, error)
     return Source(path, kind, _file_identity(status), status.st_size)
+
+
+def _passing(words: str, error: OSError) -> StorageError:
+    """The cause of a SourceError that may pass: a night tries again then, and does not settle what it has taken."""
+    cause = StorageError(words)
+    cause.__cause__ = error
+    return cause
 
 
 def _file_identity(status: os.stat_result) -> str:
@@ -92,6 +108,8 @@ def _kind_of(file: BinaryIO, size: int, name: str) -> SourceKind:
     head = file.read(BLOCK)
     if head.startswith((b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")):
         return SourceKind.ZIP
+    if is_header(head):  # ahead of the others: a tar begins with a name, and BM is one (bone marrow)
+        return SourceKind.TAR
     compression = compression_of(head)
     if compression:
         file.seek(0)
@@ -104,8 +122,6 @@ def _kind_of(file: BinaryIO, size: int, name: str) -> SourceKind:
         raise SourceError(f"{name} is compressed ({compression}), but holds no tar archive: hand over a zip or tar")
     if head.startswith(_IMAGES):
         return SourceKind.IMAGE
-    if is_header(head):
-        return SourceKind.TAR
     try:
         if find_directory(file, size) is not None:
             return SourceKind.ZIP  # with something in front, such as a self-extracting program
@@ -122,9 +138,19 @@ def _kind_of(file: BinaryIO, size: int, name: str) -> SourceKind:
 
 
 def _folder_digest(path: str) -> Iterator[tuple[bytes, int, str]]:
+    count, failed = 0, None
     for relative, status in _walk(path):
         if isinstance(status, os.stat_result):
+            count += 1
             yield relative, status.st_size if stat.S_ISREG(status.st_mode) else 0, str(status.st_mtime_ns)
+        elif relative:
+            failed = failed or status
+        else:
+            words = f"{path} cannot be read: {status.strerror}; let this user read it, or mount it"
+            raise SourceError(words) from _passing(words, status)
+    if failed is not None and not count:
+        words = f"nothing in {path} can be read: {failed.strerror}; let this user read its folders, or mount them"
+        raise SourceError(words) from _passing(words, failed)
 
 
 def _identify_folder(uri: str, listing: Iterable[tuple[bytes, int, str]]) -> Source:
@@ -308,9 +334,10 @@ class Listing:
         method: int = 0, refusal: str | None = None,
     ) -> Member:  # fmt: skip
         if refusal is None:
-            refusal = self._refusal(path, size)
+            refusal = self._refusal(path, max(size, stored or 0) if size else 0)
+        size, stored = min(size, _MOST), min(size if stored is None else stored, _MOST)
         member = Member(
-            self._ordinal, self._keys.add(path), locator, offset, size if stored is None else stored, size, method,
+            self._ordinal, self._keys.add(path), locator, offset, stored, size, method,
             identity, refusal,
         )  # fmt: skip
         self._ordinal += 1
@@ -373,10 +400,16 @@ class Listing:
                 raise SourceError(f"{self._source.uri} is all zeros, no archive: hand it over again")
 
     def _folder(self) -> Iterator[Member]:
+        unread: dict[str, int] = {}  # folders by the reason; their names may be those of patients
         for relative, status in _walk(self._source.uri):
             path = key_of(relative)
             if isinstance(status, OSError):
-                self.truncated = f"the folder {path or self._source.uri} cannot be read: {status.strerror}"
+                if not relative:
+                    words = f"{self._source.uri} cannot be read: {status.strerror}; is it mounted?"
+                    raise SourceError(words) from _passing(words, status)
+                reason = status.strerror or type(status).__name__
+                unread[reason] = unread.get(reason, 0) + 1
+                self.truncated = "; ".join(_unread_words(reason, count) for reason, count in unread.items())
                 continue
             if is_litter(path):
                 self.ignored += 1
@@ -391,7 +424,7 @@ class Listing:
         digest = hashlib.blake2b(digest_size=16)
         for key, size, tag in _s3_listing(self._source.uri):
             digest.update(_digested(key.encode(), size, tag))
-            if not key or key.endswith("/") or is_litter(key):
+            if not key or (key.endswith("/") and not size) or is_litter(key):
                 self.ignored += 1
                 continue
             yield self._member(key, size, f"{size}-{tag}", locator=locator_of(key.encode()))
@@ -415,6 +448,11 @@ class Listing:
                     f"behind the image lies a zip archive with {behind.members:,} files (its directory begins at byte "
                     f"{behind.start:,}): hand it over by itself"
                 )
+
+
+def _unread_words(reason: str, count: int) -> str:
+    which = "a folder or file of it" if count == 1 else f"{count:,} folders or files of it"
+    return f"{which} cannot be read: {reason}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -441,8 +479,8 @@ def survey(uri: str) -> Iterator[Entry]:
     """
     if uri.startswith("s3://"):
         for key, item in _s3_objects(uri.rstrip("/")):
-            if key and not key.endswith("/") and not is_left_behind(key):
-                size, tag = int(item["Size"]), item["ETag"].strip('"')
+            size, tag = int(item["Size"]), item["ETag"].strip('"')
+            if key and (size or not key.endswith("/")) and not is_left_behind(key):
                 changed = item["LastModified"].timestamp()
                 yield Entry(key, locator_of(key.encode()), size, f"{size}-{tag}", changed)
         return
@@ -469,7 +507,7 @@ def unaltered(uri: str, entry: Entry) -> bool:
     if uri.startswith("s3://"):
         where = f"{uri.rstrip('/')}/{unquote_to_bytes(entry.locator).decode()}"
         try:
-            with _objects().store_errors(where):
+            with _objects().store_errors(uri):
                 return _s3_identity(_s3().info(where)) == entry.identity
         except FileNotFoundError:
             return False
@@ -478,7 +516,7 @@ def unaltered(uri: str, entry: Entry) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise StorageError(f"{uri}: {entry.key} cannot be looked at ({error.strerror}); check the mount") from error
+        raise StorageError(f"a file in {uri} cannot be looked at ({error.strerror}); check the mount") from error
     size = 0 if _special(status) else status.st_size
     return f"{size}-{status.st_mtime_ns}" == entry.identity
 
@@ -497,7 +535,7 @@ def is_archive(uri: str, name: str) -> bool:
         return True
     try:
         return identify(uri).kind in (SourceKind.ZIP, SourceKind.TAR, SourceKind.COMPRESSED_TAR)
-    except SourceError:
+    except (SourceError, OSError):
         return False
 
 
@@ -679,6 +717,7 @@ class _PrefixReader:
     """
 
     def __init__(self, source: Source, limit: int) -> None:
+        self._uri = source.uri
         self._bucket, _, prefix = source.uri.removeprefix("s3://").partition("/")
         self._prefix = prefix + "/" if prefix else ""
         self._limit = limit
@@ -691,7 +730,7 @@ class _PrefixReader:
         tag = member.identity.partition("-")[2]
         for _ in range(objects.ROUNDS):
             try:
-                with objects.store_errors(f"s3://{self._bucket}/{key}"):
+                with objects.store_errors(self._uri):  # not with the key: the words are logged
                     data = objects.read(self._filesystem, self._bucket, key, IfMatch=f'"{tag}"')
             except FileNotFoundError as error:
                 raise MemberError("gone: it was deleted since it was planned") from error
@@ -737,7 +776,7 @@ def spool(
 
 
 def _altered(source: Source, member: Member) -> SourceError:
-    return SourceError(f"{source.uri} does not match its plan at {member.image_key}: start a new run for it")
+    return SourceError(f"{source.uri} does not match its plan at file {member.ordinal + 1:,}: start a new run for it")
 
 
 def _plan_order(walk: TarWalk) -> Iterator[bytes]:

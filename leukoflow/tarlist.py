@@ -23,6 +23,7 @@ _EXAMPLES = 3  # ranges of bytes that are named
 _MAGIC_AT = 257  # of `ustar` in a header
 _MAX_EXTENDED = 1 << 20  # bytes of a long name or of pax records: more is an attack, not a name
 _ZEROS = bytes(BLOCK)
+_ASCII = bytes(range(128))
 _COMPRESSIONS = {b"\x1f\x8b": "gz", b"BZh": "bz2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zst"}
 _CUT_OFF = "the compressed data is cut off"
 _REFUSALS = {
@@ -356,6 +357,7 @@ class TarWalk:
         self._stream = stream
         self._faults: list[str] = []
         self._remarks: list[str] = []
+        self._torn = False  # whether something else stood in front of the last header
         self._damaged = 0  # ranges of bytes that belong to no member
         self.only_zeros = False
 
@@ -375,6 +377,9 @@ class TarWalk:
         size: int | None = None
         refusal: str | None = None
         for kind, header in self._headers():
+            if self._torn:  # what stood in front of lost bytes says nothing of the file behind them
+                name = size = refusal = None
+                self._torn = False
             length = _number(header[124:136])
             stream = self._stream
             if kind in b"LKxXgV":
@@ -388,7 +393,7 @@ class TarWalk:
                     records = dict(_pax_records(data))
                     name = records.get(b"GNU.sparse.name", records.get(b"path", name))
                     stated = records.get(b"size", b"")
-                    size = int(stated) if stated.isdigit() else size
+                    size = int(stated) if stated.isdigit() and len(stated) < 20 else size
                     if any(key.startswith(b"GNU.sparse.") for key in records):
                         refusal = _REFUSALS[b"S"]
                 continue
@@ -402,7 +407,7 @@ class TarWalk:
             while more:  # the map of a sparse file goes on, in front of its data
                 block = stream.read(BLOCK)
                 more = len(block) == BLOCK and block[504] != 0
-            is_directory = kind in (b"5", b"D") or (kind in (b"0", b"\0") and name.endswith(b"/"))
+            is_directory = kind in (b"5", b"D") or (kind in (b"0", b"\0") and name.endswith(b"/") and not length)
             if refusal is None and kind not in (b"0", b"\0", b"7", b"5", b"D"):
                 refusal = _REFUSALS.get(kind, f"tar entry of the unknown type {kind!r}: not a regular file")
             data_at = stream.position
@@ -425,6 +430,7 @@ class TarWalk:
             if is_header(block) and _number(block[124:136]) >= 0:
                 if hole is None and zeros == 1:
                     hole = at - BLOCK
+                self._torn = hole is not None or zeros > 0 or ended
                 if hole is not None:
                     self._damage(hole, at)
                 elif ended:
@@ -449,8 +455,8 @@ class TarWalk:
             end = at + len(block)
             if hole is not None and ended and not zeros and _is_junk(start_of_hole, end - hole):
                 self._remark(f"bytes {hole:,} to {end - 1:,} behind the end of the tar archive belong to no file")
-            elif hole is not None and (hole < at or ended):  # else it is a header that is cut off
-                self._damage(hole, end - zeros * BLOCK)
+            elif hole is not None and (hole < at or ended or zeros):  # else it is a header that is cut off
+                self._damage(hole, end if block.strip(b"\0") else end - zeros * BLOCK)
             if not (zeros or ended) or stream.damage:
                 self._fault(f"the tar archive is cut off at byte {end:,}: {stream.damage or 'it has no end mark'}")
             self.only_zeros = not found and hole is None and not stream.damage
@@ -489,9 +495,11 @@ def is_header(block: bytes) -> bool:
     if len(block) < BLOCK or block == _ZEROS:
         return False
     stated = _number(block[148:156])
+    if not -(128 * BLOCK) < stated < 256 * BLOCK or stated == -1:
+        return False
     others = block[:148] + b"        " + block[156:]
     unsigned = sum(others)
-    return stated == unsigned or stated == unsigned - 256 * sum(byte > 127 for byte in others)
+    return stated == unsigned or stated == unsigned - 256 * len(others.translate(None, _ASCII))
 
 
 def _number(field: bytes) -> int:

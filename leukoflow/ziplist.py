@@ -147,6 +147,7 @@ class ZipWalk:
         self._unlisted = 0
         self._patience = 4 * size + _CHUNK  # bytes that may be read in vain: hostile data cannot keep us for ever
         self._reached = 0  # where the last scan has ended
+        self._parsed = 0  # where the records of the central directory end
         self._ended = False  # whether a scan has met an end record and no member behind it
 
     @property
@@ -178,6 +179,11 @@ class ZipWalk:
             if not self._unlisted and self._repair and self._holes.count:
                 self._holes = _Holes()
                 self._remarks.append(f"the first {first:,} bytes hold no file: the zip archive begins behind them")
+        if shared := _repeated(ranges.starts, directory):
+            self._remarks.append(
+                f"{shared:,} records of the zip archive's central directory name the bytes of a file that another one "
+                "names, too: each has a row"
+            )
         if directory.shift < 0:
             self._faults.append(f"the first {-directory.shift:,} bytes of the zip archive are missing")
         if len(ranges.starts) < directory.members:
@@ -189,6 +195,7 @@ class ZipWalk:
             yield self._entry(record, directory.shift)
         for start, stop in self._gaps(ranges, directory.start):
             yield from self._look(start, stop)
+        yield from self._look(self._parsed, directory.start + directory.length)
         before = self._unlisted
         yield from self._look(directory.end, self._size)
         if self._unlisted > before and not self._ended:
@@ -269,13 +276,17 @@ class ZipWalk:
         offset = record.offset + shift
         if offset < 0:
             offset, refusal = 0, "missing: the archive has lost its beginning, where this file was"
+        elif offset >= self._size:
+            offset, refusal = 0, "damaged: the archive has no file at the place where its directory says"
         return ZipEntry(
-            name, record.method, record.crc, record.stored, record.size, offset, refusal, name[-1:] == "/"
+            name, record.method, record.crc, record.stored, record.size, offset, refusal,
+            name[-1:] == "/" and not record.size,
         )  # fmt: skip
 
     def _records(self, directory: ZipDirectory) -> Iterator[_Record]:
         """The central directory, read in pieces; ends early at the first record that is none."""
         position, left = directory.start, directory.length
+        self._parsed = directory.start
         buffer, at = b"", 0
         while True:
             if len(buffer) - at < 46 + 3 * 0xFFFF and left:  # a record with its longest name, extra and comment
@@ -296,6 +307,7 @@ class ZipWalk:
             if _FULL32 in (stored, size, offset):
                 size, stored, offset = _zip64(extra, size, stored, offset)
             at = stop
+            self._parsed = position - len(buffer) + at
             unix_mode = attributes >> 16 if host in (3, 19) else 0
             yield _Record(name, extra, host, flags, method, crc, stored, size, unix_mode, offset)
 
@@ -343,15 +355,15 @@ class ZipWalk:
         after: int | None = data + stored
         if streamed:
             after = None
-            if found := self._streamed(data, flags, method):
+            if found := self._streamed(data, flags, method, stop):
                 crc, stored, size, after = found
-        elif flags & _HAS_DESCRIPTOR:
+        elif flags & _HAS_DESCRIPTOR and data + stored <= self._size:
             after = data + stored + _descriptor_length(self._file, data + stored, stored)
 
         def entry(refusal: str | None) -> ZipEntry:
             return ZipEntry(
                 name, method, crc, 0 if refusal else stored, size, position,
-                refusal or _refusal(flags, method, 0), name[-1:] == "/",
+                refusal or _refusal(flags, method, 0), name[-1:] == "/" and not size,
             )  # fmt: skip
 
         if after is not None and after <= stop:
@@ -370,7 +382,7 @@ class ZipWalk:
             return entry("truncated: the archive ends within this file"), following
         return entry(f"truncated: {self._size - data:,} of {stored:,} stored bytes"), following
 
-    def _streamed(self, data: int, flags: int, method: int) -> tuple[int, int, int, int] | None:
+    def _streamed(self, data: int, flags: int, method: int, stop: int) -> tuple[int, int, int, int] | None:
         """(crc, stored, size, end) of a member whose sizes follow its data; None if they cannot be found."""
         if self._patience <= 0:
             return None
@@ -378,7 +390,7 @@ class ZipWalk:
             found = _by_inflating(self._file, data)
         else:
             found = _by_descriptor(self._file, data, method if not flags & _ENCRYPTED else None)
-        if found is None:
+        if found is None or found[3] > stop:
             self._patience -= self._file.tell() - data
         return found
 
@@ -398,6 +410,12 @@ class ZipWalk:
             zeros = zeros and chunk.count(0) == len(chunk)
             at, tail, step = at + len(chunk), block[-3:], min(2 * step, _CHUNK)
         return stop, zeros
+
+
+def _repeated(starts: npt.NDArray[np.int64], directory: ZipDirectory) -> int:
+    """How many listed members begin where another one does; those that begin nowhere are left out."""
+    real = starts[(starts < directory.start) & ((starts > 0) | (directory.shift >= 0))]
+    return len(real) - len(np.unique(real))
 
 
 def _named(holes: _Holes) -> str:
@@ -453,10 +471,13 @@ def find_directory(file: BinaryIO, size: int) -> ZipDirectory | None:
             file.seek(end - _LOCATOR64_RECORD.size)
             signature, _, at64, _ = _LOCATOR64_RECORD.unpack(file.read(_LOCATOR64_RECORD.size))
             if signature == _LOCATOR64:
-                for position in (at64, end - _LOCATOR64_RECORD.size - _END64_RECORD.size):
-                    file.seek(min(position, size))
+                locator = end - _LOCATOR64_RECORD.size
+                for position in (locator - _END64_RECORD.size, at64):
+                    if not 0 <= position <= locator - _END64_RECORD.size:
+                        continue
+                    file.seek(position)
                     record = file.read(_END64_RECORD.size)
-                    if len(record) == _END64_RECORD.size and record[:4] == _END64:
+                    if record[:4] == _END64 and position + 12 + int.from_bytes(record[4:12], "little") == locator:
                         count, length, offset = _END64_RECORD.unpack(record)[7:]
                         end, disk = position, 0
                         break

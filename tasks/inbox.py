@@ -8,13 +8,15 @@ taken like an item of its own.
 from __future__ import annotations
 
 import io
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import date
 from fnmatch import fnmatchcase
 from typing import Literal
+from urllib.parse import unquote, unquote_to_bytes
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,6 +33,7 @@ from tasks.plan import item_of, items_by_spelling
 
 ItemState = Literal["complete", "arriving", "taken"]
 _STEM = 40  # characters of an archive's name in a run id
+_ODD_ARCHIVE = "archive with a name that is no UTF-8: rename it, and the next night takes it"
 
 MISSING = pa.schema(
     [
@@ -244,11 +247,29 @@ def take(site: Site, ledger: Ledger, night: date, moment: float) -> ClaimHead | 
         complete = [item for item in items if item.state == "complete"]
         if not complete:
             return None
-        files = [item.name for item in complete if not item.folder]
+        complete = [_with_odd_archives_refused(site, item) for item in complete]
+        files = [item.name for item in complete if not item.folder and not _is_odd(item)]
         archives = frozenset(name for name in files if is_archive(f"{site.inbox}/{name}", name))
         return claim_of(site, night, complete, archives, taken)
 
     return ledger.append(make)
+
+
+def _is_odd(item: Item) -> bool:
+    """Whether the name of a single file is written with escapes, so that no path leads to it."""
+    return any(unquote(e.locator) != e.key for e in item.files)
+
+
+def _with_odd_archives_refused(site: Site, item: Item) -> Item:
+    """The item, with a reason for the row of an archive that no path leads to."""
+    if item.folder or not _is_odd(item):
+        return item
+
+    def is_one(entry: Entry) -> bool:
+        return is_archive(f"{site.inbox}/{os.fsdecode(unquote_to_bytes(entry.locator))}", item.name)
+
+    files = tuple(replace(e, refusal=e.refusal or _ODD_ARCHIVE) if is_one(e) else e for e in item.files)
+    return replace(item, files=files)
 
 
 def write_missing(ledger: Ledger, missing: pa.Table) -> None:

@@ -332,6 +332,11 @@ def _read_parquet(path: PathLike, known: Sequence[str], metas: Sequence[str]) ->
     except pa.ArrowException:  # what it says may quote values
         raise ConfigError(f"the manifest {path} is a damaged Parquet file: write it again") from None
     sheet = _Sheet({}, range(1, len(table) + 1), "row")
+    try:
+        for column in columns.values():
+            column.validate(full=True)
+    except pa.ArrowException:
+        raise ConfigError(f"the manifest {path} has text that is no UTF-8: write it again") from None
     for name, column in columns.items():
         sheet.columns[name] = column if name == "um_per_px" else _as_text(path, sheet, name, column)
     return sheet
@@ -343,8 +348,12 @@ def _as_text(path: PathLike, sheet: _Sheet, name: str, column: pa.Array) -> pa.A
         column = column.cast(column.type.value_type)
     kind = column.type
     if pa.types.is_floating(kind):
+        exact = 2 ** {16: 11, 32: 24}.get(kind.bit_width, 53)  # beyond it, two whole numbers may be one
         values = column.cast(pa.float64()).to_pylist()
-        return pa.array([None if value is None else _digits(value) for value in values], pa.string())
+        return pa.array([None if value is None else _digits(value, exact) for value in values], pa.string())
+    if pa.types.is_decimal(kind):
+        plain = [None if v is None else f"{v:f}" for v in column.to_pylist()]
+        return pa.array([v.rstrip("0").rstrip(".") if v and "." in v else v for v in plain], pa.string())
     if not (
         pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
         or pa.types.is_integer(kind) or pa.types.is_decimal(kind) or pa.types.is_null(kind)
@@ -354,9 +363,9 @@ def _as_text(path: PathLike, sheet: _Sheet, name: str, column: pa.Array) -> pa.A
     return pc.if_else(pc.equal(texts, ""), pa.scalar(None, pa.string()), texts)
 
 
-def _digits(value: float) -> str:
+def _digits(value: float, exact: int) -> str:
     """A number as an id: without a decimal point, and in scientific notation where it has lost digits."""
-    if abs(value) >= 2**53:
+    if abs(value) >= exact:
         return f"{value:e}"
     return str(int(value)) if value.is_integer() else str(value)
 
@@ -494,7 +503,11 @@ class _Cleaner:
         column = self.sheet.columns["um_per_px"]
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
-        encoded = column.dictionary_encode()
+        try:
+            encoded = (column.cast(pa.string()) if pa.types.is_string_view(column.type) else column).dictionary_encode()
+        except pa.ArrowNotImplementedError:
+            kind = column.type
+            raise ConfigError(f"{self.path}: the column um_per_px has the type {kind}; store it as a number") from None
         values: list[float | None] = []
         wrong, beyond, blank = set(), set(), set()
         for place, written in enumerate(encoded.dictionary.to_pylist()):

@@ -176,6 +176,7 @@ class _Join:
         self._slides = known.table["slide_id"].to_pylist()
         self._keys = list(known.rows)  # of the images, once they are found
         self._rows = array("q")  # of each member, in order; -1 without one
+        self._dotted = array("q", [-1]) * len(known.table)  # of each line, the member that has it but for a `./`
         self._unlisted: dict[int, str] = {}  # members without a line, by ordinal
         self._named: dict[str, str] = {}  # from folders to the slide that images without one there belong to
 
@@ -183,12 +184,24 @@ class _Join:
         """Takes up the next members."""
         for member in members:
             row = self.known.row_of(member.image_key)
+            if row is not None and member.image_key in self.known.rows:
+                self._give_back(row, member.image_key)
+            elif row is not None and not self.found[row]:
+                self._dotted[row] = member.ordinal
             if row is None or self.found[row]:  # `a.jpg` and `./a.jpg` are two images, and have one line
                 self._unlisted[member.ordinal] = member.image_key
                 row = -1
             else:
                 self.found[row] = 1
             self._rows.append(row)
+
+    def _give_back(self, row: int, key: str) -> None:
+        """Takes a line from `./a.jpg` where `a.jpg` comes, too: the name that is equal to it wins."""
+        ordinal = self._dotted[row]
+        if ordinal >= 0:
+            self._rows[ordinal], self._dotted[row] = -1, -1
+            self._unlisted[ordinal] = f"./{key}"
+            self.found[row] = 0
 
     def match(self, own_names: Sequence[str]) -> None:
         """Matches what is spelled otherwise."""
@@ -294,7 +307,9 @@ def _manifest_of(known: Manifest, selection: Selection) -> Manifest:
 
 
 def _below_item(key: str) -> str:
-    return key.partition("/")[2] if "/" in key and "\\" not in key else spelled(key).partition("/")[2]
+    """A key without the name of its item in front."""
+    item, slash, inside = key.partition("/")
+    return inside if slash and "\\" not in key and spelled(item) not in ("", ".") else spelled(key).partition("/")[2]
 
 
 def items_by_spelling(items: Iterable[str]) -> Callable[[str], str | None]:
@@ -409,14 +424,14 @@ def urgent_first(plan_file: pq.ParquetFile, summary: PlanSummary, rule: UrgentSe
             f"urgent.column is {rule.column!r}, which the plan does not have: name one of "
             f"{', '.join(MANIFEST_COLUMNS)}, or one that meta_columns lists"
         )
-    columns = ["image_key"] + ([names[rule.column]] if rule.column else [])
-    counts = [_count_urgent(plan_file.read_row_group(s.ordinal, columns=columns), rule) for s in listed]
+    columns = list(dict.fromkeys(["image_key", *([names[rule.column]] if rule.column else [])]))
+    counts = [_count_urgent(plan_file.read_row_group(s.ordinal, columns=columns), rule, columns[-1]) for s in listed]
     return sorted(listed, key=lambda shard: -counts[shard.ordinal])
 
 
-def _count_urgent(table: pa.Table, rule: UrgentSettings) -> int:
+def _count_urgent(table: pa.Table, rule: UrgentSettings, column: str) -> int:
     keys = table["image_key"].to_pylist()
-    values = table.column(1).to_pylist() if rule.column else [None] * len(keys)
+    values = table[column].to_pylist() if rule.column else [None] * len(keys)
     return sum(
         any(fnmatchcase(key, pattern) for pattern in rule.image_keys)
         or (value is not None and any(fnmatchcase(str(value), pattern) for pattern in rule.values))

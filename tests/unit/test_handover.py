@@ -177,6 +177,7 @@ SUMMARY = PlanSummary(Source("x", SourceKind.ZIP, "i", 1), 6, 0, 0, None, 2, "d"
         (UrgentSettings(column="priority", values=("STAT", "urgent")), [1, 0, 2]),
         (UrgentSettings(image_keys=("a/2",), column="slide_id", values=("S2",)), [2, 0, 1]),
         (UrgentSettings(image_keys=("nothing",)), [0, 1, 2]),
+        (UrgentSettings(column="image_key", values=("b/*",)), [1, 0, 2]),
     ],
 )
 def test_urgent_shards_come_first(plan_file: pq.ParquetFile, rule: UrgentSettings, order: list[int]) -> None:

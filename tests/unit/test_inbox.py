@@ -230,6 +230,35 @@ def test_a_ledger_with_a_gap_is_refused(inbox: Inbox) -> None:
         inbox.take()
 
 
+def test_a_claim_whose_bytes_are_damaged_is_to_be_restored(inbox: Inbox) -> None:
+    inbox.put("slide-a/1.jpg")
+    inbox.take()
+    claim = Path(inbox.ledger.storage.root) / "claims" / "00001.parquet"
+    whole = bytearray(claim.read_bytes())
+    at = whole.find(b"\x28\xb5\x2f\xfd")  # where compressed values begin
+    whole[at] ^= 0xFF
+    claim.write_bytes(whole)
+    with pytest.raises(StorageError, match=r"00001\.parquet is damaged .*; restore it from a backup"):
+        inbox.ledger.read()
+
+
+def test_an_archive_whose_name_is_no_utf8_is_a_row_that_says_so(inbox: Inbox) -> None:
+    write_zip(inbox.root / "plain %F6.zip", {"a.jpg": b"first"})
+    write_zip(inbox.root / os.fsdecode(b"Gr\xf6.zip"), {"a.jpg": b"first"})
+    write_zip(inbox.root / os.fsdecode(b"Gr\xf6"), {"a.jpg": b"first"})
+    inbox.put(os.fsdecode(b"Gr\xf6.jpg"))
+    runs = inbox.take()
+    assert runs == {
+        "ward-2026-03-01": ["Gr%F6", "Gr%F6.jpg", "Gr%F6.zip"],
+        "ward-2026-03-01.plain-F6": ["plain %F6.zip"],
+    }
+    selection = read_selection(inbox.ledger.uri(1), "ward-2026-03-01")
+    words = "archive with a name that is no UTF-8: rename it, and the next night takes it"
+    assert selection.archive is None
+    assert [e.refusal for e in selection.entries()] == [words, None, words]
+    assert read_selection(inbox.ledger.uri(1), "ward-2026-03-01.plain-F6").source(f"{inbox.root}/plain %F6.zip")
+
+
 def test_what_was_expected_and_did_not_come(tmp_path: Path) -> None:
     keys = ["slide-a/1.jpg", "slide-a/2.jpg", "slide-b/1.jpg", "slide-c/1.jpg", "scan.zip/x.jpg"]
     inbox = Inbox(tmp_path, manifest="image_key\n" + "\n".join(keys))

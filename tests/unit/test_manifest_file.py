@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -224,6 +225,9 @@ def test_a_column_of_numbers_with_gaps_has_no_decimal_points(tmp_path: Path) -> 
         (pa.array(["007", "7", "007", "7"]).dictionary_encode(), ["007", "7", "007", "7"]),
         (pa.array([123456789012345678.0, 7.5, 7.0, 7.0]), [None, "7.5", "7", "7"]),
         (pa.array(["7", None, "8", "9"], pa.large_string()), ["7", None, "8", "9"]),
+        (pa.array([16777216.0, 16777215.0, 9.0, 8.0], pa.float32()), [None, "16777215", "9", "8"]),
+        (pa.array([2048, 2047, 9, 8], pa.int32()).cast(pa.float16()), [None, "2047", "9", "8"]),
+        (pa.array(map(Decimal, ("12345", "7.5", "0", "100")), pa.decimal128(38, 10)), ["12345", "7.5", "0", "100"]),
     ],
 )
 def test_ids_of_parquet(tmp_path: Path, ids: pa.Array, expected: list[str | None]) -> None:
@@ -242,6 +246,26 @@ def test_parquet_columns_that_are_no_ids_are_refused(tmp_path: Path) -> None:
     dates = pa.array([20000], pa.int32()).cast(pa.date32())
     pq.write_table(pa.table({"image_key": ["a"], "patient_id": dates}), tmp_path / "slides.parquet")
     with pytest.raises(ConfigError, match="the column patient_id has the type date32"):
+        read_manifest(tmp_path / "slides.parquet", (), KEY)
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_text_of_parquet_that_is_no_utf8_is_refused_unquoted(tmp_path: Path, kind: pa.DataType) -> None:
+    path = tmp_path / "slides.parquet"
+    foreign = pa.array([b"M\xfcller.jpg"], pa.binary()).cast(
+        pa.large_binary() if kind == pa.large_string() else pa.binary()
+    )
+    text = pa.Array.from_buffers(kind, 1, foreign.buffers())
+    pq.write_table(pa.table({"image_key": text}), path)
+    for read_it in (lambda: read_manifest(path, (), KEY), lambda: manifest_keys(path)):
+        with pytest.raises(ConfigError) as refused:
+            read_it()
+        assert str(refused.value) == f"the manifest {path} has text that is no UTF-8: write it again"
+
+
+def test_a_scale_that_is_a_list_is_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"image_key": ["a"], "um_per_px": [[0.5, 0.25]]}), tmp_path / "slides.parquet")
+    with pytest.raises(ConfigError, match=r"the column um_per_px has the type list<.*>; store it as a number"):
         read_manifest(tmp_path / "slides.parquet", (), KEY)
 
 

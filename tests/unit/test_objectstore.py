@@ -19,6 +19,7 @@ import boto3
 import numpy as np
 import pytest
 import zarr
+from botocore.exceptions import ClientError, EndpointConnectionError, SSLError
 from faults import Answer, Faults, FaultyProxy, Request, failure, moto_server, s3_account
 
 from leukoflow import objectstore
@@ -532,3 +533,28 @@ def test_a_source_that_grows_while_it_is_planned_is_refused(proxy: FaultyProxy, 
     direct.put_object(Bucket="lab", Key="grows/late.png", Body=b"1")
     with pytest.raises(SourceError, match="changed while it was being planned"):
         list(Listing(source))
+
+
+ADDRESS = "https://s/b/in/miller.jpg"
+
+
+@pytest.mark.parametrize(
+    ("error", "words"),
+    [
+        (EndpointConnectionError(endpoint_url=ADDRESS), "or breaks connections (EndpointConnectionError)"),
+        (
+            SSLError(endpoint_url=ADDRESS, error="certificate verify failed: self-signed certificate (_ssl.c:1)"),
+            "no secure connection to the store (certificate verify failed: self-signed certificate)",
+        ),
+        (ClientError({"Error": {"Code": "InternalError", "Message": "in/miller.jpg"}}, "GetObject"), "(InternalError)"),
+        (OSError("in/miller.jpg"), "(OSError)"),
+    ],
+)  # fmt: skip
+def test_what_is_said_of_the_store_names_no_object(
+    error: Exception, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
+        monkeypatch.delenv(name, raising=False)
+    said = objectstore.explain(error, "s3://b/in")
+    assert words in said
+    assert "miller" not in said

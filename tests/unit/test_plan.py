@@ -22,7 +22,7 @@ from leukoflow.records import Member, PlanSummary
 from leukoflow.sources import identify, open_reader, spool
 from tasks.manifest_file import read_manifest
 from tasks.patient_key import pseudonym
-from tasks.plan import plan, plan_schema, read_shard, read_summary, shards
+from tasks.plan import _below_item, plan, plan_schema, read_shard, read_summary, shards
 
 KEY = b"a secret that only the hospital has"
 
@@ -31,7 +31,7 @@ def archive(folder: Path, names: list[str]) -> Path:
     path = folder / "fields.zip"
     with zipfile.ZipFile(path, "w") as stored:
         for name in names:
-            stored.writestr(name, f"content of {name}")
+            stored.writestr(name, "" if name.endswith("/") else f"content of {name}")
     return path
 
 
@@ -212,6 +212,39 @@ def test_a_leading_dot_slash_makes_no_difference(tmp_path: Path) -> None:
     rows = [{"image_key": "a.jpg", "site": "Graz"}]
     summary, members = planned(tmp_path, archive(tmp_path, ["./a.jpg"]), manifest=manifest(tmp_path, rows))
     assert (members[0].image_key, members[0].site, summary.missing) == ("./a.jpg", "Graz", 0)
+
+
+@pytest.mark.parametrize("names", [["./a.jpg", "a.jpg", "b.jpg"], ["b.jpg", "a.jpg", "./a.jpg"]])
+@pytest.mark.parametrize("shard_size", [1, 4])
+def test_of_a_name_with_and_without_dot_slash_the_equal_one_has_the_line(
+    tmp_path: Path, names: list[str], shard_size: int
+) -> None:
+    path = tmp_path / "fields.tar"
+    with tarfile.open(path, "w") as stored:
+        for name in names:
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            stored.addfile(info, io.BytesIO(b"abc"))
+    rows = [{"image_key": "a.jpg", "site": "Graz"}]
+    summary, members = planned(tmp_path, path, manifest=manifest(tmp_path, rows), shard_size=shard_size)
+    assert {m.image_key: m.site for m in members} == {"./a.jpg": None, "a.jpg": "Graz", "b.jpg": None}
+    assert summary.missing == 0
+
+
+@pytest.mark.parametrize(
+    ("key", "inside"),
+    [
+        ("a.zip/x.jpg", "x.jpg"),
+        ("./a.zip/x.jpg", "x.jpg"),
+        ("./a.zip/s/x.jpg", "s/x.jpg"),
+        (" ./a.zip/x.jpg", "x.jpg"),
+        ("/a.zip/x.jpg", "x.jpg"),
+        ("a.zip\\x.jpg", "x.jpg"),
+        ("a.zip/ x.jpg", " x.jpg"),
+    ],
+)
+def test_keys_within_an_archive_of_an_inbox(key: str, inside: str) -> None:
+    assert _below_item(key) == inside
 
 
 @pytest.mark.parametrize(

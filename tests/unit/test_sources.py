@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import bz2
 import contextlib
+import errno
 import gzip
 import io
 import lzma
 import os
 import random
+import re
 import struct
 import tarfile
 import zipfile
@@ -20,9 +22,19 @@ import pytest
 import zstandard
 from harness import Pipe
 
-from leukoflow.errors import MemberError, SourceError
+from leukoflow.errors import MemberError, SourceError, StorageError
 from leukoflow.records import Member, Shard, Source, SourceKind
-from leukoflow.sources import Listing, UniqueKeys, identify, open_reader, read_member, spool, survey
+from leukoflow.sources import (
+    Listing,
+    UniqueKeys,
+    identify,
+    is_archive,
+    open_reader,
+    read_member,
+    spool,
+    survey,
+    unaltered,
+)
 from leukoflow.tarlist import CompressedStream
 from leukoflow.zipnames import key_of
 
@@ -221,7 +233,7 @@ def test_spool_notices_another_archive(tmp_path: Path) -> None:
     shards = shards_of(listed(source)[0], 4)
     altered = FILES | {"fields/f002.jpg": payload(99, len(FILES["fields/f002.jpg"]))}
     other = saved(tmp_path, gzip.compress(tar_of(altered)), "other.bin")
-    with pytest.raises(SourceError, match=r"does not match its plan at fields/f002\.jpg"):
+    with pytest.raises(SourceError, match=r"does not match its plan at file 3: start a new run"):
         list(spool(other, shards, lambda s: (tmp_path / s.name).open("wb")))
 
 
@@ -294,6 +306,67 @@ def test_absent_and_empty_folders_are_refused(tmp_path: Path) -> None:
         identify(tmp_path / "empty")
 
 
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("smears.zip/inner", "Not a directory; check the path of the source, and whether it is mounted"),
+        ("x" * 300, "File name too long; check the path of the source, and whether it is mounted"),
+    ],
+)
+def test_paths_that_lead_nowhere_are_refused(tmp_path: Path, name: str, words: str) -> None:
+    (tmp_path / "smears.zip").write_bytes(zip_of(FILES))
+    with pytest.raises(SourceError, match=re.escape(f"{tmp_path / name} cannot be read: {words}")) as refused:
+        identify(tmp_path / name)
+    assert refused.value.__cause__ is None
+    assert not is_archive(str(tmp_path / name), "inner")
+
+
+def test_a_share_that_fails_may_come_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(path: str) -> os.stat_result:
+        raise OSError(errno.ESTALE, "Stale file handle", path)
+
+    monkeypatch.setattr("leukoflow.sources.os.stat", fail)
+    with pytest.raises(SourceError, match=r"a\.zip cannot be read: Stale file handle; check the path") as refused:
+        identify("/share/a.zip")
+    assert isinstance(refused.value.__cause__, StorageError)
+
+
+def test_folders_that_cannot_be_read_are_counted_and_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("miller", "smith", "readable"):
+        (tmp_path / "in" / name).mkdir(parents=True)
+    (tmp_path / "in" / "readable" / "x.jpg").write_bytes(JPEG)
+    listdir, closed = os.listdir, {b"miller", b"smith"}
+
+    def guarded(path: bytes) -> list[bytes]:
+        if os.path.basename(path) in closed:
+            raise PermissionError(errno.EACCES, "Permission denied", path)
+        return listdir(path)
+
+    monkeypatch.setattr("leukoflow.sources.os.listdir", guarded)
+    members, listing = listed(identify(tmp_path / "in"))
+    assert [m.image_key for m in members] == ["readable/x.jpg"]
+    assert listing.truncated == "2 folders or files of it cannot be read: Permission denied"
+    closed.add(b"readable")
+    with pytest.raises(SourceError, match=r"nothing in .* can be read: Permission denied; let this user read its"):
+        identify(tmp_path / "in")
+    closed.add(b"in")
+    with pytest.raises(SourceError, match="in cannot be read: Permission denied; let this user read it, or mount it"):
+        identify(tmp_path / "in")
+
+
+def test_a_file_that_cannot_be_looked_at_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "miller.jpg").write_bytes(JPEG)
+    (entry,) = survey(str(tmp_path))
+
+    def fail(path: bytes) -> os.stat_result:
+        raise OSError(errno.EIO, "Input/output error", path)
+
+    monkeypatch.setattr("leukoflow.sources.os.lstat", fail)
+    with pytest.raises(StorageError, match=r"a file in .* cannot be looked at") as raised:
+        unaltered(str(tmp_path), entry)
+    assert "miller" not in str(raised.value)
+
+
 def test_split_archive_is_refused(tmp_path: Path) -> None:
     whole = bytearray(zip_of(FILES))
     struct.pack_into("<H", whole, whole.rfind(b"PK\x05\x06") + 4, 2)
@@ -345,7 +418,8 @@ def test_repeated_names_get_the_smallest_unused_number() -> None:
 
 def test_names_are_data_in_every_kind_of_archive(tmp_path: Path) -> None:
     names = ["../../x.jpg", "/etc/x.jpg", "a/../b.jpg", "C:\\x.jpg", "new\nline.jpg"]
-    for i, data in enumerate((zip_of(dict.fromkeys(names, b"1")), tar_of(dict.fromkeys(names, b"1")))):
+    files = {name: b"" if name.endswith("/") else b"1" for name in names}
+    for i, data in enumerate((zip_of(files), tar_of(files))):
         source = saved(tmp_path, data, f"names{i}")
         members, _ = listed(source)
         assert [m.image_key for m in members] == names
@@ -376,7 +450,8 @@ def test_directory_names_that_are_no_utf8_can_be_read(tmp_path: Path) -> None:
 
 def test_litter_and_folders_are_ignored_not_lost(tmp_path: Path) -> None:
     names = ["a/", "a/x.jpg", "a/Thumbs.db", "__MACOSX/a/._x.jpg", "a/.DS_Store", "._y.jpg", "a/desktop.ini", "y.jpg"]
-    for i, data in enumerate((zip_of(dict.fromkeys(names, b"1")), tar_of(dict.fromkeys(names, b"1")))):
+    files = {name: b"" if name.endswith("/") else b"1" for name in names}
+    for i, data in enumerate((zip_of(files), tar_of(files))):
         members, listing = listed(saved(tmp_path, data, f"litter{i}"))
         assert [m.image_key for m in members] == ["a/x.jpg", "y.jpg"]
         assert listing.ignored == 6
@@ -583,7 +658,10 @@ def test_damaged_central_directory_falls_back_to_local_headers(tmp_path: Path) -
     source = saved(tmp_path, bytes(whole))
     members, listing = listed(source)
     assert contents(source, members) == FILES
-    assert listing.truncated == "the zip archive's central directory is damaged after 4 of 7 members"
+    assert listing.truncated == (
+        "the zip archive's central directory is damaged after 4 of 7 members; bytes 4,716 to 4,776 of the zip archive "
+        "belong to no file that can be read"
+    )
 
 
 def test_truncated_tar_keeps_every_whole_member(tmp_path: Path) -> None:

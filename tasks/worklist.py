@@ -1267,7 +1267,7 @@ class RunTable:
         frame, groups = self.frame, self._held.slides
         grouping, _, name = frame.slides[code].partition(":")
         row = int(groups.first[code])  # as `slides.parquet`: the first field names the site
-        said = self._reviewed_by_group["slides"]
+        reviewed, corrected, flagged = (int(n[code]) for n in self._reviewed_by_group["slides"])
         named: Ints = frame.patient[
             (frame.slide == code) & (frame.patient >= 0)
         ]  # and the first that names one the patient
@@ -1280,7 +1280,7 @@ class RunTable:
             patient=patient,
             site=_named(frame.sites, frame.site[row]),
             scanner=_named(frame.scanners, frame.scanner[row]),
-            summary=groups.summary(code, *(int(n[code]) for n in said)),
+            summary=groups.summary(code, reviewed, corrected, flagged),
             standing=self._slide_standings.get(code, Standing()),
             rank=int(self._ranks_by_urgency[code]),
             patients=len(np.unique(named)),
@@ -1292,13 +1292,13 @@ class RunTable:
         patients, slides, urgency = self._pairs
         own = np.flatnonzero(patients == code)
         worst = own[int(np.argmax(urgency[own]))]
-        said = self._reviewed_by_group["patients"]
+        reviewed, corrected, flagged = (int(n[code]) for n in self._reviewed_by_group["patients"])
         return PatientLine(
             patient_key=patient_key_of(frame.patients[code]),
             patient=frame.patients[code],
             site=_named(frame.sites, frame.site[int(groups.first[code])]),
             slides=len(own),
-            summary=groups.summary(code, *(int(n[code]) for n in said), urgency=float(urgency[worst])),
+            summary=groups.summary(code, reviewed, corrected, flagged, float(urgency[worst])),
             worst_slide=self._slide_key(int(slides[worst])),
             missing=self._absent[1][frame.patients[code]],
         )

@@ -10,7 +10,7 @@ from leukoflow.records import CLASSES, read_reason
 
 WIDTH, HEIGHT, LEFT, BOTTOM = 460, 260, 48, 34
 METRICS = {
-    "accuracy": "accuracy",
+    "accuracy": "accuracy, abstained fields included",
     "macro_f1": "macro-F1",
     "mcc": "MCC",
     "auc_ovr": "AUC, one against rest",
@@ -111,11 +111,11 @@ def _protocols(protocols: dict[str, Any], comparison: dict[str, Any]) -> list[st
                 f"{-c['interval_95'][1]:+.4f} to {-c['interval_95'][0]:+.4f}.</p>"
             )
         if "leukoflow" in models and "reliability" in models["leukoflow"]:
-            out.append(_detail(models["leukoflow"], name == "cluster"))
+            out.append(_detail(models["leukoflow"], protocol["repeats"], name == "cluster"))
     return out
 
 
-def _detail(m: dict[str, Any], drawn: bool) -> str:
+def _detail(m: dict[str, Any], repeats: int, drawn: bool) -> str:
     head = (
         "<tr><th>class</th><th>fields</th><th>sensitivity</th><th>specificity</th><th>AUC</th><th>in its set</th></tr>"
     )
@@ -132,7 +132,8 @@ def _detail(m: dict[str, Any], drawn: bool) -> str:
         f"{blast['specificity_at_sensitivity_0.99']:.3f} at sensitivity 0.99. Prediction sets: coverage "
         f"{m['coverage']:.3f}, mean size {m['mean_set_size']:.2f}. Abstained: {_share(m['abstention_rate'])}"
         + "".join(f", {escape(read_reason(k) or k)} {n}" for k, n in m["abstained"].items())
-        + (f"; accuracy on the others {answered:.3f}.</p>" if answered is not None else ".</p>")
+        + (f"; accuracy on the others {answered:.3f}." if answered is not None else ".")
+        + (f" Counts are over all {repeats} repeats.</p>" if repeats > 1 else "</p>")
     )
     out = f"<table>{head}{rows}</table>{text}"
     if not drawn:

@@ -33,10 +33,24 @@ from tasks.page import probability
 from tasks.plan import read_shard, read_summary
 from tasks.slides import disagreement
 from tasks.verdicts import Standing
-from tasks.wording import MEAN_MALIGNANT, MEAN_MALIGNANT_NOTE, RESEARCH_USE, Scale, answered_scale_note, mean_words
+from tasks.wording import (
+    BENIGN_BUT,
+    CLASS_CAUTION,
+    MEAN_MALIGNANT,
+    MEAN_MALIGNANT_NOTE,
+    RESEARCH_USE,
+    SCALE_CAUTION,
+    SHADOW,
+    UNFINISHED,
+    Scale,
+    answered_scale_note,
+    mean_words,
+    sentence,
+)
 from tasks.worklist import (
     MAX_PAGE,
     PROBABILITIES,
+    FieldLine,
     Ints,
     PatientLine,
     Query,
@@ -90,16 +104,17 @@ class Scope:
 
 WHOLE = Scope()
 EXPORTED = (
-    "run_id", "image_key", "slide_id", "patient_id", "site", "scanner", "status", "reason", "label", "confidence",
-    *PROBABILITIES, "prediction_set", "ood_score", "n_cells", "bundle_digest", "reviewed_label", "reviewed_by",
-    "reviewed_at", "flagged", "comment", "notice",
+    "run_id", "image_key", "slide_id", "patient_id", "site", "scanner", "status", "reason", "caution", "label",
+    "confidence", *PROBABILITIES, "prediction_set", "ood_score", "n_cells", "bundle_digest", "reviewed_label",
+    "reviewed_by", "reviewed_at", "flagged", "comment", "notice",
 )  # fmt: skip
 
 
 def exported_schema() -> pa.Schema:
     """Columns of CSV and Parquet exports: those of `predictions/` that are for people, and what people said.
 
-    `label`, `confidence` and `prediction_set` are empty where the model abstained: there is no answer.
+    `label`, `confidence` and `prediction_set` are empty where the model abstained: there is no answer. `caution` is
+    what must be read before an answer to a picture whose scale is a guess, and empty otherwise.
     """
     types = {
         **dict.fromkeys(("confidence", "ood_score", *PROBABILITIES), pa.float64()),
@@ -154,9 +169,11 @@ def _rows(table: RunTable, rows: Ints) -> pa.Table:
     answered = frame.answer[rows] >= 0  # what the model leaned to where it abstained is no answer, and stays here
     confidence = np.where(answered, frame.p[rows].max(1, initial=-np.inf), np.nan)
     sets = frame.column("prediction_set").take(places).to_pylist()
+    notice = RESEARCH_USE if table.shadow_of is None else f"{SHADOW} {RESEARCH_USE}"
     given: dict[str, Any] = {
         "run_id": [table.run_id] * len(rows),
         "reason": [read_reason(r) for r in frame.column("reason").take(places).to_pylist()],
+        "caution": [SCALE_CAUTION if guessed else None for guessed in _guessed(table, rows)],
         "label": [CLASSES[code] if code >= 0 else None for code in frame.answer[rows].tolist()],
         "prediction_set": [found if given_ else None for found, given_ in zip(sets, answered.tolist(), strict=True)],
         "confidence": pa.array(confidence, pa.float64(), from_pandas=True),
@@ -166,7 +183,7 @@ def _rows(table: RunTable, rows: Ints) -> pa.Table:
         "reviewed_at": [datetime.fromisoformat(d.at) if d else None for d in decisions],
         "flagged": [s.flagged for s in said],
         "comment": [s.comment for s in said],
-        "notice": [RESEARCH_USE] * len(rows),
+        "notice": [notice] * len(rows),
     }
     arrays = []
     for field in schema:
@@ -322,13 +339,14 @@ def _quantity(value: float, code: str, unit: str) -> dict[str, Any]:
 def _report(table: RunTable, line: SlideLine | PatientLine) -> list[tuple[str, dict[str, Any]]]:
     """The DiagnosticReport of a slide or a patient, with its Observations."""
     if isinstance(line, SlideLine):
-        about, patient, name = ("slide", line.slide_key), line.patient, f"slide {line.name}"
+        about, name = ("slide", line.slide_key), f"slide {line.name}"
+        patient = line.patient if line.patients == 1 else None  # fields of several: it is no patient's report
     else:
         about, patient, name = ("patient", line.patient_key), line.patient, "all slides of the patient in this run"
     digest = table.bundle[1]
+    notice = RESEARCH_USE if table.shadow_of is None else f"{SHADOW} {RESEARCH_USE}"
     shared: dict[str, Any] = {
         "status": "preliminary",
-        "effectiveDateTime": table.started_at,
         "issued": table.manifest.finished_at if table.manifest is not None else now(),
     }
     if patient is not None:
@@ -360,7 +378,7 @@ def _report(table: RunTable, line: SlideLine | PatientLine) -> list[tuple[str, d
             "code": _concept(code, display),
             **values,
             "device": {"type": "Device", "display": f"leukoflow, bundle {digest}"},
-            "note": [{"text": f"{note} {RESEARCH_USE}"}],
+            "note": [{"text": f"{note} {notice}"}],
         }
         if specimen is not None:
             observation["specimen"] = specimen
@@ -382,7 +400,7 @@ def _report(table: RunTable, line: SlideLine | PatientLine) -> list[tuple[str, d
         ],
         "code": _concept("smear-screening", "Screening of a blood smear by an image classifier, research use"),
         "result": [{"reference": url, "type": "Observation"} for url, _ in out],
-        "conclusion": _conclusion(line, name, _contradiction(table, line) + _scale_caution(table, line)),
+        "conclusion": _conclusion(table, line, name),
     }
     if specimen is not None:
         report["specimen"] = [specimen]
@@ -394,26 +412,29 @@ def _clean(text: str) -> str:
     return "".join(c if c.isprintable() else "\ufffd" for c in text).strip() or "-"
 
 
+def _absent(code: str, display: str, text: str) -> dict[str, Any]:
+    system = "http://terminology.hl7.org/CodeSystem/data-absent-reason"
+    return {"dataAbsentReason": {"coding": [{"system": system, "code": code, "display": display}], "text": text}}
+
+
 def _observations(summary: Summary) -> Iterator[tuple[str, str, dict[str, Any], str]]:
     """(code, display, value, note) of each Observation; one without a value says why there is none."""
-    absent: dict[str, Any] = {
-        "dataAbsentReason": {
-            "coding": [
-                {
-                    "system": "http://terminology.hl7.org/CodeSystem/data-absent-reason",
-                    "code": "not-performed",
-                    "display": "Not Performed",
-                }
-            ],
-            "text": "no field could be predicted",
-        }
-    }
+    if summary.diagnosed:
+        absent = _absent("unknown", "Unknown", "the model abstained")
+    else:
+        absent = _absent("not-performed", "Not Performed", "no field could be predicted")
+    outweighed = _outweighed(summary)
     if summary.label is None:
         label = absent
     else:
-        label = {"valueCodeableConcept": _concept(f"class-{summary.label.lower()}", _CLASS_WORDS[summary.label])}
+        concept = _concept(f"class-{summary.label.lower()}", _CLASS_WORDS[summary.label])
+        if outweighed:
+            concept["text"] += f" {outweighed}"
+        label = {"valueCodeableConcept": concept}
     yield "likeliest-class", "Likeliest class of the fields", label, (
-        "The class of highest mean probability over the predicted fields; calibrated on fields, not on slides."
+        "The class of highest mean probability over the predicted fields; calibrated on fields, not on slides. "
+        + (f"Benign {outweighed}. " if outweighed else "")
+        + CLASS_CAUTION
     )  # fmt: skip
     for code, display, value, note in (
         (
@@ -421,11 +442,11 @@ def _observations(summary: Summary) -> Iterator[tuple[str, str, dict[str, Any], 
             MEAN_MALIGNANT,
             summary.mean_malignant_probability,
             f"{MEAN_MALIGNANT_NOTE} {summary.counts.predicted:,} answered fields, {summary.answered_cells:,} cells. "
-            f"{_interval_words(summary)}",
+            f"{sentence(_interval_words(summary))}",
         ),
         (
             "uncertain-share",
-            "Share of diagnosed fields with several classes in the prediction set, or abstained from",
+            "Share of answered or abstained fields with several classes in the prediction set, or abstained from",
             summary.uncertainty,
             "Fields that were abstained from, or whose prediction set has more than one class.",
         ),
@@ -436,18 +457,36 @@ def _observations(summary: Summary) -> Iterator[tuple[str, str, dict[str, Any], 
         ("fields-abstained", "Fields that were abstained from", summary.counts.abstained),
         ("fields-rejected", "Fields of insufficient quality", summary.counts.rejected),
         ("fields-quarantined", "Fields that could not be read", summary.counts.quarantined),
-        ("fields-reviewed", "Diagnosed fields that a person has reviewed", summary.reviewed),
-        ("cells", "White cells found", summary.cells),
+        ("fields-reviewed", "Answered or abstained fields on which a reviewer decided", summary.reviewed),
+        ("cells", "Cells outlined in the pictures", summary.cells),
     ):
-        unit = "cells" if code == "cells" else "fields"
-        yield code, display, {"valueQuantity": _quantity(count, f"{{{unit}}}", unit)}, "A count."
+        unit, note = "fields", "A count."
+        if code == "cells":
+            unit = "cells"
+            note = "Outlines in the answered and abstained fields. No white cell count and no differential count."
+        yield code, display, {"valueQuantity": _quantity(count, f"{{{unit}}}", unit)}, note
+
+
+def _outweighed(summary: Summary) -> str:
+    """What stands behind Benign where malignancy as a whole is as probable or more; empty elsewhere."""
+    if not summary.outweighed or summary.mean_malignant_probability is None:
+        return ""
+    return f"{BENIGN_BUT} {mean_words(summary.mean_malignant_probability)}"
 
 
 def _interval_words(summary: Summary) -> str:
     if summary.interval is None:
         return "too few fields for an interval" if summary.counts.predicted else "no field was predicted"
     low, high = (probability(v) for v in summary.interval)
-    return f"95 % interval {low} to {high}, as if fields were independent"
+    return (
+        f"95 % interval {low} to {high}, as if fields were independent; those of one slide are not, so it is too narrow"
+    )
+
+
+def _rows_of(table: RunTable, line: SlideLine | PatientLine) -> Ints:
+    if isinstance(line, SlideLine):
+        return table.rows_of(slide_key=line.slide_key)
+    return table.rows_of(patient_key=line.patient_key)
 
 
 def _contradiction(table: RunTable, line: SlideLine | PatientLine) -> str:
@@ -455,40 +494,99 @@ def _contradiction(table: RunTable, line: SlideLine | PatientLine) -> str:
     if isinstance(line, SlideLine):
         return ""
     said = disagreement(slide_labels(table, table.rows_of(patient_key=line.patient_key)))
-    return f" The slides do not agree: {said}" if said else ""
+    return f"The slides do not agree: {said}" if said else ""
 
 
-def _scale_caution(table: RunTable, line: SlideLine | PatientLine) -> str:
-    """What to remark where answers were given to pictures whose scale is a guess."""
-    rows = (
-        table.rows_of(slide_key=line.slide_key)
-        if isinstance(line, SlideLine)
-        else table.rows_of(patient_key=line.patient_key)
+def _mixed(table: RunTable, line: SlideLine | PatientLine) -> str:
+    """What to remark where fields of several patients are on a slide."""
+    if isinstance(line, SlideLine):
+        if line.patients < 2:
+            return ""
+        return (
+            f"Fields of {line.patients:,} patients are on this slide, so no patient is named: resolve this before "
+            "reading."
+        )
+    frame, mine = table.frame, table.rows_of(patient_key=line.patient_key)
+    others = (frame.patient >= 0) & (frame.patient != frame.patient[mine[0]])
+    shared = len(np.intersect1d(frame.slide[mine], frame.slide[others]))
+    if not shared:
+        return ""
+    are = "slide of this patient also holds" if shared == 1 else "slides of this patient also hold"
+    return f"{shared:,} {are} fields of other patients: resolve this before reading."
+
+
+def _unfinished(table: RunTable, line: SlideLine | PatientLine) -> str:
+    """What to remark where more images are to come, or have never arrived."""
+    remarks = [] if table.finished else [UNFINISHED]
+    if line.missing:
+        were = "listed image was" if line.missing == 1 else "listed images were"
+        remarks.append(f"{line.missing:,} {were} not received.")
+    if table.reconciliation().truncated:
+        remarks.append("The source of the run was incomplete: images may be absent.")
+    return " ".join(remarks)
+
+
+def _guessed(table: RunTable, rows: Ints) -> list[bool]:
+    """Which of these fields were answered although their scale is a guess."""
+    settings, answered = segment_settings(table.bundle[0]), table.frame.answer[rows] >= 0
+    width, height, um = (table.frame.column(name).take(pa.array(rows)).to_pylist() for name in _SIZES)
+    return [
+        said and Scale(w, h, u, settings).guessed
+        for said, w, h, u in zip(answered.tolist(), width, height, um, strict=True)
+    ]
+
+
+def guessed_fields(table: RunTable, lines: Iterable[FieldLine]) -> frozenset[int]:
+    """Tells which of these fields, by ordinal, were answered although their scale is a guess."""
+    ordinals = [line.ordinal for line in lines]
+    rows = np.searchsorted(table.frame.ordinals, np.asarray(ordinals, np.int64))
+    return frozenset(o for o, guessed in zip(ordinals, _guessed(table, rows), strict=True) if guessed)
+
+
+def scale_caution(table: RunTable, line: SlideLine | PatientLine) -> str:
+    """Says where answers were given to pictures whose scale is a guess, as a sentence; empty where none was."""
+    rows = _rows_of(table, line)
+    answered = rows[table.frame.answer[rows] >= 0]
+    note = answered_scale_note(sum(_guessed(table, answered)), len(answered), segment_settings(table.bundle[0]))
+    return sentence(note)
+
+
+def _reviewed(s: Summary) -> str:
+    """What reviewers have decided on the fields, which changes no figure."""
+    if not s.reviewed:
+        return f"no reviewer has decided on any of the {s.diagnosed:,} answered or abstained fields"
+    return (
+        f"reviewers decided on {s.reviewed:,} of the {s.diagnosed:,} answered or abstained fields, and gave "
+        f"{s.corrected:,} of the answered ones another label"
+        + ("; the figures are the model's, without these corrections" if s.corrected else "")
     )
-    answered = rows[table.frame.predicted[rows]]
-    settings = segment_settings(table.bundle[0])
-    width, height, um = (table.frame.column(name).take(pa.array(answered)).to_pylist() for name in _SIZES)
-    guessed = sum(Scale(w, h, u, settings).guessed for w, h, u in zip(width, height, um, strict=True))
-    note = answered_scale_note(guessed, len(answered), settings)
-    return f" {note}." if note else ""
 
 
-def _conclusion(line: SlideLine | PatientLine, name: str, remarks: str = "") -> str:
+def _conclusion(table: RunTable, line: SlideLine | PatientLine, name: str) -> str:
     s = line.summary
     if s.label is None or s.mean_malignant_probability is None:
         found = f"{name}: no answer on any of {s.counts.fields:,} fields."
     else:
+        outweighed = _outweighed(s)
+        label = _CLASS_WORDS[s.label] + (f", which {outweighed}" if outweighed else "")
         found = (
-            f"{name}: likeliest class {_CLASS_WORDS[s.label]}; {MEAN_MALIGNANT.lower()} "
+            f"{name}: likeliest class {label}; {MEAN_MALIGNANT.lower()} "
             f"{mean_words(s.mean_malignant_probability)} ({s.counts.predicted:,} answered fields, "
             f"{s.answered_cells:,} cells; {_interval_words(s)}; no differential count); {s.malignant_fields:,} of the "
             f"answered fields have a malignant probability above one half; {s.counts.abstained:,} abstained, "
-            f"{s.counts.rejected:,} rejected, {s.counts.quarantined:,} quarantined; {s.reviewed:,} of {s.diagnosed:,} "
-            "reviewed by a person."
+            f"{s.counts.rejected:,} rejected, {s.counts.quarantined:,} quarantined; {_reviewed(s)}. {CLASS_CAUTION}"
         )
+    said = [
+        SHADOW if table.shadow_of is not None else "",
+        _mixed(table, line),
+        _unfinished(table, line),
+        found,
+        _contradiction(table, line),
+        scale_caution(table, line),
+    ]
     if isinstance(line, SlideLine) and line.standing.decision is not None and line.standing.decision.said:
-        found += f" A reviewer has labelled the slide: {_CLASS_WORDS[line.standing.decision.said]}."
-    return f"{_clean(found + remarks)} {RESEARCH_USE}"
+        said.append(f"A reviewer has labelled the slide: {_CLASS_WORDS[line.standing.decision.said]}.")
+    return f"{_clean(' '.join(filter(None, said)))} {RESEARCH_USE}"
 
 
 # --- training labels -------------------------------------------------------------------------------------------------

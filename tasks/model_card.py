@@ -8,15 +8,15 @@ from typing import Any
 
 from leukoflow.records import read_reason
 from models.bundle import Bundle, load_bundle
-from tasks.wording import CLASS_CAUTION
+from tasks.wording import CLASS_CAUTION, over_repeats, repeated_words
 
 ORIGIN = f"""\
 ## What it is for
 
 Research use only. It is no medical device, it has not been validated in a clinic, and no diagnosis may rest on it. It
 sorts fields of peripheral blood smears into the four classes of one public data set (Benign = haematogones, Early
-Pre-B, Pre-B, Pro-B), with a prediction set, the cells that carried the decision, and an abstention where it has no
-business answering.
+Pre-B, Pre-B, Pro-B), with a prediction set and the weights that the cells had in the result. It abstains from some
+fields that it cannot judge, but not from all of them.
 
 {textwrap.fill(CLASS_CAUTION, 118)}
 
@@ -53,7 +53,7 @@ FAILURES = """\
 """
 
 METRICS = {
-    "accuracy": "accuracy",
+    "accuracy": "accuracy, abstained fields included",
     "macro_f1": "macro-F1",
     "mcc": "MCC",
     "auc_ovr": "AUC (one against rest)",
@@ -126,6 +126,7 @@ def _protocol(title: str, protocol: dict[str, Any], comparison: dict[str, Any]) 
     lines += [
         f"- Abstained: {ours['abstention_rate']:.3f} of the fields"
         + "".join(f", {read_reason(k)} {n}" for k, n in ours["abstained"].items())
+        + over_repeats(protocol, ours["abstained"])
         + (f"; accuracy on the others {answered:.4f}" if answered is not None else ""),
         f"- Prediction sets (wanted coverage 0.95 per class): coverage {ours['coverage']:.3f}, by class "
         + ", ".join(f"{k} {v:.3f}" for k, v in ours["coverage_per_class"].items())
@@ -139,7 +140,8 @@ def _protocol(title: str, protocol: dict[str, Any], comparison: dict[str, Any]) 
     ]
     low = [(g, r) for g, r in ours["per_group"].items() if r["accuracy"] < 0.8]
     lines += [
-        f"- {g} ({r['label']}, {r['fields']} answers): accuracy {r['accuracy']:.3f}, answered {r['answered']:.3f}"
+        f"- {g} ({r['label']}, {repeated_words(protocol, r)}): accuracy {r['accuracy']:.3f}, answered "
+        f"{r['answered']:.3f}"
         for g, r in sorted(low, key=lambda item: item[1]["accuracy"])
     ]
     return [*lines, ""]

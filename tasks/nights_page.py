@@ -86,6 +86,13 @@ def _verdict(found: Nights) -> str:
         )
     if last.total("missing"):
         lines.append(("warn", f"{page.number(last.total('missing'))} images that a manifest lists have not arrived."))
+    if any(run.truncated for run in last.runs):
+        lines.append(
+            (
+                "warn",
+                "The source of at least one run was incomplete: images may be absent from these figures.",
+            )
+        )
     for level, kind in (("act", "bad"), ("watch", "warn")):
         told = [
             f"{title_of(d.quantity)} ({_group_name(g)}, against {_AGAINST[g.against]}, index {d.psi:.2f})"

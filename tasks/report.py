@@ -578,7 +578,11 @@ def _page(
             "Most suspicious field of each slide, then others",
             lambda: _gallery("suspicious", suspicious, notes, "No field was predicted."),
         ),
-        ("uncertain", "Lowest confidence", lambda: _gallery("uncertain", uncertain, (), "No field was classified.")),
+        (
+            "uncertain",
+            "Least certain fields, answered or not",
+            lambda: _gallery("uncertain", uncertain, (), "No field was classified."),
+        ),
         ("distributions", "Distributions", lambda: _distributions(t, survey)),
         ("unpredicted", "Members without a prediction", lambda: _unpredicted(t, survey)),
         ("timings", "Timings", lambda: _timings(t)),
@@ -685,7 +689,7 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool, split: Map
     if not finished and not slides:
         return '<p class="quiet">Slides are ranked when the run has finished, or at its deadline.</p>'
     head = (
-        ("#", "n"), ("slide", "key"), ("site", ""), ("patient", "key"), ("urgency", "n"), ("", "chart"),
+        ("#", "n"), ("slide", "key"), ("site", ""), ("first patient", "key"), ("urgency", "n"), ("", "chart"),
         ("likeliest class", ""), ("mean malignant probability", "n"), ("fields above ½", "n"), ("predicted", "n"),
         ("abst.", "n"), ("rej.", "n"), ("quar.", "n"), ("cells", "n"), ("most suspicious field", "key"),
     )  # fmt: skip
@@ -720,6 +724,11 @@ def _slides_section(slides: Sequence[dict[str, Any]], finished: bool, split: Map
         if grouped
         else ""
     )
+    if any(s["patient_id"] for s in slides):
+        note += (
+            '<p class="quiet">Where fields of several patients are on a slide, only the first patient is named; the '
+            "web application shows which slides these are.</p>"
+        )
     explained = (
         '<p class="quiet">Urgency is a priority, not a probability: the expected share of malignant fields; with few '
         "predicted fields it stays near one half, so that a slide with little to go by is not taken for a healthy "

@@ -24,6 +24,16 @@ CLASS_CAUTION = (
 )
 BENIGN_BUT = "is the most probable single class; malignant classes together"
 """Stands between Benign and the malignant probability of a slide, where that is the higher one."""
+SHADOW = "Shadow run, a trial of a candidate model: do not act on it."
+"""Stands before whatever leaves a shadow run."""
+UNFINISHED = "The run has not finished: this is not its final result."
+INTERVAL_NOTE = (
+    "With its 95 % interval, as if fields were independent; those of one slide are not, so it is too narrow."
+)
+ATTENTION_NOTE = (
+    "Attention is the weight that a cell had in the result; the cell may have spoken for or against any class. It does "
+    "not mark that cell as diseased."
+)
 NO_ANSWER = "No answer: the model abstained."
 SCALE_CAUTION = (
     "No scale was given and this picture is not of the training size: its cells may have been judged at the wrong "
@@ -158,6 +168,12 @@ def repeated_words(protocol: Mapping[str, Any], measured: Mapping[str, Any]) -> 
     return f"{fields // repeats:,} fields, {repeats} repeats"
 
 
+def over_repeats(protocol: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
+    """Says behind counts that each field counts once in every repeat; empty where there are none, or one repeat."""
+    repeats = int(protocol.get("repeats") or 1)
+    return f" (counted over all {repeats} repeats)" if repeats > 1 and counts else ""
+
+
 def mean_words(value: float | None) -> str:
     """Writes a mean probability to two places, never rounded to certainty; a dash where there is none."""
     if value is None:
@@ -190,7 +206,7 @@ def set_words(prediction_set: Sequence[str], alpha: float = 0.05, probabilities:
     fall = f" {_and(likely)} {'fall' if len(likely) > 1 else 'falls'} outside the set but" if likely else ""
     outside = f"{fall} {'are' if len(likely) > 1 else 'is'} not excluded." if likely else ""
     missed = f"by design, up to {_missed(alpha)}."
-    between = ", between which the model cannot tell" if len(names) > 1 else ""
+    between = ", which the model cannot tell apart" if len(names) > 1 else ""
     return f"Prediction set: {_or(names)}{between}.{outside} This excludes no other class: {missed}"
 
 

@@ -238,6 +238,7 @@ class Summary:
     cells: int
     answered_cells: int
     reviewed: int  # fields with a decision, of those that were diagnosed
+    corrected: int  # answered fields that people have labelled otherwise
     diagnosed: int
     flagged: int  # fields
     worst: int  # ordinal of the field to look at first
@@ -527,13 +528,17 @@ def frequency(metrics: Mapping[str, Any], label: str, confidence: float) -> Freq
     protocol: Mapping[str, Any] = metrics.get("protocols", {}).get(PROTOCOL, {})
     measured: Mapping[str, Any] = protocol.get("models", {}).get(MODEL, {})
     bins = [b for b in measured.get("reliability", ()) if b.get("fields")]
-    of = f"on fields that were new to the model ({wording.repeated_words(protocol, measured)})"
+    of = f"on fields of clusters that the classifier had not seen ({wording.repeated_words(protocol, measured)})"
     if bins:
         near = min(bins, key=lambda b: abs(b["confidence"] - share))
         share = float(near["accuracy"])
         basis = f"counted on {int(near['fields']):,} answers of about this confidence, {of}"
     elif "ece" in measured:
-        basis = f"on average such confidences were off by {100 * float(measured['ece']):.1f} of 100, measured {of}"
+        off = 100 * float(measured["ece"])
+        basis = (
+            f"over all confidences, abstained fields included, they were off by {off:.1f} of 100 on average, measured "
+            f"{of}"
+        )
     else:
         basis = "the model's own confidence; how often it is right was never measured for this bundle"
     words = wording.confidence_words(label, share, bool(bins), "ece" in measured)
@@ -721,7 +726,7 @@ class Groups:
         """Fields of each group for which the mask holds [k]."""
         return self._count((self.codes >= 0) & mask)
 
-    def summary(self, i: int, reviewed: int, flagged: int, urgency: float | None = None) -> Summary:
+    def summary(self, i: int, reviewed: int, corrected: int, flagged: int, urgency: float | None = None) -> Summary:
         """One group in words and numbers."""
         n = int(self.n[i])
         low, high = beta_interval(self.malignant[i : i + 1], self.n[i : i + 1].astype(np.float64))
@@ -738,6 +743,7 @@ class Groups:
             cells=int(self.cells[i]),
             answered_cells=int(self.answered_cells[i]),
             reviewed=reviewed,
+            corrected=corrected,
             diagnosed=int(self.diagnosed[i]),
             flagged=flagged,
             worst=int(self.frame.ordinals[self.worst[i]]),
@@ -816,6 +822,12 @@ class RunTable:
     def finished(self) -> bool:
         """Whether the run is."""
         return self.manifest is not None
+
+    @property
+    def shadow_of(self) -> str | None:
+        """The run that this one only accompanies, for a trial of another bundle; None for any other."""
+        source = self.manifest if self.manifest is not None else self.progress
+        return None if source is None else source.shadow_of
 
     @property
     def bundle(self) -> tuple[str, str]:
@@ -1240,10 +1252,14 @@ class RunTable:
         return self._held.ranks
 
     @cached_property
-    def _reviewed_by_group(self) -> dict[str, tuple[Ints, Ints]]:
+    def _reviewed_by_group(self) -> dict[str, tuple[Ints, Ints, Ints]]:
         said, frame = self.reviews, self.frame
         return {
-            name: (groups.count(said.reviewed & frame.diagnosed), groups.count(said.flagged))
+            name: (
+                groups.count(said.reviewed & frame.diagnosed),
+                groups.count(said.corrected),
+                groups.count(said.flagged),
+            )
             for name, groups in (("slides", self._held.slides), ("patients", self._held.patients))
         }
 
@@ -1251,7 +1267,7 @@ class RunTable:
         frame, groups = self.frame, self._held.slides
         grouping, _, name = frame.slides[code].partition(":")
         row = int(groups.first[code])  # as `slides.parquet`: the first field names the site
-        reviewed, flagged = self._reviewed_by_group["slides"]
+        reviewed, corrected, flagged = (int(n[code]) for n in self._reviewed_by_group["slides"])
         named: Ints = frame.patient[
             (frame.slide == code) & (frame.patient >= 0)
         ]  # and the first that names one the patient
@@ -1264,7 +1280,7 @@ class RunTable:
             patient=patient,
             site=_named(frame.sites, frame.site[row]),
             scanner=_named(frame.scanners, frame.scanner[row]),
-            summary=groups.summary(code, int(reviewed[code]), int(flagged[code])),
+            summary=groups.summary(code, reviewed, corrected, flagged),
             standing=self._slide_standings.get(code, Standing()),
             rank=int(self._ranks_by_urgency[code]),
             patients=len(np.unique(named)),
@@ -1276,13 +1292,13 @@ class RunTable:
         patients, slides, urgency = self._pairs
         own = np.flatnonzero(patients == code)
         worst = own[int(np.argmax(urgency[own]))]
-        reviewed, flagged = self._reviewed_by_group["patients"]
+        reviewed, corrected, flagged = (int(n[code]) for n in self._reviewed_by_group["patients"])
         return PatientLine(
             patient_key=patient_key_of(frame.patients[code]),
             patient=frame.patients[code],
             site=_named(frame.sites, frame.site[int(groups.first[code])]),
             slides=len(own),
-            summary=groups.summary(code, int(reviewed[code]), int(flagged[code]), float(urgency[worst])),
+            summary=groups.summary(code, reviewed, corrected, flagged, float(urgency[worst])),
             worst_slide=self._slide_key(int(slides[worst])),
             missing=self._absent[1][frame.patients[code]],
         )
@@ -1825,7 +1841,7 @@ def timeline(out: str, patient_key: str) -> Timeline:
                 finished=table.finished,
                 slides=patient.slides,
                 summary=patient.summary,
-                corrected=int(table.reviews.corrected[mine].sum()),
+                corrected=patient.summary.corrected,
                 bundle_digest=line.bundle_digest,
                 same_bundle=not points or points[-1].bundle_digest == line.bundle_digest,
                 same_images=same,

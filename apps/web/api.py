@@ -142,7 +142,9 @@ class CellOut(Model):
     nc_ratio: float | None = Field(description=cytoplasm.DESCRIPTION)
     eccentricity: float | None
     touches_border: bool
-    attention: float | None = Field(description="how much the cell contributed to the answer; sums to 1 over an image")
+    attention: float | None = Field(
+        description="weight that the cell had in the result, for or against any class; sums to 1 over an image"
+    )
 
 
 class Diagnosis(Model):

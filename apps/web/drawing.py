@@ -29,7 +29,7 @@ from apps.web.words import (
 )
 from leukoflow.records import CLASS_NAMES, CLASSES
 from tasks.cytoplasm import measured, measured_words
-from tasks.wording import LEANING, NO_ANSWER, RESEARCH_USE, class_name, mean_words, set_words
+from tasks.wording import ATTENTION_NOTE, LEANING, NO_ANSWER, RESEARCH_USE, class_name, mean_words, set_words
 from tasks.worklist import TimelinePoint, WeekLine
 
 NUCLEUS, CYTOPLASM = "#35d6ff", "#ffd23e"  # seen on violet nuclei as on pale ground
@@ -357,7 +357,7 @@ def export_png(subject: Subject, tile: Tile | None, cells: Sequence[Cell], layer
         *((text, 18, "#1f2228") for text in _said(subject)),
         (_all_probabilities(subject), 18, "#1f2228"),
         (_provenance(subject), 15, "#5c616b"),
-        ("Outlines: cells, coloured by attention (how much each contributed to the answer)."
+        (f"Outlines: cells, coloured by attention. {ATTENTION_NOTE}"
          if "attention" in layers else "", 15, "#5c616b"),
         (RESEARCH_USE, 15, "#9b241c"),
     ]  # fmt: skip
@@ -403,12 +403,12 @@ def _said(subject: Subject) -> tuple[str, ...]:
     """What stands below the headline: of an answer what its confidence and its set mean, else why there is none."""
     if subject.label is not None:
         return tuple(filter(None, (
-            subject.caution, subject.told.words if subject.told else "",
+            subject.shadow, subject.caution, subject.told.words if subject.told else "",
             set_words(subject.prediction_set, subject.alpha, subject.probabilities),
         )))  # fmt: skip
     if subject.status == "abstained":
-        return (" ".join(filter(None, subject.why[:2])), LEANING)
-    return tuple(filter(None, (subject.why[1],)))
+        return tuple(filter(None, (subject.shadow, " ".join(filter(None, subject.why[:2])), LEANING)))
+    return tuple(filter(None, (subject.shadow, subject.why[1])))
 
 
 def _all_probabilities(subject: Subject) -> str:
@@ -456,10 +456,11 @@ def export_pdf(subject: Subject, tile: Tile | None, cells: Sequence[Cell], by: s
         side = 118.0
         height, width = tile.original.shape[:2]
         pdf.image(sink, w=side * min(1.0, width / height), h=side * min(1.0, height / width))
-        _line(pdf, "Cells outlined by attention, from slate (little) to red (most): how much each contributed to "
-                   "the answer. It does not mark a cell as diseased.", 8, (92, 97, 107))  # fmt: skip
+        _line(
+            pdf, f"Cells outlined by attention, from slate (little) to red (most). {ATTENTION_NOTE}", 8, (92, 97, 107)
+        )
     else:
-        _line(pdf, "The image is no longer available.", 10, (122, 79, 0))
+        _line(pdf, "No picture of this image can be shown.", 10, (122, 79, 0))
     pdf.ln(2)
     if subject.probabilities and subject.label is None:
         _line(pdf, "Probabilities (no answer)", 9, (92, 97, 107))
@@ -535,7 +536,7 @@ def _latin(text: str) -> str:
 def export_json(subject: Subject, cells: Sequence[Cell], by: str) -> bytes:
     """Everything that is said about the field, for programs."""
     content: dict[str, Any] = {
-        "notice": RESEARCH_USE,
+        "notice": " ".join(filter(None, (subject.shadow, RESEARCH_USE))),
         "made_at": datetime.now(UTC).isoformat(timespec="seconds"),
         "made_by": by,
         "title": subject.title,

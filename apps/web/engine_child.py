@@ -345,10 +345,12 @@ def _measured(metrics: dict[str, Any]) -> tuple[str, ...]:
             protocol = metrics["protocols"][name]
             ours = protocol["models"]["leukoflow"]
             low, high = ours["intervals_95"]["accuracy"]
+            answered = ours.get("accuracy_answered")
             lines.append(
-                f"{title}: {repeated_words(protocol, ours)}; right in {100 * ours['accuracy']:.1f} % counting "
-                f"abstentions (95 % interval {100 * low:.1f} to {100 * high:.1f} %); "
-                f"{100 * ours['abstention_rate']:.1f} % abstained"
+                f"{title}: {repeated_words(protocol, ours)}; taking the likeliest class even where the model "
+                f"abstained, right in {100 * ours['accuracy']:.1f} % (95 % interval {100 * low:.1f} to "
+                f"{100 * high:.1f} %); {100 * ours['abstention_rate']:.1f} % abstained"
+                + (f"; right in {100 * answered:.1f} % of the others" if answered is not None else "")
             )
         except (KeyError, TypeError, ValueError):
             continue

@@ -101,6 +101,9 @@ def render(request: Request, template: str, here: str = "", /, status: int = 200
         "leaning": wording.LEANING,
         "mean_malignant": wording.MEAN_MALIGNANT,
         "mean_malignant_note": wording.MEAN_MALIGNANT_NOTE,
+        "interval_note": wording.INTERVAL_NOTE,
+        "attention_note": wording.ATTENTION_NOTE,
+        "scale_caution": wording.SCALE_CAUTION,
         "mean_words": wording.mean_words,
         "measured": cytoplasm.measured,
         "ratio_words": cytoplasm.ratio_words,
@@ -334,6 +337,7 @@ def run_page(request: Request, run_key: str, who: Viewer, tab: str = "slides") -
     context: dict[str, Any] = {
         "run": table, "run_key": run_key, "tab": tab, "tabs": TABS, "totals": totals, "page": page, "asked": asked,
         "reviews": tuple(Review), "statuses": words.STATUSES, "recon": table.reconciliation(),
+        "guessed": handoff.guessed_fields(table, page.items) if tab == "fields" else frozenset(),
     }  # fmt: skip
     return render(request, "_list.html" if _partial(request) else "run.html", "runs", **context)
 
@@ -378,10 +382,11 @@ def slide_page(request: Request, run_key: str, slide_key: str, who: Viewer) -> R
         slide = table.slide(slide_key)
         page = table.fields(asked.query)
         said = table.reviews.verdicts.of(verdicts.slide_target(slide.grouping, slide.name))
+        caution, guessed = handoff.scale_caution(table, slide), handoff.guessed_fields(table, page.items)
     saw(request, "slide", f"{run_key}/{slide_key}")
     return render(
         request, "slide.html", "runs", run=table, run_key=run_key, slide=slide, page=page, asked=asked, tab="fields",
-        said=said, statuses=words.STATUSES, reviews=tuple(Review),
+        said=said, statuses=words.STATUSES, reviews=tuple(Review), caution=caution, guessed=guessed,
     )  # fmt: skip
 
 

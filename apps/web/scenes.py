@@ -20,7 +20,7 @@ from leukoflow.records import CLASSES, Status
 from tasks import cytoplasm, field_view, worklist
 from tasks.field_view import FieldView, ReferenceCell
 from tasks.single import Finding
-from tasks.wording import Scale
+from tasks.wording import SHADOW, Scale
 from tasks.worklist import FieldLine, Frequency, RunTable
 
 REFERENCES = 6
@@ -241,6 +241,7 @@ def of_line(table: RunTable, line: FieldLine) -> Subject:
         alpha=field_view.alpha_of(bundle),
         max_ood=field_view.max_ood_of(bundle),
         told=frequency(bundle, line.label, line.confidence, line.status),
+        shadow=SHADOW if table.shadow_of is not None else "",
     )
 
 

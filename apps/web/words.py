@@ -88,6 +88,7 @@ class Subject:
     max_ood: float | None = None  # distance above which its model abstains
     told: Frequency | None = None  # what the confidence of its answer means; None without an answer
     where: str = "run"  # or "bench"
+    shadow: str = ""  # what stands before everything that is said of a field of a shadow run
 
     @property
     def why(self) -> tuple[str, str, str]:

@@ -107,3 +107,11 @@ def test_numbers_come_from_the_result() -> None:
     changed["protocols"]["cluster"]["models"]["leukoflow"]["accuracy"] = 0.1234
     numbers = [set(re.findall(r"\d\.\d{4}", render(r))) for r in (RESULT, changed)]
     assert "0.1234" in numbers[1] - numbers[0]
+
+
+def test_counts_and_accuracy_say_what_they_are_of() -> None:
+    page = render(RESULT)
+    assert "<th>accuracy, abstained fields included</th>" in page
+    assert "Counts are over all 2 repeats.</p>" in page
+    once = {"cluster": RESULT["protocols"]["cluster"] | {"repeats": 1}}
+    assert "Counts are over" not in render(RESULT | {"protocols": once})

@@ -7,6 +7,7 @@ import io
 import json
 import shutil
 import zipfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +31,10 @@ from tasks.handoff import (
     Scope,
     export,
     export_patient,
+    guessed_fields,
     labels_csv,
     safe_text,
+    scale_caution,
     training_labels,
     write_training_set,
 )
@@ -39,8 +42,8 @@ from tasks.open_run import Run
 from tasks.patient_key import pseudonym
 from tasks.train_data import read_labels, read_members
 from tasks.verdicts import Action, add
-from tasks.wording import RESEARCH_USE
-from tasks.worklist import Query, RunTable, Sort, open_run_table, patient_key_of, run_key_of
+from tasks.wording import CLASS_CAUTION, RESEARCH_USE, SCALE_CAUTION
+from tasks.worklist import Query, RunTable, SlideLine, Sort, open_run_table, patient_key_of, run_key_of
 
 KEY = b"a key that only these tests have"
 MARY, JANE = pseudonym("mary", KEY), pseudonym("jane", KEY)
@@ -371,3 +374,159 @@ def test_the_commands(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     done = invoke("labels", out, "--to", str(tmp_path / "data"), "--run", "night")
     assert done.exit_code == 0, done.output
     assert "1 labelled fields" in done.output
+
+
+def changed(copy: Path, change: Any) -> RunTable:
+    """The run after `change` has been given every row of it."""
+    for path in (copy / "predictions").iterdir():
+        rows = pq.read_table(path).to_pylist()
+        for row in rows:
+            change(row)
+        pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path, use_dictionary=False)
+    return open_run_table(str(copy.parent), NIGHT)
+
+
+def slide_named(opened: RunTable, name: str) -> SlideLine:
+    return next(s for s in opened.slides().items if s.name == name)
+
+
+def report_of(opened: RunTable, line: SlideLine) -> tuple[dict[str, Any], dict[str, dict[str, Any]]]:
+    """The report of a slide, and its Observations by code."""
+    report, *rest = fhir(opened, Scope(slide=line.slide_key))
+    return report, {r["code"]["coding"][0]["code"]: r for r in rest}
+
+
+def test_a_slide_of_several_patients_is_filed_under_none(copy: Path) -> None:
+    patients = iter(["p-1", "p-2", "p-3"])
+
+    def mix(row: dict[str, Any]) -> None:
+        if row["slide_id"] == "S1":
+            row["patient_id"] = next(patients, "p-3")
+
+    opened = changed(copy, mix)
+    line = slide_named(opened, "S1")
+    report, observations = report_of(opened, line)
+    assert line.patients == 3
+    assert all("subject" not in r for r in (report, *observations.values()))
+    said = "Fields of 3 patients are on this slide, so no patient is named: resolve this before reading."
+    assert report["conclusion"].startswith(said)
+    own = fhir(opened, Scope(patient=patient_key_of("p-1")))[0]
+    assert own["subject"]["identifier"]["value"] == "p-1"
+    assert own["conclusion"].startswith("1 slide of this patient also holds fields of other patients: resolve this")
+
+
+def test_a_shadow_run_is_handed_over_as_one(copy: Path, opened: RunTable) -> None:
+    assert opened.shadow_of is None
+    for name in ("manifest.json", "run.json"):
+        record = json.loads((copy / name).read_text()) | {"shadow_of": "other"}
+        (copy / name).write_text(json.dumps(record, ensure_ascii=False, sort_keys=True, indent=1) + "\n")
+    shadow = open_run_table(str(copy.parent), NIGHT)
+    assert shadow.shadow_of == "other"
+    said = "Shadow run, a trial of a candidate model: do not act on it."
+    report, observations = report_of(shadow, shadow.slides().items[0])
+    assert report["conclusion"].startswith(said)
+    assert all(said in o["note"][0]["text"] for o in observations.values())
+    assert {r["notice"] for r in csv_rows(bytes_of(shadow, Scope(), Format.CSV))} == {f"{said} {RESEARCH_USE}"}
+
+
+def test_benign_never_stands_alone_where_malignancy_is_likelier(copy: Path) -> None:
+    def lean(row: dict[str, Any]) -> None:
+        if row["status"] == "predicted":
+            row |= {"label": "Benign", "confidence": 0.4, "prediction_set": ["Benign", "Early"]}
+            row |= {"prob_benign": 0.4, "prob_early": 0.3, "prob_pre": 0.2, "prob_pro": 0.1}
+
+    opened = changed(copy, lean)
+    report, observations = report_of(opened, opened.slides().items[0])
+    said = "is the most probable single class; malignant classes together 0.60"
+    assert f"likeliest class Benign (haematogones), which {said};" in report["conclusion"]
+    assert CLASS_CAUTION in report["conclusion"]
+    concept = observations["likeliest-class"]["valueCodeableConcept"]
+    assert (concept["text"], concept["coding"][0]["display"]) == (
+        f"Benign (haematogones) {said}",
+        "Benign (haematogones)",
+    )
+    note = observations["likeliest-class"]["note"][0]["text"]
+    assert f"Benign {said}." in note
+    assert CLASS_CAUTION in note
+
+
+def test_corrections_are_not_said_as_a_confirmation(copy: Path) -> None:
+    out, opened = str(copy.parent), open_run_table(str(copy.parent), NIGHT)
+    key = opened.field(1).slide_key
+    line = opened.slide(key)
+    words = report_of(opened, line)[0]["conclusion"]
+    n = line.summary.diagnosed
+    assert f"no reviewer has decided on any of the {n} answered or abstained fields." in words
+    field = opened.field(1)
+    assert field.status is Status.PREDICTED
+    add(out, opened.verdict_on_field(1, Action.CORRECT, "dr. grey", "Pro" if field.label != "Pro" else "Pre"))
+    opened = open_run_table(out, NIGHT)
+    assert (opened.slide(key).summary.reviewed, opened.slide(key).summary.corrected) == (1, 1)
+    assert (
+        f"reviewers decided on 1 of the {n} answered or abstained fields, and gave 1 of the answered ones another "
+        "label; the figures are the model's, without these corrections."
+    ) in report_of(opened, opened.slide(key))[0]["conclusion"]
+
+
+def test_answers_at_a_guessed_scale_leave_with_the_caution(copy: Path) -> None:
+    def blow_up(row: dict[str, Any]) -> None:
+        if row["slide_id"] == "S1":
+            row |= {"width_px": 1999, "height_px": 1999, "um_per_px": None}
+
+    opened = changed(copy, blow_up)
+    for rows in (
+        csv_rows(bytes_of(opened, Scope(), Format.CSV)),
+        pq.read_table(io.BytesIO(bytes_of(opened, Scope(), Format.PARQUET))).to_pylist(),
+    ):
+        assert list(rows[0])[7:9] == ["reason", "caution"]
+        said = [r["caution"] == SCALE_CAUTION for r in rows]
+        assert said == [r["slide_id"] == "S1" and r["status"] == "predicted" for r in rows]
+        assert all(r["caution"] in ("", None, SCALE_CAUTION) for r in rows)
+    line, other = slide_named(opened, "S1"), slide_named(opened, "S0")
+    n = line.summary.counts.predicted
+    assert scale_caution(opened, line).startswith(f"{n} of {n} answers are to pictures of another size")
+    assert scale_caution(opened, line).endswith("Do not rely on them.")
+    assert scale_caution(opened, other) == ""
+    fields = opened.fields(Query(limit=500)).items
+    assert guessed_fields(opened, fields) == {
+        f.ordinal for f in fields if f.slide == "S1" and f.status is Status.PREDICTED
+    }
+    assert guessed_fields(opened, ()) == frozenset()
+
+
+def test_what_is_not_final_or_not_whole_is_said_in_fhir(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_run_table(str(copy.parent), NIGHT)
+    line = replace(opened.slides().items[0], missing=2)
+    assert "not its final result" not in report_of(opened, line)[0]["conclusion"]
+    monkeypatch.setattr(RunTable, "slide", lambda table, key: line)
+    assert report_of(opened, line)[0]["conclusion"].startswith("2 listed images were not received.")
+    monkeypatch.undo()
+    (copy / "manifest.json").unlink()
+    opened = open_run_table(str(copy.parent), NIGHT)
+    words = report_of(opened, opened.slides().items[0])[0]["conclusion"]
+    assert words.startswith("The run has not finished: this is not its final result.")
+
+
+def test_an_abstention_is_not_said_as_not_performed(copy: Path) -> None:
+    def abstain(row: dict[str, Any]) -> None:
+        if row["status"] == "predicted":
+            row |= {"status": "abstained", "reason": "ambiguous: confidence 0.49 < 0.53"}
+
+    opened = changed(copy, abstain)
+    line = next(s for s in opened.slides().items if s.summary.diagnosed)
+    report, observations = report_of(opened, line)
+    absent = observations["likeliest-class"]["dataAbsentReason"]
+    assert (absent["coding"][0]["code"], absent["text"]) == ("unknown", "the model abstained")
+    assert "no answer on any of" in report["conclusion"]
+
+
+def test_fhir_has_no_time_of_the_sample_and_no_cell_count(opened: RunTable) -> None:
+    resources = fhir(opened, Scope())
+    assert all("effectiveDateTime" not in r for r in resources)
+    _, observations = report_of(opened, opened.slides().items[0])
+    cells = observations["cells"]
+    assert cells["code"]["text"] == "Cells outlined in the pictures"
+    assert "No white cell count and no differential count." in cells["note"][0]["text"]
+    assert observations["fields-reviewed"]["code"]["text"] == "Answered or abstained fields on which a reviewer decided"
+    note = observations["mean-malignant-probability"]["note"][0]["text"]
+    assert note.endswith(f"so it is too narrow. {RESEARCH_USE}") or "Too few fields for an interval. " in note

@@ -249,6 +249,18 @@ def test_the_page_says_what_calls_for_a_look(out: str) -> None:
     assert 'class="cell-act"' in html
 
 
+def test_a_source_that_was_cut_off_is_said_beside_what_is_reconciled(tmp_path: Path) -> None:
+    said = "The source of at least one run was incomplete: images may be absent from these figures."
+    place = str(tmp_path / "cut")
+    put(place, "night-1", 1)
+    assert said not in nights_page(seen(place))
+    whole = manifest("night-1", "2026-03-01T22:00:00+00:00")
+    Storage(place).write("night-1/manifest.json", dumps(replace(whole, source_truncated="the archive ends early")))
+    html = nights_page(seen(place))
+    assert "is reconciled" in html
+    assert f'<p class="verdict warn">{said}</p>' in html
+
+
 def test_shares_of_classes_are_of_the_predicted(out: str) -> None:
     Storage(out).delete("died")
     html = nights_page(seen(out))

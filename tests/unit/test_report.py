@@ -291,10 +291,21 @@ def test_an_answer_of_unknown_scale_is_cautioned_against(run: tuple[Path, RunMan
 
 def test_headings_say_what_is_shown(run: tuple[Path, RunManifest]) -> None:
     page = build_report(str(run[0]), run[1])
-    for heading in ("Most suspicious field of each slide, then others", "Lowest confidence"):
+    for heading in ("Most suspicious field of each slide, then others", "Least certain fields, answered or not"):
         assert f"<h2>{heading}</h2>" in page
     assert "<h3>Highest probability</h3>" in page
     assert "<h3>Confidence</h3>" not in page
+
+
+def test_the_patient_of_a_slide_is_said_to_be_the_first(run: tuple[Path, RunManifest]) -> None:
+    rows = [{**dict.fromkeys(SLIDES.names), **s} for s in pq.read_table(run[0] / "slides.parquet").to_pylist()]
+    note = "Where fields of several patients are on a slide, only the first patient is named; the web application shows"
+    for patient, said in ((None, False), ("p-1", True)):
+        table = pa.Table.from_pylist([r | {"patient_id": patient} for r in rows], SLIDES)
+        pq.write_table(table, run[0] / "slides.parquet")
+        page = build_report(str(run[0]), run[1])
+        assert ">first patient</th>" in page
+        assert (note in _plain(page)) is said
 
 
 def test_a_set_of_one_is_no_exclusion_in_the_report(run: tuple[Path, RunManifest]) -> None:

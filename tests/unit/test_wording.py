@@ -14,6 +14,7 @@ from tasks.wording import (
     answered_scale_note,
     confidence_words,
     mean_words,
+    over_repeats,
     reason_words,
     repeated_words,
     scale_note,
@@ -41,8 +42,15 @@ def test_no_set_says_that_a_class_is_excluded_or_impossible(n: int) -> None:
     assert ("1 field in 20" in words) == (n < 4)
 
 
+def test_counts_over_repeats_are_said_as_such() -> None:
+    assert over_repeats({"repeats": 4}, {"ambiguous": 106}) == " (counted over all 4 repeats)"
+    assert over_repeats({"repeats": 1}, {"ambiguous": 106}) == over_repeats({"repeats": 4}, {}) == ""
+
+
 def test_sets_of_several_classes() -> None:
-    assert set_words(["Early", "Pre"]).startswith("Prediction set: Early Pre-B or Pre-B, between which the model")
+    assert set_words(["Early", "Pre"]).startswith(
+        "Prediction set: Early Pre-B or Pre-B, which the model cannot tell apart. "
+    )
     assert set_words(CLASSES) == "Prediction set: all four classes. The model cannot tell them apart here."
 
 

@@ -23,6 +23,7 @@ import pytest
 from PIL import Image
 
 from apps.web.engine import BusyError, Engine, EngineError, FairQueue, _Nursery
+from apps.web.engine_child import _measured
 from apps.web.frames import (
     HEADER,
     KINDS,
@@ -547,3 +548,14 @@ def test_closing_leaves_no_process_and_nobody_waiting(served: Served) -> None:
         await engine.close()  # twice is fine
 
     served.do(story())
+
+
+def test_what_was_measured_says_what_became_of_abstentions() -> None:
+    ours = {"fields": 400, "accuracy": 0.963, "intervals_95": {"accuracy": [0.936, 0.984]}, "abstention_rate": 0.047}
+    words = (
+        "Whole clusters held out: 100 fields, 4 repeats; taking the likeliest class even where the model abstained, "
+        "right in 96.3 % (95 % interval 93.6 to 98.4 %); 4.7 % abstained"
+    )
+    for answered, said in ((None, words), (0.9715, words + "; right in 97.2 % of the others")):
+        models = {"leukoflow": ours | {"accuracy_answered": answered}}
+        assert _measured({"protocols": {"cluster": {"repeats": 4, "models": models}}}) == (said,)

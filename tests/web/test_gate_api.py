@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import hypothesis
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import schemathesis
 from gate_world import World, archive, picture, world
@@ -27,7 +29,8 @@ from schemathesis.specs.openapi.checks import (
 
 from apps.web.api import document
 from leukoflow.records import CLASSES
-from tasks.worklist import patient_key_of, run_key_of, timeline
+from tasks.verdicts import Action, add
+from tasks.worklist import open_run_table, patient_key_of, run_key_of, timeline
 
 API = "/api/v1"
 RUN = f"{API}/runs/{run_key_of('night')}"
@@ -285,3 +288,51 @@ def test_the_agreement_page_tells_no_kappa_of_one_decision(place: World) -> None
     page = place.browser("rita").get("/agreement").text
     assert "too few decisions (1 of at least 10)" in page
     assert "kappa</dt><dd>– <small>too few" in page
+
+
+def test_every_page_of_a_shadow_run_says_so(place: World) -> None:
+    program, browser = place.program("rita", "read"), place.browser("rita")
+    slide = program.get(f"{RUN}/slides").json()["items"][0]["slide_key"]
+    base = f"/runs/{run_key_of('night')}"
+    addresses = (base, f"{base}/slides/{slide}", f"{base}/fields/0")
+    assert all("Shadow run" not in browser.get(address).text for address in addresses)
+    folder = Path(str(place.settings.out)) / "night"
+    for name in ("manifest.json", "run.json"):
+        record = json.loads((folder / name).read_text()) | {"shadow_of": "other"}
+        (folder / name).write_text(json.dumps(record, ensure_ascii=False, sort_keys=True, indent=1) + "\n")
+    for address in addresses:
+        page = browser.get(address).text
+        assert "<b>Shadow run of other:</b> a candidate model was given the same images. Do not act on it." in page
+    exported = browser.get(f"{base}/fields/0/export.json").json()
+    assert exported["notice"].startswith("Shadow run, a trial of a candidate model: do not act on it. Research use")
+
+
+def test_a_guessed_scale_is_said_on_the_slide_and_in_its_rows(place: World) -> None:
+    for path in (Path(str(place.settings.out)) / "night" / "predictions").iterdir():
+        unknown = {"width_px": 1999, "height_px": 1999, "um_per_px": None}
+        rows = [row | (unknown if row["slide_id"] == "S1" else {}) for row in pq.read_table(path).to_pylist()]
+        pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path, use_dictionary=False)
+    program, browser = place.program("rita", "read"), place.browser("rita")
+    slides = {s["name"]: s["slide_key"] for s in program.get(f"{RUN}/slides").json()["items"]}
+    slide, address = slides["S1"], f"/runs/{run_key_of('night')}"
+    assert "scale not given" not in browser.get(f"{address}/slides/{slides['S0']}").text
+    page = browser.get(f"{address}/slides/{slide}").text
+    assert "cells may have been judged at the wrong size. Do not rely on them." in page
+    assert page.index("Do not rely on them.") < page.index("most probable over its answered fields")
+    mark = 'title="No scale was given and this picture is not of the training size:'
+    assert mark in page
+    assert mark in browser.get(f"{address}?tab=fields").text
+    assert mark not in browser.get(f"{address}?tab=slides").text
+
+
+def test_corrections_stand_beside_what_is_reviewed(place: World) -> None:
+    program, browser = place.program("rita", "read"), place.browser("rita")
+    fields = program.get(f"{RUN}/fields").json()["items"]
+    field = next(f for f in fields if f["status"] == "predicted")
+    out, key = str(place.settings.out), field["slide_key"]
+    other = next(c for c in CLASSES if c != field["label"])
+    table = open_run_table(out, run_key_of("night"))
+    add(out, table.verdict_on_field(field["ordinal"], Action.CORRECT, "rita", other))
+    address = f"/runs/{run_key_of('night')}"
+    assert "corrected: 1</span>" in browser.get(f"{address}/slides/{key}").text
+    assert browser.get(address).text.count("corrected: 1</span>") == 1

@@ -379,7 +379,7 @@ def _anew(name: str, again: str) -> str:
 
 
 def _parts_anew(again: str) -> str:
-    return f"give the run's command again, which makes anew what does not hold: {again}"
+    return f"give the run's command again, which computes again what does not hold: {again}"
 
 
 def _binding(storage: Storage, m: RunManifest, book: _Book) -> str:

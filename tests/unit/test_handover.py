@@ -93,7 +93,7 @@ def test_at_its_deadline_a_run_hands_over_and_stops_where_it_is_told_to(
                 raise RunCancelledError("drained")
 
     if stops:
-        with pytest.raises(DeadlineError, match=r"has reached its deadline .* leukoflow run"):
+        with pytest.raises(DeadlineError, match=r"has reached its deadline .* leukoflow rerun"):
             body()
     else:
         body()

@@ -71,7 +71,7 @@ def test_one_bit_in_any_committed_file_is_found(night: Run, copy: Path, at: floa
         found = verify_run(str(copy))
         assert wheres(found)[0] == key
         assert "altered: same size" in found.findings[0].what
-        assert "leukoflow run" in found.findings[0].remedy or "backup" in found.findings[0].remedy
+        assert "leukoflow rerun" in found.findings[0].remedy or "backup" in found.findings[0].remedy
         (copy / key).write_bytes(before)
     assert verify_run(str(copy)).ok
 

@@ -303,7 +303,11 @@ def _check_unnamed(data: bytes, walk: _Jpeg) -> list[str]:
         found = pixels(data)
     except OSError:
         return [UNCHECKED_JPEG]
-    if not np.array_equal(found, pixels(data[:-2] + RUBBISH + data[-2:])):
+    try:
+        same = np.array_equal(found, pixels(data[:-2] + RUBBISH + data[-2:]))
+    except OSError:
+        same = False
+    if not same:
         raise MissingError("picture data missing: the JPEG's data end before its picture does")
     return []
 

@@ -34,12 +34,15 @@ from PIL import Image, ImageChops, ImageFile, PngImagePlugin, UnidentifiedImageE
 from leukoflow.geometry import field_geometry
 from tasks.colour import ToSrgb, has_colours, hides_everything, to_srgb
 from tasks.integrity import (
+    NO_LENGTHS,
     MissingError,
     Strips,
     check_end,
     check_jpeg,
+    check_jpeg2000,
     check_png_pixels,
     check_rows,
+    check_sectors,
     check_tiff,
     ends_early,
     sound_png,
@@ -273,8 +276,14 @@ def _wide_tiff(data: bytes, page: TiffPage, remark: str | None) -> _Picture:
         depth = Depth(max(page.bits), page.stated_bits)
         return picture_of(tiff_values(data, page), depth, page.photometric == 5, alpha, page.extra[:1] == (1,))
 
-    # tifffile and its codecs raise for what is missing or corrupt
-    return _Picture((page.width, page.height), load, lambda: [], lambda: page.orientation, page.profile, remark)
+    def check() -> list[str]:  # tifffile and its codecs raise for what else is missing or corrupt
+        if page.compression == 1 and not page.tiled and page.whole(len(data)) and page.in_one_piece():
+            row = -(-page.width * (1 if page.planar == 2 else page.samples) * max(page.bits) // 8)
+            rows = page.height * (page.samples if page.planar == 2 else 1)
+            check_sectors(data, page.segments[0][0], row, rows, alone=True)
+        return [NO_LENGTHS] if page.without_lengths else []
+
+    return _Picture((page.width, page.height), load, check, lambda: page.orientation, page.profile, remark)
 
 
 def _decode(
@@ -333,6 +342,8 @@ def _check_whole(image: Image.Image, data: bytes) -> list[str]:
         return check_tiff(data, _strips(image)) + _check_plain(image, data)
     elif image.format == "BMP":
         return _check_plain(image, data)
+    elif image.format == "JPEG2000":
+        check_jpeg2000(data)
     return []
 
 
@@ -365,21 +376,26 @@ def _strips(image: Image.Image) -> Strips:
     tags: dict[int, Any] = getattr(image, "tag_v2", {})
     width, height = int(tags[256]), int(tags[257])
     bits = tags.get(258, (1,))
+    if len(bits) == 1:  # said once for all
+        bits *= int(tags.get(277, 1))
     planes = len(bits) if tags.get(284) == 2 else 1
     depth = bits[0] if planes > 1 else sum(bits)
     compression = int(tags.get(259, 1))
+    padded, row = 0, 1
     if 322 in tags:
         wide, high = int(tags[322]), int(tags[323])
         sizes = [high * -(-wide * depth // 8)] * (-(-width // wide) * -(-height // high))
         places = (324, 325)
     else:
-        high = min(int(tags.get(278, height)), height)
-        sizes = [min(high, height - top) * -(-width * depth // 8) for top in range(0, height, high)]
+        rows, row = int(tags.get(278, height)) or height, -(-width * depth // 8)
+        high = min(rows, height)
+        sizes = [min(high, height - top) * row for top in range(0, height, high)]
+        padded = rows * row if rows <= 2 * height else 0
         places = (273, 279)
     if tags.get(262) == 6 and compression != 7:  # subsampled colours, whose size is another
         compression = 0
     offsets, counts = (tuple(int(v) for v in tags.get(place, ())) for place in places)
-    return Strips(compression, offsets, counts, tuple(sizes * planes), bytes(tags.get(347, b"")))
+    return Strips(compression, offsets, counts, tuple(sizes * planes), bytes(tags.get(347, b"")), padded, row, planes)
 
 
 def _orientation(image: Image.Image) -> int:

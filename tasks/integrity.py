@@ -9,6 +9,7 @@ where something is odd but the picture is complete.
 from __future__ import annotations
 
 import bisect
+import io
 import re
 import struct
 import zlib
@@ -19,6 +20,7 @@ import cv2
 import numpy as np
 import simplejpeg
 from numpy.typing import NDArray
+from PIL import Image
 
 SECTOR = 512
 """Bytes: disks and network file systems lose data in multiples of this, at multiples of this."""
@@ -34,6 +36,12 @@ _ZEROS = re.compile(rb"\x00{64,}")
 _EXTRANEOUS = re.compile(r"(\d+) extraneous bytes before marker")
 _STANDALONE = (0x01, *range(0xD0, 0xD8))
 _FRAMES = (0xC0, 0xC1, 0xC2, 0xC3, 0xC5, 0xC6, 0xC7, 0xC9, 0xCA, 0xCB, 0xCD, 0xCE, 0xCF)
+_SEQUENTIAL, _WHOLE_BAND = (0xC0, 0xC1, 0xC9), b"\x00\x3f\x00"
+RUBBISH = b"\x5a\xa5\x33" * 32
+"""In front of a JPEG's end mark, what no decoder of a whole picture reaches."""
+
+UNCHECKED_JPEG = "the JPEG's data could not be checked for damage"
+NO_LENGTHS = "odd but complete: the TIFF does not say how long its strips are"
 
 
 class MissingError(Exception):
@@ -132,6 +140,13 @@ class _Jpeg:
     end: int | None  # after the end mark
     progressive: bool
     arithmetic: bool
+    sequential: bool
+    precision: int
+
+
+def jpeg_end(data: bytes) -> int | None:
+    """Find the byte after a JPEG's own end mark, whatever follows it; None where it has none."""
+    return _walk_jpeg(data).end
 
 
 def check_jpeg(data: bytes) -> list[str]:
@@ -146,7 +161,11 @@ def check_jpeg(data: bytes) -> list[str]:
         remarks.append(f"odd but complete: {lost:,} bytes between the JPEG's segments belong to none")
     if walk.end is None:
         raise MissingError(ends_early(data))
-    padding = _complaints(_without(data, walk.gaps))
+    usual = _usual_scans(data, walk)
+    if usual != data:
+        remarks.append("odd but complete: the JPEG's scan header is wrong")
+    padding, unchecked = _complaints(_bare(_without(usual[: walk.end], walk.gaps)), walk)
+    remarks += unchecked
     if any(memoryview(data)[walk.end :]):
         remarks.append(_trailing(len(data) - walk.end))
     for i, scan in enumerate(walk.scans):
@@ -164,7 +183,8 @@ def _walk_jpeg(data: bytes) -> _Jpeg:
     scans: list[_Scan] = []
     gaps: list[tuple[int, int]] = []
     first: dict[int, int] = {}  # of each Huffman table, the symbol that zero bits stand for
-    progressive = arithmetic = False
+    progressive = arithmetic = sequential = False
+    precision = 8
     at, end = 2, None
     while True:
         mark = data.find(b"\xff", at)
@@ -192,6 +212,8 @@ def _walk_jpeg(data: bytes) -> _Jpeg:
         if kind in _FRAMES:
             progressive = kind in (0xC2, 0xC6, 0xCA, 0xCE)
             arithmetic = kind >= 0xC9
+            sequential = kind in _SEQUENTIAL
+            precision = body[0] if body else 8
         elif kind == 0xC4:
             _note_tables(body, first)
         elif kind == 0xDA:
@@ -199,7 +221,7 @@ def _walk_jpeg(data: bytes) -> _Jpeg:
             stop = found.start() if found else len(data)
             scans.append(_Scan(at, stop, _zeros_are_even(body, first)))
             at = stop
-    return _Jpeg(tuple(scans), tuple(gaps), end, progressive, arithmetic)
+    return _Jpeg(tuple(scans), tuple(gaps), end, progressive, arithmetic, sequential, precision)
 
 
 def _note_tables(body: bytes, first: dict[int, int]) -> None:
@@ -215,21 +237,79 @@ def _zeros_are_even(body: bytes, first: dict[int, int]) -> bool:
     return all(first.get(t >> 4) == 0 and first.get(0x10 | (t & 15)) == 0 for t in tables)
 
 
-def _complaints(data: bytes) -> int:
-    """Decode without keeping the pixels; returns the bytes that the library found too many before the end mark."""
+def _usual_scans(data: bytes, walk: _Jpeg) -> bytes:
+    """Return a JPEG whose sequential scans say that they hold all coefficients, as they do: decoders do not ask."""
+    if not walk.sequential:
+        return data
+    for scan in walk.scans:
+        if data[scan.start - 3 : scan.start] != _WHOLE_BAND:
+            data = data[: scan.start - 3] + _WHOLE_BAND + data[scan.start :]
+    return data
+
+
+def _bare(data: bytes) -> bytes:
+    """Return a JPEG without its applications' segments and comments: what is odd there hides what is damaged."""
+    out, at = [data[:2]], 2
+    while at + 4 <= len(data) and data[at] == 0xFF and data[at + 1] != 0xDA:
+        kind = data[at + 1]
+        if kind == 0xFF:
+            at += 1
+            continue
+        stop = at + 2 if kind in _STANDALONE else at + 2 + max(2, int.from_bytes(data[at + 2 : at + 4]))
+        if not (0xE0 <= kind <= 0xEF or kind == 0xFE):
+            out.append(data[at:stop])
+        at = stop
+    return b"".join(out) + data[at:]
+
+
+def _complaints(data: bytes, walk: _Jpeg) -> tuple[int, list[str]]:
+    """Decode without keeping the pixels; returns the bytes that the library found too many before the end mark.
+
+    A remark says where nothing could be found out.
+    """
+    if walk.precision != 8:  # the library reads none; what does (`tasks.wide_pixels`) looks for the end of its data
+        return 0, []
     try:
         _, _, colours, _ = simplejpeg.decode_jpeg_header(data)
         # A small picture in grey costs the least, and all the data must be read for it.
         simplejpeg.decode_jpeg(data, "CMYK" if colours in ("CMYK", "YCCK") else "GRAY", min_factor=8)
+    except KeyError:  # a sampling of colours that has a number and no name
+        return 0, _check_unnamed(data, walk)
     except ValueError as complaint:
         words = str(complaint)
         if found := _EXTRANEOUS.search(words):
-            return int(found[1])
+            return int(found[1]), []
         if "remature end" in words:
             raise MissingError("picture data missing: the JPEG's data end before its picture does") from None
         if words.startswith(("Corrupt JPEG data", "Inconsistent progression", "Invalid SOS")):
             raise MissingError("damaged: the JPEG's picture data are corrupt") from None
-    return 0
+        return 0, _check_unnamed(data, walk) if "subsampling" in words else [UNCHECKED_JPEG]
+    return 0, []
+
+
+def _check_unnamed(data: bytes, walk: _Jpeg) -> list[str]:
+    """Look whether a decoder that complains of nothing reaches rubbish in front of the end mark of `data`.
+
+    Of a whole picture it does not. Returns a remark where it cannot read the picture. Raises MissingError.
+    """
+
+    def pixels(data: bytes) -> NDArray[np.uint8]:
+        with Image.open(io.BytesIO(data), formats=("JPEG",)) as image:
+            if not walk.progressive:  # whose last scans tell nothing of a picture's averages
+                image.draft(None, (1, 1))
+            return np.asarray(image)
+
+    try:
+        found = pixels(data)
+    except OSError:
+        return [UNCHECKED_JPEG]
+    try:
+        same = np.array_equal(found, pixels(data[:-2] + RUBBISH + data[-2:]))
+    except OSError:
+        same = False
+    if not same:
+        raise MissingError("picture data missing: the JPEG's data end before its picture does")
+    return []
 
 
 def _check_runs(data: bytes, scan: _Scan, end: int, walk: _Jpeg) -> None:
@@ -258,11 +338,17 @@ def even_sectors(data: bytes, start: int, end: int) -> list[int]:
 
 def even_stretch(data: bytes, start: int, end: int) -> bool:
     """Whether between `start` and `end` bytes all alike begin at one sector's border and end at another's."""
+    return next(_even_stretches(data, start, end), None) is not None
+
+
+def _even_stretches(data: bytes, start: int, end: int) -> Iterator[tuple[int, int]]:
     even = even_sectors(data, start, end)
     after = {at + SECTOR for at in even}
     begins = [at for at in even if at > start and data[at - 1] != data[at]]
     stops = [at for at in sorted(after) if at < end and data[at - 1] != data[at]]
-    return any(all(at in after for at in range(first + SECTOR, stop, SECTOR)) for first, stop in _pairs(begins, stops))
+    for first, stop in _pairs(begins, stops):
+        if all(at in after for at in range(first + SECTOR, stop, SECTOR)):
+            yield first, stop
 
 
 def _pairs(begins: list[int], stops: list[int]) -> Iterator[tuple[int, int]]:
@@ -282,6 +368,16 @@ def _trailing(count: int) -> str:
     return f"odd but complete: {count:,} bytes follow the picture's end"
 
 
+def check_jpeg2000(data: bytes) -> None:
+    """Look for sectors that were never written among the picture data of a JPEG 2000. Raises MissingError.
+
+    Where a picture is even, whole packets are zeros too, so only what begins and ends as sectors do is damage.
+    """
+    start = data.find(b"\xff\x93")
+    if start >= 0 and even_stretch(data, start, len(data)):
+        raise MissingError("picture data missing: the JPEG 2000 has a stretch of bytes all alike")
+
+
 # ---------------------------------------------------------------- TIFF
 
 _UNCOMPRESSED, _LZW, _JPEG_IN_TIFF, _DEFLATE, _OLD_DEFLATE, _PACKBITS = 1, 5, 7, 8, 32946, 32773
@@ -292,7 +388,9 @@ _WORDS = {_LZW: "LZW", _DEFLATE: "deflate", _OLD_DEFLATE: "deflate", _PACKBITS: 
 class Strips:
     """Where a TIFF page's strips or tiles lie, and what each should hold when it is decompressed.
 
-    `expected` are bytes, 0 where the compression leaves that open; `tables` are the page's JPEG tables.
+    `expected` are bytes, 0 where the compression leaves that open; `tables` are the page's JPEG tables. `padded` is
+    what the last strip of each of the `planes` may hold, rows of `row` bytes behind the picture's included; 0 for
+    tiles, which always are full.
     """
 
     compression: int
@@ -300,6 +398,9 @@ class Strips:
     counts: tuple[int, ...]
     expected: tuple[int, ...]
     tables: bytes = b""
+    padded: int = 0
+    row: int = 1
+    planes: int = 1
 
 
 def check_tiff(data: bytes, strips: Strips) -> list[str]:
@@ -307,12 +408,17 @@ def check_tiff(data: bytes, strips: Strips) -> list[str]:
 
     Raises MissingError where data are missing or wrong.
     """
-    count, wanted = min(len(strips.offsets), len(strips.counts)), len(strips.expected)
+    counts, remarks = strips.counts, list[str]()
+    if strips.compression == _UNCOMPRESSED and not any(counts):
+        counts = strips.expected
+        remarks.append(NO_LENGTHS)
+    count, wanted = min(len(strips.offsets), len(counts)), len(strips.expected)
     if count < wanted:
         raise MissingError(f"picture data missing: the TIFF names {count:,} of {wanted:,} strips or tiles")
-    remarks: list[str] = []
+    of_a_plane = max(wanted // strips.planes, 1)
     for i in range(wanted):
-        start, length, expected = strips.offsets[i], strips.counts[i], strips.expected[i]
+        start, length, expected = strips.offsets[i], counts[i], strips.expected[i]
+        most = strips.padded if strips.padded > expected and i % of_a_plane == of_a_plane - 1 else expected
         where = f"strip or tile {i + 1:,} of {wanted:,}"
         if start + length > len(data):
             raise MissingError(ends_early(data))
@@ -325,23 +431,25 @@ def check_tiff(data: bytes, strips: Strips) -> list[str]:
             piece = data[start : start + length]
             if strips.compression == _JPEG_IN_TIFF:
                 remarks += check_jpeg(strips.tables[:-2] + piece[2:] if strips.tables else piece)
-            elif (got := _decompressed(strips.compression, piece, expected)) != expected:
-                lack = "picture data missing" if got < expected else "damaged"
-                raise MissingError(f"{lack}: {_WORDS[strips.compression]} data of the TIFF's {where} give another size")
+            elif (got := _decompressed(strips.compression, piece, expected, most)) != expected:
+                if not expected < got <= most or got % strips.row:
+                    lack, kind = "picture data missing" if got < expected else "damaged", _WORDS[strips.compression]
+                    raise MissingError(f"{lack}: {kind} data of the TIFF's {where} give another size")
+                remarks.append("odd but complete: the TIFF's last strip holds more rows than the picture")
             if even_sectors(data, start, start + length) and expected < 64 * length:
                 raise MissingError(f"picture data missing: the TIFF's {where} has a stretch of bytes all alike")
     return list(dict.fromkeys(remarks))
 
 
-def _decompressed(compression: int, data: bytes, expected: int) -> int:
-    """Bytes that a strip gives, looked at until one more than expected. Raises MissingError where it is corrupt."""
+def _decompressed(compression: int, data: bytes, expected: int, most: int) -> int:
+    """Bytes that a strip gives, looked at until one more than it may. Raises MissingError where it is corrupt."""
     import imagecodecs
 
     try:
         if compression in (_DEFLATE, _OLD_DEFLATE):
             inflate = zlib.decompressobj()
-            got = len(inflate.decompress(data, expected + 1))
-            if got == expected and not inflate.eof:
+            got = len(inflate.decompress(data, most + 1))
+            if expected <= got <= most and not inflate.eof:
                 got += len(inflate.decompress(inflate.unconsumed_tail, 1))  # reads the checksum
                 if not inflate.eof:
                     raise MissingError("damaged: compressed data of the TIFF have no end")
@@ -360,6 +468,7 @@ _NEARLY_WHITE = 235  # an overexposed background is as even as a missing one
 _CHUNK = 8 << 20
 _LEAST_STRIDE = 96
 _LEAST_BLACK, _LEAST_STEP = 64, 18
+_ROW_END = 8  # bytes at a row's end that may be zeros of its own: the last colours of a pixel, and padding
 _SEGMENTS = 8
 _AHEAD, _BEHIND, _NEAR = 384, 96, 12
 """Bytes looked at after, before, and next to a sector's border."""
@@ -377,11 +486,27 @@ def check_rows(data: bytes, start: int, stride: int, rows: int) -> None:
         return
     pixels, wide = np.frombuffer(data, np.uint8, length, start), stride
     _check_black_end(pixels, wide)
-    if stride % SECTOR and even_stretch(data, start, start + length):
-        raise MissingError("picture data missing: a disk sector's length of bytes all alike within the picture")
+    check_sectors(data, start, stride, rows)
     borders = np.arange(-(-start // SECTOR) * SECTOR - start, length, SECTOR)
     if _torn(pixels, wide, borders) or _torn(pixels[::-1], wide, len(pixels) - borders[::-1]):
         raise MissingError("damaged: a part of the picture does not belong where it is, from a disk sector's border on")
+
+
+def check_sectors(data: bytes, start: int, stride: int, rows: int, alone: bool = False) -> None:
+    """Look for sectors of bytes all alike in uncompressed rows of `stride` bytes. Raises MissingError.
+
+    Whole rows are a bar. With `alone`, only what differs from the rows above and below counts: rows of black or
+    saturated values that begin and end at any byte are many in a large picture.
+    """
+    end = start + stride * rows
+    if stride % SECTOR == 0:  # an object's sides may lie at sectors' borders
+        return
+    for first, stop in _even_stretches(data, start, end):
+        if (first - start) % stride == 0 and (stop - start) % stride == 0:
+            continue
+        near = [data[at : at + SECTOR] for at in (first - stride, stop - SECTOR + stride) if start <= at < end - SECTOR]
+        if not alone or all(2 * piece.count(data[first]) < SECTOR for piece in near):
+            raise MissingError("picture data missing: a disk sector's length of bytes all alike within the picture")
 
 
 def _torn(pixels: NDArray[np.uint8], wide: int, borders: NDArray[np.int64]) -> bool:
@@ -448,7 +573,7 @@ def _check_black_end(pixels: NDArray[np.uint8], wide: int) -> None:
         end -= wide
     filled = np.flatnonzero(pixels[max(end - wide, 0) : end])
     end = max(end - wide, 0) + (int(filled[-1]) + 1 if len(filled) else 0)
-    if end < wide:
+    if end < wide or -end % wide < _ROW_END:  # whole rows are a bar, or what check_end remarks on
         return
     above = pixels[end - wide : min((end // wide + 1) * wide, len(pixels)) - wide]
     if len(above) >= _LEAST_STEP and float(np.mean(above > 16)) > 0.9:

@@ -11,6 +11,7 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 EXPORT = "export it as JPEG, PNG or TIFF"
 SLIDES = "slides are not read yet: export its fields as JPEG, PNG or TIFF"
@@ -296,6 +297,8 @@ class TiffPage:
     profile: bytes = field(default=b"", repr=False)
     segments: tuple[tuple[int, int], ...] = field(default=(), repr=False)
     segments_expected: int = 1
+    without_lengths: bool = False
+    strips_of_no_rows: bool = False
 
     def whole(self, length: int) -> bool:
         """Whether all parts of the picture lie within a file of `length` bytes."""
@@ -305,6 +308,10 @@ class TiffPage:
             return False
         row = -(-self.width * self.samples * max(self.bits) // 8)
         return self.compression != 1 or sum(count for _, count in self.segments) >= row * self.height
+
+    def in_one_piece(self) -> bool:
+        """Whether each part of the picture begins where the one before it ends."""
+        return all(a + n == b for (a, n), (b, _) in pairwise(self.segments))
 
 
 @dataclass(frozen=True, slots=True)
@@ -380,7 +387,17 @@ def _page(tags: dict[int, tuple[float | bytes, ...]], place: tuple[int, ...]) ->
         across, down = max(1, number(322, 1)), max(1, number(323, 1))
         expected = -(-width // across) * -(-height // down)
     else:
-        expected = -(-height // max(1, min(number(278, height), max(height, 1))))
+        across, down = width, max(1, min(number(278, height) or height, max(height, 1)))
+        expected = -(-height // down)
+    offsets, lengths = (_whole_numbers(tags.get(tag, ())) for tag in ((324, 325) if tiled else (273, 279)))
+    without_lengths = number(259, 1) == 1 and not any(lengths)
+    if without_lengths:
+        row = -(-across * (1 if planar == 2 else samples) * max(bits) // 8)
+        # The last strip has the rows that are left.
+        lengths = tuple(
+            row * (down if tiled else max(min(down, height - down * (i % expected)), 0)) if expected else 0
+            for i in range(len(offsets))
+        )
     profile = tags.get(_PROFILE_TAG, (b"",))[0]
     return TiffPage(
         place=place,
@@ -402,14 +419,10 @@ def _page(tags: dict[int, tuple[float | bytes, ...]], place: tuple[int, ...]) ->
         software=text(305),
         tags=frozenset(tags),
         profile=profile if isinstance(profile, bytes) else b"",
-        segments=tuple(
-            zip(
-                _whole_numbers(tags.get(324 if tiled else 273, ())),
-                _whole_numbers(tags.get(325 if tiled else 279, ())),
-                strict=False,
-            )
-        ),
+        segments=tuple(zip(offsets, lengths, strict=False)),
         segments_expected=expected * (samples if planar == 2 else 1),
+        without_lengths=without_lengths,
+        strips_of_no_rows=not tiled and number(278, height) == 0,
     )
 
 
@@ -508,7 +521,7 @@ def tiff_refusal(page: TiffPage) -> str | None:
         return "CIELAB colours are not supported: save it in RGB"
     if page.photometric in (32844, 32845):
         return "logarithmic luminance is not supported: save it in RGB with 8 or 16 bits"
-    if page.photometric in (0, 1) and page.samples > 2 and len(page.extra) < page.samples - 1:
+    if page.photometric in (0, 1) and page.samples > 2:
         return f"{page.samples} channels without colours are not supported: save it in RGB"
     return None
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
+from tasks.integrity import RUBBISH, ends_early, jpeg_end
 from tasks.picture_header import Tiff, TiffPage, compression_name
 
 Values = NDArray[np.uint8] | NDArray[np.uint16]
@@ -93,6 +94,7 @@ def needs_tifffile(tiff: Tiff, page: TiffPage) -> bool:
         len(page.place) > 1
         or (tiff.big and tiff.order == ">")
         or page.compression not in _PILLOW_CODECS
+        or (page.strips_of_no_rows and page.compression in _TIFF_CODECS)
         or (8 < max(page.bits) <= 16 and page.sample_format in (1, 4))
     )
 
@@ -156,11 +158,12 @@ def jpeg_values(data: bytes) -> Values:
     """
     import imagecodecs
 
-    end = data.rfind(b"\xff\xd9")
-    if end < 0:
-        raise UnreadableError(f"truncated: the image's data ends early ({len(data):,} bytes)")
+    end = jpeg_end(data)
+    if end is None:
+        raise UnreadableError(ends_early(data))
+    data, end = data[:end], end - 2  # another picture may follow
     values = _plain(imagecodecs.jpeg_decode(data))
-    if not np.array_equal(values, imagecodecs.jpeg_decode(data[:end] + b"\x5a\xa5\x33" * 32 + data[end:])):
+    if not np.array_equal(values, imagecodecs.jpeg_decode(data[:end] + RUBBISH + data[end:])):
         raise UnreadableError(f"truncated: picture data is missing ({len(data):,} bytes)")
     return values
 

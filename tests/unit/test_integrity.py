@@ -9,8 +9,10 @@ import zlib
 from functools import cache
 from pathlib import Path
 
+import imagecodecs
 import numpy as np
 import pytest
+import tifffile
 from harness import screen_here, table, write_zip
 from numpy.typing import NDArray
 from PIL import Image
@@ -19,8 +21,9 @@ from leukoflow.errors import SourceError
 from leukoflow.method import SegmentSettings
 from leukoflow.records import CLASSES
 from models.bundle import Bundle
+from tasks import integrity
 from tasks.decode_child import Field, RefusedError, decode_image
-from tasks.integrity import MissingError, check_end, check_rows, even_sectors
+from tasks.integrity import MissingError, check_end, check_rows, check_sectors, even_sectors
 from tasks.sample import render_field
 from tasks.train_data import read_members
 
@@ -237,7 +240,174 @@ def test_more_picture_data_than_the_picture_needs_is_refused() -> None:
     assert refused(doubled) == "damaged: the JPEG holds more picture data than its picture needs"
 
 
+def half(jpeg: bytes) -> bytes:
+    return jpeg[: len(jpeg) // 2] + b"\xff\xd9"
+
+
+MISSING = "picture data missing: the JPEG's data end before its picture does"
+
+
+@pytest.mark.parametrize("odd", ["JFIF 0", "JFIF 2", "Adobe 5"])
+def test_an_odd_header_hides_no_damage(odd: str) -> None:
+    plain = stored("jpeg")
+    assert plain[2:11] == b"\xff\xe0\x00\x10JFIF\0"
+    if odd == "Adobe 5":
+        data = plain[:2] + b"\xff\xee\x00\x0eAdobe\0\x64\0\0\0\0\x05" + plain[20:]
+    else:
+        data = plain[:11] + bytes([int(odd[-1])]) + plain[12:]
+    assert decode(data).remarks == ()
+    assert refused(half(data)) == MISSING
+
+
+def test_samplings_without_a_name_are_checked() -> None:
+    """4:4:1 raises another error in the library than 4 x 2, which it does not know at all."""
+    data = bytearray(imagecodecs.jpeg8_encode(np.tile(drawn(0), (2, 2, 1))[:320, :320], level=90, subsampling="411"))
+    at = data.index(b"\xff\xc0") + 11
+    assert data[at] == 0x41
+    data[at] = 0x14  # as many blocks, in other places
+    assert decode(bytes(data)).remarks == ()
+    assert refused(half(bytes(data))) == MISSING
+    data = bytearray(stored("jpeg"))
+    at = data.index(b"\xff\xc0") + 11
+    data[at] = 0x42  # needs fewer blocks than there are
+    decode(bytes(data))
+    assert refused(bytes(data[: len(data) // 8]) + b"\xff\xd9") == MISSING
+
+
+def test_a_wrong_scan_header_of_a_whole_jpeg_is_remarked() -> None:
+    data = stored("jpeg")
+    at = data.index(b"\x00\x3f\x00", data.index(b"\xff\xda"))
+    odd = data[:at] + bytes(3) + data[at + 3 :]
+    found = decode(odd)
+    assert found.remarks == ("odd but complete: the JPEG's scan header is wrong",)
+    np.testing.assert_array_equal(found.rgb, decode(data).rgb)
+    assert refused(half(odd)) == MISSING
+
+
+def test_what_cannot_be_checked_is_remarked(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(*_: object, **__: object) -> None:
+        raise ValueError("something that no version has said so far")
+
+    monkeypatch.setattr(integrity.simplejpeg, "decode_jpeg_header", unknown)
+    assert decode(stored("jpeg")).remarks == ("the JPEG's data could not be checked for damage",)
+
+
+def test_zeroed_sectors_of_a_jpeg_2000_are_refused() -> None:
+    for values in (drawn(0), drawn(0).astype(np.uint16) * 257):
+        data = imagecodecs.jpeg2k_encode(values, level=0)
+        assert decode(data).remarks == ()
+        for at in range(8, len(data) // 512 - 1, 17):
+            assert refused(zeroed(data, 512, at)) == (
+                "picture data missing: the JPEG 2000 has a stretch of bytes all alike"
+            )
+
+
 # ---------------------------------------------------------------- TIFF and BMP
+
+
+def tagged(data: bytes, tag: int, **changed: int) -> bytes:
+    """Change the name, count or value of an entry in a little-endian TIFF's first directory."""
+    out = bytearray(data)
+    at = struct.unpack_from("<L", data, 4)[0]
+    for place in range(at + 2, at + 2 + 12 * struct.unpack_from("<H", data, at)[0], 12):
+        if struct.unpack_from("<H", data, place)[0] == tag:
+            for key, value in changed.items():
+                form, offset = {"name": ("<H", 0), "count": ("<L", 4), "value": ("<L", 8)}[key]
+                struct.pack_into(form, out, place + offset, value)
+            return bytes(out)
+    raise AssertionError(f"no tag {tag}")
+
+
+def tiff(values: NDArray[np.uint8] | NDArray[np.uint16], **options: object) -> bytes:
+    sink = io.BytesIO()
+    tifffile.imwrite(sink, values, metadata=None, photometric="rgb", **options)  # type: ignore[arg-type]
+    return sink.getvalue()
+
+
+def test_a_black_bar_of_whole_rows_is_no_damage() -> None:
+    for width in (224, 223):  # a BMP's rows of 669 bytes are padded with zeros to 672
+        rgb = np.maximum(drawn(0)[:, :width], 20)
+        rgb[:40] = 0
+        for form, pixels in (("BMP", rgb), ("TIFF", rgb[::-1])):
+            sink = io.BytesIO()
+            Image.fromarray(pixels).save(sink, form)
+            assert all(r == "the last 40 rows are one even surface" for r in decode(sink.getvalue()).remarks)
+
+
+def test_a_bar_from_sector_to_sector_is_no_damage() -> None:
+    rgb = np.maximum(np.tile(drawn(0), (1, 3, 1))[:, :640], 20)  # every fourth row begins at a sector's border
+    rgb[100:108] = 0
+    check_sectors(bytes(512) + rgb.tobytes(), 512, 1920, 224)
+    data = zeroed(bytes(512) + rgb.tobytes(), 512, 100)
+    with pytest.raises(MissingError, match="a disk sector's length of bytes all alike"):
+        check_sectors(data, 512, 1920, 224)
+
+
+@pytest.mark.parametrize("compression", ["lzw", "zlib", "packbits"])
+@pytest.mark.parametrize("planes", ["contig", "separate"])
+def test_a_last_strip_of_more_rows_than_the_picture_is_remarked(compression: str, planes: str) -> None:
+    values = drawn(0)[:192]
+    laid = values if planes == "contig" else np.moveaxis(values, 2, 0)
+    data = tiff(laid, compression=compression, rowsperstrip=64, planarconfig=planes)
+    data = tagged(data, 257, value=150)
+    found = decode(data)
+    assert found.remarks == ("odd but complete: the TIFF's last strip holds more rows than the picture",)
+    np.testing.assert_array_equal(found.rgb, decode(tiff(values[:150])).rgb)
+    assert "give another size" in refused(tagged(data, 278, value=63))
+
+
+def test_a_padded_last_strip_is_read_to_its_checksum() -> None:
+    data = bytearray(tagged(tiff(drawn(0)[:192], compression="zlib", rowsperstrip=64), 257, value=150))
+    with tifffile.TiffFile(io.BytesIO(data)) as file:
+        page = file.pages[0]
+        end = page.dataoffsets[2] + page.databytecounts[2]
+    data[end - 1] ^= 1
+    assert refused(bytes(data)) == "damaged: deflate data of the TIFF cannot be decompressed"
+
+
+@pytest.mark.parametrize("compression", [None, "lzw"])
+def test_bits_said_once_for_all_colours(compression: str | None) -> None:
+    data = tagged(tiff(drawn(0), compression=compression), 258, count=1, value=8)
+    assert decode(data).remarks == ()
+    if compression is None:
+        assert refused(tagged(data, 279, value=224 * 224)).endswith("strip or tile 1 of 1 is too short")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("change", [{"name": 280}, {"value": 0}])
+def test_a_tiff_without_lengths_is_remarked(bits: int, change: dict[str, int]) -> None:
+    values = drawn(0) if bits == 8 else drawn(0).astype(np.uint16) * 257
+    whole = tiff(values)
+    found = decode(tagged(whole, 279, **change))
+    assert found.remarks == ("odd but complete: the TIFF does not say how long its strips are",)
+    np.testing.assert_array_equal(found.rgb, decode(whole).rgb)
+    assert refused(tagged(whole, 279, **change)[:-700]).startswith("truncated: the image's data ends early")
+
+
+@pytest.mark.parametrize("bits", [8, 16])
+def test_strips_of_no_rows_are_one_strip(bits: int) -> None:
+    values = drawn(0) if bits == 8 else drawn(0).astype(np.uint16) * 257
+    assert decode(tagged(tiff(values), 278, value=0)).remarks == ()
+
+
+def test_sectors_that_were_never_written_among_sixteen_bits_are_refused() -> None:
+    values = np.maximum(drawn(0), 20)[:, :220].astype(np.uint16) * 257
+    data = tiff(values)
+    for size in (512, 4096):
+        for at in range(4096 // size, len(data) // size - 1, 5):
+            assert refused(zeroed(data, size, at)) == (
+                "picture data missing: a disk sector's length of bytes all alike within the picture"
+            )
+
+
+def test_saturated_and_black_areas_of_sixteen_bits_are_no_damage() -> None:
+    """Among all shifts, many rows of the area begin and end at sectors' borders."""
+    values = np.tile(drawn(1), (1, 2, 1))[:, :440].astype(np.uint16) * 257
+    for value in (0, 65535):
+        values[60:160, 100:356] = value  # 1,536 bytes of each row, three sectors
+        data = values.tobytes()
+        for start in range(0, 512, 2):
+            check_sectors(bytes(start) + data, start, 2640, 224, alone=True)
 
 
 @pytest.mark.parametrize("way", ["tiff", "lzw", "deflate", "packbits", "jpeg in tiff"])

@@ -145,6 +145,8 @@ def test_jpeg_of_twelve_bits() -> None:
                 decode(cut)
             with pytest.raises(RefusedError, match="truncated: picture data is missing"):
                 decode(cut + b"\xff\xd9")
+            with pytest.raises(RefusedError, match="truncated: picture data is missing"):
+                decode(cut + b"\xff\xd9" + encoded(RGB, "JPEG"))  # another picture follows
     with pytest.raises(RefusedError, match="too large: 224 x 224 px"):
         decode(data, pixels=SIDE * SIDE - 1)
 
@@ -179,6 +181,10 @@ COLOURS, CHANNELS, UNKNOWN = (struct.pack("<HHLHH", 262, 3, 1, value, 0) for val
         (lambda: tiff(RGB, photometric="cielab"), "CIELAB colours are not supported: save it in RGB"),
         (lambda: imagecodecs.jpeg_encode(np.dstack([TWELVE, TWELVE[:, :, :1]]), bitspersample=12), "12 bits in CMYK"),
         (lambda: tiff(RGB, photometric="rgb").replace(COLOURS, CHANNELS), "3 channels without colours"),
+        (
+            lambda: tiff(SIXTEEN, photometric="minisblack", planarconfig="contig", extrasamples=(0, 0)),
+            "3 channels without colours",
+        ),
         (lambda: tiff(RGB, photometric="rgb").replace(COLOURS, UNKNOWN), "a TIFF of 3 x 8 bits, photometric 77, compr"),
         (lambda: tiff(RGB, photometric="rgb", subfiletype=1), "not a field: a reduced copy (preview)"),
     ],

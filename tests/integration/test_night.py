@@ -183,7 +183,7 @@ def test_at_its_deadline_a_run_hands_over_stops_and_is_finished_by_a_rerun(
     late = screen(source, tmp_path, "late", deadline=soon, at_deadline="stop", urgent=urgent)
     assert late.is_failed()
     assert late.name == "DeadlineMissed"
-    assert "leukoflow run" in late.message
+    assert "leukoflow rerun" in late.message
     root = tmp_path / "late"
     assert 0 < len(committed_shards(root)) < 8
     partial = pq.read_table(root / "partial" / "slides.parquet")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextvars
-import shlex
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -17,9 +16,8 @@ from prefect.artifacts import create_markdown_artifact
 from flows.events import emit
 from leukoflow.errors import DeadlineError, RunCancelledError, words_of
 from leukoflow.progress import ProgressReader, RunProgress
-from leukoflow.storage import Storage
 from tasks.handover import FOLDER, Pace, hand_over, lateness
-from tasks.open_run import Run
+from tasks.open_run import Run, command_about
 
 POLL_SECONDS = 5.0
 """How often the watch looks at what is committed."""
@@ -129,8 +127,7 @@ class _Watch:
             words = f"handed over at the deadline ({self.words}): {done.done} of {done.members} images"
         except Exception as error:
             why = f"{type(error).__name__}: {words_of(error)}"
-            again = shlex.join(["leukoflow", "report", Storage(self.run.config.out).root, self.run.run_id])
-            words = f"what is done could not be handed over ({why}); try: {again}"
+            words = f"what is done could not be handed over ({why}); try: {command_about(self.run, 'report')}"
         self.note(words)
         self.log.warning("run %s: %s", self.run.run_id, words)
         self._artifact(

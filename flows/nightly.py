@@ -65,7 +65,7 @@ from tasks.drift import facts_bytes, find_reference, run_facts
 from tasks.handover import FOLDER as PARTIAL
 from tasks.metrics import RunsCollector, metrics_endpoint
 from tasks.nights import GroupDrift, compare_groups
-from tasks.open_run import Run, open_run, spooled, stem
+from tasks.open_run import Run, command_about, open_run, spooled, stem
 from tasks.page import share
 from tasks.plan import shards, urgent_first
 from tasks.preflight import preflight
@@ -509,7 +509,7 @@ def _dispatch(work: _Work, first: Shard, pending: Iterator[Shard], stop: threadi
         raise ShardError(
             f"run {run.run_id}: {failures} of {total} shards failed after "
             f"{count_of(options.shard_retries + 1, 'attempt')} each; the others "
-            f"are committed. What failed and why: {_command('status', run)}. "
+            f"are committed. What failed and why: {command_about(run, 'status')}. "
             f"Once mended: {run.binding.command}"
         )
     dashboard.progress(100.0, f"all {total} shards are committed")
@@ -628,13 +628,8 @@ def _report(run: Run, manifest: RunManifest) -> None:
     except Exception as error:
         get_run_logger().warning(
             "the report could not be built (%s: %s); build it again with: %s",
-            type(error).__name__, words_of(error), _command("report", run),
+            type(error).__name__, words_of(error), command_about(run, "report"),
         )  # fmt: skip
-
-
-def _command(name: str, run: Run) -> str:
-    """A command about a run, which holds from wherever it is given."""
-    return shlex.join(["leukoflow", name, Storage(run.config.out).root, run.run_id])
 
 
 # --- what others are told ---------------------------------------------------------------------------------------------

@@ -160,6 +160,11 @@ def _tables(what: Sequence[tuple[RunTable, Ints]]) -> Iterator[pa.Table]:
             yield _rows(table, rows[start : start + ROWS])
 
 
+def _notice(table: RunTable) -> str:
+    """What stands beside whatever leaves a run."""
+    return RESEARCH_USE if table.shadow_of is None else f"{SHADOW} {RESEARCH_USE}"
+
+
 def _rows(table: RunTable, rows: Ints) -> pa.Table:
     frame, schema = table.frame, exported_schema()
     places = pa.array(rows)
@@ -169,7 +174,6 @@ def _rows(table: RunTable, rows: Ints) -> pa.Table:
     answered = frame.answer[rows] >= 0  # what the model leaned to where it abstained is no answer, and stays here
     confidence = np.where(answered, frame.p[rows].max(1, initial=-np.inf), np.nan)
     sets = frame.column("prediction_set").take(places).to_pylist()
-    notice = RESEARCH_USE if table.shadow_of is None else f"{SHADOW} {RESEARCH_USE}"
     given: dict[str, Any] = {
         "run_id": [table.run_id] * len(rows),
         "reason": [read_reason(r) for r in frame.column("reason").take(places).to_pylist()],
@@ -183,7 +187,7 @@ def _rows(table: RunTable, rows: Ints) -> pa.Table:
         "reviewed_at": [datetime.fromisoformat(d.at) if d else None for d in decisions],
         "flagged": [s.flagged for s in said],
         "comment": [s.comment for s in said],
-        "notice": [notice] * len(rows),
+        "notice": [_notice(table)] * len(rows),
     }
     arrays = []
     for field in schema:
@@ -344,7 +348,7 @@ def _report(table: RunTable, line: SlideLine | PatientLine) -> list[tuple[str, d
     else:
         about, patient, name = ("patient", line.patient_key), line.patient, "all slides of the patient in this run"
     digest = table.bundle[1]
-    notice = RESEARCH_USE if table.shadow_of is None else f"{SHADOW} {RESEARCH_USE}"
+    notice = _notice(table)
     shared: dict[str, Any] = {
         "status": "preliminary",
         "issued": table.manifest.finished_at if table.manifest is not None else now(),

@@ -241,10 +241,10 @@ def _usual_scans(data: bytes, walk: _Jpeg) -> bytes:
     """Return a JPEG whose sequential scans say that they hold all coefficients, as they do: decoders do not ask."""
     if not walk.sequential:
         return data
+    usual = bytearray(data)
     for scan in walk.scans:
-        if data[scan.start - 3 : scan.start] != _WHOLE_BAND:
-            data = data[: scan.start - 3] + _WHOLE_BAND + data[scan.start :]
-    return data
+        usual[scan.start - 3 : scan.start] = _WHOLE_BAND
+    return bytes(usual)
 
 
 def _bare(data: bytes) -> bytes:

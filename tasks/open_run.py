@@ -227,6 +227,11 @@ def resume_command(config: RunConfig, run_id: str, bundle: str, planned: bool = 
     return here + shlex.join(words)
 
 
+def command_about(run: Run, name: str) -> str:
+    """Says how to give command `name` (`status`, `report`) about a run, from wherever it is given."""
+    return shlex.join(["leukoflow", name, Storage(run.config.out).root, run.run_id])
+
+
 def _is_relative(place: str | None) -> bool:
     """Whether a place is another one when it is named in another folder."""
     return place is not None and "://" not in place and not Path(place).is_absolute()

@@ -265,6 +265,32 @@ def test_hostile_headers_end(tmp_path: Path) -> None:
     assert listing.truncated is not None
 
 
+class Counting(io.BytesIO):
+    """Counts the bytes that are read."""
+
+    count = 0
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        found = super().read(size)
+        self.count += len(found)
+        return found
+
+
+def test_hostile_headers_that_unpack_into_a_listed_member_end() -> None:
+    """Each unlisted member runs through the next ones into the data of a listed one: reading stays within bounds."""
+    header = struct.pack("<4s5H3L2H", b"PK\x03\x04", 20, 8, 8, 0, 0, 0, 0, 0, 1, 0) + b"x"
+
+    def over(size: int) -> bytes:
+        return struct.pack("<BHH", 0, size, size ^ 0xFFFF)  # a stored block that is not the last
+
+    listed_member = zip_of({"b.jpg": zlib.compress(noise(1, 60_000), wbits=-15)})
+    chain = (header + over(len(header))) * 299 + header + over(30 + len("b.jpg"))
+    file = Counting(chain + listed_member)
+    size = len(file.getvalue())
+    assert "b.jpg" in [entry.name for entry in ZipWalk(file, size)]
+    assert file.count < 8 * size + (2 << 20)
+
+
 pieces = st.lists(
     st.tuples(
         st.lists(st.integers(64, 400), min_size=1, max_size=4),  # sizes of the members

@@ -16,7 +16,8 @@ from prefect.events.worker import EventsWorker
 from prefect.settings import PREFECT_API_URL, temporary_settings
 
 from flows import dashboard
-from flows.dashboard import Dashboard
+from flows.dashboard import ANSWER_SECONDS, LAST_WORD_SECONDS, Dashboard
+from leukoflow.errors import RunCancelledError
 
 FLOW_RUN = uuid.UUID(int=7)
 
@@ -134,25 +135,27 @@ def test_cancel_sets_the_wish(api: Api) -> None:
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
-    busy, release = threading.Event(), threading.Event()
+    busy, release, waits = threading.Event(), threading.Event(), list[float | None]()
 
     def talk(told: Dashboard) -> None:
         busy.set()
         release.wait(60)
 
-    monkeypatch.setattr(Dashboard, "_talk", talk)
-    told = Dashboard("night", str(FLOW_RUN), threading.Event(), print)
+    def join(thread: threading.Thread, timeout: float | None = None) -> None:
+        waits.append(timeout)
 
-    def body() -> None:
-        with told:
+    def body(how: type[BaseException]) -> None:
+        with monkeypatch.context() as patch, Dashboard("night", str(FLOW_RUN), threading.Event(), print):
             assert busy.wait(30)
-            raise KeyboardInterrupt
+            patch.setattr(threading.Thread, "join", join)
+            raise how
 
-    with pytest.raises(KeyboardInterrupt):
-        body()
-    assert told._thread.is_alive()  # it was not waited for
+    monkeypatch.setattr(Dashboard, "_talk", talk)
+    for how, patience in ((KeyboardInterrupt, 0.0), (RunCancelledError, 2 * ANSWER_SECONDS + LAST_WORD_SECONDS)):
+        with pytest.raises(how):
+            body(how)
+        assert waits.pop() == patience
     release.set()
-    told._thread.join()
 
 
 def test_a_server_that_comes_back_gets_the_newest_and_the_time_is_noted(api: Api) -> None:

@@ -62,7 +62,7 @@ _REASONS = {
     OUT_OF_DISTRIBUTION: ("It is unlike the fields the model learned from.", ""),
     "ambiguous": (
         "No class stands out.",
-        "Two or more classes are nearly as likely. Other fields of the slide may help.",
+        "Even the most probable one is not probable enough to be an answer. Other fields of the slide may help.",
     ),
     "too few cells": (
         "There are too few white cells to judge.",

@@ -120,6 +120,11 @@ def test_pages_of_a_run_whose_source_is_gone(browser: Any, site: Site) -> None:
     assert "cannot be" in words
 
 
+CLIPPED = (
+    "[...document.querySelectorAll('.cell dd, .cell dt')].filter(e => e.checkVisibility() &&"
+    " e.getBoundingClientRect().right > e.closest('.cell').getBoundingClientRect().right).map(e => e.innerText)"
+)
+"""What a cell's card cuts off."""
 ON_SCREEN_ONLY = (
     "button, .button, nav, form, input, select, textarea, dialog, summary.button, .crumbs, .tabs, .filters, .paging, "
     ".top"
@@ -146,6 +151,7 @@ def test_paper_has_no_controls_and_says_whose_it_is(browser: Any, site: Site, sc
         if name == "field":
             picture_shown(page)
         assert not page.locator(".paper").is_visible()
+        assert page.evaluate(CLIPPED) == [], name
         page.emulate_media(media="print")
         seen = page.evaluate(
             "which => [...document.querySelectorAll(which)].filter(e => !e.closest('.cell') && e.checkVisibility())"
@@ -153,6 +159,7 @@ def test_paper_has_no_controls_and_says_whose_it_is(browser: Any, site: Site, sc
             ON_SCREEN_ONLY,
         )
         assert seen == [], name
+        assert page.evaluate(CLIPPED) == [], name
         head = page.inner_text(".paper")
         assert started in head, name
         assert "rita" in head

@@ -17,8 +17,8 @@ from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.exceptions import ObjectNotFound
 from pydantic import ValidationError
 
-from flows.email import Email
-from leukoflow.errors import ConfigError
+from leukoflow.core.errors import ConfigError
+from leukoflow.flows.email import Email
 
 PREFIX = "leukoflow: "
 """Automations with such a name belong to the file: one that is no longer in it is deleted from the server."""

@@ -15,11 +15,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 from urllib.parse import urlsplit
 
-from leukoflow.errors import LeukoflowError
+from leukoflow.core.errors import LeukoflowError
 
 if TYPE_CHECKING:
-    from leukoflow.config import LimitSettings
-    from leukoflow.storage import Storage
+    from leukoflow.core.config import LimitSettings
+    from leukoflow.storage.base import Storage
 
 Verdict = Literal["ok", "warn", "fail"]
 
@@ -119,7 +119,7 @@ def check_machine() -> Iterator[Check]:
     """Cores and memory of this machine."""
     import psutil
 
-    from leukoflow.host import cores
+    from leukoflow.cluster.host import cores
 
     n = cores()
     yield Check("cores", "ok", f"{n} usable, so {n} local worker{'s' if n > 1 else ''} by default")
@@ -151,8 +151,8 @@ def check_gpu() -> Iterator[Check]:
 
 def check_bundle(name: str) -> Iterator[Check]:
     """The bundle loads, and its weights are those that its digest names."""
-    from models.bundle import load_bundle
-    from models.registry import VARIABLE, is_reference, opened
+    from leukoflow.models.bundle import load_bundle
+    from leukoflow.models.registry import VARIABLE, is_reference, opened
 
     place = name
     if is_reference(name):
@@ -167,9 +167,9 @@ def check_decoding() -> Iterator[Check]:
     import cv2
     import numpy as np
 
-    from leukoflow.config import RunConfig
-    from leukoflow.method import SegmentSettings
-    from tasks.ingest import Decoder
+    from leukoflow.core.config import RunConfig
+    from leukoflow.core.method import SegmentSettings
+    from leukoflow.tasks.decoding.ingest import Decoder
 
     encoded = cv2.imencode(".png", np.full((64, 64, 3), 200, np.uint8))[1].tobytes()
     limits: LimitSettings = RunConfig.model_fields["limits"].default
@@ -183,7 +183,14 @@ def check_decoding() -> Iterator[Check]:
 
 def check_patient_key() -> Iterator[Check]:
     """The key that makes pseudonyms resists guessing; its check value tells whether two machines have the same."""
-    from tasks.patient_key import KEY_COMMAND, KEY_RULE, PATIENT_KEY, check_value, patient_key, weakness
+    from leukoflow.tasks.intake.patient_key import (
+        KEY_COMMAND,
+        KEY_RULE,
+        PATIENT_KEY,
+        check_value,
+        patient_key,
+        weakness,
+    )
 
     key = patient_key()
     if key is None:
@@ -198,7 +205,7 @@ def check_patient_key() -> Iterator[Check]:
 
 def check_prefect(start: bool) -> Iterator[Check]:
     """The Prefect server that a run would use answers, or one can be started."""
-    from apps.prefect_server import (
+    from leukoflow.apps.prefect_server import (
         PrefectServerError,
         configured_api_url,
         default_home,
@@ -268,7 +275,7 @@ def _check_started(kind: str) -> Check:
 
 def check_storage(out: str) -> Iterator[Check]:
     """The destination takes writes, refuses to create a key twice, and has room."""
-    from leukoflow.storage import Storage, is_full
+    from leukoflow.storage.base import Storage, is_full
 
     storage = Storage(out)
     existed = not storage.is_local or Path(storage.root).exists()

@@ -27,7 +27,7 @@ import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from leukoflow.errors import LeukoflowError
+from leukoflow.core.errors import LeukoflowError
 
 STARTUP_SECONDS = 300.0
 """How long a server may take until it answers: seconds, but minutes where many start at once on few cores. One that

@@ -27,11 +27,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import numpy as np
 from PIL import Image
 
-from leukoflow.config import LimitSettings
-from leukoflow.records import CLASSES
-from tasks.ingest import Decoded, Decoder
-from tasks.sample import render_field
-from tasks.single import Models, examine, load_models
+from leukoflow.core.config import LimitSettings
+from leukoflow.runs.records import CLASSES
+from leukoflow.tasks.decoding.ingest import Decoded, Decoder
+from leukoflow.tasks.imaging.synthetic import render_field
+from leukoflow.tasks.inference.single import Models, examine, load_models
 
 FORMATS = ("JPEG", "PNG", "TIFF", "BMP")
 OUTCOMES = ("caught", "flagged", "same pixels", "same label", "no answer", "ANOTHER LABEL", "not diagnosed")

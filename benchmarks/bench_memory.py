@@ -23,7 +23,7 @@ import psutil
 
 def small_archive(path: Path, images: int) -> None:
     """`images` fields of 224 px; 64 different ones, each time under a new name."""
-    from tasks.sample import render_field
+    from leukoflow.tasks.imaging.synthetic import render_field
 
     rng = np.random.default_rng(5)
     labels = ("Benign", "Early", "Pre", "Pro")
@@ -38,7 +38,7 @@ def small_archive(path: Path, images: int) -> None:
 
 def large_archive(path: Path, images: int, side: int = 8000) -> None:
     """`images` fields of `side` px: rendered fields, enlarged and laid out as a mosaic."""
-    from tasks.sample import render_field
+    from leukoflow.tasks.imaging.synthetic import render_field
 
     rng = np.random.default_rng(6)
     piece = cv2.resize(render_field(rng, "Pre", 224).rgb, (1000, 1000), interpolation=cv2.INTER_CUBIC)
@@ -51,10 +51,22 @@ def large_archive(path: Path, images: int, side: int = 8000) -> None:
 
 def measure(source: Path, bundle: str, out: str) -> tuple[dict[str, float], float, float]:
     """Peak resident megabytes by kind of process, processing seconds and start-up seconds of one run."""
-    from leukoflow.progress import list_runs, read_manifest
-    from leukoflow.storage import Storage
+    from leukoflow.runs.progress import list_runs, read_manifest
+    from leukoflow.storage.base import Storage
 
-    command = [sys.executable, "-m", "apps.cli", "run", str(source), "--out", out, "--bundle", bundle, "--workers", "2"]
+    command = [
+        sys.executable,
+        "-m",
+        "leukoflow",
+        "run",
+        str(source),
+        "--out",
+        out,
+        "--bundle",
+        bundle,
+        "--workers",
+        "2",
+    ]
     log = Path(f"{out}.log")
     with log.open("wb") as sink:
         process = psutil.Popen(command, stdout=sink, stderr=subprocess.STDOUT)
@@ -84,7 +96,7 @@ def role(command: list[str]) -> str:
     for sign, name in (("decode_child", "decoder"), ("prefect", "prefect server"), ("multiprocessing", "dask worker")):
         if sign in line:
             return name
-    return "flow" if "apps.cli" in line else "other"
+    return "flow" if "-m leukoflow run" in line else "other"
 
 
 def main() -> None:

@@ -65,7 +65,15 @@ def run(folder: Path, end: float) -> int:
         "LEUKOFLOW_PREFECT_HOME": str(folder / "prefect"),
         "NO_COLOR": "1",
     }
-    words = [sys.executable, "-m", "apps.cli", "run", str(folder / "million.zip"), "--out", str(folder / "out")]
+    words = [
+        sys.executable,
+        "-m",
+        "leukoflow",
+        "run",
+        str(folder / "million.zip"),
+        "--out",
+        str(folder / "out"),
+    ]
     words += ["--run-id", "million", "--manifest", str(folder / "manifest.csv"), "--bundle", str(folder / "bundle")]
     words += ["--shard-size", str(SHARD), "--workers", "2"]
     started = time.monotonic()
@@ -125,7 +133,7 @@ def overheads(times: Path) -> None:
 
 def verify(folder: Path) -> None:
     """`leukoflow verify`, with its own peak."""
-    words = [sys.executable, "-m", "apps.cli", "verify", str(folder / "out"), "million"]
+    words = [sys.executable, "-m", "leukoflow", "verify", str(folder / "out"), "million"]
     peaks: dict[str, int] = {}
     started = time.monotonic()
     flow = psutil.Popen(words, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)}, stdout=subprocess.PIPE)
@@ -150,7 +158,7 @@ def main() -> None:
     folder.mkdir(parents=True, exist_ok=True)
     sys.path.insert(0, str(ROOT))
     from benchmarks.bench_plan import write_archive, write_manifest
-    from models.bundle import random_bundle
+    from leukoflow.models.bundle import random_bundle
 
     if not (folder / "bundle").exists():
         write_archive(folder / "million.zip", options.members)
@@ -159,8 +167,8 @@ def main() -> None:
     if run(folder, end) == 130:
         print("not finished; the same command goes on")
         return
-    from leukoflow.progress import read_manifest
-    from leukoflow.storage import Storage
+    from leukoflow.runs.progress import read_manifest
+    from leukoflow.storage.base import Storage
 
     manifest = read_manifest(Storage(str(folder / "out" / "million")))
     if manifest is None:

@@ -12,7 +12,7 @@ import time
 import numpy as np
 from numpy.typing import NDArray
 
-from tasks.select import f_statistic, mrmr
+from leukoflow.tasks.training.select import f_statistic, mrmr
 
 
 def features(n: int, d: int, seed: int = 0) -> tuple[NDArray[np.float32], NDArray[np.int64]]:

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from leukoflow.method import NormalizeSettings
-from tasks.normalize import mask_overlays, normalize
+from leukoflow.core.method import NormalizeSettings
+from leukoflow.tasks.imaging.normalize import mask_overlays, normalize
 
 REINHARD_CLAHE = NormalizeSettings(mask_overlays=False, multiscale=False)
 

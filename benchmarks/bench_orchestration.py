@@ -31,14 +31,14 @@ def plain_worker(
 
     torch.set_num_threads(1)
     cv2.setNumThreads(1)
-    from leukoflow.cluster import code_digest
-    from leukoflow.config import LimitSettings
-    from leukoflow.records import Shard
-    from leukoflow.sources import identify
-    from models.bundle import load_bundle
-    from tasks import shard as chain
-    from tasks.classify import diagnose, pool_tiles, readout
-    from tasks.plan import plan
+    from leukoflow.cluster.code import code_digest
+    from leukoflow.core.config import LimitSettings
+    from leukoflow.models.bundle import load_bundle
+    from leukoflow.runs.records import Shard
+    from leukoflow.sources.members import identify
+    from leukoflow.tasks.imaging.classify import diagnose, pool_tiles, readout
+    from leukoflow.tasks.inference import shard as chain
+    from leukoflow.tasks.intake.plan import plan
 
     with tempfile.TemporaryDirectory() as root:
         found = identify(source)
@@ -99,11 +99,11 @@ def plain(source: str, bundle: str, members: int, size: int = SHARD, processes: 
 
 def whole(source: str, bundle: str, size: int = SHARD, workers: int = 2) -> float:
     """Seconds that the run itself reports for its processing."""
-    from leukoflow.progress import list_runs, read_manifest
-    from leukoflow.storage import Storage
+    from leukoflow.runs.progress import list_runs, read_manifest
+    from leukoflow.storage.base import Storage
 
     with tempfile.TemporaryDirectory() as out:
-        command = [sys.executable, "-m", "apps.cli", "run", source, "--out", out, "--bundle", bundle]
+        command = [sys.executable, "-m", "leukoflow", "run", source, "--out", out, "--bundle", bundle]
         command += ["--shard-size", str(size), "--workers", str(workers)]
         started = time.perf_counter()
         subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
@@ -128,8 +128,8 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("--bundle", default="pocket")
     options = parser.parse_args()
-    from leukoflow.sources import identify
-    from tasks.plan import plan
+    from leukoflow.sources.members import identify
+    from leukoflow.tasks.intake.plan import plan
 
     with tempfile.TemporaryDirectory() as scratch:
         members = plan(identify(options.source), Path(scratch) / "p", shard_size=SHARD).members

@@ -38,7 +38,7 @@ def archive(folder: Path, members: int) -> Path:
     """A zip of so many fields, real ones where they are."""
     here = Path(os.environ.get("LEUKOFLOW_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
     if not (here / "all_fields.zip").is_file():
-        from tasks.sample import write_sample
+        from leukoflow.tasks.imaging.synthetic import write_sample
 
         print("the fields are drawn ones")
         return write_sample(folder / "sample", members, seed=5).directory / "smears.zip"
@@ -136,13 +136,21 @@ def storage(source: Path, bundle: str, size: int, count: int, milliseconds: floa
         client.put_object(Bucket="lab", Key="in/fields.zip", Body=source.read_bytes())
 
         def run(name: str, address: str) -> float:
-            command = [sys.executable, "-m", "apps.cli", "run", "s3://lab/in/fields.zip", "--out", "s3://lab/out"]
+            command = [
+                sys.executable,
+                "-m",
+                "leukoflow",
+                "run",
+                "s3://lab/in/fields.zip",
+                "--out",
+                "s3://lab/out",
+            ]
             command += ["--run-id", name, "--bundle", bundle, "--workers", str(count), "--shard-size", str(size)]
             words = os.environ | {"AWS_ENDPOINT_URL": address}
             done = subprocess.run(command, env=words, check=False, capture_output=True, text=True)
             os.environ["AWS_ENDPOINT_URL"] = near
-            from leukoflow.progress import read_manifest
-            from leukoflow.storage import Storage
+            from leukoflow.runs.progress import read_manifest
+            from leukoflow.storage.base import Storage
 
             manifest = read_manifest(Storage(f"s3://lab/out/{name}"))
             if manifest is None:
@@ -166,7 +174,7 @@ def _on_cpu(stage: str, job: Any, *rest: Any) -> Any:
     """A stage with CPU torch, on a worker that offers a GPU; leaves behind when and where it ran."""
     from distributed import get_worker
 
-    from tasks import shard
+    from leukoflow.tasks.inference import shard
 
     began = time.time()
     found = getattr(shard, stage)(replace(job, device="cpu"), *rest)
@@ -194,15 +202,16 @@ def classify(*words: Any) -> Any:
 
 def pipeline(source: Path, bundle: str, folder: Path) -> None:
     """Prints how much of the time the worker with the GPU computes, from its first stage to its last."""
-    import leukoflow.workers
-    from flows import nightly
-    from leukoflow.cluster import code_digest, open_cluster
-    from leukoflow.config import ClusterSettings, load_config
-    from tasks.open_run import open_run
-    from tasks.plan import shards
-    from tasks.shard import ShardJob, load_models
+    import leukoflow.cluster.workers
+    from leukoflow.cluster.cluster import open_cluster
+    from leukoflow.cluster.code import code_digest
+    from leukoflow.core.config import ClusterSettings, load_config
+    from leukoflow.flows import run as nightly
+    from leukoflow.tasks.inference.shard import ShardJob, load_models
+    from leukoflow.tasks.intake.open_run import open_run
+    from leukoflow.tasks.intake.plan import shards
 
-    leukoflow.workers.visible_gpus = lambda: ["0"]  # type: ignore[assignment]
+    leukoflow.cluster.workers.visible_gpus = lambda: ["0"]  # type: ignore[assignment]
     for stage in (prepare, segment, extract, classify):
         setattr(nightly, stage.__name__, stage)
     config = load_config(source=str(source), out=str(folder / "out"), bundle=bundle, shard_size=SIZE, device="cpu")

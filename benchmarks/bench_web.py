@@ -63,7 +63,15 @@ def shares(seconds: list[float]) -> str:
 
 def nightly(source: Path, out: Path, bundle: str) -> Path:
     """A real run over the source, by the command line."""
-    command = [sys.executable, "-c", "from apps.cli import main; main()", "run", str(source), "--out", str(out)]
+    command = [
+        sys.executable,
+        "-c",
+        "from leukoflow.apps.cli.main import main; main()",
+        "run",
+        str(source),
+        "--out",
+        str(out),
+    ]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     done = subprocess.run(
         [*command, "--run-id", "parity", "--bundle", bundle, "--workers", "1", "--shard-size", "64"],
@@ -80,8 +88,8 @@ def parity(folder: Path, fields: int, bundle: str, run: Path | None, threads: in
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from apps.web.engine import Engine
-    from leukoflow.config import LimitSettings
+    from leukoflow.apps.web.engine import Engine
+    from leukoflow.core.config import LimitSettings
 
     if run is None:
         source = archive(folder, fields)
@@ -151,10 +159,10 @@ def serve(folder: Path, bundle: str, users: int) -> None:
     import uvicorn
     from argon2 import PasswordHasher
 
-    from apps.web.app import create_app
-    from apps.web.engine import Engine
-    from apps.web.settings import Rates, WebSettings
-    from leukoflow.config import LimitSettings
+    from leukoflow.apps.web.app import create_app
+    from leukoflow.apps.web.engine import Engine
+    from leukoflow.apps.web.settings import Rates, WebSettings
+    from leukoflow.core.config import LimitSettings
 
     logging.basicConfig(level=logging.WARNING)
     signal.signal(signal.SIGTERM, lambda number, at: None)  # uvicorn raises it once more when it has ended
@@ -266,8 +274,8 @@ def latency(folder: Path, images: int, bundle: str, threads: int) -> None:
     """Prints how long one field takes, one after the other, once all is warm."""
     import httpx
 
-    from apps.web.engine import Engine
-    from leukoflow.config import LimitSettings
+    from leukoflow.apps.web.engine import Engine
+    from leukoflow.core.config import LimitSettings
 
     fields = list(contents(archive(folder, images)).values())[:images]
 

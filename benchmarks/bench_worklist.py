@@ -26,11 +26,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from leukoflow.codec import dumps
-from leukoflow.progress import RunBinding
-from leukoflow.records import CLASSES, PartRef, PlanSummary, RunManifest, Source, SourceKind, Status
-from leukoflow.schema import CELLS, PREDICTIONS, SCHEMA_VERSION
-from tasks.plan import plan_schema
+from leukoflow.core.codec import dumps
+from leukoflow.runs.progress import RunBinding
+from leukoflow.runs.records import CLASSES, PartRef, PlanSummary, RunManifest, Source, SourceKind, Status
+from leukoflow.runs.schema import CELLS, PREDICTIONS, SCHEMA_VERSION
+from leukoflow.tasks.intake.plan import plan_schema
 
 FIELDS = 100_000
 SHARD = 128  # the default, which makes most files
@@ -153,8 +153,8 @@ def write_run(out: Path, fields: int) -> None:
 
 def measure(out: str) -> None:
     """Prints what each step costs, as `what: wall ms, processor ms`."""
-    from tasks.verdicts import Action, add_all
-    from tasks.worklist import Query, Review, Sort, list_runs, open_run_table, run_key_of, timeline
+    from leukoflow.tasks.review.verdicts import Action, add_all
+    from leukoflow.tasks.review.worklist import Query, Review, Sort, list_runs, open_run_table, run_key_of, timeline
 
     key = run_key_of(RUN)
     pa.array(["what the first list brings in"])  # pandas, where it is installed; a server has done so long before

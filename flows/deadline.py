@@ -13,11 +13,11 @@ from typing import Any
 from prefect import get_run_logger
 from prefect.artifacts import create_markdown_artifact
 
-from flows.events import emit
-from leukoflow.errors import DeadlineError, RunCancelledError, words_of
-from leukoflow.progress import ProgressReader, RunProgress
-from tasks.handover import FOLDER, Pace, hand_over, lateness
-from tasks.open_run import Run, command_about
+from leukoflow.core.errors import DeadlineError, RunCancelledError, words_of
+from leukoflow.flows.events import emit
+from leukoflow.runs.progress import ProgressReader, RunProgress
+from leukoflow.tasks.intake.open_run import Run, command_about
+from leukoflow.tasks.publish.partial import FOLDER, Pace, hand_over, lateness
 
 POLL_SECONDS = 5.0
 """How often the watch looks at what is committed."""

@@ -18,11 +18,10 @@ from prefect import flow, get_run_logger, task
 from prefect.cache_policies import NO_CACHE
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from leukoflow.errors import ConfigError
-from leukoflow.records import CLASSES
-from models.bundle import Bundle, load_bundle, write_spec
-from tasks.classify import decide, forward, ood_scores, softmax
-from tasks.evaluate import (
+from leukoflow.core.errors import ConfigError
+from leukoflow.models.bundle import Bundle, load_bundle, write_spec
+from leukoflow.runs.records import CLASSES
+from leukoflow.tasks.evaluation.evaluate import (
     cluster_bootstrap,
     corner_features,
     diagnose_images,
@@ -34,11 +33,9 @@ from tasks.evaluate import (
     segmentation_metrics,
     summary,
 )
-from tasks.evaluation_report import render
-from tasks.feature_tables import alternative_table, classes_of, plain_table
-from tasks.normalize import mask_overlays
-from tasks.probes import DEGRADATIONS, cells_only, colours_of, moved_bar, painted_out, pasted_bar
-from tasks.protocols import (
+from leukoflow.tasks.evaluation.feature_tables import alternative_table, classes_of, plain_table
+from leukoflow.tasks.evaluation.probes import DEGRADATIONS, cells_only, colours_of, moved_bar, painted_out, pasted_bar
+from leukoflow.tasks.evaluation.protocols import (
     ABLATIONS,
     BASELINES,
     FOLDS,
@@ -57,9 +54,12 @@ from tasks.protocols import (
     save_table,
     split,
 )
-from tasks.statistics import corrected_resampled_t, effect_size, holm, wilcoxon_p
-from tasks.train_classifier import Fitted, Recipe, fit
-from tasks.train_data import FIELDS_ZIP, Labels, read_labels, read_members
+from leukoflow.tasks.evaluation.statistics import corrected_resampled_t, effect_size, holm, wilcoxon_p
+from leukoflow.tasks.imaging.classify import decide, forward, ood_scores, softmax
+from leukoflow.tasks.imaging.normalize import mask_overlays
+from leukoflow.tasks.report.evaluation_report import render
+from leukoflow.tasks.training.classifier import Fitted, Recipe, fit
+from leukoflow.tasks.training.data import FIELDS_ZIP, Labels, read_labels, read_members
 
 FOREIGN_ZIP = "healthy_other_source.zip"
 SMALLEST_GROUP = 30  # fields of a cluster that may count as the worst

@@ -9,10 +9,10 @@ from typing import Any, Literal
 from prefect.events import emit_event
 from prefect.settings import PREFECT_API_URL
 
-from leukoflow.config import AlertSettings
-from leukoflow.records import CLASSES, RunManifest
-from tasks.drift import title_of, worst
-from tasks.nights import GroupDrift
+from leukoflow.core.config import AlertSettings
+from leukoflow.runs.records import CLASSES, RunManifest
+from leukoflow.tasks.monitor.drift import title_of, worst
+from leukoflow.tasks.monitor.nights import GroupDrift
 
 EventName = Literal[
     "leukoflow.run.finished",

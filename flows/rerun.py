@@ -8,12 +8,12 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Failed
 
-from flows.nightly import screen
-from leukoflow.config import RunConfig
-from leukoflow.errors import LeukoflowError
-from leukoflow.progress import ProgressReader
-from leukoflow.storage import Storage
-from tasks.open_run import bound_config
+from leukoflow.core.config import RunConfig
+from leukoflow.core.errors import LeukoflowError
+from leukoflow.flows.run import screen
+from leukoflow.runs.progress import ProgressReader
+from leukoflow.storage.base import Storage
+from leukoflow.tasks.intake.open_run import bound_config
 
 
 @flow(name="leukoflow rerun", flow_run_name="rerun of {run_id}")

@@ -8,10 +8,10 @@ from prefect import flow, get_run_logger
 from prefect.client.schemas.objects import State
 from prefect.states import Completed, Failed
 
-from leukoflow.errors import LeukoflowError
-from leukoflow.progress import list_runs
-from leukoflow.site import load_site
-from tasks.retention import plan_retention, retain
+from leukoflow.core.errors import LeukoflowError
+from leukoflow.core.site import load_site
+from leukoflow.runs.progress import list_runs
+from leukoflow.tasks.upkeep.retention import plan_retention, retain
 
 
 @flow(name="leukoflow retention")

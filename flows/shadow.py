@@ -12,9 +12,9 @@ from prefect.runtime import flow_run
 from prefect.states import Failed
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from flows.nightly import nightly
-from leukoflow.errors import LeukoflowError
-from tasks.shadow import as_markdown, compare, shadow_config
+from leukoflow.core.errors import LeukoflowError
+from leukoflow.flows.run import nightly
+from leukoflow.tasks.upkeep.shadow import as_markdown, compare, shadow_config
 
 NICENESS = 10
 """Of this process and the workers that it starts, so that a night that begins meanwhile comes first."""

@@ -14,12 +14,12 @@ from prefect.cache_policies import NO_CACHE
 from prefect.futures import PrefectFuture
 from prefect.task_runners import ThreadPoolTaskRunner
 
-from leukoflow.errors import ConfigError
-from leukoflow.method import MethodSettings
-from models.bundle import preset
-from tasks.train_classifier import make_bundle
-from tasks.train_data import Budget, TrainConfig, load_prepared, open_work
-from tasks.train_phases import Phase, run_phase
+from leukoflow.core.errors import ConfigError
+from leukoflow.core.method import MethodSettings
+from leukoflow.models.bundle import preset
+from leukoflow.tasks.training.classifier import make_bundle
+from leukoflow.tasks.training.data import Budget, TrainConfig, load_prepared, open_work
+from leukoflow.tasks.training.phases import Phase, run_phase
 
 SWITCHES = {
     "mask_overlays": ("normalize", "mask_overlays"),

@@ -125,7 +125,7 @@ def _sha256(path: Path) -> str:
 
 def _places() -> tuple[str, Path | None, Path | None]:
     """Database, results and bundle registry of this host, as its services have them."""
-    from leukoflow.site import load_site
+    from leukoflow.core.site import load_site
 
     url = os.environ.get("PREFECT_SERVER_DATABASE_CONNECTION_URL")
     if not url:
@@ -140,7 +140,7 @@ def _registry() -> str | None:
 
 def main(arguments: list[str]) -> int:
     """`python -m infra.backup create DEST`, `python -m infra.backup restore DEST/TIME`."""
-    from leukoflow.errors import LeukoflowError
+    from leukoflow.core.errors import LeukoflowError
 
     try:
         match arguments:

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import psutil
 
-from leukoflow.errors import LeukoflowError
+from leukoflow.core.errors import LeukoflowError
 
 MARK = "LEUKOFLOW_STACK_MARK"
 """Environment variable that every process of a stack has; its value is the stack's folder."""

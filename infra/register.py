@@ -21,7 +21,7 @@ def main(pool: str) -> None:
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound
 
-    from apps.automations import apply_automations
+    from leukoflow.apps.automations import apply_automations
 
     with get_client(sync_client=True) as client:
         try:

@@ -26,12 +26,12 @@ from typing import Any
 
 import psutil
 
-from apps.prefect_server import free_port
-from apps.web.accounts import Accounts
 from infra.backup import create, put_back
 from infra.postgres import Postgres, find_binaries
 from infra.processes import MARK, STEP, Processes, StackError, end, unprivileged_user, wait_until
-from leukoflow.progress import list_runs
+from leukoflow.apps.prefect_server import free_port
+from leukoflow.apps.web.accounts import Accounts
+from leukoflow.runs.progress import list_runs
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "/prefect"

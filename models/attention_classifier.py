@@ -15,7 +15,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from leukoflow.method import Settings
+from leukoflow.core.method import Settings
 
 NEVER = -1e9  # score of what must not be attended to; unlike infinity it leaves no NaN where nothing may be
 

@@ -16,7 +16,7 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leukoflow.method import Settings
+from leukoflow.core.method import Settings
 
 
 class UNetSpec(Settings):

@@ -20,8 +20,8 @@ from safetensors.torch import load_file as load_tensors
 from safetensors.torch import save_file as save_tensors
 from torch import nn
 
-from leukoflow.errors import BundleError
-from leukoflow.method import (
+from leukoflow.core.errors import BundleError
+from leukoflow.core.method import (
     ClassifySettings,
     FeatureSettings,
     MethodSettings,
@@ -30,11 +30,11 @@ from leukoflow.method import (
     SelectSettings,
     Settings,
 )
-from leukoflow.records import CLASSES
-from models.attention_classifier import AttentionClassifier, ClassifierSpec
-from models.attention_unet import AttentionUNet, UNetSpec
-from models.fetch import cache_folder, fetch, read_remote
-from models.hybrid_cn_nas import BackboneSpec, HybridCNNas, build_backbone
+from leukoflow.models.attention_classifier import AttentionClassifier, ClassifierSpec
+from leukoflow.models.attention_unet import AttentionUNet, UNetSpec
+from leukoflow.models.fetch import cache_folder, fetch, read_remote
+from leukoflow.models.hybrid_cn_nas import BackboneSpec, HybridCNNas, build_backbone
+from leukoflow.runs.records import CLASSES
 
 SCHEMA_VERSION = 2
 EMBEDDED = Path(__file__).parent / "default"

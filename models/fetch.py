@@ -7,8 +7,8 @@ import shutil
 import tempfile
 from pathlib import Path
 
-from leukoflow.errors import BundleError, StorageError
-from leukoflow.storage import Storage
+from leukoflow.core.errors import BundleError, StorageError
+from leukoflow.storage.base import Storage
 
 CACHE = "LEUKOFLOW_CACHE"
 

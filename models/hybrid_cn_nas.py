@@ -21,8 +21,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from leukoflow.errors import BundleError, ConfigError
-from leukoflow.method import Settings
+from leukoflow.core.errors import BundleError, ConfigError
+from leukoflow.core.method import Settings
 
 BLANK_SHARE = 1e-3  # weight of a pixel outside the cell: an empty mask averages over the whole crop
 GRID = 8  # an activation map has one position per so many pixels of the crop

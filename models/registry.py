@@ -18,11 +18,11 @@ from typing import Any, Literal
 
 from pydantic import ValidationError
 
-from leukoflow.codec import dumps, loads
-from leukoflow.errors import BundleError, ConfigError, StorageError
-from leukoflow.progress import now
-from leukoflow.storage import Storage
-from models.bundle import BundleSpec, load_bundle, spec_digest
+from leukoflow.core.codec import dumps, loads
+from leukoflow.core.errors import BundleError, ConfigError, StorageError
+from leukoflow.models.bundle import BundleSpec, load_bundle, spec_digest
+from leukoflow.runs.progress import now
+from leukoflow.storage.base import Storage
 
 VARIABLE = "LEUKOFLOW_BUNDLES"
 APPROVED = "approved"

@@ -16,8 +16,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 from urllib.parse import parse_qs, urlsplit
 
 KINDS = (
@@ -361,3 +362,17 @@ def s3_account(endpoint: str) -> dict[str, str]:
         "AWS_ENDPOINT_URL": endpoint, "AWS_ACCESS_KEY_ID": "test", "AWS_SECRET_ACCESS_KEY": "test-secret",
         "AWS_DEFAULT_REGION": "us-east-1", "AWS_EC2_METADATA_DISABLED": "true",
     }  # fmt: skip
+
+
+def fetched(client: Any, prefix: str, target: Path) -> Path:
+    """What lies on the store, past our code."""
+    for page in client.get_paginator("list_objects_v2").paginate(Bucket="lab", Prefix=f"{prefix}/"):
+        for item in page.get("Contents", ()):
+            file = target / item["Key"].removeprefix(f"{prefix}/")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(client.get_object(Bucket="lab", Key=item["Key"])["Body"].read())
+    return target
+
+
+def unfinished(client: Any) -> list[str]:
+    return [upload["Key"] for upload in client.list_multipart_uploads(Bucket="lab").get("Uploads", ())]

@@ -24,15 +24,24 @@ import zarr
 from PIL import Image
 from torch import nn
 
-from leukoflow.cluster import code_digest
-from leukoflow.config import RunConfig, load_config
-from leukoflow.storage import Storage
-from models.bundle import Bundle, load_bundle, random_bundle, save_bundle, write_spec
-from tasks.open_run import Run, open_run
-from tasks.plan import shards
-from tasks.publish import publish
-from tasks.sample import write_sample
-from tasks.shard import ShardJob, adopt_stages, classify, extract, planned, prepare, segment, stage_keys
+from leukoflow.cluster.code import code_digest
+from leukoflow.core.config import RunConfig, load_config
+from leukoflow.models.bundle import Bundle, load_bundle, random_bundle, save_bundle, write_spec
+from leukoflow.storage.base import Storage
+from leukoflow.tasks.imaging.synthetic import write_sample
+from leukoflow.tasks.inference.shard import (
+    ShardJob,
+    adopt_stages,
+    classify,
+    extract,
+    planned,
+    prepare,
+    segment,
+    stage_keys,
+)
+from leukoflow.tasks.intake.open_run import Run, open_run
+from leukoflow.tasks.intake.plan import shards
+from leukoflow.tasks.publish.publish import publish
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_COLUMNS = ("run_id", "source_uri")
@@ -274,7 +283,7 @@ def start(arguments: list[str], log: Path, **environment: str) -> Command:
     settings = {"PYTHONPATH": path, "NO_COLOR": "1", "COLUMNS": "160", **environment}
     with log.open("ab") as sink:
         process = subprocess.Popen(
-            [sys.executable, "-c", "from apps.cli import main; main()", *arguments],
+            [sys.executable, "-m", "leukoflow", *arguments],
             env=inherited | settings,
             stdin=subprocess.DEVNULL,
             stdout=sink,

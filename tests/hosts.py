@@ -256,7 +256,7 @@ def start_run(lab: Lab, name: str, *words: str, **environment: str) -> Command:
     log = host.folder / f"run-{uuid.uuid4().hex[:6]}.log"
     with log.open("ab") as sink:
         process = subprocess.Popen(
-            ["ip", "netns", "exec", host.namespace, sys.executable, "-P", "-c", "from apps.cli import main; main()",
+            ["ip", "netns", "exec", host.namespace, sys.executable, "-P", "-m", "leukoflow",
              "run", *words],
             env=lab.environment | dict.fromkeys(("HOME", "PREFECT_HOME", "TMPDIR"), str(host.folder)) | environment,
             cwd=host.folder, stdin=subprocess.DEVNULL, stdout=sink, stderr=sink, start_new_session=True,

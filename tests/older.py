@@ -11,10 +11,10 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from leukoflow.codec import dumps, loads
-from leukoflow.progress import read_manifest
-from leukoflow.records import CLASSES, Marker, PartRef
-from leukoflow.storage import Storage
+from leukoflow.core.codec import dumps, loads
+from leukoflow.runs.progress import read_manifest
+from leukoflow.runs.records import CLASSES, Marker, PartRef
+from leukoflow.storage.base import Storage
 
 NEW, OLD = "out of distribution", "foreign"
 

@@ -27,8 +27,8 @@ from argon2 import PasswordHasher
 from argon2.exceptions import Argon2Error, InvalidHashError
 from pydantic import TypeAdapter, ValidationError
 
-from apps.web.settings import ROLES, SCOPES, SCOPES_OF
-from leukoflow.errors import ConfigError, LeukoflowError
+from leukoflow.apps.web.settings import ROLES, SCOPES, SCOPES_OF
+from leukoflow.core.errors import ConfigError, LeukoflowError
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 MIN_PASSWORD = 12

@@ -17,17 +17,17 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import JSONResponse, StreamingResponse
 
-from apps.web import guard
-from apps.web.guard import Principal, Refused, admin, diagnoser, saw, viewer
-from apps.web.jobs import Item, Job, Jobs
-from apps.web.live import STREAM, event, live
-from apps.web.problems import add_problem_schema, documented, finite
-from apps.web.settings import SCOPES, WebSettings
-from apps.web.uploads import read_form
-from leukoflow.geometry import MAX_UM_PER_PX, MIN_UM_PER_PX
-from leukoflow.records import CLASSES, Status
-from tasks import cytoplasm
-from tasks.wording import RESEARCH_USE, SET_DESCRIPTION
+from leukoflow.apps.web import guard
+from leukoflow.apps.web.guard import Principal, Refused, admin, diagnoser, saw, viewer
+from leukoflow.apps.web.jobs import Item, Job, Jobs
+from leukoflow.apps.web.live import STREAM, event, live
+from leukoflow.apps.web.problems import add_problem_schema, documented, finite
+from leukoflow.apps.web.settings import SCOPES, WebSettings
+from leukoflow.apps.web.uploads import read_form
+from leukoflow.core.geometry import MAX_UM_PER_PX, MIN_UM_PER_PX
+from leukoflow.runs.records import CLASSES, Status
+from leukoflow.tasks.imaging import cytoplasm
+from leukoflow.tasks.review.wording import RESEARCH_USE, SET_DESCRIPTION
 
 router = APIRouter(prefix="/api/v1")
 _common = documented(400, 401, 403, 422)

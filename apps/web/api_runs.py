@@ -10,14 +10,16 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import StreamingResponse
 
-from apps.web.guard import Principal, exporter, reviewer, saw, viewer
-from apps.web.live import STREAM, event, live
-from apps.web.problems import documented, finite
-from leukoflow.records import Status
-from tasks import cytoplasm, handoff, verdicts, worklist
-from tasks.verdicts import Action
-from tasks.wording import MEAN_MALIGNANT_NOTE, SET_DESCRIPTION
-from tasks.worklist import MAX_PAGE, Review, RunTable, Sort
+from leukoflow.apps.web.guard import Principal, exporter, reviewer, saw, viewer
+from leukoflow.apps.web.live import STREAM, event, live
+from leukoflow.apps.web.problems import documented, finite
+from leukoflow.runs.records import Status
+from leukoflow.tasks.imaging import cytoplasm
+from leukoflow.tasks.review import export as handoff
+from leukoflow.tasks.review import verdicts, worklist
+from leukoflow.tasks.review.verdicts import Action
+from leukoflow.tasks.review.wording import MEAN_MALIGNANT_NOTE, SET_DESCRIPTION
+from leukoflow.tasks.review.worklist import MAX_PAGE, Review, RunTable, Sort
 
 router = APIRouter(prefix="/api/v1", tags=["runs"])
 

@@ -16,16 +16,16 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 from starlette.templating import Jinja2Templates
 
-from apps.web import api, api_runs, guard, pages
-from apps.web.accounts import AccountError
-from apps.web.engine import BusyError, Engine
-from apps.web.guard import API, Gate, Guard, Refused, SignInNeeded, log
-from apps.web.jobs import EngineLike, Jobs
-from apps.web.problems import TITLES, problem
-from apps.web.settings import WebSettings
-from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError, place_of
-from leukoflow.progress import now
-from tasks import wording, worklist
+from leukoflow.apps.web import api, api_runs, guard, pages
+from leukoflow.apps.web.accounts import AccountError
+from leukoflow.apps.web.engine import BusyError, Engine
+from leukoflow.apps.web.guard import API, Gate, Guard, Refused, SignInNeeded, log
+from leukoflow.apps.web.jobs import EngineLike, Jobs
+from leukoflow.apps.web.problems import TITLES, problem
+from leukoflow.apps.web.settings import WebSettings
+from leukoflow.core.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError, place_of
+from leukoflow.runs.progress import now
+from leukoflow.tasks.review import wording, worklist
 
 HERE = Path(__file__).parent
 UPLOADS = frozenset({"/api/v1/diagnoses", "/bench"})

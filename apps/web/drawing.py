@@ -21,16 +21,19 @@ from markupsafe import Markup, escape
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw, ImageFont
 
-from apps.web.words import (
-    Cell,
-    Subject,
-    prob,
-    shown,
+from leukoflow.apps.web.words import Cell, Subject, prob, shown
+from leukoflow.runs.records import CLASS_NAMES, CLASSES
+from leukoflow.tasks.imaging.cytoplasm import measured, measured_words
+from leukoflow.tasks.review.wording import (
+    ATTENTION_NOTE,
+    LEANING,
+    NO_ANSWER,
+    RESEARCH_USE,
+    class_name,
+    mean_words,
+    set_words,
 )
-from leukoflow.records import CLASS_NAMES, CLASSES
-from tasks.cytoplasm import measured, measured_words
-from tasks.wording import ATTENTION_NOTE, LEANING, NO_ANSWER, RESEARCH_USE, class_name, mean_words, set_words
-from tasks.worklist import TimelinePoint, WeekLine
+from leukoflow.tasks.review.worklist import TimelinePoint, WeekLine
 
 NUCLEUS, CYTOPLASM = "#35d6ff", "#ffd23e"  # seen on violet nuclei as on pale ground
 FOR, AGAINST = "#ffe11a", "#12c9ff"
@@ -42,7 +45,7 @@ _ENLARGED = 900  # pixels of the longer side of an exported picture, at least
 
 
 class Tile(Protocol):
-    """What is needed of `tasks.single.TileView`, from the bench or from a run."""
+    """What is needed of `tasks.inference.single.TileView`, from the bench or from a run."""
 
     @property
     def original(self) -> NDArray[np.uint8]: ...  # noqa: D102

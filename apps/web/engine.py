@@ -27,7 +27,7 @@ from types import TracebackType
 from typing import Any, Generic, Self, TypeVar
 
 import leukoflow
-from apps.web.frames import (
+from leukoflow.apps.web.frames import (
     HEADER,
     Answer,
     BundleCard,
@@ -48,13 +48,13 @@ from apps.web.frames import (
     header_of,
     record_of,
 )
-from leukoflow.config import LimitSettings
-from leukoflow.errors import BundleError, LeukoflowError, place_of, words_of
-from leukoflow.geometry import MAX_UM_PER_PX, MIN_UM_PER_PX
-from leukoflow.host import worker_environment
-from leukoflow.records import DIED, Status
-from tasks.ingest import too_large
-from tasks.single import STAGES, Finding
+from leukoflow.cluster.host import worker_environment
+from leukoflow.core.config import LimitSettings
+from leukoflow.core.errors import BundleError, LeukoflowError, place_of, words_of
+from leukoflow.core.geometry import MAX_UM_PER_PX, MIN_UM_PER_PX
+from leukoflow.runs.records import DIED, Status
+from leukoflow.tasks.decoding.ingest import too_large
+from leukoflow.tasks.inference.single import STAGES, Finding
 
 _log = logging.getLogger(__name__)
 _START_SECONDS = 600.0  # importing torch from a cold disk, on a machine that does other things
@@ -286,7 +286,7 @@ class Engine:
             who: on whose behalf; persons take turns.
             bundle: name as in `bundles`; the first where it is empty.
             um_per_px: micrometres per pixel, None where unknown.
-            told: hears each of `tasks.single.STAGES` as it begins; again from the start where a worker died.
+            told: hears each of `tasks.inference.single.STAGES` as it begins; again from the start where a worker died.
 
         Returns:
             A finding whatever the bytes are: what no worker survives twice is quarantined.
@@ -422,7 +422,7 @@ class Engine:
 class _Nursery:
     """The process that forks workers, seen from here; started anew where it has ended."""
 
-    program: tuple[str, ...] = ("-m", "apps.web.engine_child")
+    program: tuple[str, ...] = ("-m", "leukoflow.apps.web.engine_child")
 
     def __init__(self, setup: Setup) -> None:
         self._setup = setup

@@ -1,4 +1,4 @@
-"""The process that diagnoses for the web server: `python -m apps.web.engine_child PARENT_PID DESCRIPTOR`.
+"""The process that diagnoses for the web server: `python -m leukoflow.apps.web.engine_child PARENT_PID DESCRIPTOR`.
 
 It imports and loads, which takes seconds, and then only forks: a worker that dies is replaced within the time that its
 networks need to warm up. A worker reads frames (`apps.web.frames`) from its socket and answers there; it decodes in a
@@ -22,7 +22,7 @@ from collections import OrderedDict
 from contextlib import suppress
 from typing import Any, BinaryIO, NoReturn
 
-from apps.web.frames import (
+from leukoflow.apps.web.frames import (
     HEADER,
     Buffer,
     BundleCard,
@@ -42,10 +42,10 @@ from apps.web.frames import (
     header_of,
     record_of,
 )
-from leukoflow.config import LimitSettings
-from leukoflow.errors import BundleError, LeukoflowError, place_of
-from tasks.ingest import Decoder
-from tasks.single import Finding, Models, examine, load_models, warm
+from leukoflow.core.config import LimitSettings
+from leukoflow.core.errors import BundleError, LeukoflowError, place_of
+from leukoflow.tasks.decoding.ingest import Decoder
+from leukoflow.tasks.inference.single import Finding, Models, examine, load_models, warm
 
 MAX_ORDER = 1 << 16
 _PR_SET_PDEATHSIG = 1
@@ -206,7 +206,7 @@ def _prepared(setup: Setup, say: _Speaker) -> Models:
     """Opens all bundles, tells of them, and loads the first, without a second thread."""
     import cv2
 
-    from models.bundle import load_bundle
+    from leukoflow.models.bundle import load_bundle
 
     cv2.setNumThreads(1)
     say(Hello(tuple(_card(name, load_bundle(name)) for name in setup.bundles)))
@@ -336,8 +336,8 @@ def _card(name: str, bundle: Any) -> BundleCard:
 
 def _measured(metrics: dict[str, Any]) -> tuple[str, ...]:
     """What `leukoflow evaluate` found out, in sentences; empty where nothing was measured."""
-    from tasks.model_card import TITLES
-    from tasks.wording import repeated_words
+    from leukoflow.tasks.report.model_card import TITLES
+    from leukoflow.tasks.review.wording import repeated_words
 
     lines = []
     for name, title in TITLES.items():

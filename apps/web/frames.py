@@ -20,10 +20,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
 
-from leukoflow.errors import LeukoflowError
-from leukoflow.records import Quality, Status
-from leukoflow.schema import CELLS
-from tasks.single import Finding, TileView
+from leukoflow.core.errors import LeukoflowError
+from leukoflow.runs.records import Quality, Status
+from leukoflow.runs.schema import CELLS
+from leukoflow.tasks.inference.single import Finding, TileView
 
 HEADER = struct.Struct("<BIQ")
 MAX_WORDS, MAX_BODY = 4 << 20, 1 << 30

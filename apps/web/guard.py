@@ -27,10 +27,10 @@ from starlette.requests import cookie_parser
 from starlette.responses import PlainTextResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from apps.web.accounts import AccountError, Accounts, Sessions, User
-from apps.web.settings import ROLES, SCOPES_OF, WebSettings, is_loopback
-from apps.web.trail import Trail
-from leukoflow.errors import place_of
+from leukoflow.apps.web.accounts import AccountError, Accounts, Sessions, User
+from leukoflow.apps.web.settings import ROLES, SCOPES_OF, WebSettings, is_loopback
+from leukoflow.apps.web.trail import Trail
+from leukoflow.core.errors import place_of
 
 log = logging.getLogger("leukoflow.web")
 

@@ -12,13 +12,13 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from apps.web.engine import BusyError
-from apps.web.guard import log
-from apps.web.settings import UploadLimits
-from leukoflow.errors import LeukoflowError, place_of
+from leukoflow.apps.web.engine import BusyError
+from leukoflow.apps.web.guard import log
+from leukoflow.apps.web.settings import UploadLimits
+from leukoflow.core.errors import LeukoflowError, place_of
 
 if TYPE_CHECKING:
-    from apps.web.uploads import Upload
+    from leukoflow.apps.web.uploads import Upload
 
 
 _AT_ONCE = 8  # images of one person in the engine's queue
@@ -53,7 +53,7 @@ class Item:
     size: int
     bundle: str  # empty: the first one
     stage: str = "waiting"  # then decode, normalize, segment, extract, classify, done
-    finding: Any = None  # tasks.single.Finding
+    finding: Any = None  # leukoflow.tasks.inference.single.Finding
     error: str = ""  # why there is none, for people
     busy: bool = False  # the error is that the queue was full
     fault: bool = False  # the error is the program's, not the image's

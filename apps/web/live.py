@@ -10,7 +10,7 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import StreamingResponse
 
-from apps.web.guard import Principal, Refused, gate_of
+from leukoflow.apps.web.guard import Principal, Refused, gate_of
 
 STREAMS_EACH = 8
 """Live views of one person at a time."""

@@ -19,9 +19,9 @@ from urllib.parse import parse_qsl, urlencode
 from fastapi import APIRouter, Depends, Form, Request
 from starlette.responses import RedirectResponse, Response, StreamingResponse
 
-from apps.web import drawing, scenes, words
-from apps.web.accounts import MIN_PASSWORD, AccountError
-from apps.web.guard import (
+from leukoflow.apps.web import drawing, scenes, words
+from leukoflow.apps.web.accounts import MIN_PASSWORD, AccountError
+from leukoflow.apps.web.guard import (
     Principal,
     Refused,
     admin,
@@ -40,16 +40,18 @@ from apps.web.guard import (
     sign_out,
     viewer,
 )
-from apps.web.jobs import Item, Job, Jobs
-from apps.web.settings import ROLES, SCOPES
-from apps.web.uploads import read_form
-from leukoflow.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError
-from leukoflow.geometry import MAX_UM_PER_PX, MIN_UM_PER_PX
-from leukoflow.records import CLASSES, Status
-from tasks import cytoplasm, handoff, verdicts, wording, worklist
-from tasks.single import STAGES, Finding
-from tasks.verdicts import Action
-from tasks.worklist import FieldLine, Query, Review, RunTable, Sort
+from leukoflow.apps.web.jobs import Item, Job, Jobs
+from leukoflow.apps.web.settings import ROLES, SCOPES
+from leukoflow.apps.web.uploads import read_form
+from leukoflow.core.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError
+from leukoflow.core.geometry import MAX_UM_PER_PX, MIN_UM_PER_PX
+from leukoflow.runs.records import CLASSES, Status
+from leukoflow.tasks.imaging import cytoplasm
+from leukoflow.tasks.inference.single import STAGES, Finding
+from leukoflow.tasks.review import export as handoff
+from leukoflow.tasks.review import verdicts, wording, worklist
+from leukoflow.tasks.review.verdicts import Action
+from leukoflow.tasks.review.worklist import FieldLine, Query, Review, RunTable, Sort
 
 router = APIRouter()
 

@@ -10,18 +10,19 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from apps.web import drawing, words
-from apps.web.drawing import Shape, Tile
-from apps.web.jobs import Item
-from apps.web.words import Cell, Subject
-from leukoflow.counts import count_of
-from leukoflow.errors import LeukoflowError
-from leukoflow.records import CLASSES, Status
-from tasks import cytoplasm, field_view, worklist
-from tasks.field_view import FieldView, ReferenceCell
-from tasks.single import Finding
-from tasks.wording import SHADOW, Scale
-from tasks.worklist import FieldLine, Frequency, RunTable
+from leukoflow.apps.web import drawing, words
+from leukoflow.apps.web.drawing import Shape, Tile
+from leukoflow.apps.web.jobs import Item
+from leukoflow.apps.web.words import Cell, Subject
+from leukoflow.core.counts import count_of
+from leukoflow.core.errors import LeukoflowError
+from leukoflow.runs.records import CLASSES, Status
+from leukoflow.tasks.imaging import cytoplasm
+from leukoflow.tasks.inference.single import Finding
+from leukoflow.tasks.review import field_view, worklist
+from leukoflow.tasks.review.field_view import FieldView, ReferenceCell
+from leukoflow.tasks.review.wording import SHADOW, Scale
+from leukoflow.tasks.review.worklist import FieldLine, Frequency, RunTable
 
 REFERENCES = 6
 """Cells of each class that are shown to compare with."""

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from ipaddress import IPv4Network, IPv6Network, ip_address, ip_network
 from pathlib import Path
 
-from leukoflow.config import LimitSettings
-from leukoflow.errors import ConfigError
-from tasks.audit import WEB_LOG
+from leukoflow.core.config import LimitSettings
+from leukoflow.core.errors import ConfigError
+from leukoflow.tasks.upkeep.audit import WEB_LOG
 
 ROLES = ("viewer", "reviewer", "admin")
 """Each may do what the ones before it may."""

@@ -1,4 +1,4 @@
-"""Who saw and did what in the web application: a log whose lines are bound to each other, as in `tasks/audit.py`.
+"""Who saw and did what in the web application: a log whose lines are bound to each other, as in the audit log.
 
 Lines are appended under a lock, so several servers may write one file. Keys are the opaque ones of the URLs; neither
 slides nor patients nor file names of images stand in it. Names are those of users.
@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
-from leukoflow.errors import StorageError
-from leukoflow.progress import now
-from tasks.audit import NOTHING, AuditEntry, AuditVerdict, check_log, line_of
+from leukoflow.core.errors import StorageError
+from leukoflow.runs.progress import now
+from leukoflow.tasks.upkeep.audit import NOTHING, AuditEntry, AuditVerdict, check_log, line_of
 
 _ROLL_AT = 32 << 20  # a file is looked through as a whole when a server starts
 

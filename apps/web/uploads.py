@@ -13,11 +13,11 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser
 
-from apps.web.guard import Refused, gate_of
-from apps.web.settings import UploadLimits
-from leukoflow.errors import LeukoflowError, MemberError
-from leukoflow.names import is_litter, no_picture
-from leukoflow.ziplist import ZipEntry, ZipWalk, read_entry
+from leukoflow.apps.web.guard import Refused, gate_of
+from leukoflow.apps.web.settings import UploadLimits
+from leukoflow.archives.zip_reader import ZipEntry, ZipWalk, read_entry
+from leukoflow.core.errors import LeukoflowError, MemberError
+from leukoflow.sources.filenames import is_litter, no_picture
 
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 _FIELDS, _FIELD_BYTES, _HEADER_BYTES = 32, 4096, 8192

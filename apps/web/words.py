@@ -13,11 +13,12 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from leukoflow.method import SegmentSettings
-from leukoflow.records import CLASSES, Quality, Status
-from tasks import page, wording
-from tasks.wording import Scale
-from tasks.worklist import Frequency, Summary
+from leukoflow.core.method import SegmentSettings
+from leukoflow.runs.records import CLASSES, Quality, Status
+from leukoflow.tasks.report import page
+from leukoflow.tasks.review import wording
+from leukoflow.tasks.review.wording import Scale
+from leukoflow.tasks.review.worklist import Frequency, Summary
 
 CLASS_NOTES = {
     "Benign": "haematogones",
@@ -220,7 +221,7 @@ def versus(findings: Sequence[Any]) -> str:
 def model_card() -> tuple[Block, ...]:
     """The model card of the embedded bundle, in blocks; empty where it is not installed beside the code."""
     try:
-        text = (Path(__file__).parents[2] / "docs" / "model-card.md").read_text(encoding="utf-8")
+        text = (Path(__file__).resolve().parents[2] / "docs" / "model-card.md").read_text(encoding="utf-8")
     except OSError:
         return ()
     return tuple(_blocks(text))

@@ -23,10 +23,10 @@ SIDE = 8
 def _shard(module: Any) -> None:
     import numpy as np
 
-    from leukoflow.records import StageTiming
-    from tasks.blocks import inference_batches
-    from tasks.classify import Diagnosis
-    from tasks.segment import CellTable
+    from leukoflow.runs.records import StageTiming
+    from leukoflow.tasks.imaging.classify import Diagnosis
+    from leukoflow.tasks.imaging.segment import CellTable
+    from leukoflow.tasks.inference.blocks import inference_batches
 
     @functools.wraps(module.prepare)
     def prepare(job: Any, first: int) -> Any:
@@ -65,7 +65,7 @@ def _shard(module: Any) -> None:
         return planes, planes.astype(np.uint16), table, np.arange(n + 1, dtype=np.int64)
 
     def _cells() -> list[tuple[str, Any]]:
-        from tasks.segment import concatenate
+        from leukoflow.tasks.imaging.segment import concatenate
 
         empty = concatenate([])
         return [(name, getattr(empty, name).dtype) for name in CellTable.__dataclass_fields__]
@@ -124,7 +124,7 @@ def _nightly(module: Any) -> None:
             return future
 
     module._attempt, module.process_shard = timed, Timed(task)
-    sys.modules["leukoflow.cluster"].IN_FLIGHT_PER_WORKER = 1  # type: ignore[attr-defined]
+    sys.modules["leukoflow.cluster.cluster"].IN_FLIGHT_PER_WORKER = 1  # type: ignore[attr-defined]
     # so nobody waits behind another shard, and what is left beside the stages is overhead
 
 
@@ -132,7 +132,11 @@ def _preflight(module: Any) -> None:
     module.BYTES_PER_IMAGE = 8_000  # of images of 8 x 8 px: the disk that real ones would need is not there
 
 
-HOOKS = {"tasks.shard": _shard, "tasks.preflight": _preflight, "flows.nightly": _nightly}
+HOOKS = {
+    "leukoflow.tasks.inference.shard": _shard,
+    "leukoflow.tasks.intake.preflight": _preflight,
+    "leukoflow.flows.run": _nightly,
+}
 
 
 class _Finder(importlib.abc.MetaPathFinder):

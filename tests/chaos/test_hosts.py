@@ -188,7 +188,7 @@ def test_workers_are_replaced_while_a_run_goes_on(night: Night) -> None:
     """One with other code is refused; one with the same code takes over from those that retire."""
     other = night.folder / "other"
     shutil.copytree(night.lab.wheel, other)
-    with (other / "tasks" / "quality.py").open("a") as file:
+    with (other / "leukoflow" / "tasks" / "imaging" / "quality.py").open("a") as file:
         file.write("# one more line\n")
     lab = night.lab
     run = night.run("rolling")

@@ -28,8 +28,8 @@ from harness import (
     write_zip,
 )
 
-from leukoflow.progress import read_manifest
-from leukoflow.storage import Storage
+from leukoflow.runs.progress import read_manifest
+from leukoflow.storage.base import Storage
 
 KILLS = int(os.environ.get("LEUKOFLOW_CHAOS_KILLS", "4"))
 SEED = int(os.environ.get("LEUKOFLOW_CHAOS_SEED", "1"))

@@ -12,8 +12,8 @@ import pytest
 from chaos.world import World, healthy, kill
 from harness import Command, committed_shards, small_bundle, smears, table, until, write_zip
 
-from leukoflow.progress import read_manifest
-from leukoflow.storage import Storage
+from leukoflow.runs.progress import read_manifest
+from leukoflow.storage.base import Storage
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 SHARDS = 8

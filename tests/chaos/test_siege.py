@@ -24,11 +24,11 @@ from chaos.world import World, can_run_postgres, freeze, healthy, kill
 from faults import FaultyProxy, moto_server, s3_account
 from harness import Command, assert_same, digests, screen_here, small_bundle, smears, table, until, white, write_zip
 
-from leukoflow.codec import loads
-from leukoflow.progress import read_manifest
-from leukoflow.records import Marker
-from leukoflow.storage import Storage
-from tasks.verify import verify_run
+from leukoflow.core.codec import loads
+from leukoflow.runs.progress import read_manifest
+from leukoflow.runs.records import Marker
+from leukoflow.storage.base import Storage
+from leukoflow.tasks.upkeep.verify import verify_run
 
 SEED = int(os.environ.get("LEUKOFLOW_CHAOS_SEED", "1"))
 RUNS = int(os.environ.get("LEUKOFLOW_CHAOS_RUNS", "22"))

@@ -15,8 +15,8 @@ from chaos.world import World, kill
 from faults import FaultyProxy, moto_server, s3_account
 from harness import ROOT, Command, committed_shards, small_bundle, smears, start, table, until, write_zip
 
-from leukoflow.progress import read_progress
-from leukoflow.storage import Storage
+from leukoflow.runs.progress import read_progress
+from leukoflow.storage.base import Storage
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 IMAGES = 96

@@ -25,7 +25,7 @@ from infra.stack import Stack
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(1500)]
 
 
-LEUKOFLOW = ("-c", "from apps.cli import main; main()")
+LEUKOFLOW = ("-m", "leukoflow")
 
 
 def environment(folder: Path) -> dict[str, str]:

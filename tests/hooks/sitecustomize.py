@@ -62,7 +62,7 @@ def _extract(module: Any) -> None:
     module.crop_cells = trapped
 
 
-TRAPS = {"tasks.normalize": _normalize, "tasks.segment": _extract}
+TRAPS = {"leukoflow.tasks.imaging.normalize": _normalize, "leukoflow.tasks.imaging.segment": _extract}
 
 
 class _Finder(importlib.abc.MetaPathFinder):
@@ -84,7 +84,7 @@ class _Finder(importlib.abc.MetaPathFinder):
 
 
 def _in_decoder() -> bool:
-    return "tasks.decode_child" in getattr(sys, "orig_argv", [])
+    return "leukoflow.tasks.decoding.decode_child" in getattr(sys, "orig_argv", [])
 
 
 if _in_decoder():  # it runs as __main__, so its own functions cannot be replaced; the library's can

@@ -12,10 +12,10 @@ import pytest
 from faults import moto_server, s3_account
 from harness import small_bundle, smears, white, write_folder, write_tar, write_zip
 
-from leukoflow.progress import read_manifest
-from leukoflow.records import RunManifest
-from leukoflow.storage import Storage
-from models.bundle import Bundle
+from leukoflow.models.bundle import Bundle
+from leukoflow.runs.progress import read_manifest
+from leukoflow.runs.records import RunManifest
+from leukoflow.storage.base import Storage
 
 Screen = Callable[..., Any]
 
@@ -26,7 +26,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     from prefect.context import refresh_global_settings_context
     from prefect.settings import PREFECT_API_URL
 
-    from apps.prefect_server import client_environment, start_server
+    from leukoflow.apps.prefect_server import client_environment, start_server
 
     started = start_server(keep=False, home=tmp_path_factory.mktemp("prefect"))
     before = dict(os.environ)
@@ -100,8 +100,8 @@ def screen(server: str, dask_address: str, bundle: Bundle) -> Screen:
     """Runs the nightly flow here, on the shared cluster; returns its final state."""
 
     def screen(source: str | Path, out: str | Path, run_id: str, **settings: Any) -> Any:
-        from flows.nightly import nightly
-        from leukoflow.config import load_config
+        from leukoflow.core.config import load_config
+        from leukoflow.flows.run import nightly
 
         chosen = {
             "bundle": str(bundle.path),

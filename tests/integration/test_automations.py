@@ -18,8 +18,8 @@ import pytest
 from aiosmtpd.controller import Controller
 from harness import ROOT, until
 
-from apps.prefect_server import free_port
-from leukoflow.errors import ConfigError
+from leukoflow.apps.prefect_server import free_port
+from leukoflow.core.errors import ConfigError
 
 pytestmark = [
     pytest.mark.integration,
@@ -91,7 +91,7 @@ def automations(server: str, told: Told) -> Iterator[dict[str, str]]:
     """The file applied with short times; gone from the shared server afterwards."""
     from prefect.client.orchestration import get_client
 
-    from apps.automations import PREFIX, apply_automations
+    from leukoflow.apps.automations import PREFIX, apply_automations
 
     environment = {
         "LEUKOFLOW_WEBHOOK_URL": told.url,
@@ -132,7 +132,7 @@ def heartbeats(run_id: Any) -> int:
 def test_a_second_time_changes_nothing(automations: dict[str, str]) -> None:
     from prefect.client.orchestration import get_client
 
-    from apps.automations import apply_automations
+    from leukoflow.apps.automations import apply_automations
 
     again = apply_automations(FILE, automations)
     assert len(again.unchanged) == 8
@@ -181,7 +181,7 @@ def test_a_killed_process_is_noticed_and_its_run_crashed(
 def test_what_a_night_has_found_is_told(automations: dict[str, str], told: Told) -> None:
     from prefect.events.worker import EventsWorker
 
-    from flows.events import emit
+    from leukoflow.flows.events import emit
 
     figures = {"quarantined": 7, "share": 0.07, "allowed": 0.01}
     for name in ("quarantined-too-many", "abstained-too-many", "drift", "deadline-at-risk"):
@@ -221,7 +221,7 @@ def test_secrets_are_not_readable_on_the_server(automations: dict[str, str]) -> 
     ],
 )
 def test_a_wrong_file_is_named(text: str, words: str, tmp_path: Path) -> None:
-    from apps.automations import read_automations
+    from leukoflow.apps.automations import read_automations
 
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(ConfigError, match=words):

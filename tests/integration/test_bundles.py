@@ -10,17 +10,17 @@ import pytest
 from harness import tables, with_other_thresholds, zarr_bytes
 from typer.testing import CliRunner
 
-from apps.cli import app
-from leukoflow.progress import read_manifest, read_progress
-from leukoflow.records import RunManifest
-from leukoflow.storage import Storage
-from models.bundle import Bundle
-from models.registry import Registry
-from tasks.diff import diff_runs
-from tasks.reproduce import reproduce_run
-from tasks.retention import plan_retention
-from tasks.shadow import newest_run
-from tasks.verify import verify_run
+from leukoflow.apps.cli.main import app
+from leukoflow.models.bundle import Bundle
+from leukoflow.models.registry import Registry
+from leukoflow.runs.progress import read_manifest, read_progress
+from leukoflow.runs.records import RunManifest
+from leukoflow.storage.base import Storage
+from leukoflow.tasks.upkeep.diff import diff_runs
+from leukoflow.tasks.upkeep.reproduce import reproduce_run
+from leukoflow.tasks.upkeep.retention import plan_retention
+from leukoflow.tasks.upkeep.shadow import newest_run
+from leukoflow.tasks.upkeep.verify import verify_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
@@ -34,7 +34,7 @@ def manifest(root: Path | str) -> RunManifest:
 def test_a_candidate_in_the_shadow_of_a_night_and_the_night_computed_again(
     screen: Any, bundle: Bundle, archives: dict[str, str], dask_address: str, tmp_path: Path, monkeypatch: Any
 ) -> None:
-    from flows.shadow import shadow
+    from leukoflow.flows.shadow import shadow
 
     out, registry = str(tmp_path / "out"), Registry(str(tmp_path / "registry"))
     registry.register(bundle.path, "ana", "first", without_metrics="a test")

@@ -15,10 +15,11 @@ from dask_processes import DaskProcesses, dask_processes
 from harness import ROOT, until
 from on_workers import nap, note, surroundings
 
-from leukoflow.cluster import PACKAGES, code_digest, open_cluster
-from leukoflow.config import ClusterSettings, SlurmSettings, TlsSettings
-from leukoflow.errors import AttemptError, ClusterError
-from leukoflow.host import cores
+from leukoflow.cluster.cluster import open_cluster
+from leukoflow.cluster.code import code_digest
+from leukoflow.cluster.host import cores
+from leukoflow.core.config import ClusterSettings, SlurmSettings, TlsSettings
+from leukoflow.core.errors import AttemptError, ClusterError
 
 SBATCH = 'job=job.$$; cp "$1" "$job"; setsid bash "$job" >>output 2>&1 & echo $! >>jobs; echo "Submitted batch job $!"'
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
@@ -27,7 +28,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 def test_a_gpu_has_a_process_of_its_own_and_threads_are_shared_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("leukoflow.workers.visible_gpus", lambda: ["3"])
+    monkeypatch.setattr("leukoflow.cluster.workers.visible_gpus", lambda: ["3"])
     with open_cluster(ClusterSettings(workers=1), gpu=True) as cluster:
         cluster.ready(partial(note, str(tmp_path)))
         assert (len(cluster.crew.gpu), len(cluster.crew.cpu), cluster.in_flight) == (1, 1, 3)
@@ -127,9 +128,9 @@ def test_workers_with_other_code_are_sent_away_and_a_lost_scheduler_is_found_aga
 ) -> None:
     """The scheduler's restart comes last: it takes the worker along."""
     other = tmp_path / "other"
-    for package in PACKAGES:
-        shutil.copytree(ROOT / package, other / package, ignore=shutil.ignore_patterns("*.safetensors", "__pycache__"))
-    with (other / "tasks" / "quality.py").open("a") as file:
+    unneeded = shutil.ignore_patterns("*.safetensors", "__pycache__")
+    shutil.copytree(ROOT / "leukoflow", other / "leukoflow", ignore=unneeded)
+    with (other / "leukoflow" / "tasks" / "imaging" / "quality.py").open("a") as file:
         file.write("# one more line\n")
     loaded = tmp_path / "loaded"
     loaded.mkdir()

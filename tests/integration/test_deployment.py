@@ -13,10 +13,10 @@ import pytest
 import yaml
 from harness import ROOT, smears, table, until, write_folder
 
-from leukoflow.ledger import Ledger
-from leukoflow.progress import read_manifest
-from leukoflow.storage import Storage
-from models.bundle import Bundle
+from leukoflow.models.bundle import Bundle
+from leukoflow.runs.ledger import Ledger
+from leukoflow.runs.progress import read_manifest
+from leukoflow.storage.base import Storage
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 FILE = ROOT / "deployments" / "prefect.yaml"
@@ -27,7 +27,7 @@ import importlib.abc, importlib.util, os, pathlib, signal, sys
 
 class Finder(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path, target=None):
-        if name != "tasks.inbox":
+        if name != "leukoflow.tasks.intake.inbox":
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)

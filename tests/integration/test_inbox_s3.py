@@ -9,9 +9,9 @@ from pathlib import Path
 import boto3
 import pytest
 
-from leukoflow.ledger import Ledger, encode, read_selection
-from leukoflow.site import load_site
-from tasks.inbox import judge, look, take
+from leukoflow.core.site import load_site
+from leukoflow.runs.ledger import Ledger, encode, read_selection
+from leukoflow.tasks.intake.inbox import judge, look, take
 
 pytestmark = pytest.mark.integration
 NIGHT = date(2026, 3, 1)

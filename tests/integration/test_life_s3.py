@@ -12,25 +12,25 @@ import pyarrow.parquet as pq
 import pytest
 from harness import digests, screen_here, with_other_thresholds, write_zip
 
-from leukoflow.errors import BundleError
-from leukoflow.progress import read_manifest
-from leukoflow.storage import Storage
-from models.bundle import Bundle
-from models.registry import Registry
-from tasks.audit import verify_log
-from tasks.compact import compact_run
-from tasks.correct import correct_patient
-from tasks.diff import diff_runs
-from tasks.erase import erase_patient
-from tasks.field_view import view
-from tasks.open_run import open_run
-from tasks.patient_key import pseudonym
-from tasks.prune import prune
-from tasks.report import build_report
-from tasks.retention import retain
-from tasks.verdicts import Action, add, check_run
-from tasks.verify import finished_runs, verify_run
-from tasks.worklist import Query, open_run_named, patient_key_of, timeline
+from leukoflow.core.errors import BundleError
+from leukoflow.models.bundle import Bundle
+from leukoflow.models.registry import Registry
+from leukoflow.runs.progress import read_manifest
+from leukoflow.storage.base import Storage
+from leukoflow.tasks.intake.open_run import open_run
+from leukoflow.tasks.intake.patient_key import pseudonym
+from leukoflow.tasks.report.run_report import build_report
+from leukoflow.tasks.review.field_view import view
+from leukoflow.tasks.review.verdicts import Action, add, check_run
+from leukoflow.tasks.review.worklist import Query, open_run_named, patient_key_of, timeline
+from leukoflow.tasks.store.compact import compact_run
+from leukoflow.tasks.upkeep.audit import verify_log
+from leukoflow.tasks.upkeep.correct import correct_patient
+from leukoflow.tasks.upkeep.diff import diff_runs
+from leukoflow.tasks.upkeep.erase import erase_patient
+from leukoflow.tasks.upkeep.prune import prune
+from leukoflow.tasks.upkeep.retention import retain
+from leukoflow.tasks.upkeep.verify import finished_runs, verify_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

@@ -15,12 +15,12 @@ from pathlib import Path
 
 import psutil
 import pytest
+from harness import ROOT
 
-from apps import prefect_server
-from apps.prefect_server import PrefectServerError, client_environment, running_server, start_server, stop
+from leukoflow.apps import prefect_server
+from leukoflow.apps.prefect_server import PrefectServerError, client_environment, running_server, start_server, stop
 
 pytestmark = pytest.mark.integration
-ROOT = Path(__file__).resolve().parents[2]
 
 
 def _eventually(condition: Callable[[], bool], seconds: float = 20.0) -> bool:
@@ -122,7 +122,7 @@ def test_a_server_dies_with_the_run_that_started_it(tmp_path: Path) -> None:
     script = (
         "import sys, time\n"
         "from pathlib import Path\n"
-        "from apps.prefect_server import start_server\n"
+        "from leukoflow.apps.prefect_server import start_server\n"
         f"server = start_server(keep=False, home=Path({str(tmp_path / 'prefect')!r}))\n"
         "print(server.pid, server.url, flush=True)\n"
         "time.sleep(600)\n"

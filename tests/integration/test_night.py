@@ -12,13 +12,13 @@ import pyarrow.parquet as pq
 import pytest
 from harness import assert_same, committed_shards, smears, table, tables, write_folder, write_zip
 
-from leukoflow.ledger import Ledger
-from leukoflow.progress import read_manifest, read_progress
-from leukoflow.site import load_site
-from leukoflow.storage import Storage
-from models.bundle import Bundle
-from tasks.inbox import take
-from tasks.open_run import open_run
+from leukoflow.core.site import load_site
+from leukoflow.models.bundle import Bundle
+from leukoflow.runs.ledger import Ledger
+from leukoflow.runs.progress import read_manifest, read_progress
+from leukoflow.storage.base import Storage
+from leukoflow.tasks.intake.inbox import take
+from leukoflow.tasks.intake.open_run import open_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 Night = Callable[..., Any]
@@ -50,7 +50,7 @@ class Place:
         return Ledger(str(self.out), "ward")
 
     def night(self, date: str = "2026-03-01") -> Any:
-        from flows.night import night
+        from leukoflow.flows.site_night import night
 
         return night(str(self.file), date, return_state=True)
 
@@ -103,7 +103,7 @@ def test_a_night_that_died_is_finished_with_what_it_was_begun_with(place: Place,
     ledger = place.ledger
     head = take(site, ledger, site.night_of(datetime(2026, 3, 1, tzinfo=UTC)), datetime.now(UTC).timestamp())
     assert head is not None
-    from flows.night import run_config
+    from leukoflow.flows.site_night import run_config
 
     open_run(run_config(site, ledger, head, head.name, None))
     (place.folder / "slides.csv").write_text("image_key,slide_id\nslide-a/1.jpg,B\nslide-b/1.jpg,B\n")
@@ -163,13 +163,13 @@ def test_at_its_deadline_a_run_hands_over_stops_and_is_finished_by_a_rerun(
     screen: Any, fields: list[bytes], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The deadline comes with the first shard that is committed, whenever that is."""
-    import flows.deadline
-    from flows.rerun import rerun
+    import leukoflow.flows.deadline
+    from leukoflow.flows.rerun import rerun
 
     images = {f"slide-{i % 2}/{i:02d}.jpg": data for i, data in enumerate(fields * 4)}
     source = write_zip(tmp_path / "long.zip", images)
     assert screen(source, tmp_path, "whole").is_completed()
-    real = flows.deadline._Watch.follow
+    real = leukoflow.flows.deadline._Watch.follow
 
     def follow(self: Any) -> None:
         while not committed_shards(tmp_path / "late") and not self.over.wait(0.02):
@@ -177,7 +177,7 @@ def test_at_its_deadline_a_run_hands_over_stops_and_is_finished_by_a_rerun(
         self.deadline = datetime.now(UTC) + timedelta(milliseconds=1)
         real(self)
 
-    monkeypatch.setattr(flows.deadline._Watch, "follow", follow)
+    monkeypatch.setattr(leukoflow.flows.deadline._Watch, "follow", follow)
     soon = datetime.now(UTC) + timedelta(hours=1)
     urgent = {"image_keys": ["slide-1/*"]}
     late = screen(source, tmp_path, "late", deadline=soon, at_deadline="stop", urgent=urgent)
@@ -218,7 +218,7 @@ def test_what_was_taken_and_deleted_has_rows_that_say_so(place: Place, fields: l
 def test_after_its_deadline_a_site_that_stops_begins_nothing(
     place: Place, fields: list[bytes], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from leukoflow.site import Site
+    from leukoflow.core.site import Site
 
     write_folder(place.inbox, {"slide-a/1.jpg": fields[0]})
     place.write('at_deadline = "stop"', 'deadline = "06:00"')
@@ -233,7 +233,7 @@ def test_after_its_deadline_a_site_that_stops_begins_nothing(
 
 
 def test_retention_of_a_site(place: Place, fields: list[bytes]) -> None:
-    from flows.retention import retention
+    from leukoflow.flows.retention import retention
 
     assert "holds no run yet" in retention(str(place.file), return_state=True).message
     write_folder(place.inbox, {"slide-a/1.jpg": fields[0]})

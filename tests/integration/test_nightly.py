@@ -14,9 +14,9 @@ import pytest
 import zarr
 from harness import arrays, assert_same, digests, smears, table, tables, write_zip
 
-from leukoflow.progress import read_manifest, read_progress
-from leukoflow.schema import CELLS, PREDICTIONS, SLIDES
-from leukoflow.storage import Storage
+from leukoflow.runs.progress import read_manifest, read_progress
+from leukoflow.runs.schema import CELLS, PREDICTIONS, SLIDES
+from leukoflow.storage.base import Storage
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 KINDS = ("zip", "directory", "tar", "tgz")

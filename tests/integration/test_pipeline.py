@@ -12,10 +12,10 @@ import on_workers
 import pytest
 from harness import until
 
-from flows import nightly
-from leukoflow.cluster import Cluster, open_cluster
-from leukoflow.config import ClusterSettings
-from leukoflow.records import Shard
+from leukoflow.cluster.cluster import Cluster, open_cluster
+from leukoflow.core.config import ClusterSettings
+from leukoflow.flows import run as nightly
+from leukoflow.runs.records import Shard
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
 SHARDS = 8
@@ -40,7 +40,7 @@ def went(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dic
 
 
 def test_gpus_compute_and_the_others_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leukoflow.workers.visible_gpus", lambda: ["0"])
+    monkeypatch.setattr("leukoflow.cluster.workers.visible_gpus", lambda: ["0"])
     with open_cluster(ClusterSettings(workers=1), gpu=True) as cluster:
         cluster.ready(partial(on_workers.nap, 0.0))
         (gpu,), (cpu,) = cluster.crew.gpu, cluster.crew.cpu

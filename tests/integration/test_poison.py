@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from harness import ROOT, Command, dotted, smears, start, table, write_zip
 
-from leukoflow.progress import read_manifest
-from leukoflow.storage import Storage
-from models.bundle import Bundle
+from leukoflow.models.bundle import Bundle
+from leukoflow.runs.progress import read_manifest
+from leukoflow.storage.base import Storage
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(900)]
 HOOKS = ROOT / "tests" / "hooks"

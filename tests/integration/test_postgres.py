@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from harness import until
 
-from apps.prefect_server import free_port
 from infra.postgres import Binaries, Postgres, _candidates, dump, find_binaries, restore
 from infra.processes import Processes, StackError, unprivileged_user
+from leukoflow.apps.prefect_server import free_port
 
 pytestmark = pytest.mark.integration
 

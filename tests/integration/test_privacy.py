@@ -19,11 +19,11 @@ from harness import smears, until, write_folder
 from PIL import Image, TiffImagePlugin
 from PIL.PngImagePlugin import PngInfo
 
-from leukoflow.config import load_config
-from tasks.metrics import RunsCollector, exposition
-from tasks.nights import gather, nights_json
-from tasks.nights_page import nights_page
-from tasks.open_run import open_run
+from leukoflow.core.config import load_config
+from leukoflow.tasks.intake.open_run import open_run
+from leukoflow.tasks.monitor.metrics import RunsCollector, exposition
+from leukoflow.tasks.monitor.nights import gather, nights_json
+from leukoflow.tasks.report.nights_report import nights_page
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 

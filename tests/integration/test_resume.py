@@ -18,12 +18,12 @@ from harness import (
     zarr_bytes,
 )
 
-from leukoflow.errors import RunConflictError
-from leukoflow.progress import read_manifest, read_progress
-from leukoflow.records import Shard
-from leukoflow.storage import Storage
-from models.bundle import Bundle
-from tasks.shard import read_marker
+from leukoflow.core.errors import RunConflictError
+from leukoflow.models.bundle import Bundle
+from leukoflow.runs.progress import read_manifest, read_progress
+from leukoflow.runs.records import Shard
+from leukoflow.storage.base import Storage
+from leukoflow.tasks.inference.shard import read_marker
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 SHARD = "00001"
@@ -49,7 +49,7 @@ def no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(*args: Any, **kwargs: Any) -> NoReturn:
         raise AssertionError("a cluster was opened")
 
-    monkeypatch.setattr("flows.nightly.open_cluster", refuse)
+    monkeypatch.setattr("leukoflow.flows.run.open_cluster", refuse)
 
 
 def times(root: Path, without: str) -> dict[str, int]:
@@ -91,7 +91,7 @@ def test_a_finished_run_starts_no_server_either(
         assert command.wait() == 3  # as the run itself: some members are quarantined
         assert "nothing was started" in command.text()
         assert not home.exists()
-        assert command.seen == {}
+        assert not command.worker_pids  # importing torch asks ldconfig, so that not every child is one of ours
     finally:
         command.end()
 

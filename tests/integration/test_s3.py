@@ -11,11 +11,11 @@ import pytest
 import zarr
 from harness import ROOT, arrays, start, table, until, write_zip
 
-from leukoflow.errors import PreflightError
-from leukoflow.progress import read_manifest, read_progress
-from leukoflow.storage import Storage
-from models.bundle import Bundle
-from tasks.preflight import conditional_writes
+from leukoflow.core.errors import PreflightError
+from leukoflow.models.bundle import Bundle
+from leukoflow.runs.progress import read_manifest, read_progress
+from leukoflow.storage.base import Storage
+from leukoflow.tasks.intake.preflight import conditional_writes
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from faults import Answer, FaultyProxy, s3_account
+from faults import Answer, FaultyProxy, fetched, s3_account, unfinished
 from harness import assert_same, digests, screen_here, start, until, write_folder, write_zip
 
-from leukoflow.errors import BundleError, ConfigError, StorageError
-from leukoflow.progress import read_manifest
-from leukoflow.storage import Storage
-from models.bundle import Bundle, load_bundle
-from tasks.open_run import Run
-from tasks.verify import verify_run
+from leukoflow.core.errors import BundleError, ConfigError, StorageError
+from leukoflow.models.bundle import Bundle, load_bundle
+from leukoflow.runs.progress import read_manifest
+from leukoflow.storage.base import Storage
+from leukoflow.tasks.intake.open_run import Run
+from leukoflow.tasks.upkeep.verify import verify_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 DROP = ("run_id", "source_uri")
@@ -61,20 +61,6 @@ def hand_over(client: Any, members: dict[str, bytes], bundle: Bundle) -> None:
     for file in bundle.path.iterdir():
         client.put_object(Bucket="lab", Key=f"bundles/small/{file.name}", Body=file.read_bytes())
     client.put_object(Bucket="lab", Key="in/slides.csv", Body=slides(members))
-
-
-def fetched(client: Any, prefix: str, target: Path) -> Path:
-    """What lies on the store, past our code."""
-    for page in client.get_paginator("list_objects_v2").paginate(Bucket="lab", Prefix=f"{prefix}/"):
-        for item in page.get("Contents", ()):
-            file = target / item["Key"].removeprefix(f"{prefix}/")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_bytes(client.get_object(Bucket="lab", Key=item["Key"])["Body"].read())
-    return target
-
-
-def unfinished(client: Any) -> list[str]:
-    return [upload["Key"] for upload in client.list_multipart_uploads(Bucket="lab").get("Uploads", ())]
 
 
 def remote(bundle: Bundle) -> Bundle:
@@ -172,7 +158,7 @@ def test_an_outage_amid_the_night_quarantines_nothing(
     assert proxy.made()["outage"] > 3
     assert_same(fetched(client, "out/gone", tmp_path / "fetched"), Path(undisturbed.root), DROP)
 
-    monkeypatch.setattr("leukoflow.objectstore.ObjectStore.retries", 1)  # of an impatient client the stage fails
+    monkeypatch.setattr("leukoflow.storage.s3_client.ObjectStore.retries", 1)  # of an impatient client the stage fails
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
     proxy.says = lambda request: asked.set() if "/in/night/" in request.path else None  # type: ignore[func-returns-value]
     asked.clear()

@@ -18,16 +18,15 @@ import boto3
 import pytest
 from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError
-from faults import FaultyProxy, s3_account
+from faults import FaultyProxy, fetched, s3_account, unfinished
 from harness import assert_same, screen_here, until, write_zip
-from test_s3_faults import fetched, unfinished
 
-from apps.doctor import check_storage
-from leukoflow.errors import PreflightError, StorageError
-from leukoflow.storage import Storage
-from models.bundle import Bundle
-from tasks.preflight import conditional_writes
-from tasks.verify import verify_run
+from leukoflow.apps.doctor import check_storage
+from leukoflow.core.errors import PreflightError, StorageError
+from leukoflow.models.bundle import Bundle
+from leukoflow.storage.base import Storage
+from leukoflow.tasks.intake.preflight import conditional_writes
+from leukoflow.tasks.upkeep.verify import verify_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(300)]
 

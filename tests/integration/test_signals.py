@@ -13,8 +13,8 @@ from typing import Any
 import pytest
 from harness import ROOT, Command, assert_same, committed_shards, digests, smears, start, until, write_zip
 
-from leukoflow.progress import read_progress
-from models.bundle import Bundle
+from leukoflow.models.bundle import Bundle
+from leukoflow.runs.progress import read_progress
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 HOOKS = str(ROOT / "tests" / "hooks")
@@ -127,7 +127,7 @@ def test_cancel_in_prefect_drains(launch: Launch, server: str, tmp_path: Path) -
 
 def test_a_second_signal_ends_at_once(launch: Launch, server: str, tmp_path: Path) -> None:
     command = launch(PREFECT_API_URL=server, TEST_DELAY_SECONDS="20")
-    until(lambda: command.find("tasks.decode_child"), 240, "a worker decodes", command)
+    until(lambda: command.find("leukoflow.tasks.decoding.decode_child"), 240, "a worker decodes", command)
     command.process.terminate()
     log = tmp_path / "long" / "logs"
     until(lambda: "finishing what is on its way" in next(log.iterdir()).read_text(), 60, "the first is heard", command)
@@ -146,7 +146,7 @@ def test_kill_leaves_nobody_behind(
     command = launch(LEUKOFLOW_PREFECT_HOME=str(tmp_path / "prefect"))
     first_commit(command, tmp_path / "long")
     assert len(command.workers()) == 2
-    assert command.find("tasks.decode_child")
+    assert command.find("leukoflow.tasks.decoding.decode_child")
     assert command.find("_prefect_process.py")
     command.process.kill()
     command.process.wait()

@@ -11,10 +11,10 @@ from typing import Any
 import pyarrow.parquet as pq
 import pytest
 
-from leukoflow.errors import MemberError, SourceError
-from leukoflow.records import SourceKind
-from leukoflow.sources import Listing, identify, open_reader, spool
-from tasks.plan import plan, read_shard, shards
+from leukoflow.core.errors import MemberError, SourceError
+from leukoflow.runs.records import SourceKind
+from leukoflow.sources.members import Listing, identify, open_reader, spool
+from leukoflow.tasks.intake.plan import plan, read_shard, shards
 
 pytestmark = pytest.mark.integration
 FILES = {f"fields/f{i:04}.jpg": bytes([i % 256]) * (100 + i) for i in range(60)}
@@ -27,7 +27,7 @@ def smears(client: Any) -> Any:
 
 
 def test_prefix(smears: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leukoflow.sources._S3_PAGE", 25)  # more than one page
+    monkeypatch.setattr("leukoflow.sources.members._S3_PAGE", 25)  # more than one page
     for name, data in {**FILES, "fields/": b"", "fields/Thumbs.db": b"litter"}.items():
         smears.put_object(Bucket="smears", Key=f"night/{name}", Body=data)
     smears.put_object(Bucket="smears", Key="night-2/other.jpg", Body=b"not ours")

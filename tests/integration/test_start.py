@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from harness import smears, start, until, write_zip
 
-from leukoflow.progress import ProgressReader, list_runs, read_progress
-from models.bundle import Bundle
+from leukoflow.models.bundle import Bundle
+from leukoflow.runs.progress import ProgressReader, list_runs, read_progress
 
 pytestmark = pytest.mark.integration
 

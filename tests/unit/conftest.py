@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from harness import screen_here, small_bundle, smears, white, write_zip
 
-from models.bundle import Bundle
-from tasks.open_run import Run
+from leukoflow.models.bundle import Bundle
+from leukoflow.tasks.intake.open_run import Run
 
 KEY = "a key that only these tests have"
 

@@ -18,11 +18,11 @@ import uvicorn
 from gate_world import GENEROUS, HASHER, PASSWORD, PEOPLE
 from harness import screen_here, small_bundle, white, with_other_thresholds, write_zip
 
-from apps.web.app import create_app
-from apps.web.settings import WebSettings
-from leukoflow.config import LimitSettings
-from models.bundle import Bundle
-from tasks.sample import write_sample
+from leukoflow.apps.web.app import create_app
+from leukoflow.apps.web.settings import WebSettings
+from leukoflow.core.config import LimitSettings
+from leukoflow.models.bundle import Bundle
+from leukoflow.tasks.imaging.synthetic import write_sample
 
 CHROMIUM = os.environ.get("LEUKOFLOW_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 FLAGS = [

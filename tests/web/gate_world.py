@@ -17,12 +17,12 @@ from fastapi import FastAPI
 from PIL import Image
 from starlette.testclient import TestClient
 
-from apps.web.app import create_app
-from apps.web.engine import EngineLoad
-from apps.web.frames import BundleCard
-from apps.web.settings import Rates, WebSettings
-from leukoflow.records import CLASSES, Quality, Status
-from tasks.single import Finding
+from leukoflow.apps.web.app import create_app
+from leukoflow.apps.web.engine import EngineLoad
+from leukoflow.apps.web.frames import BundleCard
+from leukoflow.apps.web.settings import Rates, WebSettings
+from leukoflow.runs.records import CLASSES, Quality, Status
+from leukoflow.tasks.inference.single import Finding
 
 PASSWORD = "a smear under the lamp"
 PEOPLE = {"vera": "viewer", "rita": "reviewer", "anna": "admin"}

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 
-from apps.web import engine_child
-from apps.web.frames import BundleCard, Hello, Setup
-from leukoflow.config import LimitSettings
-from leukoflow.errors import BundleError
-from leukoflow.method import SegmentSettings
-from leukoflow.records import CLASSES, Status
-from tasks.ingest import Decoder
-from tasks.single import STAGES, Finding, TileView
+from leukoflow.apps.web import engine_child
+from leukoflow.apps.web.frames import BundleCard, Hello, Setup
+from leukoflow.core.config import LimitSettings
+from leukoflow.core.errors import BundleError
+from leukoflow.core.method import SegmentSettings
+from leukoflow.runs.records import CLASSES, Status
+from leukoflow.tasks.decoding.ingest import Decoder
+from leukoflow.tasks.inference.single import STAGES, Finding, TileView
 
 DIES, FOREVER, GREEDY, ONCE, NONSENSE, FAULTY = ((13, 37, blue) for blue in range(200, 206))
 FOLDER = Path(os.environ.get("TEST_FOLDER", "/nowhere"))

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from browser_world import HOSTILE, PASSWORD, RUN, Site, page_of, picture_shown, served, until, upload
 
-from tasks import verdicts
+from leukoflow.tasks.review import verdicts
 
 pytestmark = pytest.mark.timeout(180)
 

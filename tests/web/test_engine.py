@@ -20,11 +20,12 @@ import numpy as np
 import psutil
 import pyarrow as pa
 import pytest
+from harness import ROOT
 from PIL import Image
 
-from apps.web.engine import BusyError, Engine, EngineError, FairQueue, _Nursery
-from apps.web.engine_child import _measured
-from apps.web.frames import (
+from leukoflow.apps.web.engine import BusyError, Engine, EngineError, FairQueue, _Nursery
+from leukoflow.apps.web.engine_child import _measured
+from leukoflow.apps.web.frames import (
     HEADER,
     KINDS,
     Answer,
@@ -35,18 +36,17 @@ from apps.web.frames import (
     header_of,
     record_of,
 )
-from leukoflow.config import LimitSettings
-from leukoflow.errors import BundleError
-from leukoflow.records import Quality, Status
-from leukoflow.schema import CELLS
-from tasks.ingest import Decoder
-from tasks.single import STAGES, Finding, TileView, examine, load_models
+from leukoflow.core.config import LimitSettings
+from leukoflow.core.errors import BundleError
+from leukoflow.runs.records import Quality, Status
+from leukoflow.runs.schema import CELLS
+from leukoflow.tasks.decoding.ingest import Decoder
+from leukoflow.tasks.inference.single import STAGES, Finding, TileView, examine, load_models
 
 pytestmark = pytest.mark.timeout(300)
 T = TypeVar("T")
 DIES, FOREVER, GREEDY, ONCE, NONSENSE, FAULTY = ((13, 37, blue) for blue in range(200, 206))
 LIMITS = LimitSettings(max_member_mb=8, max_megapixels=8, decode_memory_mb=512)
-ROOT = Path(__file__).resolve().parents[2]
 MADE_UP = Path(__file__).with_name("made_up_child.py")
 
 
@@ -341,7 +341,9 @@ def test_bundles_are_loaded_when_asked_for(served: Served) -> None:
     with pytest.raises(BundleError, match="no longer there"):
         served.examine(field(), bundle="gone")
     assert served.examine(field()).bundle == "one"
-    assert len([p for p in family() if "tasks.decode_child" in p.cmdline()]) == 1  # at most one stays loaded
+    assert (
+        len([p for p in family() if "leukoflow.tasks.decoding.decode_child" in p.cmdline()]) == 1
+    )  # at most one stays loaded
 
 
 def test_a_bundle_that_cannot_be_opened_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -499,8 +501,8 @@ def test_the_process_that_starts_workers_may_die(served: Served) -> None:
 
 HOLDER = """
 import asyncio, sys
-from apps.web.engine import Engine, _Nursery
-from leukoflow.config import LimitSettings
+from leukoflow.apps.web.engine import Engine, _Nursery
+from leukoflow.core.config import LimitSettings
 
 async def main():
     _Nursery.program = (sys.argv[1],)

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from gate_world import HASHER, PASSWORD
 
-from apps.web.accounts import AccountError, Accounts, Sessions
-from apps.web.settings import checked_host_name, checked_root_path, checked_users_file, networks
-from leukoflow.errors import ConfigError
+from leukoflow.apps.web.accounts import AccountError, Accounts, Sessions
+from leukoflow.apps.web.settings import checked_host_name, checked_root_path, checked_users_file, networks
+from leukoflow.core.errors import ConfigError
 
 
 @pytest.fixture

@@ -27,10 +27,10 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from apps.web.api import document
-from leukoflow.records import CLASSES
-from tasks.verdicts import Action, add
-from tasks.worklist import open_run_table, patient_key_of, run_key_of, timeline
+from leukoflow.apps.web.api import document
+from leukoflow.runs.records import CLASSES
+from leukoflow.tasks.review.verdicts import Action, add
+from leukoflow.tasks.review.worklist import open_run_table, patient_key_of, run_key_of, timeline
 
 API = "/api/v1"
 RUN = f"{API}/runs/{run_key_of('night')}"
@@ -268,7 +268,9 @@ def test_a_patients_page_says_where_runs_do_not_agree(place: World, monkeypatch:
     )
     points = (course.points[0], replace(course.points[0], run_id="empty", summary=nothing))
     said = "Runs do not agree on this patient: Pro-B in a (3 fields); Early Pre-B in b (2 fields)."
-    monkeypatch.setattr("tasks.worklist.timeline", lambda out, key: replace(course, points=points, remarks=(said,)))
+    monkeypatch.setattr(
+        "leukoflow.tasks.review.worklist.timeline", lambda out, key: replace(course, points=points, remarks=(said,))
+    )
     page = place.browser("rita").get(f"/patients/{patient}").text
     assert said in page
     assert "2–98" not in page  # an interval from even odds is no measurement

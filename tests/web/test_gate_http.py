@@ -17,12 +17,13 @@ from typing import Any
 
 import pytest
 from gate_world import PASSWORD, FakeEngine, World, archive, picture, sign_in, token_in, world
+from harness import ROOT
 
-from apps.web import api, api_runs, pages
-from apps.web.guard import safe_next
-from apps.web.settings import ProxySettings, Rates, UploadLimits, networks
-from leukoflow.records import Status
-from tasks.audit import check_log
+from leukoflow.apps.web import api, api_runs, pages
+from leukoflow.apps.web.guard import safe_next
+from leukoflow.apps.web.settings import ProxySettings, Rates, UploadLimits, networks
+from leukoflow.runs.records import Status
+from leukoflow.tasks.upkeep.audit import check_log
 
 DIAGNOSES = "/api/v1/diagnoses"
 FIELD = b'--B\r\nContent-Disposition: form-data; name="a"\r\n\r\nx'
@@ -537,7 +538,7 @@ def test_oversized_pixels_are_left_to_the_decoder_with_its_limits(place: World) 
     assert answer.status_code == 200
     assert place.engine.seen == [("vera", huge)]
     for module in ("app", "guard", "uploads", "jobs", "api"):
-        source = (Path(__file__).parents[2] / "apps" / "web" / f"{module}.py").read_text()
+        source = (ROOT / "apps" / "web" / f"{module}.py").read_text()
         assert not re.search(r"\bPIL\b|\bcv2\b", source), "only the engine's children decode what was uploaded"
 
 
@@ -756,7 +757,7 @@ def test_two_servers_write_one_log(tmp_path: Path) -> None:
 
 
 def test_a_full_log_goes_on_in_a_new_one(place: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("apps.web.trail._ROLL_AT", 1000)
+    monkeypatch.setattr("leukoflow.apps.web.trail._ROLL_AT", 1000)
     other = world(Path(place.settings.out).parent)
     for i in range(12):
         (place if i % 2 else other).gate.trail.add("vera", "test", str(i))

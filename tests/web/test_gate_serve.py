@@ -17,8 +17,8 @@ from gate_world import token_in
 from harness import ROOT, until
 from typer.testing import CliRunner, Result
 
-from apps.cli import app
-from apps.web.accounts import Accounts
+from leukoflow.apps.cli.main import app
+from leukoflow.apps.web.accounts import Accounts
 
 LONG = "a smear under the lamp"
 
@@ -106,7 +106,7 @@ def test_first_start_as_a_process(tmp_path: Path) -> None:
     """The link on the console makes the administrator; the server ends when asked to, and its log names nobody."""
     (tmp_path / "out").mkdir()
     command = [
-        sys.executable, "-c", "from apps.cli import main; main()", "serve", str(tmp_path / "out"), "--port", "0",
+        sys.executable, "-m", "leukoflow", "serve", str(tmp_path / "out"), "--port", "0",
         "--no-diagnose", "--users", str(tmp_path / "state" / "users.json"),
     ]  # fmt: skip
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "300", "PYTHONUNBUFFERED": "1"}
@@ -154,7 +154,7 @@ def test_first_start_as_a_process(tmp_path: Path) -> None:
 
 def test_starting_takes_no_torch(tmp_path: Path) -> None:
     """The server's own process holds no model: it starts at once, and stays small."""
-    code = "import sys, apps.web.app; print(any(m == 'torch' or m.startswith('torch.') for m in sys.modules))"
+    code = "import sys, leukoflow.apps.web.app; print(any(m == 'torch' or m.startswith('torch.') for m in sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True,
         check=True, timeout=200,

@@ -10,9 +10,9 @@ import pytest
 from browser_world import LONG, PASSWORD, RUN, Site, page_of, picture_shown, upload
 from test_accessibility import places, settled
 
-from apps.web import scenes
-from leukoflow.records import Status
-from tasks.worklist import Query, open_run_table, run_key_of
+from leukoflow.apps.web import scenes
+from leukoflow.runs.records import Status
+from leukoflow.tasks.review.worklist import Query, open_run_table, run_key_of
 
 pytestmark = pytest.mark.timeout(180)
 WIDTHS = (1280, 820, 390)

@@ -12,11 +12,11 @@ import pyarrow.parquet as pq
 import pytest
 from browser_world import RUN, Site, page_of, picture_shown, served, until
 
-from leukoflow.records import Status
-from tasks import verdicts
-from tasks.verdicts import Action, Verdict
-from tasks.wording import class_name
-from tasks.worklist import Query, open_run_named
+from leukoflow.runs.records import Status
+from leukoflow.tasks.review import verdicts
+from leukoflow.tasks.review.verdicts import Action, Verdict
+from leukoflow.tasks.review.wording import class_name
+from leukoflow.tasks.review.worklist import Query, open_run_named
 
 pytestmark = pytest.mark.timeout(180)
 

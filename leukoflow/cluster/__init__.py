@@ -1,0 +1,1 @@
+"""The Dask workers of a run: how they are started, watched and described."""

@@ -1,0 +1,1 @@
+"""What was handed over: recognise it, list its members, read one member."""

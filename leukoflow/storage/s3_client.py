@@ -1,0 +1,547 @@
+"""The S3 client: one place for its settings and retries, for what s3fs leaves open, and for its errors in words.
+
+Importing this module takes a second, so `storage` and `sources` do it only where an `s3://` address turns up.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from contextlib import contextmanager, suppress
+from functools import cache, lru_cache
+from typing import Any, Self, cast
+
+import botocore.session
+from botocore.config import Config
+from botocore.exceptions import (
+    BotoCoreError,
+    ClientError,
+    CredentialRetrievalError,
+    HTTPClientError,
+    NoCredentialsError,
+    NoRegionError,
+    PartialCredentialsError,
+    ProfileNotFound,
+    SSLError,
+    TokenRetrievalError,
+    UnauthorizedSSOTokenError,
+)
+from botocore.exceptions import ConnectionError as NoConnectionError
+from botocore.parsers import ResponseParserError
+from fsspec.asyn import sync
+from s3fs import S3FileSystem, core
+from zarr.storage import FsspecStore
+
+from leukoflow.core.errors import LeukoflowError, StorageError
+from leukoflow.core.reading import GuardedReader
+
+ADDRESSING = "LEUKOFLOW_S3_ADDRESSING_STYLE"
+ATTEMPTS = 6
+"""Of each request, with pauses that double from about half a second: some fifteen seconds in all."""
+ROUNDS = 5
+"""How often all attempts are made for a request whose connections break, or for a body that breaks off: an outage of a
+minute is waited for, and a longer one fails the shard, which is tried again."""
+COPY_LIMIT = 1 << 30
+"""Larger objects are copied in pieces, so that no single copy runs into the time limit of a request."""
+COPY_PIECE = 256 << 20
+_CREATOR = "leukoflow-creator"
+_ABSENT = ("NoSuchKey", "NoSuchUpload", "404", "NotFound")
+_CONFLICTS = ("ConditionalRequestConflict", "OperationAborted", "409")
+_REFUSED = ("PreconditionFailed", "412")
+_BATCH = 16
+
+
+# ---------------------------------------------------------------- the client
+
+
+def environment() -> tuple[tuple[str, str], ...]:
+    """What decides which store is meant and as whom; file systems are kept apart by it, and by the process."""
+    named = ((k, v) for k, v in os.environ.items() if k.startswith(("AWS_", "LEUKOFLOW_S3_")))
+    return (("pid", str(os.getpid())), *sorted(named))
+
+
+def _config() -> dict[str, Any]:
+    """Botocore's settings; what the user has set by the usual variables stays."""
+    retries: dict[str, Any] = {}
+    if "AWS_RETRY_MODE" not in os.environ:
+        # The other modes share a budget among all requests; in an outage it is spent within seconds, and they give up.
+        retries["mode"] = "legacy"
+    if "AWS_MAX_ATTEMPTS" not in os.environ:
+        retries["total_max_attempts"] = ATTEMPTS
+    settings: dict[str, Any] = {"connect_timeout": 10, "read_timeout": 60, "retries": retries}
+    if style := os.environ.get(ADDRESSING):
+        if style not in ("path", "virtual", "auto"):
+            raise StorageError(f"{ADDRESSING} is {style!r}: it must be path, virtual or auto")
+        settings["s3"] = {"addressing_style": style}
+    return settings
+
+
+class _ShortAnswerError(HTTPClientError):  # type: ignore[misc]
+    """An answer that is not what was asked for; the client library takes it for a broken connection and asks again."""
+
+    fmt = "the answer has {found} bytes instead of {wanted}"
+
+
+class _ExhaustedError(OSError):
+    """All attempts at a request are spent; s3fs would take the original error for one to begin all over with."""
+
+
+class ObjectStore(S3FileSystem):  # type: ignore[misc]
+    """s3fs, made strict: short answers and failed deletions are errors, and failed copies leave no upload behind."""
+
+    retries = ROUNDS
+
+    async def _call_s3(self, method: str, *akwarglist: Any, **kwargs: Any) -> Any:
+        try:
+            answer = await super()._call_s3(method, *akwarglist, **kwargs)
+        except (HTTPClientError, NoConnectionError, ResponseParserError, TimeoutError) as error:
+            raise _ExhaustedError(str(error)) from error
+        if method == "get_object" and "ContentRange" in answer:
+            first, _, last = answer["ContentRange"].removeprefix("bytes ").partition("/")[0].partition("-")
+            wanted, found = int(last) - int(first) + 1, int(answer["ContentLength"])
+            if wanted != found:
+                raise _ShortAnswerError(found=found, wanted=wanted)
+        return answer
+
+    async def _bulk_delete(self, pathlist: list[str], **kwargs: Any) -> Any:
+        if not pathlist:
+            return []
+        bucket = self.split_path(pathlist[0])[0]
+        keys = [{"Key": self.split_path(path)[1]} for path in pathlist]
+        answer = await self._call_s3("delete_objects", kwargs, Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
+        for error in answer.get("Errors", ()):
+            if error.get("Code") not in _ABSENT:
+                raise ClientError({"Error": error}, "DeleteObjects")
+        return pathlist
+
+    async def _copy_managed(self, path1: str, path2: str, size: int, block: int = COPY_PIECE, **kwargs: Any) -> None:
+        source = self._strip_protocol(path1)
+        bucket, key, _ = self.split_path(path2)
+        upload = (await self._call_s3("create_multipart_upload", Bucket=bucket, Key=key, **kwargs))["UploadId"]
+        place = {"Bucket": bucket, "Key": key, "UploadId": upload}
+        try:
+            parts = []
+            for number, start in enumerate(range(0, size, block), 1):
+                piece = f"bytes={start}-{min(start + block, size) - 1}"
+                done = await self._call_s3(
+                    "upload_part_copy", PartNumber=number, CopySource=source, CopySourceRange=piece, **place
+                )
+                parts.append({"PartNumber": number, "ETag": done["CopyPartResult"]["ETag"]})
+            await self._call_s3("complete_multipart_upload", MultipartUpload={"Parts": parts}, **place)
+        except BaseException:
+            await self._call_s3("abort_multipart_upload", **place)
+            raise
+
+
+@cache  # one that is dropped is not closed
+def filesystem(whose: tuple[tuple[str, str], ...], asynchronous: bool = False) -> ObjectStore:
+    """The file system of this process for `environment()`: never made before a fork, never with cached listings."""
+    if NoConnectionError not in core.S3_RETRYABLE_ERRORS:  # s3fs knows broken connections, and none that is refused
+        core.add_retryable_error(NoConnectionError)
+    return ObjectStore(
+        use_listings_cache=False,
+        skip_instance_cache=True,
+        default_block_size=8 << 20,
+        max_concurrency=1,  # else whole objects are fetched in pieces, whose failures are not retried
+        config_kwargs=_config(),
+        asynchronous=asynchronous,
+    )
+
+
+# ---------------------------------------------------------------- errors
+
+
+def code_of(error: BaseException | None) -> str | None:
+    """The store's own word for what went wrong, such as NoSuchKey, wherever it hides in the chain of causes."""
+    seen = 0
+    while error is not None and seen < 10:
+        if isinstance(error, ClientError):
+            return str(error.response.get("Error", {}).get("Code", ""))
+        error, seen = error.__cause__ or error.__context__, seen + 1
+    return None
+
+
+@contextmanager
+def store_errors(uri: str) -> Iterator[None]:
+    """Turns whatever the client raises into StorageError in words; an absent key stays FileNotFoundError."""
+    try:
+        yield
+    except LeukoflowError:
+        raise
+    except FileExistsError:
+        raise
+    except FileNotFoundError as error:
+        if code_of(error) != "NoSuchBucket":
+            raise
+        raise StorageError(explain(error, uri)) from error
+    except Exception as error:
+        foreign = type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
+        if not foreign and not isinstance(error, OSError | BotoCoreError):
+            raise
+        if code_of(error) in _ABSENT:
+            raise FileNotFoundError(uri) from error
+        raise StorageError(explain(error, uri)) from error
+
+
+def explain(error: BaseException, uri: str) -> str:
+    """One line that names the thing and the remedy."""
+    bucket = uri.removeprefix("s3://").partition("/")[0]
+    endpoint = _endpoint()
+    code = code_of(error) or ""
+    root = error
+    while root.__cause__ is not None and not isinstance(root, BotoCoreError | ClientError):
+        root = root.__cause__
+    match code:
+        case "NoSuchBucket":
+            return (
+                f"{uri}: bucket {bucket} does not exist at {endpoint}; create it, or correct name or AWS_ENDPOINT_URL"
+            )
+        case "AccessDenied" | "AllAccessDisabled" | "403" | "Forbidden":
+            return (
+                f"{uri}: access denied; give these credentials the rights on bucket {bucket} that the operating guide "
+                "lists (Object storage), or use others (AWS_PROFILE, AWS_ACCESS_KEY_ID)"
+            )
+        case "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "InvalidSecurity":
+            return (
+                f"{uri}: {endpoint} does not know these credentials ({code}); correct AWS_ACCESS_KEY_ID and "
+                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+            )
+        case "ExpiredToken" | "ExpiredTokenException" | "TokenRefreshRequired" | "InvalidToken" | "RequestExpired":
+            return f"{uri}: the credentials have expired ({code}); renew them, and give the same command again"
+        case "RequestTimeTooSkewed":
+            return f"{uri}: the clock of this machine is wrong (RequestTimeTooSkewed); set it"
+        case "PermanentRedirect" | "AuthorizationHeaderMalformed" | "IllegalLocationConstraintException" | "301":
+            found = root.response.get("Error", {}) if isinstance(root, ClientError) else {}
+            region = found.get("Region") or found.get("Endpoint")
+            hint = f" ({region})" if region else ""
+            return (
+                f"{uri}: bucket {bucket} is in another region or behind another endpoint{hint}; set AWS_DEFAULT_REGION"
+            )
+        case "InvalidBucketName":
+            return f"{uri}: {bucket!r} cannot be the name of a bucket; correct the address"
+        case "PreconditionFailed" | "412":
+            return f"{uri} was replaced while it was being read; if it is a source, start a new run for the new content"
+        case "InvalidObjectState":
+            return f"{uri}: it is in an archive class of the store; restore it first"
+        case "NotImplemented" | "501" | "MethodNotAllowed":
+            return f"{uri}: {endpoint} does not offer what is needed ({code}); use another object store"
+        case "SlowDown" | "503" | "ServiceUnavailable" | "Throttling" | "RequestLimitExceeded" | "TooManyRequests":
+            return f"{uri}: the store is overloaded ({code}) and stayed so through all retries; try again later"
+    if isinstance(root, NoCredentialsError | PartialCredentialsError):
+        return (
+            f"{uri}: no credentials for the store; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, "
+            "or give this machine a role"
+        )
+    if isinstance(root, CredentialRetrievalError | TokenRetrievalError | UnauthorizedSSOTokenError):
+        return f"{uri}: the credentials cannot be fetched or have expired ({_line(root)}); renew them"
+    if isinstance(root, ProfileNotFound):
+        return f"{uri}: {_line(root)}; correct AWS_PROFILE"
+    if isinstance(root, NoRegionError):
+        return f"{uri}: no region is set; set AWS_DEFAULT_REGION"
+    if isinstance(root, SSLError):
+        reason = _tls_reason(root)
+        return f"{uri}: no secure connection to {endpoint} ({reason}); set AWS_CA_BUNDLE to its authority's file"
+    if isinstance(root, ResponseParserError):
+        return f"{uri}: {endpoint} does not answer as an S3 store does; correct AWS_ENDPOINT_URL"
+    broken = isinstance(root, HTTPClientError | NoConnectionError | ConnectionError | TimeoutError)
+    if broken or "aiohttp" in type(root).__module__:
+        return (
+            f"{uri}: {endpoint} cannot be reached or breaks connections ({type(root).__name__}); check "
+            "AWS_ENDPOINT_URL and the network, and try again"
+        )
+    return f"{uri} failed at the object store ({code or type(root).__name__}); a retry may help"
+
+
+def _tls_reason(error: BaseException) -> str:
+    """Why a certificate was refused, in the words of OpenSSL; the client's own quote the address of the object."""
+    found = re.search(r"certificate verify failed: [A-Za-z -]+", str(error))
+    return found[0].strip() if found else type(error).__name__
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _endpoint() -> str:
+    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the store"
+
+
+def probe(uri: str) -> None:
+    """One request, answered or given up within seconds. Raises StorageError in words when nothing can be done there.
+
+    A listing is asked for, since an answer to it says what is wrong, which one to HEAD does not.
+    """
+    bucket, _, prefix = uri.removeprefix("s3://").partition("/")
+    with store_errors(uri):
+        try:
+            _prober(environment()).list_objects_v2(Bucket=bucket, Prefix=prefix, MaxKeys=1)
+        except ClientError as error:
+            if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (500, 502, 503, 504):
+                return  # a bad moment, which those who come after are patient with
+            if code_of(error) in _ABSENT:  # of a bucket that is absent a store says NoSuchBucket
+                raise StorageError(
+                    f"{uri}: {_endpoint()} does not answer as an S3 store does; correct AWS_ENDPOINT_URL"
+                ) from error
+            raise
+
+
+@lru_cache(maxsize=8)
+def _prober(whose: tuple[tuple[str, str], ...]) -> Any:
+    settings = {**_config(), "connect_timeout": 5, "read_timeout": 20}
+    settings["retries"] = {"mode": "legacy", "total_max_attempts": 3}
+    return botocore.session.Session().create_client("s3", config=Config(**settings))
+
+
+# ---------------------------------------------------------------- files
+
+
+def guarded(file: Any, uri: str) -> GuardedReader:
+    """A file on a store, opened for reading, whose errors come as StorageError."""
+    return GuardedReader(file, lambda: store_errors(uri))
+
+
+class StoreWriter:
+    """A file on a store, opened for writing: published when it is closed, and discarded when anything goes wrong."""
+
+    def __init__(self, file: Any, uri: str) -> None:
+        self._file = file
+        self._uri = uri
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if kind is not None:
+            self._discard()
+        self.close()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
+
+    def write(self, data: bytes) -> int:
+        """Appends."""
+        with self._all_or_nothing():
+            return cast(int, self._file.write(data))
+
+    def close(self) -> None:
+        """Publishes what was written."""
+        if not self._file.closed:
+            with self._all_or_nothing():
+                self._file.close()
+
+    @contextmanager
+    def _all_or_nothing(self) -> Iterator[None]:
+        try:
+            with store_errors(self._uri):
+                yield
+        except BaseException:
+            self._discard()
+            raise
+
+    def _discard(self) -> None:
+        self._file.closed = True  # else the garbage collector would close it, which publishes half of it
+        with suppress(Exception):  # an upload that cannot be aborted now is aborted at the end of the run
+            self._file.discard()
+
+
+class ZarrStore(FsspecStore):
+    """A Zarr store whose errors come as StorageError, and never as a chunk that seems absent."""
+
+    def __init__(self, fs: Any, read_only: bool = False, path: str = "/", allowed_exceptions: Any = ()) -> None:
+        super().__init__(fs, read_only, path, allowed_exceptions=())  # a bucket that is gone is no absent chunk
+
+    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
+        """As of any Zarr store."""
+        try:
+            with store_errors(self._uri(key)):
+                return await super().get(key, prototype, byte_range)
+        except FileNotFoundError:
+            return None
+
+    async def get_partial_values(self, prototype: Any, key_ranges: Any) -> Any:
+        """As of any Zarr store."""
+        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
+
+    async def set(self, key: str, value: Any, byte_range: Any = None) -> None:
+        """As of any Zarr store."""
+        with store_errors(self._uri(key)):
+            await super().set(key, value, byte_range)
+
+    async def delete(self, key: str) -> None:
+        """As of any Zarr store."""
+        with store_errors(self._uri(key)):
+            await super().delete(key)
+
+    async def exists(self, key: str) -> bool:
+        """As of any Zarr store."""
+        with store_errors(self._uri(key)):
+            return await super().exists(key)
+
+    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
+        """As of any Zarr store."""
+        with store_errors(self._uri(prefix)):
+            async for name in super().list_dir(prefix):
+                yield name
+
+    def _uri(self, key: str) -> str:
+        return f"s3://{self.path}/{key}".rstrip("/")
+
+
+# ---------------------------------------------------------------- verbs
+
+
+def run(store: ObjectStore, function: Callable[..., Any], *args: Any) -> Any:
+    """Runs a coroutine function on the file system's loop."""
+    return sync(store.loop, function, *args)
+
+
+def read(store: ObjectStore, bucket: str, key: str, **conditions: Any) -> bytes:
+    """A whole object. Connections that break off in the middle of it are made anew."""
+
+    async def whole(body: Any) -> bytes:
+        return cast(bytes, await body.read())
+
+    return cast(bytes, run(store, _fetch, store, bucket, key, whole, conditions))
+
+
+def digest(store: ObjectStore, bucket: str, key: str, piece: int) -> tuple[int, str]:
+    """Bytes and SHA-256 of an object, which passes through in pieces of so many bytes, asked for once."""
+
+    async def passing(body: Any) -> tuple[int, str]:
+        found, size = hashlib.sha256(), 0
+        while data := await body.read(piece):
+            found.update(data)
+            size += len(data)
+        return size, found.hexdigest()
+
+    return cast("tuple[int, str]", run(store, _fetch, store, bucket, key, passing, {}))
+
+
+async def _fetch(
+    store: ObjectStore, bucket: str, key: str, take: Callable[..., Any], conditions: dict[str, Any]
+) -> Any:
+    for left in reversed(range(ROUNDS)):
+        answer = await store._call_s3("get_object", Bucket=bucket, Key=key, **conditions)
+        try:
+            async with answer["Body"] as body:
+                return await take(body)
+        except Exception as error:
+            broken = isinstance(error, HTTPClientError | TimeoutError | ConnectionError)
+            if not left or not (broken or "aiohttp" in type(error).__module__):
+                raise
+            await asyncio.sleep(0.2)
+    raise AssertionError
+
+
+def create(store: ObjectStore, bucket: str, key: str, data: bytes) -> bool:
+    """Writes an object only if there is none; False when somebody was first.
+
+    A request whose answer was lost is repeated, and the repetition finds the key taken, perhaps by ourselves. So each
+    call leaves a mark of its own on what it writes, and looks whose mark the object bears.
+    """
+    mark = uuid.uuid4().hex
+
+    async def attempt() -> bool | None:
+        try:
+            await store._call_s3(
+                "put_object", Bucket=bucket, Key=key, Body=data, IfNoneMatch="*", Metadata={_CREATOR: mark}
+            )
+        except Exception as error:
+            code = code_of(error)
+            if code in _CONFLICTS:
+                return None
+            if code not in _REFUSED and not isinstance(error, FileExistsError):
+                raise
+        else:
+            return True
+        try:
+            found = await store._call_s3("head_object", Bucket=bucket, Key=key)
+        except FileNotFoundError:
+            return None  # deleted in between
+        return bool(found.get("Metadata", {}).get(_CREATOR) == mark)
+
+    async def insist() -> bool:
+        for pause in range(10):
+            granted = await attempt()
+            if granted is not None:
+                return granted
+            await asyncio.sleep(0.05 * 2**pause if pause < 6 else 3.0)
+        raise StorageError(f"s3://{bucket}/{key}: another writer keeps it busy; give the same command again")
+
+    return cast(bool, run(store, insist))
+
+
+def pages(store: ObjectStore, bucket: str, prefix: str, delimiter: str = "", size: int = 1000) -> Iterator[Any]:
+    """The store's listing below a prefix, page by page."""
+    more: dict[str, str] = {"Delimiter": delimiter} if delimiter else {}
+    while True:
+        page = store.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=size, **more)
+        yield page
+        if not page.get("IsTruncated"):
+            return
+        more["ContinuationToken"] = page["NextContinuationToken"]
+
+
+def delete(store: ObjectStore, bucket: str, key: str) -> None:
+    """Removes an object and everything below it. Listings may lag, so it looks again until nothing is found."""
+    if key:
+        store.call_s3("delete_object", Bucket=bucket, Key=key)
+    for _ in range(5):
+        gone = True
+        for page in pages(store, bucket, f"{key}/" if key else ""):
+            found = [f"{bucket}/{item['Key']}" for item in page.get("Contents", ())]
+            if found:
+                gone = False
+                run(store, store._bulk_delete, found)
+        if gone:
+            return
+
+
+def copy(store: ObjectStore, pairs: Iterable[tuple[str, str, int]]) -> None:
+    """Copies (bucket/key, bucket/key, bytes) inside the store, several at once; an absent source is passed over."""
+    listed = list(pairs)
+
+    async def one(source: str, target: str, size: int) -> None:
+        try:
+            if size > COPY_LIMIT:
+                await store._copy_managed(source, target, size)
+            else:
+                await store._copy_basic(source, target)
+        except FileNotFoundError as error:
+            if code_of(error) == "NoSuchBucket":
+                raise
+
+    async def all_of(batch: list[tuple[str, str, int]]) -> None:
+        done = await asyncio.gather(*(one(*pair) for pair in batch), return_exceptions=True)
+        for failure in (d for d in done if isinstance(d, BaseException)):
+            raise failure
+
+    for start in range(0, len(listed), _BATCH):
+        run(store, all_of, listed[start : start + _BATCH])
+
+
+def uploads(store: ObjectStore, bucket: str, prefix: str) -> list[tuple[str, str]]:
+    """(key, upload id) of multipart uploads below a prefix that were begun and neither finished nor aborted."""
+    found: list[tuple[str, str]] = []
+    more: dict[str, str] = {}
+    while True:
+        page = store.call_s3("list_multipart_uploads", Bucket=bucket, Prefix=prefix, **more)
+        found += [(u["Key"], u["UploadId"]) for u in page.get("Uploads", ()) if u["Key"].startswith(prefix)]
+        if not page.get("IsTruncated"):
+            return found
+        more = {"KeyMarker": page["NextKeyMarker"], "UploadIdMarker": page["NextUploadIdMarker"]}
+
+
+def abort(store: ObjectStore, bucket: str, prefix: str) -> int:
+    """Aborts the uploads below a prefix and returns how many there were."""
+    found = uploads(store, bucket, prefix)
+    for key, upload in found:
+        try:
+            store.call_s3("abort_multipart_upload", Bucket=bucket, Key=key, UploadId=upload)
+        except FileNotFoundError:
+            continue  # finished or aborted meanwhile
+    return len(found)

@@ -1,0 +1,1 @@
+"""Evaluation without leakage: protocols, baselines, probes, statistics."""

@@ -1,0 +1,1 @@
+"""Arrays in, arrays out: quality, normalisation, segmentation, features, classification. No files."""

@@ -1,0 +1,380 @@
+"""One image, one answer: what the nightly run does with a member, without a run.
+
+The functions are the batch's own (`blocks.py`), and so are the results; only the shapes of the networks' batches are
+smaller, since fifteen blank fields beside the one that somebody waits for would cost as much as it does.
+`benchmarks/bench_web.py parity` measures that no label differs.
+
+Importing this module costs no torch: a web server that only shows findings stays small.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from typing import TYPE_CHECKING
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from leukoflow.core.config import LimitSettings
+from leukoflow.core.errors import ShardError
+from leukoflow.core.geometry import field_geometry
+from leukoflow.core.method import MethodSettings
+from leukoflow.runs.records import CLASSES, Quality, Status
+from leukoflow.tasks.decoding.ingest import Decoded, Decoder, too_large
+
+if TYPE_CHECKING:
+    from torch import nn
+
+    from leukoflow.models.attention_classifier import AttentionClassifier
+    from leukoflow.models.bundle import Bundle
+    from leukoflow.models.hybrid_cn_nas import HybridCNNas, Readout
+    from leukoflow.tasks.imaging.classify import Verdict
+    from leukoflow.tasks.imaging.segment import CellTable
+    from leukoflow.tasks.inference.blocks import Block, Fact
+
+STAGES = ("decode", "normalize", "segment", "extract", "classify")
+"""What `told` hears, in this order; a refused or rejected image ends early."""
+
+MAX_VIEWS = 64
+"""Tiles of one image that are handed out as pictures: 30 MB. All tiles are diagnosed."""
+
+TIE = 2e-5
+"""Logits of two classes nearer than this are all but equal: ten times what shapes and threads were seen to change."""
+
+SHAPES = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64)
+"""Batches of fields and of cells have the smallest of these sizes that holds them, and at most the bundle's."""
+
+
+@dataclass(frozen=True, slots=True)
+class TileView:
+    """Pictures and cells of one tile, cut to what it shows of the image: H and W are `field_px` at most.
+
+    `original` and `normalized` uint8 [H, W, 3]; `semantic` uint8 [H, W] (0 background, 1 cytoplasm, 2 nucleus); `cells`
+    uint16 [H, W] (0 background, else `cell_id`); `to_source` float32 [2, 3], tile pixel centre (x, y) to source pixel.
+    Of its m cells: `cell_ids` int32 [m]; `field_x`, `field_y` float32 [m], centroids in the tile's pixels; `maps`
+    float16 [m, 4, g, g], activation maps over windows of `window_px` around the centroids, all zeros where the image
+    was not diagnosed.
+    """
+
+    original: NDArray[np.uint8]
+    normalized: NDArray[np.uint8]
+    semantic: NDArray[np.uint8]
+    cells: NDArray[np.uint16]
+    to_source: NDArray[np.float32]
+    cell_ids: NDArray[np.int32]
+    field_x: NDArray[np.float32]
+    field_y: NDArray[np.float32]
+    maps: NDArray[np.float16]
+    window_px: int
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """What one bundle says of one image.
+
+    `reason` says why there is no answer, as in a run; `probabilities` and `prediction_set` are empty where nothing was
+    diagnosed. `width_px` and `height_px` are the upright source's, 0 where it could not be decoded. `cells` has the
+    rows of `runs.schema.CELLS` in the order of `cell_id`; `run_id` and `image_key` are "", `zarr_index` the tile;
+    None where nothing was diagnosed. `tiles` are at the model's scale; a rejected image has them too, without cells.
+    `seconds` are (stage, wall seconds).
+    """
+
+    sha256: str
+    bundle: str
+    bundle_digest: str
+    status: Status
+    reason: str | None
+    label: str | None
+    probabilities: tuple[float, ...]
+    prediction_set: tuple[str, ...]
+    ood: float | None
+    width_px: int
+    height_px: int
+    quality: Quality | None
+    remarks: tuple[str, ...]
+    cells: pa.Table | None
+    tiles: tuple[TileView, ...]
+    seconds: tuple[tuple[str, float], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """A bundle with its networks, in evaluation mode on `device`."""
+
+    name: str
+    digest: str
+    bundle: Bundle
+    segmenter: nn.Module | None
+    hybrid: HybridCNNas
+    classifier: AttentionClassifier
+    shown: Readout
+    device: str
+
+
+def load_models(name: str, device: str = "cpu") -> Models:
+    """Opens the bundle of that name or place and loads its networks. Raises BundleError."""
+    from leukoflow.models.bundle import load_bundle
+    from leukoflow.tasks.imaging.classify import readout
+
+    bundle = load_bundle(name)
+    classifier, network = bundle.classifier(device), bundle.segmenter(device)
+    segmenter = None if network is None else careful(network, bundle.spec.method.features.field_batch)
+    return Models(
+        name, bundle.digest, bundle, segmenter, bundle.hybrid(device), classifier,
+        readout(bundle, classifier, device), device,
+    )  # fmt: skip
+
+
+def warm(models: Models) -> None:
+    """Examines a drawn field, and passes blanks of the common shapes through: the first pass of each is slow."""
+    from leukoflow.tasks.imaging.extract import explain_batch
+    from leukoflow.tasks.imaging.synthetic import render_field
+
+    features = models.bundle.spec.method.features
+    drawn = render_field(np.random.default_rng(0), CLASSES[0]).rgb
+    height, width = drawn.shape[:2]
+    _examined(Decoded(drawn, None, width, height, ""), None, models, _Clock(lambda stage: None))
+    for size in [s for s in SHAPES if s <= features.cell_batch]:
+        crops = np.zeros((size, features.cell_px, features.cell_px, 3), np.uint8)
+        explain_batch(models.hybrid, models.shown, crops, crops[..., 0], models.device)
+
+
+def careful(segmenter: nn.Module, batch: int) -> nn.Module:
+    """The segmenter for small batches, which names every pixel's class as in a batch of the bundle's own shape.
+
+    Other shapes give other last digits, and where two classes are all but equal, these decide. A field with such a
+    pixel, one in many, is passed through once more in the full shape.
+    """
+    from torch import Tensor, channels_last, nn, zeros
+
+    class Careful(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.segmenter = segmenter
+
+        def forward(self, rgb: Tensor) -> Tensor:
+            logits: Tensor = self.segmenter(rgb)
+            count = len(rgb)
+            best = logits.topk(2, dim=1).values
+            if count >= batch or float((best[:, 0] - best[:, 1]).min()) > TIE:
+                return logits
+            padded = zeros((batch, *rgb.shape[1:]), dtype=rgb.dtype, device=rgb.device).to(memory_format=channels_last)
+            padded[:count] = rgb
+            whole: Tensor = self.segmenter(padded)[:count]
+            return whole
+
+    return Careful()
+
+
+def shape_for(count: int, most: int) -> int:
+    """Size of the batches for `count` fields or cells where the bundle's own are of `most`."""
+    return min(most, next((s for s in SHAPES if s >= count), most))
+
+
+def examine(
+    data: bytes,
+    um_per_px: float | None,
+    models: Models,
+    limits: LimitSettings,
+    decoder: Decoder,
+    told: Callable[[str], None],
+) -> Finding:
+    """Everything that a run would write about one image, and its pictures.
+
+    Args:
+        data: the image file's bytes, untrusted; only the decoder's disposable process looks into them.
+        um_per_px: micrometres per source pixel, None where unknown.
+        models: of one bundle.
+        limits: on bytes; those on pixels, time and memory are the decoder's.
+        decoder: made with the settings of this bundle (`models.bundle.spec.method.segment`).
+        told: hears each of `STAGES` as it begins; what it raises ends the examination.
+
+    Raises:
+        LeukoflowError: the decoding process does not start on this machine. Never on account of the bytes.
+    """
+    clock = _Clock(told)
+    with clock("decode"):
+        if (reason := too_large(len(data), limits)) is not None:
+            image = Decoded(None, reason, 0, 0, hashlib.sha256(data).hexdigest())
+        else:
+            image = decoder.decode_one(data, um_per_px)
+    return _examined(image, um_per_px, models, clock)
+
+
+def _examined(image: Decoded, um_per_px: float | None, models: Models, clock: _Clock) -> Finding:
+    """All that follows decoding."""
+    from leukoflow.tasks.imaging.classify import ROWS, diagnose, pool_tiles
+    from leukoflow.tasks.inference.blocks import block_of, cell_rows, explain_tiles, prepare_image, segment_tiles
+
+    bundle, device = models.bundle, models.device
+    method = bundle.spec.method
+    if image.rgb is None:
+        return _finding(models, image, prepare_image(0, image, um_per_px, method).fact, None, clock)
+    with clock("normalize"):
+        ready = prepare_image(0, image, um_per_px, method)
+        block = block_of(0, [ready], _with_batches(method, fields_=len(ready.tiles)), 0.0)
+        if ready.fact.status is not None:
+            pictures = _undiagnosed(image.rgb, um_per_px, image, models)
+    if ready.fact.status is not None:
+        return _finding(models, image, ready.fact, None, clock, tiles=pictures)
+    with clock("segment"):
+        try:
+            semantic, cells, table, offsets = segment_tiles(models.segmenter, block, method.segment, device)
+        except ShardError as error:  # more cells than can be numbered
+            crowded = replace(ready.fact, status=Status.QUARANTINED, reason=str(error))
+            return _finding(models, image, crowded, None, clock)
+    with clock("extract"):
+        features = _with_batches(method, cells=len(table)).features
+        whole, single, maps = explain_tiles(models.hybrid, models.shown, block, cells, table, offsets, features, device)
+    with clock("classify"):
+        n = len(whole)
+        area = table.cell_area_px.astype(np.float32)
+        diagnosis = diagnose(bundle, models.classifier, whole, single, offsets, area, device, shape_for(n, ROWS))
+        (verdict,) = pool_tiles(bundle, diagnosis, offsets, np.array([n], np.int64))
+        rows = cell_rows(table, offsets, [""] * n, [verdict], block.to_source, [um_per_px] * n)
+        chosen = _most_attended(verdict.attention, offsets)
+        views = tuple(
+            _view(image.rgb, block, t, semantic, cells, table, slice(offsets[t], offsets[t + 1]), maps, method)
+            for t in chosen
+        )
+    return _finding(models, image, ready.fact, verdict, clock, cells=rows, tiles=views, n_tiles=n)
+
+
+class _Clock:
+    """Wall seconds of each stage."""
+
+    def __init__(self, told: Callable[[str], None]) -> None:
+        self.told = told
+        self.seconds: list[tuple[str, float]] = []
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        self.told(stage)
+        started = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds.append((stage, time.perf_counter() - started))
+
+
+def _with_batches(method: MethodSettings, fields_: int = 1, cells: int = 1) -> MethodSettings:
+    """The method with batches no larger than so many fields and cells need."""
+    features = method.features
+    smaller = features.model_copy(
+        update={
+            "field_batch": shape_for(fields_, features.field_batch),
+            "cell_batch": shape_for(cells, features.cell_batch),
+        }
+    )
+    return method.model_copy(update={"features": smaller})
+
+
+def _finding(
+    models: Models,
+    image: Decoded,
+    fact: Fact,
+    verdict: Verdict | None,
+    clock: _Clock,
+    cells: pa.Table | None = None,
+    tiles: tuple[TileView, ...] = (),
+    n_tiles: int = 0,
+) -> Finding:
+    from leukoflow.tasks.inference.blocks import outcome
+
+    found = outcome(fact, verdict)
+    remarks = image.remarks
+    if n_tiles > len(tiles):
+        remarks = (*remarks, f"pictures of the {len(tiles)} of {n_tiles} tiles that were attended to most")
+    assert image.sha256 is not None
+    return Finding(
+        sha256=image.sha256,
+        bundle=models.name,
+        bundle_digest=models.digest,
+        status=found.status,
+        reason=found.reason,
+        label=found.label,
+        probabilities=found.probabilities,
+        prediction_set=found.prediction_set,
+        ood=found.ood,
+        width_px=fact.width or 0,
+        height_px=fact.height or 0,
+        quality=fact.quality,
+        remarks=remarks,
+        cells=cells,
+        tiles=tiles,
+        seconds=tuple(clock.seconds),
+    )
+
+
+def _most_attended(attention: NDArray[np.float32], offsets: NDArray[np.int64]) -> list[int]:
+    """The tiles of which pictures are handed out, in their order."""
+    n = len(offsets) - 1
+    if n <= MAX_VIEWS:
+        return list(range(n))
+    weight = [float(attention[a:b].sum()) for a, b in pairwise(offsets.tolist())]
+    return sorted(np.argsort(-np.array(weight), kind="stable")[:MAX_VIEWS].tolist())
+
+
+def _view(
+    rgb: NDArray[np.uint8],
+    block: Block,
+    t: int,
+    semantic: NDArray[np.uint8],
+    cells: NDArray[np.uint16],
+    table: CellTable,
+    own: slice,
+    maps: NDArray[np.float16],
+    method: MethodSettings,
+) -> TileView:
+    """Tile t with its cells, which are the rows `own` of the table."""
+    x, y = block.origins[t].tolist()
+    width, height = block.extents[t].tolist()
+    return TileView(
+        original=rgb[y : y + height, x : x + width].copy(),
+        normalized=block.tiles[t, :height, :width].copy(),
+        semantic=semantic[t, :height, :width].copy(),
+        cells=cells[t, :height, :width].copy(),
+        to_source=block.to_source[t],
+        cell_ids=table.cell_id[own],
+        field_x=table.field_x[own],
+        field_y=table.field_y[own],
+        maps=maps[own],
+        window_px=method.features.cell_window_px,
+    )
+
+
+def _undiagnosed(
+    rgb: NDArray[np.uint8], um_per_px: float | None, image: Decoded, models: Models
+) -> tuple[TileView, ...]:
+    """Pictures of an image that quality rejects, so that people see why: without cells."""
+    from leukoflow.tasks.imaging.extract import blank_maps
+    from leukoflow.tasks.imaging.normalize import normalize
+
+    method = models.bundle.spec.method
+    side = method.segment.field_px
+    geometry = field_geometry(image.source_width, image.source_height, um_per_px, method.segment)
+    normal = normalize(rgb, method.normalize)
+    views = []
+    for (x, y), affine in list(zip(geometry.origins, geometry.to_source(), strict=True))[:MAX_VIEWS]:
+        piece = rgb[y : y + side, x : x + side]
+        views.append(
+            TileView(
+                original=piece.copy(),
+                normalized=normal[y : y + side, x : x + side].copy(),
+                semantic=np.zeros(piece.shape[:2], np.uint8),
+                cells=np.zeros(piece.shape[:2], np.uint16),
+                to_source=affine,
+                cell_ids=np.zeros(0, np.int32),
+                field_x=np.zeros(0, np.float32),
+                field_y=np.zeros(0, np.float32),
+                maps=blank_maps(0, method.features.cell_px),
+                window_px=method.features.cell_window_px,
+            )
+        )
+    return tuple(views)

@@ -1,0 +1,1 @@
+"""From what arrived to a frozen plan: inbox, manifest, patient key, plan, opening of a run."""

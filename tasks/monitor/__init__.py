@@ -1,0 +1,1 @@
+"""Figures over runs and nights: drift, nights, Prometheus."""

@@ -1,0 +1,1 @@
+"""Reports that need nothing else: one HTML page each, and the model card."""

@@ -1,0 +1,1 @@
+"""What people read and say of results: worklist, fields, verdicts, exports, wording."""

@@ -1,0 +1,1 @@
+"""What a run has stored, read and compacted: its tables, and what a slide is."""

@@ -1,0 +1,1 @@
+"""Training of a bundle, phase by phase."""

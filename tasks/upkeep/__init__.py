@@ -1,0 +1,1 @@
+"""What happens to finished runs: verify, reproduce, compare, amend, erase, retain."""

@@ -1,0 +1,79 @@
+"""Which bundles of a registry may go: none that is approved or could be gone back to, none that a run still needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+
+from leukoflow.core.codec import loads
+from leukoflow.core.errors import ConfigError, LeukoflowError, StorageError, words_of
+from leukoflow.models.registry import Ledger, Registered, Registry
+from leukoflow.runs.progress import RunBinding, list_runs
+from leukoflow.storage.base import Storage
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What is to become of a bundle, and why."""
+
+    bundle: Registered
+    remove: bool
+    why: str
+
+
+def decide(ledger: Ledger, needed: Mapping[str, str], keep_days: float, moment: datetime) -> tuple[Verdict, ...]:
+    """What is to become of every bundle that is there; `needed` maps the digests that runs need to one of these."""
+    found = []
+    for bundle in ledger.bundles:
+        if bundle.state == "removed":
+            continue
+        days = (moment - datetime.fromisoformat(bundle.changed_at)).total_seconds() / 86400
+        if bundle.digest == ledger.approved:
+            verdict = Verdict(bundle, False, "it is approved")
+        elif bundle.digest in ledger.approvals[-2:]:
+            verdict = Verdict(bundle, False, "a rollback goes back to it")
+        elif bundle.digest in needed:
+            verdict = Verdict(bundle, False, f"run {needed[bundle.digest]} needs it")
+        elif days < keep_days:
+            verdict = Verdict(bundle, False, f"{bundle.state} within {keep_days:g} days")
+        else:
+            verdict = Verdict(bundle, True, f"{bundle.state} for {days:.0f} days, and no run needs it")
+        found.append(verdict)
+    return tuple(found)
+
+
+def needed_bundles(outs: Sequence[str]) -> dict[str, str]:
+    """Digests of the bundles that the runs of output folders were made with, each with one of those runs.
+
+    Raises ConfigError for a folder without a run, StorageError where a run's records cannot be read: what it needs is
+    not known then.
+    """
+    found: dict[str, str] = {}
+    for out in outs:
+        names = list_runs(out)
+        if not names:
+            raise ConfigError(f"{out} holds no run; name the folders or prefixes that were given to `run --out`")
+        for name in names:
+            storage = Storage(out).child(name)
+            try:
+                binding = loads(RunBinding, storage.read("run.json"), storage.uri("run.json"))
+            except LeukoflowError as error:
+                raise StorageError(
+                    f"what bundle run {name} needs cannot be told ({words_of(error)}); mend or delete it first. "
+                    "Nothing was removed"
+                ) from None
+            found.setdefault(binding.bundle_digest, f"{out.rstrip('/')}/{name}")
+    return found
+
+
+def prune(
+    registry: Registry, outs: Sequence[str], keep_days: float, by: str, dry_run: bool = False
+) -> tuple[Verdict, ...]:
+    """Removes bundles that nothing needs, and returns what has become of every one. The history tells of each."""
+    if not outs:
+        raise ConfigError("name every folder or prefix that holds runs (--out), so that no bundle of theirs goes")
+    verdicts = decide(registry.ledger(), needed_bundles(outs), keep_days, datetime.now(UTC))
+    if not dry_run:
+        registry.prune([(v.bundle.digest, v.why) for v in verdicts if v.remove], by)
+    return verdicts

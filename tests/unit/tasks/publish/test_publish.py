@@ -1,0 +1,245 @@
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+import leukoflow.tasks.publish.publish
+from leukoflow.cluster.code import code_digest
+from leukoflow.core.codec import dumps
+from leukoflow.core.config import load_config
+from leukoflow.core.errors import ReconciliationError
+from leukoflow.flows.run import _clear_attempts
+from leukoflow.models.bundle import random_bundle
+from leukoflow.runs.progress import read_manifest
+from leukoflow.runs.records import Shard
+from leukoflow.runs.schema import SLIDES
+from leukoflow.storage.base import Storage
+from leukoflow.tasks.inference.shard import ShardJob, classify, extract, marker_key, prepare, segment
+from leukoflow.tasks.intake.open_run import Run, open_run
+from leukoflow.tasks.intake.plan import shards
+from leukoflow.tasks.publish.publish import _count, _Slide, _slides_table, publish
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Run]:
+    """A run whose shards are all done but which is not published: 20 members that are no images, no cluster."""
+    folder = tmp_path_factory.mktemp("made")
+    bundle = random_bundle(folder / "bundle", tiny=True)
+    for i in range(20):
+        path = folder / "ward" / f"slide-{i // 8}" / f"{i:02d}.jpg"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(f"no image, number {i % 19}")
+
+    def make(out: Path) -> Run:
+        config = load_config(
+            source=str(folder / "ward"), out=str(out), run_id="r", bundle=str(bundle.path), shard_size=16
+        )
+        run = open_run(config)
+        for shard in shards(run.summary):
+            job = ShardJob(
+                run.root, run.run_id, run.source, shard, "one", config.bundle, run.bundle.digest, run.device,
+                code_digest(), config.limits, (),
+            )  # fmt: skip
+            classify(job, extract(job, segment(job, prepare(job, shard.first))))
+        return run
+
+    return make
+
+
+def rewrite(run: Run, change: Callable[[pa.Table], pa.Table]) -> None:
+    path = Path(run.root) / "predictions" / "part-00001.parquet"
+    pq.write_table(change(pq.read_table(path)), path, use_dictionary=False)
+
+
+def test_the_totals_balance(made: Callable[[Path], Run], tmp_path: Path) -> None:
+    run = made(tmp_path)
+    manifest = publish(run, 1.0, 2.0, 20)
+    assert read_manifest(Storage(run.root)) == manifest
+    assert (manifest.members, manifest.quarantined, manifest.cells) == (20, 20, 0)
+    assert manifest.reasons == (("not an image", 20),)
+    assert {t.stage for t in manifest.timings} == {"prepare", "segment", "extract", "classify"}
+    assert [(p.stage, p.shard) for p in manifest.parts] == [
+        (stage, shard) for shard in ("00000", "00001") for stage in ("masks", "features", "activations", "predictions")
+    ]
+    assert manifest.notes == ()
+    assert Storage(run.root).intact(manifest.tables)
+    assert {name for name, _ in manifest.software} >= {"python", "torch", "zarr", "prefect"}
+    assert open_run(run.config).finished == manifest
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda t: t.slice(0, 3),
+        lambda t: pa.concat_tables([t, t.slice(0, 1)]),
+        lambda t: t.take([1, 0, 2, 3]),
+        lambda t: t.set_column(1, t.schema.field(1), pa.array(["x.jpg", *t["image_key"].to_pylist()[1:]])),
+    ],
+    ids=["a row too few", "a row too many", "rows in disorder", "somebody else's row"],
+)
+def test_rows_that_are_not_the_plans_are_never_published(
+    made: Callable[[Path], Run], tmp_path: Path, change: Callable[[pa.Table], pa.Table]
+) -> None:
+    run = made(tmp_path)
+    rewrite(run, change)
+    with pytest.raises(ReconciliationError, match="shard 00001"):
+        publish(run, 0.0, 0.0, 0)
+    assert read_manifest(Storage(run.root)) is None
+
+
+@pytest.mark.parametrize("stage", ["predictions", "masks"])
+def test_a_shard_that_is_not_committed_is_never_published(
+    made: Callable[[Path], Run], tmp_path: Path, stage: str
+) -> None:
+    run = made(tmp_path)
+    Storage(run.root).delete(marker_key(stage, Shard(1, 16, 4)))
+    with pytest.raises(ReconciliationError, match=r"00001.* not committed"):
+        publish(run, 0.0, 0.0, 0)
+    assert read_manifest(Storage(run.root)) is None
+
+
+def test_abstentions_from_pictures_without_a_scale_are_said(made: Callable[[Path], Run], tmp_path: Path) -> None:
+    run = made(tmp_path)
+    sizes = [(2592, None), (2592, 0.19), (run.bundle.spec.method.segment.field_px, None), (100, None)]
+
+    def abstain(table: pa.Table) -> pa.Table:
+        rows = table.to_pylist()
+        for row, (side, scale) in zip(rows, sizes, strict=True):
+            row |= {"status": "abstained", "width_px": side, "height_px": side, "um_per_px": scale}
+        return pa.Table.from_pylist(rows, table.schema)
+
+    rewrite(run, abstain)
+    (note,) = publish(run, 1.0, 2.0, 20).notes
+    assert note.startswith("2 of 4 abstentions are from pictures of another size than the training fields")
+    assert "--um-per-px" in note
+    assert "um_per_px in the manifest" in note
+
+
+def test_absent_activation_maps_are_said_and_change_nothing_else(made: Callable[[Path], Run], tmp_path: Path) -> None:
+    run = made(tmp_path)
+    whole = publish(run, 1.0, 2.0, 20)
+    Storage(run.root).delete(marker_key("activations", Shard(1, 16, 4)))
+    Storage(run.root).delete("manifest.json")  # as opening a run does with one that holds no more
+    manifest = publish(run, 1.0, 2.0, 20)
+    (note,) = manifest.notes
+    assert note.startswith("activation maps are absent for 1 of 2 shards (00001): their features were taken over")
+    assert [(p.stage, p.shard) for p in manifest.parts if p.stage == "activations"] == [("activations", "00000")]
+    assert replace(manifest, notes=(), parts=(), finished_at="") == replace(whole, parts=(), finished_at="")
+    assert open_run(run.config).finished == manifest
+
+
+def test_remarks_on_the_source_are_notes_of_the_run(made: Callable[[Path], Run], tmp_path: Path) -> None:
+    run = made(tmp_path)
+    odd = replace(run, summary=replace(run.summary, remarks=("the tar archive has a volume label",)))
+    manifest = publish(odd, 1.0, 2.0, 20)
+    assert manifest.notes == ("the tar archive has a volume label",)
+    assert manifest.exit_code == 3  # as without: members are quarantined, none is missing
+
+
+# --- slides ----------------------------------------------------------------------------------------------------------
+
+
+def field(slide: str | None, status: str = "predicted", malignant: float = 0.5, key: str = "f/1.jpg") -> dict[str, Any]:
+    p: list[float | None] = [1 - malignant, malignant, 0.0, 0.0] if status == "predicted" else [None] * 4
+    names = ("prob_benign", "prob_early", "prob_pre", "prob_pro")
+    return {
+        "run_id": "night",
+        "image_key": key, "slide_id": slide, "patient_id": None, "site": None, "status": status, "n_cells": 4,
+        **dict(zip(names, p, strict=True)),
+    }  # fmt: skip
+
+
+def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    slides: dict[str, _Slide] = {}
+    for row in rows:
+        _count(slides, row)
+    table = _slides_table(slides)
+    assert table.schema.equals(SLIDES)
+    return table.to_pylist()
+
+
+def test_slides_are_ranked_by_urgency() -> None:
+    rows = [field("calm", malignant=0.1)] * 8 + [field("ill", malignant=0.9)] * 8 + [field("blurred", "rejected")] * 3
+    found = ranked(rows)
+    assert {s["run_id"] for s in found} == {"night"}
+    assert [(s["rank"], s["slide_id"]) for s in found] == [(1, "ill"), (2, "blurred"), (3, "calm")]
+    ill, blurred, calm = found
+    assert ill["urgency"] == pytest.approx((8 * 0.9 + 1) / 10)
+    assert blurred["urgency"] == 0.5  # silence is no health
+    assert (blurred["label"], blurred["n_rejected"], blurred["n_images"]) == (None, 3, 3)
+    assert (calm["label"], ill["label"]) == ("Benign", "Early")
+    assert (ill["n_malignant"], calm["n_malignant"], ill["n_cells"]) == (8, 0, 32)
+
+
+def test_few_fields_speak_less_loudly_than_many() -> None:
+    found = ranked([field("one", malignant=0.95)] + [field("many", malignant=0.9)] * 20)
+    assert [s["slide_id"] for s in found] == ["many", "one"]
+
+
+def test_without_a_manifest_folders_are_slides() -> None:
+    found = ranked([field(None, key="a/b/1.jpg"), field(None, key="a/b/2.jpg"), field(None, key="3.jpg"), field("a/b")])
+    assert {(s["slide_id"], s["grouping"]): s["n_images"] for s in found} == {
+        ("a/b", "folder"): 2, (".", "folder"): 1, ("a/b", "manifest"): 1,
+    }  # fmt: skip
+
+
+def test_the_most_suspicious_field_is_named() -> None:
+    found = ranked([field("s", malignant=m, key=f"{m}.jpg") for m in (0.2, 0.8, 0.4)])
+    assert (found[0]["top_image_key"], found[0]["top_confidence"]) == ("0.8.jpg", pytest.approx(0.8))
+    assert np.isclose(found[0]["malignant_score"], 1.4 / 3)
+
+
+def test_a_slide_has_the_patient_that_any_of_its_fields_names() -> None:
+    named = {**field("S1"), "patient_id": "p_7", "site": "north"}
+    for rows in ([field("S1"), named], [named, field("S1")]):
+        (slide,) = ranked(rows)
+        assert (slide["slide_id"], slide["patient_id"], slide["site"], slide["n_images"]) == ("S1", "p_7", "north", 2)
+
+
+@pytest.mark.parametrize("when", ["before", "amid", "at last"])
+def test_what_another_command_has_published_meanwhile_stands(
+    made: Callable[[Path], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    run = made(tmp_path)
+    storage = Storage(run.root)
+    theirs = replace(publish(run, 1.0, 2.0, 20), finished_at="2026-03-01T00:00:00+00:00")
+    storage.delete("manifest.json")
+    slides = storage.stamp("slides.parquet")
+
+    def meanwhile() -> None:
+        storage.write("manifest.json", dumps(theirs))
+
+    for moment, name in (("amid", "_read_tables"), ("at last", "_hosts")):
+        original = getattr(leukoflow.tasks.publish.publish, name)
+
+        def late(*arguments: Any, moment: str = moment, original: Any = original) -> Any:
+            found = original(*arguments)
+            if when == moment:
+                meanwhile()
+            return found
+
+        monkeypatch.setattr(leukoflow.tasks.publish.publish, name, late)
+    if when == "before":
+        meanwhile()
+    assert publish(run, 5.0, 6.0, 0) == theirs
+    assert read_manifest(storage) == theirs
+    assert (storage.stamp("slides.parquet") == slides) == (when != "at last")
+
+
+def test_attempts_of_others_stay_when_those_of_shards_are_removed(tmp_path: Path) -> None:
+    storage = Storage(str(tmp_path))
+    for name in ("00001/one", "spool-1", "preflight-1", "amend-1", "compact-1", "expand-1", "moving-1"):
+        storage.write(f"_attempts/{name}/x", b"x")
+    _clear_attempts(storage)
+    assert storage.names("_attempts") == ["amend-1", "compact-1", "expand-1", "moving-1"]
+    storage.delete("_attempts")
+    storage.write("_attempts/00001/one/x", b"x")
+    _clear_attempts(storage)
+    assert not (tmp_path / "_attempts").exists()

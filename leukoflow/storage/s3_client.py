@@ -1,6 +1,6 @@
-"""The S3 client: one place for its settings and retries, for what s3fs leaves open, and for its errors in words.
+"""The S3 client: one place for its settings and retries, and for what s3fs leaves open.
 
-Importing this module takes a second, so `storage` and `sources` do it only where an `s3://` address turns up.
+Importing this module takes a second, so it is done only where an `s3://` address turns up.
 """
 
 from __future__ import annotations
@@ -8,36 +8,23 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import os
-import re
 import uuid
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from functools import cache, lru_cache
 from typing import Any, Self, cast
 
 import botocore.session
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    CredentialRetrievalError,
-    HTTPClientError,
-    NoCredentialsError,
-    NoRegionError,
-    PartialCredentialsError,
-    ProfileNotFound,
-    SSLError,
-    TokenRetrievalError,
-    UnauthorizedSSOTokenError,
-)
+from botocore.exceptions import ClientError, HTTPClientError
 from botocore.exceptions import ConnectionError as NoConnectionError
 from botocore.parsers import ResponseParserError
 from fsspec.asyn import sync
 from s3fs import S3FileSystem, core
-from zarr.storage import FsspecStore
 
-from leukoflow.core.errors import LeukoflowError, StorageError
+from leukoflow.core.errors import StorageError
 from leukoflow.core.reading import GuardedReader
+from leukoflow.storage.s3_errors import ABSENT, code_of, endpoint, store_errors
 
 ADDRESSING = "LEUKOFLOW_S3_ADDRESSING_STYLE"
 ATTEMPTS = 6
@@ -49,7 +36,6 @@ COPY_LIMIT = 1 << 30
 """Larger objects are copied in pieces, so that no single copy runs into the time limit of a request."""
 COPY_PIECE = 256 << 20
 _CREATOR = "leukoflow-creator"
-_ABSENT = ("NoSuchKey", "NoSuchUpload", "404", "NotFound")
 _CONFLICTS = ("ConditionalRequestConflict", "OperationAborted", "409")
 _REFUSED = ("PreconditionFailed", "412")
 _BATCH = 16
@@ -114,7 +100,7 @@ class ObjectStore(S3FileSystem):  # type: ignore[misc]
         keys = [{"Key": self.split_path(path)[1]} for path in pathlist]
         answer = await self._call_s3("delete_objects", kwargs, Bucket=bucket, Delete={"Objects": keys, "Quiet": True})
         for error in answer.get("Errors", ()):
-            if error.get("Code") not in _ABSENT:
+            if error.get("Code") not in ABSENT:
                 raise ClientError({"Error": error}, "DeleteObjects")
         return pathlist
 
@@ -152,122 +138,7 @@ def filesystem(whose: tuple[tuple[str, str], ...], asynchronous: bool = False) -
     )
 
 
-# ---------------------------------------------------------------- errors
-
-
-def code_of(error: BaseException | None) -> str | None:
-    """The store's own word for what went wrong, such as NoSuchKey, wherever it hides in the chain of causes."""
-    seen = 0
-    while error is not None and seen < 10:
-        if isinstance(error, ClientError):
-            return str(error.response.get("Error", {}).get("Code", ""))
-        error, seen = error.__cause__ or error.__context__, seen + 1
-    return None
-
-
-@contextmanager
-def store_errors(uri: str) -> Iterator[None]:
-    """Turns whatever the client raises into StorageError in words; an absent key stays FileNotFoundError."""
-    try:
-        yield
-    except LeukoflowError:
-        raise
-    except FileExistsError:
-        raise
-    except FileNotFoundError as error:
-        if code_of(error) != "NoSuchBucket":
-            raise
-        raise StorageError(explain(error, uri)) from error
-    except Exception as error:
-        foreign = type(error).__module__.partition(".")[0] in ("botocore", "aiobotocore", "aiohttp")
-        if not foreign and not isinstance(error, OSError | BotoCoreError):
-            raise
-        if code_of(error) in _ABSENT:
-            raise FileNotFoundError(uri) from error
-        raise StorageError(explain(error, uri)) from error
-
-
-def explain(error: BaseException, uri: str) -> str:
-    """One line that names the thing and the remedy."""
-    bucket = uri.removeprefix("s3://").partition("/")[0]
-    endpoint = _endpoint()
-    code = code_of(error) or ""
-    root = error
-    while root.__cause__ is not None and not isinstance(root, BotoCoreError | ClientError):
-        root = root.__cause__
-    match code:
-        case "NoSuchBucket":
-            return (
-                f"{uri}: bucket {bucket} does not exist at {endpoint}; create it, or correct name or AWS_ENDPOINT_URL"
-            )
-        case "AccessDenied" | "AllAccessDisabled" | "403" | "Forbidden":
-            return (
-                f"{uri}: access denied; give these credentials the rights on bucket {bucket} that the operating guide "
-                "lists (Object storage), or use others (AWS_PROFILE, AWS_ACCESS_KEY_ID)"
-            )
-        case "InvalidAccessKeyId" | "SignatureDoesNotMatch" | "InvalidSecurity":
-            return (
-                f"{uri}: {endpoint} does not know these credentials ({code}); correct AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
-            )
-        case "ExpiredToken" | "ExpiredTokenException" | "TokenRefreshRequired" | "InvalidToken" | "RequestExpired":
-            return f"{uri}: the credentials have expired ({code}); renew them, and give the same command again"
-        case "RequestTimeTooSkewed":
-            return f"{uri}: the clock of this machine is wrong (RequestTimeTooSkewed); set it"
-        case "PermanentRedirect" | "AuthorizationHeaderMalformed" | "IllegalLocationConstraintException" | "301":
-            found = root.response.get("Error", {}) if isinstance(root, ClientError) else {}
-            region = found.get("Region") or found.get("Endpoint")
-            hint = f" ({region})" if region else ""
-            return (
-                f"{uri}: bucket {bucket} is in another region or behind another endpoint{hint}; set AWS_DEFAULT_REGION"
-            )
-        case "InvalidBucketName":
-            return f"{uri}: {bucket!r} cannot be the name of a bucket; correct the address"
-        case "PreconditionFailed" | "412":
-            return f"{uri} was replaced while it was being read; if it is a source, start a new run for the new content"
-        case "InvalidObjectState":
-            return f"{uri}: it is in an archive class of the store; restore it first"
-        case "NotImplemented" | "501" | "MethodNotAllowed":
-            return f"{uri}: {endpoint} does not offer what is needed ({code}); use another object store"
-        case "SlowDown" | "503" | "ServiceUnavailable" | "Throttling" | "RequestLimitExceeded" | "TooManyRequests":
-            return f"{uri}: the store is overloaded ({code}) and stayed so through all retries; try again later"
-    if isinstance(root, NoCredentialsError | PartialCredentialsError):
-        return (
-            f"{uri}: no credentials for the store; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, "
-            "or give this machine a role"
-        )
-    if isinstance(root, CredentialRetrievalError | TokenRetrievalError | UnauthorizedSSOTokenError):
-        return f"{uri}: the credentials cannot be fetched or have expired ({_line(root)}); renew them"
-    if isinstance(root, ProfileNotFound):
-        return f"{uri}: {_line(root)}; correct AWS_PROFILE"
-    if isinstance(root, NoRegionError):
-        return f"{uri}: no region is set; set AWS_DEFAULT_REGION"
-    if isinstance(root, SSLError):
-        reason = _tls_reason(root)
-        return f"{uri}: no secure connection to {endpoint} ({reason}); set AWS_CA_BUNDLE to its authority's file"
-    if isinstance(root, ResponseParserError):
-        return f"{uri}: {endpoint} does not answer as an S3 store does; correct AWS_ENDPOINT_URL"
-    broken = isinstance(root, HTTPClientError | NoConnectionError | ConnectionError | TimeoutError)
-    if broken or "aiohttp" in type(root).__module__:
-        return (
-            f"{uri}: {endpoint} cannot be reached or breaks connections ({type(root).__name__}); check "
-            "AWS_ENDPOINT_URL and the network, and try again"
-        )
-    return f"{uri} failed at the object store ({code or type(root).__name__}); a retry may help"
-
-
-def _tls_reason(error: BaseException) -> str:
-    """Why a certificate was refused, in the words of OpenSSL; the client's own quote the address of the object."""
-    found = re.search(r"certificate verify failed: [A-Za-z -]+", str(error))
-    return found[0].strip() if found else type(error).__name__
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
-
-
-def _endpoint() -> str:
-    return os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or "the store"
+# ---------------------------------------------------------------- whether it answers
 
 
 def probe(uri: str) -> None:
@@ -282,9 +153,9 @@ def probe(uri: str) -> None:
         except ClientError as error:
             if error.response.get("ResponseMetadata", {}).get("HTTPStatusCode") in (500, 502, 503, 504):
                 return  # a bad moment, which those who come after are patient with
-            if code_of(error) in _ABSENT:  # of a bucket that is absent a store says NoSuchBucket
+            if code_of(error) in ABSENT:  # of a bucket that is absent a store says NoSuchBucket
                 raise StorageError(
-                    f"{uri}: {_endpoint()} does not answer as an S3 store does; correct AWS_ENDPOINT_URL"
+                    f"{uri}: {endpoint()} does not answer as an S3 store does; correct AWS_ENDPOINT_URL"
                 ) from error
             raise
 
@@ -346,49 +217,6 @@ class StoreWriter:
         self._file.closed = True  # else the garbage collector would close it, which publishes half of it
         with suppress(Exception):  # an upload that cannot be aborted now is aborted at the end of the run
             self._file.discard()
-
-
-class ZarrStore(FsspecStore):
-    """A Zarr store whose errors come as StorageError, and never as a chunk that seems absent."""
-
-    def __init__(self, fs: Any, read_only: bool = False, path: str = "/", allowed_exceptions: Any = ()) -> None:
-        super().__init__(fs, read_only, path, allowed_exceptions=())  # a bucket that is gone is no absent chunk
-
-    async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
-        """As of any Zarr store."""
-        try:
-            with store_errors(self._uri(key)):
-                return await super().get(key, prototype, byte_range)
-        except FileNotFoundError:
-            return None
-
-    async def get_partial_values(self, prototype: Any, key_ranges: Any) -> Any:
-        """As of any Zarr store."""
-        return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
-
-    async def set(self, key: str, value: Any, byte_range: Any = None) -> None:
-        """As of any Zarr store."""
-        with store_errors(self._uri(key)):
-            await super().set(key, value, byte_range)
-
-    async def delete(self, key: str) -> None:
-        """As of any Zarr store."""
-        with store_errors(self._uri(key)):
-            await super().delete(key)
-
-    async def exists(self, key: str) -> bool:
-        """As of any Zarr store."""
-        with store_errors(self._uri(key)):
-            return await super().exists(key)
-
-    async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        """As of any Zarr store."""
-        with store_errors(self._uri(prefix)):
-            async for name in super().list_dir(prefix):
-                yield name
-
-    def _uri(self, key: str) -> str:
-        return f"s3://{self.path}/{key}".rstrip("/")
 
 
 # ---------------------------------------------------------------- verbs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from typing import Any
 
 from zarr.storage import FsspecStore
@@ -37,6 +38,11 @@ class ZarrStore(FsspecStore):
         """As of any Zarr store."""
         with store_errors(self._uri(key)):
             await super().delete(key)
+
+    async def delete_dir(self, prefix: str) -> None:
+        """As of any Zarr store; nothing happens where nothing is."""
+        with suppress(FileNotFoundError), store_errors(self._uri(prefix)):
+            await super().delete_dir(prefix)
 
     async def exists(self, key: str) -> bool:
         """As of any Zarr store."""

@@ -26,8 +26,9 @@ from harness import ROOT
 from leukoflow.core.errors import MemberError, PreflightError, SourceError, StorageError
 from leukoflow.runs.records import SourceKind
 from leukoflow.sources.members import Listing, identify, open_reader
-from leukoflow.storage import s3_client as objectstore
-from leukoflow.storage.base import Storage
+from leukoflow.storage import s3_client
+from leukoflow.storage.opening import open_storage
+from leukoflow.storage.s3_errors import explain
 from leukoflow.tasks.intake.preflight import conditional_writes
 
 
@@ -82,7 +83,7 @@ def uploads_of(direct: Any) -> list[str]:
 @pytest.mark.parametrize("seed", range(4))
 def test_what_was_written_is_there_once_and_whole(proxy: FaultyProxy, direct: Any, seed: int) -> None:
     draw = random.Random(seed)
-    storage = Storage(f"s3://lab/weather-{seed}")
+    storage = open_storage(f"s3://lab/weather-{seed}")
     proxy.set(rate=0.35, seed=seed)
     expected: dict[str, bytes] = {}
     for i in range(10):
@@ -127,7 +128,7 @@ def test_a_lost_answer_is_not_a_lost_race(proxy: FaultyProxy, kind: str) -> None
         seen.add(request.target)
         return new
 
-    storage = Storage(f"s3://lab/lost-{kind}")
+    storage = open_storage(f"s3://lab/lost-{kind}")
     proxy.set(rate=1.0, kinds=(kind,), only=first_put)
     for i in range(4):
         assert storage.create(f"markers/{i}", b"the same bytes")
@@ -138,7 +139,7 @@ def test_a_lost_answer_is_not_a_lost_race(proxy: FaultyProxy, kind: str) -> None
 
 
 def test_of_many_creators_one_wins_in_bad_weather(proxy: FaultyProxy) -> None:
-    storage = Storage("s3://lab/creators")
+    storage = open_storage("s3://lab/creators")
     proxy.set(rate=0.4, kinds=("lost", "late", "error", "cut_request"))
     for n in range(4):
         gate = threading.Barrier(6)
@@ -156,11 +157,11 @@ def test_of_many_creators_one_wins_in_bad_weather(proxy: FaultyProxy) -> None:
 def test_another_writer_in_between_is_waited_for(proxy: FaultyProxy) -> None:
     busy = iter([failure("ConditionalRequestConflict", 409)] * 2)
     proxy.says = lambda request: next(busy, None) if request.method == "PUT" else None
-    assert Storage("s3://lab/busy").create("a", b"1")
+    assert open_storage("s3://lab/busy").create("a", b"1")
 
 
 def test_half_an_answer_is_never_taken_for_the_whole(proxy: FaultyProxy) -> None:
-    storage = Storage("s3://lab/halves")
+    storage = open_storage("s3://lab/halves")
     data = random.Random(0).randbytes(300_000)
     storage.write("a", data)
     group = zarr.open_group(storage.zarr("z"), mode="a")
@@ -183,7 +184,7 @@ def test_half_an_answer_is_never_taken_for_the_whole(proxy: FaultyProxy) -> None
 
 
 def test_a_large_upload_in_bad_weather(proxy: FaultyProxy, direct: Any) -> None:
-    storage = Storage("s3://lab/large")
+    storage = open_storage("s3://lab/large")
     data = random.Random(1).randbytes(21 << 20)
     proxy.set(rate=0.5, kinds=("error", "throttle", "cut_request", "lost", "late", "cut_response"))
     with storage.writer("a") as file:
@@ -199,7 +200,7 @@ def test_a_large_upload_in_bad_weather(proxy: FaultyProxy, direct: Any) -> None:
 
 @pytest.mark.parametrize("what", ["the block", "the store"])
 def test_an_upload_that_fails_leaves_nothing(proxy: FaultyProxy, direct: Any, what: str) -> None:
-    storage = Storage(f"s3://lab/failed-{what.split()[1]}")
+    storage = open_storage(f"s3://lab/failed-{what.split()[1]}")
 
     def refuse(request: Request) -> Answer | None:
         fatal = what == "the store" and request.query.get("partNumber") == "2"
@@ -221,9 +222,9 @@ def test_an_upload_that_fails_leaves_nothing(proxy: FaultyProxy, direct: Any, wh
 
 
 def test_a_copy_that_fails_leaves_no_upload(proxy: FaultyProxy, direct: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objectstore, "COPY_LIMIT", 4 << 20)
-    monkeypatch.setattr(objectstore.ObjectStore._copy_managed, "__defaults__", (5 << 20,))
-    storage = Storage("s3://lab/copies")
+    monkeypatch.setattr(s3_client, "COPY_LIMIT", 4 << 20)
+    monkeypatch.setattr(s3_client.ObjectStore._copy_managed, "__defaults__", (5 << 20,))
+    storage = open_storage("s3://lab/copies")
     data = random.Random(2).randbytes(11 << 20)
     storage.write("_attempts/x/parts/a", data)
     files = [storage.child("_attempts/x").digest("parts/a")]
@@ -239,8 +240,8 @@ def test_a_copy_that_fails_leaves_no_upload(proxy: FaultyProxy, direct: Any, mon
 
 UPLOAD = """
 import sys
-from leukoflow.storage.base import Storage
-file = Storage("s3://lab/killed").writer("a")
+from leukoflow.storage.opening import open_storage
+file = open_storage("s3://lab/killed").writer("a")
 file.write(bytes(20 << 20))
 print("half", flush=True)
 sys.stdin.read()
@@ -257,11 +258,11 @@ def test_a_process_killed_amid_an_upload(proxy: FaultyProxy, direct: Any) -> Non
     assert child.stdout.readline() == b"half\n"
     child.send_signal(signal.SIGKILL)
     child.communicate()
-    storage = Storage("s3://lab/killed")
+    storage = open_storage("s3://lab/killed")
     assert uploads_of(direct) == ["killed/a"]
     assert storage.files("") == []  # no half object
-    assert Storage("s3://lab/other").abort_uploads() == 0  # not ours
-    assert Storage("s3://lab/kill").abort_uploads() == 0  # nor is what merely begins alike
+    assert open_storage("s3://lab/other").abort_uploads() == 0  # not ours
+    assert open_storage("s3://lab/kill").abort_uploads() == 0  # nor is what merely begins alike
     assert storage.abort_uploads() == 1
     assert uploads_of(direct) == []
 
@@ -270,7 +271,7 @@ def test_a_process_killed_amid_an_upload(proxy: FaultyProxy, direct: Any) -> Non
 
 
 def test_a_deletion_that_is_refused_is_an_error(proxy: FaultyProxy) -> None:
-    storage = Storage("s3://lab/kept")
+    storage = open_storage("s3://lab/kept")
     storage.write("a/b", b"1")
     body = (
         b"<DeleteResult><Error><Key>kept/a/b</Key><Code>AccessDenied</Code><Message>no</Message></Error></DeleteResult>"
@@ -286,7 +287,7 @@ def test_a_deletion_that_is_refused_is_an_error(proxy: FaultyProxy) -> None:
 
 def test_a_copy_that_fails_late_is_repeated(proxy: FaultyProxy) -> None:
     """S3 may say 200 to a copy and put the error into the body."""
-    storage = Storage("s3://lab/late-copy")
+    storage = open_storage("s3://lab/late-copy")
     storage.write("_attempts/x/parts/a", b"abc")
     files = [storage.child("_attempts/x").digest("parts/a")]
     broken = iter(
@@ -301,7 +302,7 @@ def test_a_copy_that_fails_late_is_repeated(proxy: FaultyProxy) -> None:
 
 
 def test_a_listing_that_lags_deletes_in_the_end(proxy: FaultyProxy) -> None:
-    storage = Storage("s3://lab/lag")
+    storage = open_storage("s3://lab/lag")
     storage.write("a/1", b"1")
     assert storage.files("a") == ["a/1"]
     storage.write("a/2", b"2")
@@ -327,7 +328,7 @@ REFUSALS = (
 
 
 def test_refusals_name_the_thing_and_the_remedy(proxy: FaultyProxy) -> None:
-    storage = Storage("s3://lab/out")
+    storage = open_storage("s3://lab/out")
     acts = (
         storage.probe,
         lambda: storage.read("a"),
@@ -355,7 +356,7 @@ def test_refusals_name_the_thing_and_the_remedy(proxy: FaultyProxy) -> None:
 
 
 def test_a_store_that_is_not_there_is_noticed_soon(proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = Storage("s3://lab/out")
+    storage = open_storage("s3://lab/out")
     with proxy.outage(), pytest.raises(StorageError, match="cannot be reached or breaks connections"):
         storage.probe()
     proxy.says = lambda request: Answer(404, ("HTTP/1.1 404 Not Found", "Content-Type: text/html"), b"<html>nginx")
@@ -370,18 +371,18 @@ def test_no_credentials(proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, tmp
     for name in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.delenv(name)
     monkeypatch.setenv("HOME", str(tmp_path))
-    for act in (Storage("s3://lab/out").probe, lambda: Storage("s3://lab/out").read("a")):
+    for act in (open_storage("s3://lab/out").probe, lambda: open_storage("s3://lab/out").read("a")):
         with pytest.raises(StorageError, match="no credentials for the store; set AWS_ACCESS_KEY_ID"):
             act()
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     with pytest.raises(StorageError, match="correct AWS_PROFILE"):
-        Storage("s3://lab/out").probe()
+        open_storage("s3://lab/out").probe()
 
 
 def test_a_profile_names_credentials_and_endpoint(
     proxy: FaultyProxy, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    Storage("s3://lab/profile").write("a", b"1")
+    open_storage("s3://lab/profile").write("a", b"1")
     account = s3_account(proxy.url)
     lines = ["[profile night]", f"endpoint_url = {proxy.url}", "region = us-east-1"]
     lines += [f"aws_access_key_id = {account['AWS_ACCESS_KEY_ID']}", "aws_secret_access_key = another"]
@@ -390,8 +391,8 @@ def test_a_profile_names_credentials_and_endpoint(
         monkeypatch.delenv(name)
     monkeypatch.setenv("AWS_CONFIG_FILE", str(tmp_path / "config"))
     monkeypatch.setenv("AWS_PROFILE", "night")
-    Storage("s3://lab/profile").probe()
-    assert Storage("s3://lab/profile").read("a") == b"1"
+    open_storage("s3://lab/profile").probe()
+    assert open_storage("s3://lab/profile").read("a") == b"1"
 
 
 @pytest.mark.parametrize(("style", "path"), [("path", "/lab/style/a"), ("virtual", "/style/a")])
@@ -409,12 +410,12 @@ def test_the_addressing_style_is_a_setting(
     proxy.says = note
     monkeypatch.setattr("socket.getaddrinfo", _resolving_to_loopback())
     with pytest.raises(StorageError, match="access denied"):
-        Storage("s3://lab/style").read("a")
+        open_storage("s3://lab/style").read("a")
     assert [seen.target for seen in proxy.log] == [path]
     assert hosts == [f"{'lab.' if style == 'virtual' else ''}localhost:{proxy.port}"]
     monkeypatch.setenv("LEUKOFLOW_S3_ADDRESSING_STYLE", "sideways")
     with pytest.raises(StorageError, match="must be path, virtual or auto"):
-        Storage("s3://lab/style").read("a")
+        open_storage("s3://lab/style").read("a")
 
 
 def _resolving_to_loopback() -> Any:
@@ -436,7 +437,7 @@ def put(direct: Any, prefix: str, count: int = 6) -> dict[str, bytes]:
 
 @pytest.mark.parametrize("how", ["refuse", "503", "throttle", "denied", "no bucket"])
 def test_an_outage_blames_no_image(proxy: FaultyProxy, direct: Any, how: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(objectstore.ObjectStore, "retries", 2)
+    monkeypatch.setattr(s3_client.ObjectStore, "retries", 2)
     files = put(direct, f"night-{how}")
     source = identify(f"s3://lab/night-{how}")
     members = list(Listing(source))
@@ -510,7 +511,7 @@ def test_an_outage_does_not_cut_an_archive_short(
     import tarfile
 
     monkeypatch.setattr("leukoflow.sources.members._S3_BLOCK", 100_000)
-    monkeypatch.setattr(objectstore.ObjectStore, "retries", 2)
+    monkeypatch.setattr(s3_client.ObjectStore, "retries", 2)
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w:gz") as archive:
         for i in range(40):
@@ -554,6 +555,6 @@ def test_what_is_said_of_the_store_names_no_object(
 ) -> None:
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):
         monkeypatch.delenv(name, raising=False)
-    said = objectstore.explain(error, "s3://b/in")
+    said = explain(error, "s3://b/in")
     assert words in said
     assert "miller" not in said

@@ -26,9 +26,10 @@ from leukoflow.runs.ledger import CLAIM, ClaimHead, Ledger, Taken
 from leukoflow.runs.progress import now
 from leukoflow.sources.filenames import is_unfinished
 from leukoflow.sources.members import Entry, is_archive, survey
-from leukoflow.tasks.intake.manifest_file import manifest_keys
+from leukoflow.tasks.intake.binding import stem
+from leukoflow.tasks.intake.manifest import manifest_keys
+from leukoflow.tasks.intake.manifest_fetch import fetch_manifest
 from leukoflow.tasks.intake.matching import match
-from leukoflow.tasks.intake.open_run import manifest_file, stem
 from leukoflow.tasks.intake.plan import item_of, items_by_spelling
 
 ItemState = Literal["complete", "arriving", "taken"]
@@ -85,7 +86,7 @@ class InboxView:
     leftovers: int  # unfinished files that nobody has written to for long, which are not taken
 
     def of(self, state: ItemState) -> list[Item]:
-        """Items in one state, in order of name."""
+        """Return the items in one state, in order of name."""
         return [item for item in self.items if item.state == state]
 
 
@@ -93,7 +94,7 @@ class InboxView:
 
 
 def judge(entries: Iterable[Entry], taken: Taken, rules: ArrivalSettings, moment: float) -> tuple[list[Item], int]:
-    """The items that the entries of an inbox make at a moment (seconds since the epoch), and how many leftovers."""
+    """Return the items that an inbox's entries make at a moment (seconds since the epoch), and how many leftovers."""
     groups: dict[str, list[Entry]] = defaultdict(list)
     done: dict[str, float] = {}
     for entry in entries:
@@ -157,7 +158,7 @@ def _is_partial(key: str, rules: ArrivalSettings) -> bool:
 def claim_of(
     site: Site, night: date, items: Sequence[Item], archives: frozenset[str], taken: Taken
 ) -> tuple[ClaimHead, pa.Table]:
-    """The claim of a night that takes these items; `archives` names those that are archives."""
+    """Return the claim of a night that takes these items; `archives` names those that are archives."""
     before = sum(head.night == night.isoformat() for head in taken.heads)
     base = f"{site.name}-{night.isoformat()}" + (f"-{before + 1}" if before else "")
     runs: dict[str, None] = {}
@@ -194,7 +195,7 @@ def _archive_run(base: str, name: str, used: Mapping[str, None]) -> str:
 
 
 def compare(keys: Iterable[str], items: Sequence[Item], taken: Taken, archives: frozenset[str]) -> pa.Table:
-    """What a manifest names and was not taken, as MISSING; `archives` are items whose images only their runs know."""
+    """List what a manifest names and was not taken, as MISSING; images of `archives` are known to their runs alone."""
     new = {item.name for item in items if not item.supplement and item.state != "taken"}
     fresh = {e.key for item in items for e in item.files}
     named = items_by_spelling({*new, *taken.items, *archives, *(item.name for item in items)})
@@ -216,7 +217,7 @@ def compare(keys: Iterable[str], items: Sequence[Item], taken: Taken, archives: 
 
 
 def _spelled_otherwise(keys: Sequence[str], images: Sequence[str]) -> set[str]:
-    """Those of the manifest's keys that are one of the images, spelled otherwise: folders are never left out here."""
+    """Return those keys of the manifest that are an image spelled otherwise: folders are never left out here."""
     found = match(keys, images, matched=True)
     return {keys[row] for row in found.rows.values()}
 
@@ -225,12 +226,12 @@ def _spelled_otherwise(keys: Sequence[str], images: Sequence[str]) -> set[str]:
 
 
 def look(site: Site, ledger: Ledger, moment: float) -> InboxView:
-    """What the inbox holds. Raises SourceError, StorageError or ConfigError (manifest)."""
+    """Look at what the inbox holds. Raises SourceError, StorageError or ConfigError (manifest)."""
     taken = ledger.read()
     items, leftovers = judge(survey(site.inbox), taken, site.arrival, moment)
     if site.manifest is None:
         return InboxView(tuple(items), None, MISSING.empty_table(), leftovers)
-    with manifest_file(site.manifest) as manifest:
+    with fetch_manifest(site.manifest) as manifest:
         assert manifest is not None
         missing = compare(manifest_keys(manifest), items, taken, ledger.archives())
     states = missing["state"].to_pylist()
@@ -240,7 +241,7 @@ def look(site: Site, ledger: Ledger, moment: float) -> InboxView:
 
 
 def take(site: Site, ledger: Ledger, night: date, moment: float) -> ClaimHead | None:
-    """Claims what is complete; None when nothing is. Two calls at the same time never take the same file."""
+    """Claim what is complete; None when nothing is. Two calls at the same time never take the same file."""
 
     def make(taken: Taken) -> tuple[ClaimHead, pa.Table] | None:
         items, _ = judge(survey(site.inbox), taken, site.arrival, moment)
@@ -256,12 +257,12 @@ def take(site: Site, ledger: Ledger, night: date, moment: float) -> ClaimHead | 
 
 
 def _is_odd(item: Item) -> bool:
-    """Whether the name of a single file is written with escapes, so that no path leads to it."""
+    """Tell whether the name of a single file is written with escapes, so that no path leads to it."""
     return any(unquote(e.locator) != e.key for e in item.files)
 
 
 def _with_odd_archives_refused(site: Site, item: Item) -> Item:
-    """The item, with a reason for the row of an archive that no path leads to."""
+    """Return the item, with a reason for the row of an archive that no path leads to."""
     if item.folder or not _is_odd(item):
         return item
 
@@ -273,7 +274,7 @@ def _with_odd_archives_refused(site: Site, item: Item) -> Item:
 
 
 def write_missing(ledger: Ledger, missing: pa.Table) -> None:
-    """Writes `missing.parquet` anew; it is absent when nothing is missing."""
+    """Write `missing.parquet` in place of the one before; it is absent when nothing is missing."""
     if not len(missing):
         ledger.storage.delete("missing.parquet")
         return

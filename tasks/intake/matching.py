@@ -33,7 +33,7 @@ class Matching:
 
 
 def match(rows: Sequence[str], images: Sequence[str], matched: bool = False, own_names: Sequence[str] = ()) -> Matching:
-    """Matches lines and images that are not equal; `matched` says that others are, so that folders mean what they say.
+    """Match lines and images that are not equal; `matched` says that others are, so that folders mean what they say.
 
     `own_names` are those of the source itself, which a manifest may name in front of every image.
     """
@@ -64,7 +64,7 @@ def match(rows: Sequence[str], images: Sequence[str], matched: bool = False, own
 def _folders(
     rows: Sequence[str], images: Sequence[str], own_names: Sequence[str], apply: Callable[[str, dict[int, int]], bool]
 ) -> None:
-    """The rules for folders, of which the first that fits is applied alone."""
+    """Apply the first rule for folders that fits, alone."""
     names, keys = dict(enumerate(map(folded, rows))), dict(enumerate(map(folded, images)))
     shared = len(_shared_folders(keys.values()))
     tried = [_pairs(names, {i: _below(key, depth) for i, key in keys.items()}) for depth in range(1, shared + 1)]
@@ -84,14 +84,14 @@ def _folders(
 
 
 def _pairs(rows: dict[int, str], images: dict[int, str]) -> dict[int, int]:
-    """Images and lines that agree in a form which no other line and no other image has."""
+    """Pair images and lines that agree in a form which no other line and no other image has."""
     row_counts, image_counts = Counter(rows.values()), Counter(images.values())
     single = {form: row for row, form in rows.items() if row_counts[form] == 1}
     return {image: single[form] for image, form in images.items() if image_counts[form] == 1 and form in single}
 
 
 def _shared_folders(keys: Iterable[str]) -> list[str]:
-    """The leading folders that all of the paths have in common, the outermost first."""
+    """Return the leading folders that all of the paths have in common, the outermost first."""
     shared: list[str] | None = None
     for key in keys:
         folders = key.split("/")[:-1][:_DEEPEST]
@@ -107,7 +107,7 @@ def _shared_folders(keys: Iterable[str]) -> list[str]:
 
 
 def _below(key: str, depth: int) -> str:
-    """A path without its outermost folders; empty where it has not so many."""
+    """Return a path without its outermost folders; empty where it has not so many."""
     return "/".join(key.split("/")[depth:])
 
 
@@ -116,7 +116,7 @@ def _file_name(key: str) -> str:
 
 
 def hint(rows: Sequence[str], images: Sequence[str]) -> str | None:
-    """The rule that would match most of what is left, in words. Names nothing, since folders may name patients."""
+    """Say in words which rule would match most of what is left. Names nothing, since folders may name patients."""
     rows, images = list(map(folded, rows)), list(map(folded, images))
     tries: list[tuple[int, str]] = []
 

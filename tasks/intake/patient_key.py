@@ -27,12 +27,12 @@ _CHECKED = b"leukoflow: check value of a patient key"
 
 
 def pseudonym(patient_id: str, key: bytes) -> str:
-    """HMAC-SHA-256 of a patient's id: the same patient stays recognisable, and nobody without the key finds out who."""
+    """Return the HMAC-SHA-256 of a patient's id: it recognises a patient, and nobody without the key finds out who."""
     return "p_" + hmac.new(key, patient_id.encode(), hashlib.sha256).hexdigest()[:32]
 
 
 def pseudonyms(patient_id: str, key: bytes) -> tuple[str, ...]:
-    """The pseudonyms that a patient may have: of the id as manifests are read, and as it was typed.
+    """Return the pseudonyms that a patient may have: of the id as manifests are read, and as it was typed.
 
     They differ where blanks stand around the id, which older versions took for a part of it.
     """
@@ -40,12 +40,12 @@ def pseudonyms(patient_id: str, key: bytes) -> tuple[str, ...]:
 
 
 def check_value(key: bytes) -> str:
-    """16 hex digits that tell whether two keys are the same, and nothing else about them."""
+    """Return 16 hex digits that say whether two keys are the same, and nothing else about them."""
     return hmac.new(key, _CHECKED, hashlib.sha256).hexdigest()[:16]
 
 
 def weakness(key: bytes) -> str | None:
-    """Why a key does not resist guessing, in words; None for a good one."""
+    """Say in words why a key does not resist guessing; None for a good one."""
     text = key.decode(errors="replace").strip()
     if len(text) < SHORTEST_KEY:
         return f"it has {len(text)} characters"
@@ -59,7 +59,7 @@ def weakness(key: bytes) -> str | None:
 
 
 def require_good(key: bytes) -> None:
-    """Raises ConfigError with the rule and the remedy for a key that can be guessed."""
+    """Raise ConfigError with the rule and the remedy for a key that can be guessed."""
     if wrong := weakness(key):
         raise ConfigError(
             f"the patient key ({PATIENT_KEY}, or the Prefect Secret block) can be guessed: {wrong}. It needs "
@@ -68,7 +68,7 @@ def require_good(key: bytes) -> None:
 
 
 def patient_key() -> bytes | None:
-    """The key for pseudonyms, from the environment or, where a Prefect API is configured, from a Secret block."""
+    """Return the key for pseudonyms from the environment or, where a Prefect API is configured, from a Secret block."""
     if value := os.environ.get(PATIENT_KEY):
         return value.encode()
     if not os.environ.get("PREFECT_API_URL"):

@@ -28,14 +28,14 @@ from leukoflow.core.errors import ConfigError, SourceError
 from leukoflow.runs.ledger import Selection
 from leukoflow.runs.records import Member, PlanSummary, Shard, Source, SourceKind
 from leukoflow.sources.members import DEFAULT_MEMBER_BYTES, Listing
-from leukoflow.tasks.intake.manifest_file import (
+from leukoflow.tasks.intake.manifest import (
     MANIFEST_COLUMNS,
     META_PREFIX,
     Manifest,
-    PathLike,
     manifest_fields,
     read_manifest,
 )
+from leukoflow.tasks.intake.manifest_file import PathLike
 from leukoflow.tasks.intake.matching import hint, match
 from leukoflow.tasks.intake.patient_key import check_value
 from leukoflow.tasks.intake.spelling import folded, spelled
@@ -50,7 +50,7 @@ Sink: TypeAlias = str | Path | BinaryIO
 
 
 def plan_schema(meta_columns: Sequence[str] = ()) -> pa.Schema:
-    """Schema of plan.parquet: the fields of `Member`; every configured extra column is a `meta_<name>`."""
+    """Return the schema of plan.parquet: the fields of `Member`; every configured extra column is a `meta_<name>`."""
     return pa.schema(
         [
             pa.field("ordinal", pa.int64(), nullable=False),
@@ -93,7 +93,7 @@ def plan(
     what is to be said about the manifest. Memory is bounded by the names
     (about 0.5 KB a member), not by the images.
 
-    Raises SourceError where there is no member at all, ConfigError for a manifest that cannot be used. Whoever calls
+    Raises SourceError where there is no member at all, ConfigError for a manifest that cannot be used. The caller
     publishes the file only after this has returned.
     """
     if shard_size < 1:
@@ -139,7 +139,7 @@ def _write_plan(
     meta_columns: Sequence[str],
     join: _Join | None = None,
 ) -> PlanSummary:
-    """The members of a listing as a plan that knows nothing else of them; `join` looks at each shard."""
+    """Write the members of a listing as a plan that knows nothing else of them; `join` looks at each shard."""
     members, count = iter(listing), 0
     schema, digest = plan_schema(meta_columns), hashlib.blake2b(digest_size=16)
     with pq.ParquetWriter(
@@ -188,7 +188,7 @@ class _Join:
         self._named: dict[str, str] = {}  # from folders to the slide that images without one there belong to
 
     def see(self, members: Sequence[Member]) -> None:
-        """Takes up the next members."""
+        """Take up the next members."""
         for member in members:
             row = self.known.row_of(member.image_key)
             if row is not None and member.image_key in self.known.rows:
@@ -203,7 +203,7 @@ class _Join:
             self._rows.append(row)
 
     def _give_back(self, row: int, key: str) -> None:
-        """Takes a line from `./a.jpg` where `a.jpg` comes, too: the name that is equal to it wins."""
+        """Take a line from `./a.jpg` where `a.jpg` comes, too: the name that is equal to it wins."""
         ordinal = self._dotted[row]
         if ordinal >= 0:
             self._rows[ordinal], self._dotted[row] = -1, -1
@@ -211,7 +211,7 @@ class _Join:
             self.found[row] = 0
 
     def match(self, own_names: Sequence[str]) -> None:
-        """Matches what is spelled otherwise."""
+        """Match what is spelled otherwise."""
         keys = self._keys
         rows = [row for row in range(len(self.found)) if not self.found[row]]
         images = list(self._unlisted)
@@ -231,7 +231,7 @@ class _Join:
                 self.remarks.append(f"matched to their images {rule.words}: {places} of the manifest")
 
     def conclude(self) -> None:
-        """Says what would match, and finds the slides of images that the manifest gives none."""
+        """Say what would match, and find the slides of images that the manifest gives none."""
         absent = [row for row, found in enumerate(self.found) if not found]
         if absent and self._unlisted:
             words = hint([self._keys[row] for row in absent], list(self._unlisted.values()))
@@ -272,7 +272,7 @@ class _Join:
             )
 
     def joined(self, table: pa.Table) -> pa.Table:
-        """A shard of the plan with what the manifest says of its images."""
+        """Return a shard of the plan with what the manifest says of its images."""
         first = table["ordinal"][0].as_py()
         rows = [row if row >= 0 else None for row in self._rows[first : first + len(table)]]
         taken = self.known.table.take(pa.array(rows, pa.int64()))
@@ -292,12 +292,12 @@ def _folder(key: str) -> str:
 
 
 def item_of(key: str) -> str:
-    """The entry of the inbox that an image belongs to: the first part of its path."""
+    """Return the entry of the inbox that an image belongs to: the first part of its path."""
     return key.partition("/")[0]
 
 
 def _manifest_of(known: Manifest, selection: Selection) -> Manifest:
-    """What the manifest of an inbox says of the items of one run; of an archive, keys are those inside of it."""
+    """Return what the manifest of an inbox says of the items of one run; of an archive, keys are those inside of it."""
     items, archive = set(selection.table["item"].to_pylist()), selection.archive
     item_in = items_by_spelling(items)
     rows: dict[str, int] = {}
@@ -314,13 +314,13 @@ def _manifest_of(known: Manifest, selection: Selection) -> Manifest:
 
 
 def _below_item(key: str) -> str:
-    """A key without the name of its item in front."""
+    """Return a key without the name of its item in front."""
     item, slash, inside = key.partition("/")
     return inside if slash and "\\" not in key and spelled(item) not in ("", ".") else spelled(key).partition("/")[2]
 
 
 def items_by_spelling(items: Iterable[str]) -> Callable[[str], str | None]:
-    """Tells to which of some items of an inbox a key of the manifest belongs, however it is spelled; None for none."""
+    """Return a function from a key of the manifest to the item it belongs to, however it is spelled; None for none."""
     names = set(items)
     forms = Counter(folded(name) for name in names)
     single = {form: name for name in names if forms[form := folded(name)] == 1}
@@ -332,7 +332,7 @@ def items_by_spelling(items: Iterable[str]) -> Callable[[str], str | None]:
 
 
 def _excuse(known: Manifest, selection: Selection, found: bytearray) -> None:
-    """Of an item that was taken before, this run has the rest, and what it lacks is not missing."""
+    """Excuse what is lacking of an item that was taken before: this run has the rest, and that is not missing."""
     if selection.archive is not None:
         return
     expected = items_by_spelling(selection.expected_items())
@@ -342,13 +342,13 @@ def _excuse(known: Manifest, selection: Selection, found: bytearray) -> None:
 
 
 def _own_names(uri: str) -> tuple[str, ...]:
-    """What a manifest may call the source: its name, with and without the ending of an archive."""
+    """Return what a manifest may call the source: its name, with and without the ending of an archive."""
     name = PurePosixPath(uri.rstrip("/")).name
     return name, re.sub(r"(\.tar)?\.(zip|tar|gz|tgz|bz2|xz|zst)$", "", name, flags=re.IGNORECASE)
 
 
 def _digested(schema: pa.Schema) -> list[str]:
-    """Columns that say what a member is; the others say where it is, which may depend on the shard size."""
+    """Return the columns that say what a member is; the others say where, which may depend on the shard size."""
     return [name for name in schema.names if name not in ("ordinal", "locator", "offset", "stored_bytes", "method")]
 
 
@@ -358,7 +358,7 @@ def _digest_members(table: pa.Table, digest: Any) -> None:
 
 
 def _shard_table(members: list[Member], schema: pa.Schema, kind: SourceKind) -> pa.Table:
-    """One row group, without what a manifest says."""
+    """Return members as one row group, without what a manifest says."""
     columns: dict[str, Any] = {
         "ordinal": [m.ordinal for m in members],
         "image_key": [m.image_key for m in members],
@@ -375,7 +375,7 @@ def _shard_table(members: list[Member], schema: pa.Schema, kind: SourceKind) -> 
 
 
 def _spool_offsets(members: list[Member]) -> list[int]:
-    """Where each member starts in its shard's spool file: refused ones take no room."""
+    """Return where each member starts in its shard's spool file, in bytes: refused ones take no room."""
     offsets, position = [], 0
     for member in members:
         offsets.append(position)
@@ -384,7 +384,7 @@ def _spool_offsets(members: list[Member]) -> list[int]:
 
 
 def rewrite_plan(plan_file: Any, out: Sink, change: Callable[[pa.Table], pa.Table], **more: Any) -> PlanSummary:
-    """Write a plan anew with its members' rows changed, shard by shard; the summary gets their digest and `more`."""
+    """Write a plan again with its members' rows changed, shard by shard; the summary gets their digest and `more`."""
     reader = pq.ParquetFile(plan_file)
     digest = hashlib.blake2b(digest_size=16)
     schema = reader.schema_arrow.remove_metadata()
@@ -404,7 +404,7 @@ def rewrite_plan(plan_file: Any, out: Sink, change: Callable[[pa.Table], pa.Tabl
 
 
 def read_summary(file: Sink) -> PlanSummary:
-    """The summary of a plan, from the file's footer alone. Raises ConfigError where the file is no plan."""
+    """Read the summary of a plan, from the file's footer alone. Raises ConfigError where the file is no plan."""
     stored = (pq.read_metadata(file).metadata or {}).get(_SUMMARY_KEY.encode())
     if stored is None:
         raise ConfigError(f"{file} is not a plan: it carries no summary")
@@ -414,14 +414,14 @@ def read_summary(file: Sink) -> PlanSummary:
 
 
 def shards(summary: PlanSummary) -> Iterator[Shard]:
-    """All shards of a plan, in order."""
+    """Yield all shards of a plan, in order."""
     for ordinal in range(summary.shards):
         first = ordinal * summary.shard_size
         yield Shard(ordinal, first, min(summary.shard_size, summary.members - first))
 
 
 def urgent_first(plan_file: pq.ParquetFile, summary: PlanSummary, rule: UrgentSettings) -> list[Shard]:
-    """All shards, those with most urgent images first, else in order. Raises ConfigError for an unknown column."""
+    """Return all shards, most urgent images first, else in order. Raises ConfigError for an unknown column."""
     listed = list(shards(summary))
     if not rule.image_keys and rule.column is None:
         return listed
@@ -447,7 +447,7 @@ def _count_urgent(table: pa.Table, rule: UrgentSettings, column: str) -> int:
 
 
 def read_shard(plan_file: pq.ParquetFile, ordinal: int) -> list[Member]:
-    """Members of one shard, in order, from its row group."""
+    """Read the members of one shard, in order, from its row group."""
     table = plan_file.read_row_group(ordinal)
     metas = [name for name in table.column_names if name.startswith(META_PREFIX)]
     values = {name: table[name].to_pylist() for name in table.column_names}

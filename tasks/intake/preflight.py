@@ -12,7 +12,7 @@ import psutil
 from leukoflow.core.counts import count_of
 from leukoflow.core.errors import PreflightError, StorageError
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import Run
+from leukoflow.tasks.intake.binding import Run
 
 BYTES_PER_IMAGE = 120_000
 """Upper estimate of what one field leaves in Zarr and Parquet; measured runs stay below (see docs/data-format.md)."""
@@ -21,7 +21,7 @@ WORKER_BYTES = 1200 << 20
 
 
 def preflight(run: Run, workers_here: int) -> None:
-    """Raises PreflightError naming what is missing and the remedy."""
+    """Check disk, memory and write access; raise PreflightError naming what is missing and the remedy."""
     storage = Storage(run.root)
     conditional_writes(storage)
     if storage.is_local:
@@ -42,7 +42,7 @@ def preflight(run: Run, workers_here: int) -> None:
 
 
 def conditional_writes(storage: Storage) -> None:
-    """Write access, and that a key can be created only once: the ground that exactly-once stands on."""
+    """Check write access, and that a key can be created only once: exactly-once rests on it. Raises PreflightError."""
     key = f"_attempts/preflight-{uuid.uuid4().hex[:8]}"
     try:
         storage.probe()

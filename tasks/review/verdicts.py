@@ -8,284 +8,43 @@ not over its bytes: so a patient's rows can be erased later, and the chain still
 from __future__ import annotations
 
 import hashlib
-import io
-import json
 import re
-import secrets
 import threading
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import asdict, dataclass, field, replace
-from datetime import UTC, datetime
-from enum import StrEnum
-from typing import Any
+from dataclasses import dataclass, field, replace
 
-import pyarrow as pa
-import pyarrow.parquet as pq
-
-from leukoflow.core.codec import dumps, loads
+from leukoflow.core.codec import loads
 from leukoflow.core.errors import LeukoflowError, RequestError, RunBusyError, RunNotFoundError, StorageError, words_of
 from leukoflow.runs.lock import LockHolder
-from leukoflow.runs.records import CLASSES, Status
-from leukoflow.runs.schema import VERDICTS
 from leukoflow.storage.base import Storage
+from leukoflow.tasks.review.verdict_file import (
+    FOLDER,
+    Entry,
+    Seal,
+    decode,
+    encode,
+    key_of,
+    make_seal,
+    row_digest,
+    row_of,
+    verdict_of,
+)
+from leukoflow.tasks.review.verdict_record import NOTHING, Target, Verdict, Verdicts, check_verdict
 from leukoflow.tasks.store.tables import INTENT, in_order
 
-FOLDER = "verdicts"
-NOTHING = "0" * 64
-"""What the first file names as the digest of the one before it."""
-COMMENT_CHARACTERS = 2000
-WHO_CHARACTERS = 200
-
-_HEAD = b"leukoflow.verdicts"
 _NAME = re.compile(r"([0-9]{5,})\.(parquet|json)")
 _LOCK = "compact.lock"  # erasing holds it as well
 _ERASING = "erase"
 
-Target = tuple[str, str]
-"""What a verdict is about: (`image`, image key) or (`slide`, grouping and slide id joined by a colon)."""
-
-
-class Action(StrEnum):
-    """What somebody did."""
-
-    ACCEPT = "accept"
-    CORRECT = "correct"
-    WITHDRAW = "withdraw"
-    FLAG = "flag"
-    UNFLAG = "unflag"
-    COMMENT = "comment"
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One act of one person on one field or slide, with the prediction that was on the screen.
-
-    Either `image_key` is given, or `slide_id` with its `grouping`. `label` is that of a `correct`, or of the decision
-    that a `withdraw` takes back; else None. `at` is ISO 8601 in UTC.
-    """
-
-    run_id: str
-    action: Action
-    who: str
-    at: str
-    image_key: str | None = None
-    slide_id: str | None = None
-    grouping: str | None = None
-    label: str | None = None
-    comment: str | None = None
-    seen_status: str | None = None
-    seen_label: str | None = None
-    seen_confidence: float | None = None
-    seen_bundle_digest: str | None = None
-
-    @property
-    def target(self) -> Target:
-        """What it is about."""
-        return ("image", self.image_key) if self.image_key is not None else slide_target(self.grouping, self.slide_id)
-
-    @property
-    def seen_answer(self) -> str | None:
-        """The label that the model answered with; None where it abstained, whatever was noted of its leaning."""
-        return None if self.seen_status == Status.ABSTAINED else self.seen_label
-
-    @property
-    def said(self) -> str | None:
-        """The label that the person stands for; None where none was given."""
-        if self.action is Action.ACCEPT:
-            return self.seen_label
-        return self.label if self.action is Action.CORRECT else None
-
-    @property
-    def agrees(self) -> bool:
-        """Whether it is a decision for what the model answered, by whichever key it was made."""
-        return self.said is not None and self.said == self.seen_answer
-
-    @property
-    def corrects(self) -> bool:
-        """Whether it is a decision for another label than the model answered."""
-        return self.said is not None and self.seen_answer not in (None, self.said)
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """What holds of a field or slide by now: the last decision, whether it is flagged, the last comment."""
-
-    decision: Verdict | None = None  # the last accept or correct, unless it was withdrawn
-    flagged: bool = False
-    comment: str | None = None
-    verdicts: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Verdicts:
-    """All verdicts of a run in their order."""
-
-    given: tuple[Verdict, ...] = ()
-    damaged: int = 0  # files that cannot be read; `leukoflow verify` names them
-    head: str = NOTHING  # digest of the last file's entry: differs when anything was added
-
-    def standings(self) -> dict[Target, Standing]:
-        """What holds by now of everything that has a verdict."""
-        found: dict[Target, Standing] = {}
-        for verdict in self.given:
-            found[verdict.target] = _after(found.get(verdict.target, Standing()), verdict)
-        return found
-
-    def of(self, target: Target) -> tuple[Verdict, ...]:
-        """Everything that was said of one field or slide, the first word first."""
-        return tuple(v for v in self.given if v.target == target)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What a file says of itself. `erased` counts the rows whose digests are here, but which were erased."""
-
-    number: int
-    previous: str
-    rows: tuple[str, ...]
-    erased: tuple[int, ...] = ()
-
-    @property
-    def digest(self) -> str:
-        """What the next file names: it does not change when rows are erased."""
-        body = json.dumps([self.number, self.previous, self.rows], separators=(",", ":"))
-        return hashlib.sha256(body.encode()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Seal:
-    """`00001.json`: the bytes of a file, so that one bit, or the loss of the last file, is found."""
-
-    number: int
-    entry: str
-    sha256: str
-    size: int
-
-
-def slide_target(grouping: str | None, slide_id: str | None) -> Target:
-    """A slide as the target of a verdict."""
-    return ("slide", f"{grouping}:{slide_id}")
-
-
-def moment() -> str:
-    """Now, in UTC, to the millisecond: two verdicts of one second keep their order."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _after(before: Standing, verdict: Verdict) -> Standing:
-    action = verdict.action
-    return Standing(
-        decision=_decided(before.decision, verdict),
-        flagged={Action.FLAG: True, Action.UNFLAG: False}.get(action, before.flagged),
-        comment=verdict.comment or before.comment,
-        verdicts=before.verdicts + 1,
-    )
-
-
-def _decided(before: Verdict | None, verdict: Verdict) -> Verdict | None:
-    if verdict.action in (Action.ACCEPT, Action.CORRECT):
-        return verdict
-    if verdict.action is Action.WITHDRAW and before is not None and before.said == verdict.label:
-        return None  # one that names another label was overtaken by a new decision, which stays
-    return before
-
-
-# --- one file --------------------------------------------------------------------------------------------------------
-
-
-def check_verdict(verdict: Verdict) -> None:
-    """Raises RequestError where a verdict says nothing, or something that there is not."""
-    if (verdict.image_key is None) == (verdict.slide_id is None or verdict.grouping is None):
-        raise RequestError("a verdict is about one field or about one slide: name either")
-    if verdict.action is Action.CORRECT and verdict.label not in CLASSES:
-        raise RequestError(f"a correction needs a label, one of {', '.join(CLASSES)}")
-    if verdict.action is Action.WITHDRAW and verdict.label not in CLASSES:
-        raise RequestError("there is no decision to withdraw here")
-    if verdict.action not in (Action.CORRECT, Action.WITHDRAW) and verdict.label is not None:
-        raise RequestError(f"only a correction has a label, not {verdict.action}")
-    if verdict.action is Action.CORRECT and verdict.seen_status == Status.QUARANTINED:
-        raise RequestError("no picture could be read here, so there is nothing to label: flag it or comment on it")
-    if verdict.action is Action.ACCEPT and verdict.seen_status == Status.ABSTAINED:
-        raise RequestError(
-            "the model abstained from this field, so there is no answer to accept: say which class it is, flag it or "
-            "comment on it"
-        )
-    if verdict.action is Action.ACCEPT and verdict.seen_label is None:
-        raise RequestError("there is no prediction to accept here: correct it, flag it or comment on it")
-    if verdict.action is Action.COMMENT and not (verdict.comment or "").strip():
-        raise RequestError("the comment is empty: write something, or take another action")
-    if len(verdict.comment or "") > COMMENT_CHARACTERS:
-        raise RequestError(f"a comment may have {COMMENT_CHARACTERS:,} characters: shorten it")
-    if not verdict.who.strip() or len(verdict.who) > WHO_CHARACTERS:
-        raise RequestError("whose verdict this is must be known")
-    for text in (verdict.comment, verdict.who):
-        if text is not None and not all(c.isprintable() or c in "\n\t" for c in text):
-            raise RequestError("a comment or a name holds characters that cannot be shown: type it again")
-    try:
-        if datetime.fromisoformat(verdict.at).utcoffset() is None:
-            raise ValueError
-    except ValueError:
-        raise RequestError(f"{verdict.at!r} is no time with its zone") from None
-
-
-def _row_of(verdict: Verdict) -> dict[str, Any]:
-    row = asdict(verdict) | {"action": str(verdict.action), "salt": secrets.token_hex(8)}
-    row["at"] = datetime.fromisoformat(verdict.at).astimezone(UTC)
-    return {name: row[name] for name in VERDICTS.names}
-
-
-def _verdict_of(row: Mapping[str, Any]) -> Verdict:
-    kept = {name: value for name, value in row.items() if name != "salt"}
-    kept["at"] = row["at"].astimezone(UTC).isoformat(timespec="milliseconds")
-    return Verdict(**(kept | {"action": Action(row["action"])}))
-
-
-def _row_digest(row: Mapping[str, Any]) -> str:
-    """SHA-256 of a row; its salt keeps anybody from finding out by trial what an erased row said."""
-    values = [row[name] for name in VERDICTS.names if name != "at"]
-    body = json.dumps([*values, row["at"].astimezone(UTC).isoformat(timespec="microseconds")], ensure_ascii=False)
-    return hashlib.sha256(body.encode()).hexdigest()
-
-
-def _encode(entry: Entry, rows: Sequence[Mapping[str, Any]]) -> bytes:
-    table = pa.Table.from_pylist([dict(row) for row in rows], VERDICTS)
-    sink = io.BytesIO()
-    stamped = table.replace_schema_metadata({_HEAD: json.dumps(asdict(entry), sort_keys=True)})
-    pq.write_table(stamped, sink, compression="zstd", use_dictionary=False)
-    return sink.getvalue()
-
-
-def _decode(data: bytes, uri: str) -> tuple[Entry, list[dict[str, Any]]]:
-    """Raises StorageError where the bytes are no file of verdicts."""
-    try:
-        table = pq.ParquetFile(io.BytesIO(data)).read()
-        head = (table.schema.metadata or {}).get(_HEAD)
-        if head is None or table.schema.names != VERDICTS.names:
-            raise StorageError(f"{uri} holds no verdicts; take it out of that folder")
-        return loads(Entry, head, uri), list(table.to_pylist())
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise StorageError(f"{uri} is damaged ({words_of(error)}); restore it from a backup") from None
-
-
-def _seal(data: bytes, entry: Entry) -> bytes:
-    return dumps(Seal(entry.number, entry.digest, hashlib.sha256(data).hexdigest(), len(data)))
-
-
-def _key(number: int, kind: str = "parquet") -> str:
-    return f"{FOLDER}/{number:05d}.{kind}"
-
-
-# --- a run -----------------------------------------------------------------------------------------------------------
-
 
 def add(out: str, verdict: Verdict) -> int:
-    """Adds one verdict to its run; returns the number of its file."""
+    """Add one verdict to its run; return the number of its file."""
     return add_all(out, (verdict,))
 
 
 def add_all(out: str, verdicts: Sequence[Verdict]) -> int:
-    """Adds verdicts on one run in one file, all or none; returns its number.
+    """Add verdicts on one run in one file, all or none; return its number.
 
     Raises RequestError for what is no verdict, RunNotFoundError where there is no such run (any more), RunBusyError
     while a patient is erased from it, StorageError where the destination does not take it.
@@ -297,15 +56,15 @@ def add_all(out: str, verdicts: Sequence[Verdict]) -> int:
     run_id = verdicts[0].run_id
     run = Storage(out).child(run_id)
     _check_open(run, run_id)
-    rows = [_row_of(v) for v in verdicts]
-    digests = tuple(map(_row_digest, rows))
+    rows = [row_of(v) for v in verdicts]
+    digests = tuple(map(row_digest, rows))
     while True:
         number, previous = _next(run)
         entry = Entry(number, previous, digests)
-        data = _encode(entry, rows)
-        if run.create(_key(number), data):
+        data = encode(entry, rows)
+        if run.create(key_of(number), data):
             break
-    run.create(_key(number, "json"), _seal(data, entry))
+    run.create(key_of(number, "json"), make_seal(data, entry))
     if not run.exists("run.json"):  # deleted in this very moment; nothing may stay behind
         run.delete(FOLDER)
         run.prune(FOLDER)
@@ -314,6 +73,7 @@ def add_all(out: str, verdicts: Sequence[Verdict]) -> int:
 
 
 def _check_open(run: Storage, run_id: str) -> None:
+    """Raise RunNotFoundError or RunBusyError for a run that takes no verdict now."""
     if not _is_name(run_id) or not run.exists("run.json"):
         raise RunNotFoundError(f"there is no run {run_id} (any more)")
     busy = run.exists(INTENT)
@@ -329,7 +89,7 @@ def _is_name(run_id: str) -> bool:
 
 
 def _numbers(run: Storage) -> dict[int, set[str]]:
-    """Numbers that are there, with the kinds of their files."""
+    """Return the numbers that are there, with the kinds of their files."""
     found: dict[int, set[str]] = {}
     for name in run.names(FOLDER):
         if match := _NAME.fullmatch(name):
@@ -338,20 +98,20 @@ def _numbers(run: Storage) -> dict[int, set[str]]:
 
 
 def _next(run: Storage) -> tuple[int, str]:
-    """The next free number, and the digest of the entry before it; a listing may lag, so it is only where to begin."""
+    """Return the next free number, and the digest of the entry before it; a listing may lag, so it is only a start."""
     found = _numbers(run)
     last = max(found, default=0)
-    while run.exists(_key(last + 1)):
+    while run.exists(key_of(last + 1)):
         last += 1
     if not last:
         return 1, NOTHING
     try:
-        data = run.read(_key(last))
-        entry, _ = _decode(data, run.uri(_key(last)))
-    except (FileNotFoundError, StorageError):  # lost or damaged, which verify tells; its seal keeps the chain
-        return last + 1, loads(Seal, run.read(_key(last, "json")), run.uri(_key(last, "json"))).entry
-    if "json" not in found.get(last, ()):  # whoever wrote it is about to, or was cut off
-        run.create(_key(last, "json"), _seal(data, entry))
+        data = run.read(key_of(last))
+        entry, _ = decode(data, run.uri(key_of(last)))
+    except (FileNotFoundError, StorageError):  # lost or damaged, which verify reports; its seal keeps the chain
+        return last + 1, loads(Seal, run.read(key_of(last, "json")), run.uri(key_of(last, "json"))).entry
+    if "json" not in found.get(last, ()):  # its writer is about to, or was cut off
+        run.create(key_of(last, "json"), make_seal(data, entry))
     return last + 1, entry.digest
 
 
@@ -366,7 +126,7 @@ class VerdictReader:
         self._last = Verdicts()
 
     def read(self) -> Verdicts:
-        """All verdicts as of now; empty where there are none."""
+        """Return all verdicts as of now; empty where there are none."""
         with self._lock:
             return self._now()
 
@@ -396,14 +156,14 @@ class VerdictReader:
 
     def _one(self, number: int) -> tuple[Entry, tuple[Verdict, ...]] | None:
         try:
-            entry, rows = _decode(self.run.read(_key(number)), self.run.uri(_key(number)))
-            return entry, tuple(map(_verdict_of, rows))
+            entry, rows = decode(self.run.read(key_of(number)), self.run.uri(key_of(number)))
+            return entry, tuple(map(verdict_of, rows))
         except (FileNotFoundError, LeukoflowError, ValueError, TypeError, AttributeError):
             return None
 
 
 def read(out: str, run_id: str) -> Verdicts:
-    """The verdicts of one run, in their order; empty where there are none. Raises RunNotFoundError."""
+    """Read the verdicts of one run, in their order; empty where there are none. Raises RunNotFoundError."""
     run = Storage(out).child(run_id)
     if not _is_name(run_id) or not run.exists("run.json"):
         raise RunNotFoundError(f"there is no run {run_id} (any more)")
@@ -423,9 +183,9 @@ class Checked:
 
 
 def check_run(run: Storage, run_id: str) -> Checked:
-    """Looks through all verdicts of a run: a verdict that was altered, lost, put in or moved is found.
+    """Look through all verdicts of a run: a verdict that was altered, lost, put in or moved is found.
 
-    Whoever can rewrite the whole chain leaves no trace in it: keep `head` somewhere else.
+    Somebody who can rewrite the whole chain leaves no trace in it: keep `head` somewhere else.
     """
     kinds = _numbers(run)
     problems = [
@@ -440,7 +200,7 @@ def check_run(run: Storage, run_id: str) -> Checked:
         found: list[bytes | None] = []
         for kind in ("parquet", "json"):
             try:
-                found.append(run.read(_key(number, kind)))
+                found.append(run.read(key_of(number, kind)))
             except FileNotFoundError:
                 found.append(None)
         return found[0], found[1]
@@ -449,18 +209,18 @@ def check_run(run: Storage, run_id: str) -> Checked:
         seal = None
         if sealed is not None:
             try:
-                seal = loads(Seal, sealed, _key(number, "json"))
+                seal = loads(Seal, sealed, key_of(number, "json"))
             except StorageError:
-                problems.append((_key(number, "json"), "altered: it is no seal"))
+                problems.append((key_of(number, "json"), "altered: it is no seal"))
         elif number < last:
-            problems.append((_key(number, "json"), "missing"))
+            problems.append((key_of(number, "json"), "missing"))
         if data is None:
-            problems.append((_key(number), "missing"))
+            problems.append((key_of(number), "missing"))
             previous = seal.entry if seal is not None else None
             continue
         entry, rows, wrong = _look(data, run_id, number, previous, seal)
         if wrong is not None:
-            problems.append((_key(number), wrong))
+            problems.append((key_of(number), wrong))
         verdicts += rows
         previous = entry.digest if entry is not None else seal.entry if seal is not None else None
     return Checked(verdicts, previous or NOTHING, tuple(problems))
@@ -469,12 +229,12 @@ def check_run(run: Storage, run_id: str) -> Checked:
 def _look(
     data: bytes, run_id: str, number: int, previous: str | None, seal: Seal | None
 ) -> tuple[Entry | None, int, str | None]:
-    """A file's entry, the number of its rows, and what is wrong with it."""
+    """Return a file's entry, the number of its rows, and what is wrong with it."""
     if seal is not None and (len(data), hashlib.sha256(data).hexdigest()) != (seal.size, seal.sha256):
         return None, 0, "altered: its bytes are not those that were sealed"
     try:
-        entry, rows = _decode(data, _key(number))
-        digests = [_row_digest(row) for row in rows]
+        entry, rows = decode(data, key_of(number))
+        digests = [row_digest(row) for row in rows]
     except (StorageError, AttributeError, TypeError) as error:
         return None, 0, f"damaged: {words_of(error)}"
     kept = [digest for i, digest in enumerate(entry.rows) if i not in entry.erased]
@@ -490,7 +250,7 @@ def _look(
 
 
 def without(run: Storage, targets: Iterable[Target]) -> Iterator[tuple[str, bytes]]:
-    """(key, new bytes) of the files that say something of these fields and slides, without what they say.
+    """Yield (key, new bytes) of the files that say something of these fields and slides, without what they say.
 
     The numbers and the chain stay. Raises StorageError where a file cannot be read.
     """
@@ -498,13 +258,13 @@ def without(run: Storage, targets: Iterable[Target]) -> Iterator[tuple[str, byte
     for number, kinds in sorted(_numbers(run).items()):
         if "parquet" not in kinds:
             continue
-        entry, rows = _decode(run.read(_key(number)), run.uri(_key(number)))
-        kept = [row for row in rows if _verdict_of(row).target not in gone]
+        entry, rows = decode(run.read(key_of(number)), run.uri(key_of(number)))
+        kept = [row for row in rows if verdict_of(row).target not in gone]
         if len(kept) == len(rows):
             continue
-        digests = {_row_digest(row) for row in kept}
+        digests = {row_digest(row) for row in kept}
         erased = tuple(i for i, digest in enumerate(entry.rows) if digest not in digests)
         entry = replace(entry, erased=erased)
-        data = _encode(entry, kept)
-        yield _key(number), data
-        yield _key(number, "json"), _seal(data, entry)
+        data = encode(entry, kept)
+        yield key_of(number), data
+        yield key_of(number, "json"), make_seal(data, entry)

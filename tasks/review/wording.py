@@ -126,19 +126,19 @@ class Scale:
 
 
 def class_name(label: str | None) -> str:
-    """Writes a label as haematologists do."""
+    """Write a label as haematologists do."""
     return "no label" if label is None else CLASS_NAMES.get(label, label)
 
 
 def of_hundred(share: float) -> str:
-    """Writes a share as a count of 100, never as a certainty."""
+    """Write a share as a count of 100, never as a certainty."""
     if share > 0.995:
         return "more than 99"
     return "fewer than 1" if share < 0.005 else f"about {round(100 * share)}"
 
 
 def confidence_words(label: str, share: float, counted: bool = False, calibrated: bool = False) -> str:
-    """Says what the confidence of an answer means, and no more than was measured.
+    """Say what the confidence of an answer means, and no more than was measured.
 
     Args:
         label: of the answer.
@@ -155,7 +155,7 @@ def confidence_words(label: str, share: float, counted: bool = False, calibrated
 
 
 def repeated_words(protocol: Mapping[str, Any], measured: Mapping[str, Any]) -> str:
-    """Writes on how many fields a protocol measured: each repeat answers every field again, and adds none.
+    """Say on how many fields a protocol measured: each repeat answers every field again, and adds none.
 
     Args:
         protocol: of `metrics` in `bundle.json`, with `repeats`.
@@ -169,16 +169,22 @@ def repeated_words(protocol: Mapping[str, Any], measured: Mapping[str, Any]) -> 
 
 
 def over_repeats(protocol: Mapping[str, Any], counts: Mapping[str, Any]) -> str:
-    """Says behind counts that each field counts once in every repeat; empty where there are none, or one repeat."""
+    """Say behind counts that each field counts once in every repeat; empty where there are none, or one repeat."""
     repeats = int(protocol.get("repeats") or 1)
     return f" (counted over all {repeats} repeats)" if repeats > 1 and counts else ""
 
 
 def mean_words(value: float | None) -> str:
-    """Writes a mean probability to two places, never rounded to certainty; a dash where there is none."""
+    """Write a mean probability to two places, never rounded to certainty; a dash where there is none."""
     if value is None:
         return "–"
     return "> 0.99" if value >= 0.995 else "< 0.01" if value < 0.005 else f"{value:.2f}"
+
+
+def probability(value: float) -> str:
+    """Write a probability to three places, never rounded to a certainty: `> 0.999`, `0.732`, `< 0.001`."""
+    shown = f"{value:.3f}"
+    return {"1.000": "> 0.999", "0.000": "< 0.001"}.get(shown, shown)
 
 
 NOT_EXCLUDED = 0.2
@@ -186,7 +192,7 @@ NOT_EXCLUDED = 0.2
 
 
 def set_words(prediction_set: Sequence[str], alpha: float = 0.05, probabilities: Sequence[float] = ()) -> str:
-    """Says what the prediction set of an answer means; empty where there is no answer, and so no set.
+    """Say what the prediction set of an answer means; empty where there is no answer, and so no set.
 
     Args:
         prediction_set: labels.
@@ -213,7 +219,7 @@ def set_words(prediction_set: Sequence[str], alpha: float = 0.05, probabilities:
 def reason_words(
     reason: str | None, scale: Scale | None = None, where: str = "run", remarks: Sequence[str] = ()
 ) -> tuple[str, str, str]:
-    """Puts a stored reason into words: what it is, the likeliest cause with the remedy, and the measured part.
+    """Put a stored reason into words: what it is, the likeliest cause with the remedy, and the measured part.
 
     Args:
         reason: as stored; its kind stands before the colon.
@@ -250,13 +256,13 @@ def reason_words(
 
 
 def sentence(text: str) -> str:
-    """Writes a text as a sentence: with a capital and a full stop."""
+    """Write a text as a sentence: with a capital and a full stop."""
     text = text.strip()
     return f"{text[:1].upper()}{text[1:]}{'' if text.endswith(('.', '!', '?')) else '.'}" if text else ""
 
 
 def answered_scale_note(guessed: int, answered: int, settings: SegmentSettings) -> str:
-    """Says that answers may rest on a wrong size, for want of a scale; empty where none does.
+    """Say that answers may rest on a wrong size, for want of a scale; empty where none does.
 
     Args:
         guessed: answers to pictures of unknown scale (`Scale.guessed`).
@@ -274,7 +280,7 @@ def answered_scale_note(guessed: int, answered: int, settings: SegmentSettings) 
 
 
 def scale_note(guessed: int, abstained: int, settings: SegmentSettings) -> str:
-    """Says of a whole run that abstentions may come from a missing scale; empty where none does.
+    """Say of a whole run that abstentions may come from a missing scale; empty where none does.
 
     Args:
         guessed: abstentions from pictures of unknown scale (`Scale.guessed`).
@@ -306,7 +312,7 @@ def _stain(scale: Scale | None) -> str:
 
 
 def _missed(alpha: float) -> str:
-    """How often sets miss the true class, as people say it."""
+    """Say how often sets miss the true class."""
     n = round(1 / alpha) if alpha > 0 else 0
     if n and abs(1 / alpha - n) < 1e-6:
         return f"1 field in {n} has a true class that is not in its set"

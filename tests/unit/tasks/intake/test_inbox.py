@@ -45,7 +45,7 @@ class Inbox:
 
     @property
     def ledger(self) -> Ledger:
-        """Read anew, as another process would."""
+        """Read it again, as another process would."""
         return Ledger(self.site.out, self.site.name)
 
     def states(self) -> dict[str, str]:

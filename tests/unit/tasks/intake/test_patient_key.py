@@ -17,7 +17,8 @@ from leukoflow.core.config import load_config
 from leukoflow.core.errors import ConfigError, RunConflictError
 from leukoflow.models.bundle import Bundle
 from leukoflow.runs.progress import RunBinding
-from leukoflow.tasks.intake.open_run import Run, open_run
+from leukoflow.tasks.intake.binding import Run
+from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.intake.patient_key import check_value, patient_key, pseudonym
 from leukoflow.tasks.intake.plan import read_summary
 from leukoflow.tasks.upkeep.amend import runs_of_other_keys
@@ -145,7 +146,7 @@ def test_a_key_that_can_be_guessed_begins_no_run(begin: Any, monkeypatch: pytest
     assert patients(begin()) == {pseudonym("7", RIGHT.encode())}
 
 
-def test_whoever_looks_for_a_patient_hears_where_the_key_does_not_fit(
+def test_a_search_for_a_patient_says_where_the_key_does_not_fit(
     begin: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     out = str(tmp_path / "out")

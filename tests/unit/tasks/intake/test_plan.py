@@ -20,7 +20,7 @@ import pytest
 from leukoflow.core.errors import ConfigError, SourceError
 from leukoflow.runs.records import Member, PlanSummary
 from leukoflow.sources.members import identify, open_reader, spool
-from leukoflow.tasks.intake.manifest_file import read_manifest
+from leukoflow.tasks.intake.manifest import read_manifest
 from leukoflow.tasks.intake.patient_key import pseudonym
 from leukoflow.tasks.intake.plan import _below_item, plan, plan_schema, read_shard, read_summary, shards
 

@@ -15,23 +15,16 @@ import pytest
 import zarr
 from harness import arrays
 
-from leukoflow.core.errors import NotFoundError, RequestError, RunNotFoundError
-from leukoflow.runs.records import CLASSES
-from leukoflow.tasks.intake.open_run import Run
+from leukoflow.core.errors import NotFoundError
+from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.patient_key import pseudonym
-from leukoflow.tasks.review import field_view
-from leukoflow.tasks.review.field_view import ERASED, bundle_document, method_of, reference_cells, view
-from leukoflow.tasks.review.verdicts import Action, add
+from leukoflow.tasks.review import bundle_settings, field_view
+from leukoflow.tasks.review.field_view import ERASED, view
 from leukoflow.tasks.review.worklist import RunTable, open_run_table, run_key_of
 from leukoflow.tasks.upkeep.erase import erase_patient
 
 NIGHT = run_key_of("night")
 CUT, BLANK, TEXT = 34, 35, 36
-
-
-@pytest.fixture(scope="module")
-def opened(night: Run) -> RunTable:
-    return open_run_table(str(Path(night.root).parent), NIGHT)
 
 
 def source_of(night: Run, key: str) -> np.ndarray[Any, Any]:
@@ -149,7 +142,8 @@ def test_an_erased_patients_field(copy: Path) -> None:
 
 
 def test_without_the_bundle_the_image_is_shown_as_it_is(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(field_view, "method_of", lambda bundle: None)
+    for module in (bundle_settings, field_view):
+        monkeypatch.setattr(module, "method_of", lambda bundle: None)
     found = view(open_run_table(str(copy.parent), NIGHT), 0)
     assert any("without normalisation" in r or "does not fit" in r for r in found.remarks)
 
@@ -169,70 +163,3 @@ def test_large_images_show_the_tiles_of_most_attention(opened: RunTable, monkeyp
     group: Any = zarr.open_group(str(Path(opened.storage.root) / "masks.zarr" / row["shard"]), mode="r")
     assert np.array_equal(found.tiles[0].to_source, group["to_source"][best])
     assert f"1 of {len(whole.tiles)} tiles" in found.remarks[0]
-
-
-def test_bundles_are_read_without_their_weights(tmp_path: Path) -> None:
-    assert method_of("pocket") is not None
-    document = bundle_document("pocket")
-    assert document is not None
-    assert document["classes"] == list(CLASSES)
-    assert bundle_document("nothing") is None
-    assert bundle_document(str(tmp_path)) is None
-    assert bundle_document("../pocket") is None
-
-
-# --- reference cells -------------------------------------------------------------------------------------------------
-
-
-def test_reference_cells(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    out = str(copy.parent)
-    table = open_run_table(out, NIGHT)
-    assert reference_cells(out, NIGHT, "Benign", 4) == ()  # the model is sure of nothing
-    monkeypatch.setattr(field_view, "REFERENCE_CONFIDENCE", 0.26)
-    field_view._kept.clear()
-    label = table.field(0).label
-    assert label is not None
-    cells = reference_cells(out, NIGHT, label, 4)
-    assert len(cells) == 4
-    slides = [table.field(c.ordinal).slide for c in cells]
-    assert len(set(slides)) == 4  # as many slides as there are
-    for cell in cells:
-        assert cell.picture.shape == (field_view.REFERENCE_PX, field_view.REFERENCE_PX, 3)
-        assert table.field(cell.ordinal).label == cell.label == label
-        own = table.cells(cell.ordinal)
-        inside = [c for c in own.to_pylist() if not c["touches_border"]] or own.to_pylist()
-        assert cell.attention == pytest.approx(max(c["attention"] for c in inside))
-        assert "No expert has confirmed it" in cell.caption
-    other = next(c for c in CLASSES if c != label)
-    add(out, table.verdict_on_field(5, Action.CORRECT, "dr. grey", other))
-    (confirmed,) = reference_cells(out, NIGHT, other, 1)
-    assert (confirmed.ordinal, "a reviewer has labelled so" in confirmed.caption) == (5, True)
-    assert 5 not in {c.ordinal for c in reference_cells(out, NIGHT, label, 20)}
-
-
-def test_reference_cells_of_the_latest_run_that_has_some(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(field_view, "REFERENCE_CONFIDENCE", 0.26)
-    out = copy.parent
-    label = open_run_table(str(out), NIGHT).field(0).label
-    assert label is not None
-    shutil.copytree(copy, out / "second")
-    for name in ("manifest.json", "run.json"):
-        path = out / "second" / name
-        path.write_text(
-            json.dumps(json.loads(path.read_text()) | {"run_id": "second"}, sort_keys=True, indent=1) + "\n"
-        )
-    for path in (out / "second" / "predictions").iterdir():
-        table = pq.read_table(path)
-        i = table.schema.get_field_index("status")
-        rejected = ["rejected"] * len(table)
-        pq.write_table(table.set_column(i, table.schema.field(i), [rejected]), path, use_dictionary=False)
-    found = reference_cells(str(out), run_key_of("second"), label, 2)
-    assert {c.run_key for c in found} == {NIGHT}
-
-
-@pytest.mark.parametrize(("label", "n"), [("Blast", 3), ("Pro", 0), ("Pro", 25), ("", 1)])
-def test_reference_cells_that_there_are_not(opened: RunTable, label: str, n: int) -> None:
-    with pytest.raises(RequestError):
-        reference_cells(opened.out, NIGHT, label, n)
-    with pytest.raises(RunNotFoundError):
-        reference_cells(opened.out, "0" * 16, "Pro", 3)

@@ -21,9 +21,10 @@ from leukoflow.runs.lock import held
 from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.schema import VERDICTS
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import Run
+from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.patient_key import pseudonym
-from leukoflow.tasks.review.verdicts import NOTHING, Action, Verdict, VerdictReader, add, add_all, check_run, read
+from leukoflow.tasks.review.verdict_record import NOTHING, Action, Verdict
+from leukoflow.tasks.review.verdicts import VerdictReader, add, add_all, check_run, read
 from leukoflow.tasks.store.compact import compact_run
 from leukoflow.tasks.upkeep.correct import correct_patient
 from leukoflow.tasks.upkeep.erase import erase_patient
@@ -234,7 +235,7 @@ def test_verdicts_of_another_run_are_found(copy: Path) -> None:
     ]
 
 
-def test_whoever_was_cut_off_before_sealing_is_no_fault(copy: Path) -> None:
+def test_a_writer_cut_off_before_sealing_is_no_fault(copy: Path) -> None:
     add(str(copy.parent), verdict())
     (copy / "verdicts" / "00001.json").unlink()
     assert verify_run(str(copy)).ok

@@ -13,7 +13,8 @@ from leukoflow.core.config import RunConfig, load_config
 from leukoflow.core.errors import RunConflictError
 from leukoflow.models.bundle import Bundle
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import open_run, resume_command
+from leukoflow.tasks.intake.commands import resume_command
+from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.upkeep.diff import _command, _options
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from leukoflow.core.errors import ConfigError
-from leukoflow.tasks.intake.manifest_file import Manifest, manifest_keys, read_manifest
+from leukoflow.tasks.intake.manifest import Manifest, manifest_keys, read_manifest
 from leukoflow.tasks.intake.patient_key import pseudonym
 
 KEY = b"a key that only these tests have"

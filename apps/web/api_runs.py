@@ -15,8 +15,8 @@ from leukoflow.apps.web.live import STREAM, event, live
 from leukoflow.apps.web.problems import documented, finite
 from leukoflow.runs.records import Status
 from leukoflow.tasks.imaging import cytoplasm
-from leukoflow.tasks.review import export as handoff
 from leukoflow.tasks.review import verdicts, worklist
+from leukoflow.tasks.review.export import stream
 from leukoflow.tasks.review.verdicts import Action
 from leukoflow.tasks.review.wording import MEAN_MALIGNANT_NOTE, SET_DESCRIPTION
 from leukoflow.tasks.review.worklist import MAX_PAGE, Review, RunTable, Sort
@@ -474,7 +474,7 @@ def export(
 ) -> StreamingResponse:
     """A run, one of its slides or one of its patients as CSV, Parquet or FHIR."""
     table = _table(request, run_key)
-    pieces = iter(handoff.export(table, handoff.Scope(slide=slide, patient=patient), format))
+    pieces = iter(stream.export(table, stream.Scope(slide=slide, patient=patient), format))
     first = next(pieces, b"")  # what cannot be exported is said before the answer begins
     saw(request, "export", "/".join(filter(None, (run_key, slide, patient))), format=format)
 

@@ -48,8 +48,8 @@ from leukoflow.core.geometry import MAX_UM_PER_PX, MIN_UM_PER_PX
 from leukoflow.runs.records import CLASSES, Status
 from leukoflow.tasks.imaging import cytoplasm
 from leukoflow.tasks.inference.single import STAGES, Finding
-from leukoflow.tasks.review import export as handoff
-from leukoflow.tasks.review import verdicts, wording, worklist
+from leukoflow.tasks.review import cautions, verdict_record, verdicts, wording, worklist
+from leukoflow.tasks.review.export import stream
 from leukoflow.tasks.review.verdicts import Action
 from leukoflow.tasks.review.worklist import FieldLine, Query, Review, RunTable, Sort
 
@@ -339,7 +339,7 @@ def run_page(request: Request, run_key: str, who: Viewer, tab: str = "slides") -
     context: dict[str, Any] = {
         "run": table, "run_key": run_key, "tab": tab, "tabs": TABS, "totals": totals, "page": page, "asked": asked,
         "reviews": tuple(Review), "statuses": words.STATUSES, "recon": table.reconciliation(),
-        "guessed": handoff.guessed_fields(table, page.items) if tab == "fields" else frozenset(),
+        "guessed": cautions.guessed_fields(table, page.items) if tab == "fields" else frozenset(),
     }  # fmt: skip
     return render(request, "_list.html" if _partial(request) else "run.html", "runs", **context)
 
@@ -383,8 +383,8 @@ def slide_page(request: Request, run_key: str, slide_key: str, who: Viewer) -> R
     with told():
         slide = table.slide(slide_key)
         page = table.fields(asked.query)
-        said = table.reviews.verdicts.of(verdicts.slide_target(slide.grouping, slide.name))
-        caution, guessed = handoff.scale_caution(table, slide), handoff.guessed_fields(table, page.items)
+        said = table.reviews.verdicts.of(verdict_record.slide_target(slide.grouping, slide.name))
+        caution, guessed = cautions.scale_caution(table, slide), cautions.guessed_fields(table, page.items)
     saw(request, "slide", f"{run_key}/{slide_key}")
     return render(
         request, "slide.html", "runs", run=table, run_key=run_key, slide=slide, page=page, asked=asked, tab="fields",
@@ -400,10 +400,10 @@ def export_run(
     table = _table(request, run_key)
     with told():
         try:
-            form = handoff.Format(kind)
+            form = stream.Format(kind)
         except ValueError:
-            raise RequestError(f"there is no export of that kind; there are {', '.join(handoff.Format)}") from None
-        pieces = iter(handoff.export(table, handoff.Scope(slide=slide or None, patient=patient or None), form))
+            raise RequestError(f"there is no export of that kind; there are {', '.join(stream.Format)}") from None
+        pieces = iter(stream.export(table, stream.Scope(slide=slide or None, patient=patient or None), form))
         first = next(pieces, b"")
     saw(request, "export", "/".join(filter(None, (run_key, slide, patient))), format=kind)
 
@@ -612,7 +612,7 @@ def slide_verdict(
             )
             table = _table(request, run_key)
             slide = table.slide(slide_key)
-            said = table.reviews.verdicts.of(verdicts.slide_target(slide.grouping, slide.name))
+            said = table.reviews.verdicts.of(verdict_record.slide_target(slide.grouping, slide.name))
     except Refused as refused:
         return _not_kept(request, refused)
     saw(request, "verdict", f"{run_key}/{slide_key}", action=str(action))

@@ -19,7 +19,7 @@ from leukoflow.core.errors import LeukoflowError
 from leukoflow.runs.records import CLASSES, Status
 from leukoflow.tasks.imaging import cytoplasm
 from leukoflow.tasks.inference.single import Finding
-from leukoflow.tasks.review import field_view, worklist
+from leukoflow.tasks.review import bundle_settings, field_view, reference_cells, worklist
 from leukoflow.tasks.review.field_view import FieldView, ReferenceCell
 from leukoflow.tasks.review.wording import SHADOW, Scale
 from leukoflow.tasks.review.worklist import FieldLine, Frequency, RunTable
@@ -238,9 +238,9 @@ def of_line(table: RunTable, line: FieldLine) -> Subject:
         bundle_digest=d.bundle_digest,
         sha256=d.member_sha256,
         facts=tuple((k, words.shown(v, 120)) for k, v in facts if v),
-        settings=field_view.segment_settings(bundle),
-        alpha=field_view.alpha_of(bundle),
-        max_ood=field_view.max_ood_of(bundle),
+        settings=bundle_settings.segment_settings(bundle),
+        alpha=bundle_settings.alpha_of(bundle),
+        max_ood=bundle_settings.max_ood_of(bundle),
         told=frequency(bundle, line.label, line.confidence, line.status),
         shadow=SHADOW if table.shadow_of is not None else "",
     )
@@ -250,7 +250,7 @@ def frequency(bundle: str, label: str | None, confidence: float | None, status: 
     """What the confidence of an answer means; None where there is no answer."""
     if label is None or confidence is None or status != Status.PREDICTED:
         return None
-    document = field_view.bundle_document(bundle) or {}
+    document = bundle_settings.bundle_document(bundle) or {}
     return worklist.frequency(document.get("metrics") or {}, label, confidence)
 
 
@@ -265,7 +265,7 @@ def told_of(item: Item) -> Frequency | None:
 def caution_of(item: Item) -> str:
     """What stands before an answer of the bench that may rest on a wrong size; empty otherwise."""
     f: Finding = item.finding
-    return Scale(f.width_px, f.height_px, item.um_per_px, field_view.segment_settings(f.bundle)).caution
+    return Scale(f.width_px, f.height_px, item.um_per_px, bundle_settings.segment_settings(f.bundle)).caution
 
 
 def references(out: str) -> tuple[tuple[str, tuple[ReferenceCell, ...]], ...]:
@@ -276,7 +276,7 @@ def references(out: str) -> tuple[tuple[str, tuple[ReferenceCell, ...]], ...]:
     found = []
     for label in CLASSES:
         try:
-            found.append((label, field_view.reference_cells(out, latest.run_key, label, REFERENCES)))
+            found.append((label, reference_cells.reference_cells(out, latest.run_key, label, REFERENCES)))
         except LeukoflowError:
             found.append((label, ()))
     return tuple(found)
@@ -296,7 +296,7 @@ def of_finding(finding: Finding, tile: int, base: str, um_per_px: float | None =
 def why_of(item: Item) -> tuple[str, str, str]:
     """Why an image of the bench has no answer: what, the likeliest cause with the remedy, and what was measured."""
     f: Finding = item.finding
-    scale = Scale(f.width_px, f.height_px, item.um_per_px, field_view.segment_settings(f.bundle))
+    scale = Scale(f.width_px, f.height_px, item.um_per_px, bundle_settings.segment_settings(f.bundle))
     return words.reason_words(f.reason, scale, "bench", f.remarks)
 
 
@@ -322,9 +322,9 @@ def of_item(item: Item) -> Subject:
         bundle_digest=f.bundle_digest,
         sha256=f.sha256,
         facts=(("File", f"{words.number(item.size)} bytes"),),
-        settings=field_view.segment_settings(f.bundle),
-        alpha=field_view.alpha_of(f.bundle),
-        max_ood=field_view.max_ood_of(f.bundle),
+        settings=bundle_settings.segment_settings(f.bundle),
+        alpha=bundle_settings.alpha_of(f.bundle),
+        max_ood=bundle_settings.max_ood_of(f.bundle),
         told=told_of(item),
         where="bench",
     )

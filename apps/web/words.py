@@ -157,7 +157,7 @@ def number(value: float, digits: int = 0) -> str:
 
 def prob(value: float) -> str:
     """A probability to three places, never rounded to certainty."""
-    return page.probability(value)
+    return wording.probability(value)
 
 
 def percent(share: float | None, digits: int = 0) -> str:

@@ -30,12 +30,6 @@ def tick(value: float) -> str:
     return number(value, 1 if value < 10 and value % 1 else 0)
 
 
-def probability(value: float) -> str:
-    """A probability to three places, never rounded to a certainty: `> 0.999`, `0.732`, `< 0.001`."""
-    shown = f"{value:.3f}"
-    return {"1.000": "> 0.999", "0.000": "< 0.001"}.get(shown, shown)
-
-
 def percent(value: float | None, digits: int = 1) -> str:
     """A share in percent, a dash where there is none; all and none of it are told of exactly these alone."""
     if value is None:

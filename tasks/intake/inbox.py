@@ -29,8 +29,8 @@ from leukoflow.sources.members import Entry, is_archive, survey
 from leukoflow.tasks.intake.binding import stem
 from leukoflow.tasks.intake.manifest import manifest_keys
 from leukoflow.tasks.intake.manifest_fetch import fetch_manifest
+from leukoflow.tasks.intake.manifest_join import item_of, items_by_spelling
 from leukoflow.tasks.intake.matching import match
-from leukoflow.tasks.intake.plan import item_of, items_by_spelling
 
 ItemState = Literal["complete", "arriving", "taken"]
 _STEM = 40  # characters of an archive's name in a run id

@@ -27,7 +27,8 @@ from leukoflow.tasks.intake.commands import resume_command
 from leukoflow.tasks.intake.manifest_fetch import FetchedFile, digest_manifest, fetch_manifest, wanted_manifest
 from leukoflow.tasks.intake.patient_key import PATIENT_KEY, check_value, patient_key
 from leukoflow.tasks.intake.places import require_apart, require_writable
-from leukoflow.tasks.intake.plan import plan, read_summary
+from leukoflow.tasks.intake.plan import plan
+from leukoflow.tasks.intake.plan_file import read_summary
 from leukoflow.tasks.store.compact import expand_run
 from leukoflow.tasks.store.tables import check_intent
 

@@ -22,7 +22,7 @@ from leukoflow.runs.records import Member, SourceKind
 from leukoflow.sources.members import open_reader
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.decoding.ingest import Decoded, Decoder
-from leukoflow.tasks.intake.plan import read_shard, read_summary
+from leukoflow.tasks.intake.plan_file import read_shard, read_summary
 from leukoflow.tasks.review.bundle_settings import segment_settings
 
 

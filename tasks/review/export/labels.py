@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 from leukoflow.core.errors import ConfigError, LeukoflowError, NotFoundError
 from leukoflow.runs.records import SourceKind
 from leukoflow.sources.members import open_reader
-from leukoflow.tasks.intake.plan import read_shard, read_summary
+from leukoflow.tasks.intake.plan_file import read_shard, read_summary
 from leukoflow.tasks.review.worklist import list_runs, open_run_table
 
 LABELS = ("image_key", "label", "slide_id", "cluster_id")

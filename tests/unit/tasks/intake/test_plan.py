@@ -21,8 +21,10 @@ from leukoflow.core.errors import ConfigError, SourceError
 from leukoflow.runs.records import Member, PlanSummary
 from leukoflow.sources.members import identify, open_reader, spool
 from leukoflow.tasks.intake.manifest import read_manifest
+from leukoflow.tasks.intake.manifest_join import _below_item
 from leukoflow.tasks.intake.patient_key import pseudonym
-from leukoflow.tasks.intake.plan import _below_item, plan, plan_schema, read_shard, read_summary, shards
+from leukoflow.tasks.intake.plan import plan
+from leukoflow.tasks.intake.plan_file import plan_schema, read_shard, read_summary, shards
 
 KEY = b"a secret that only the hospital has"
 

@@ -1,8 +1,8 @@
-"""Names: the `image_key` of any bytes, and what the bytes of a zip member's name mean.
+"""Names in zip archives: what their bytes mean.
 
-Most zip archives do not say in which code page their names are. What is certain is decoded, what is not stays readable
-and reversible as `%XX`, and no byte of a character is ever taken for a separator. Layout: PKWARE APPNOTE 6.3.10, 4.4.4
-(bit 11), 4.6.9 (field 0x7075) and appendix D.
+Most zip archives do not say in which code page their names are. What is certain is decoded, what is not stays in the
+text as the surrogate U+DC00 + byte, as PEP 383 has it, and no byte of a character is ever taken for a separator.
+Layout: PKWARE APPNOTE 6.3.10, 4.4.4 (bit 11), 4.6.9 (field 0x7075) and appendix D.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ import struct
 import zlib
 from typing import NamedTuple
 
-_SURROGATE = re.compile("[\udc80-\udcff]")
 _UTF8 = 0x800  # bit 11
 _UNICODE_PATH = 0x7075
 _OEM_HOSTS = (0, 6, 10, 11, 14)  # MS-DOS, OS/2, NTFS (two numbers of it), VFAT: no file name there has a backslash
@@ -24,15 +23,6 @@ _RUN = re.compile(rb"[\x80-\xff]+")
 _CLEAR = re.compile(rb"(?<![\x80-\xff])\\")
 
 
-def key_of(name: bytes) -> str:
-    """`image_key` of a name inside a source: UTF-8, with every byte that is none as `%XX`."""
-    try:
-        return name.decode()
-    except UnicodeDecodeError:
-        text = name.decode("utf-8", "surrogateescape")
-        return _SURROGATE.sub(lambda match: f"%{ord(match[0]) - 0xDC00:02X}", text)
-
-
 class Separators(NamedTuple):
     """What the names of a whole archive say of how it separates folders."""
 
@@ -40,14 +30,14 @@ class Separators(NamedTuple):
     backslashes: bool = False  # some name has a `\\` that cannot be the second byte of a character
 
     def joined(self, raw: bytes) -> Separators:
-        """With what one more name says."""
+        """Add what one more name says."""
         slashes = self.slashes or b"/" in raw
         clear = self.backslashes or (b"\\" in raw and _CLEAR.search(raw) is not None)
         return self if (slashes, clear) == self else Separators(slashes, clear)
 
 
-def zip_key(raw: bytes, flags: int, extra: bytes, host: int, separators: Separators) -> str:
-    """`image_key` of a zip member.
+def decode_name(raw: bytes, flags: int, extra: bytes, host: int, separators: Separators) -> str:
+    """Decode the name of a zip member.
 
     Declared names (bit 11, or a Unicode path that belongs to these bytes) and UTF-8 are taken as they are. Of others
     each part of the path is decoded by itself, so that a folder has one name whatever lies in it.
@@ -56,14 +46,14 @@ def zip_key(raw: bytes, flags: int, extra: bytes, host: int, separators: Separat
         raw, flags = declared, flags | _UTF8
     backslashes = b"\\" in raw and b"/" not in raw and (host in _OEM_HOSTS or not separators.slashes)
     if flags & _UTF8 or _is_utf8(raw):
-        return key_of(raw.replace(b"\\", b"/") if backslashes else raw)
+        return _text(raw.replace(b"\\", b"/") if backslashes else raw)
     by_backslash = separators.backslashes and not separators.slashes
     parts = _split(raw, by_backslash) if backslashes else raw.split(b"/")
     return "/".join(_part(part, host) for part in parts)
 
 
 def _unicode_path(raw: bytes, extra: bytes) -> bytes | None:
-    """The name that the field 0x7075 gives, if it was made for this very name: others may have renamed the member."""
+    """Return the name that the field 0x7075 gives, if it was made for this name: the member may have been renamed."""
     at = 0
     while at + 4 <= len(extra):
         kind, length = struct.unpack_from("<2H", extra, at)
@@ -84,7 +74,7 @@ def _is_utf8(name: bytes) -> bool:
 
 
 def _split(raw: bytes, by_backslash: bool) -> list[bytes]:
-    """Parts between backslashes, but for those that are the second byte of a character.
+    """Split at backslashes, but for those that are the second byte of a character.
 
     A high byte begins a character of two bytes; only in an archive that is known to separate `by_backslash`, one
     behind a Latin letter is a letter itself: `Café\\1.jpg`.
@@ -107,12 +97,16 @@ def _part(raw: bytes, host: int) -> str:
     if host in _OEM_HOSTS and _is_european(raw):
         return raw.decode("cp437")
     if _is_utf8(raw):
-        return key_of(raw)
-    return key_of(raw).replace("\\", "%5C")  # the second byte of a character
+        return raw.decode()
+    return _text(raw).replace("\\", "\udc5c")  # the second byte of a character
+
+
+def _text(raw: bytes) -> str:
+    return raw.decode("utf-8", "surrogateescape")
 
 
 def _is_european(raw: bytes) -> bool:
-    """Whether this can be nothing but a word of Latin letters: `Größe`, and not two bytes of a Japanese character."""
+    """Tell whether this can only be a word of Latin letters: `Größe`, and not two bytes of a Japanese character."""
     runs = list(_RUN.finditer(raw))
     if not runs or b"\\" in raw:
         return False
@@ -124,7 +118,7 @@ def _is_european(raw: bytes) -> bool:
 
 
 def _reads_as(raw: bytes, encoding: str) -> bool:
-    """Whether a name makes sense in a code page of two bytes: no character stands within a Latin word."""
+    """Tell whether a name makes sense in a code page of two bytes: no character stands within a Latin word."""
     try:
         text = raw.decode(encoding)
     except UnicodeDecodeError:

@@ -20,7 +20,7 @@ _HIDES = 1
 
 
 def to_srgb(profile: bytes | None, mode: str) -> tuple[ToSrgb | None, str | None]:
-    """What converts a picture of a mode (L, RGB or CMYK) by its ICC profile, None where nothing does; and a remark.
+    """Return what converts a picture of a mode (L, RGB or CMYK) by its ICC profile, or None; and a remark.
 
     A profile that cannot be read, or is for other colours, does not make the pixels worse: it is left out.
     """
@@ -56,7 +56,7 @@ def _is_srgb(convert: ToSrgb, mode: str) -> bool:
 
 
 def hides_everything(image: Image.Image) -> bool:
-    """Whether a picture's transparency lets nothing of it be seen. Its pixels must be loaded."""
+    """Tell whether a picture's transparency lets nothing of it be seen. Its pixels must be loaded."""
     if image.mode in ("RGBA", "LA", "PA", "RGBa", "La"):
         return _range(image, -1)[1] <= _HIDES
     transparency = image.info.get("transparency")
@@ -69,7 +69,7 @@ def hides_everything(image: Image.Image) -> bool:
 
 
 def has_colours(image: Image.Image) -> bool:
-    """Whether there is a picture behind its transparency: not one value alone."""
+    """Tell whether there is a picture behind its transparency: not one value alone."""
     if image.mode in ("RGBa", "La"):
         return False  # its colours were multiplied by nothing
     if image.mode == "P":

@@ -31,7 +31,7 @@ from leukoflow.core.config import LimitSettings
 from leukoflow.core.errors import LeukoflowError, MemberError
 from leukoflow.core.method import SegmentSettings
 from leukoflow.runs.records import Member
-from leukoflow.sources.members import Reader
+from leukoflow.sources.reading import Reader
 from leukoflow.tasks.decoding.decode_child import ANSWER, OUT_OF_MEMORY, READY, REQUEST, SETUP
 
 _PIPE_BYTES = 1 << 20
@@ -233,7 +233,7 @@ def _receive(child: subprocess.Popen[bytes], length: int, deadline: float) -> by
 
 
 def _death_of(child: subprocess.Popen[bytes]) -> _DeathError:
-    """Words for how a child ended that has closed its pipes."""
+    """Put in words how a child ended that has closed its pipes."""
     try:
         code = child.wait(_GRACE_SECONDS)
     except subprocess.TimeoutExpired:
@@ -248,7 +248,7 @@ def _death_of(child: subprocess.Popen[bytes]) -> _DeathError:
 
 
 def too_large(size_bytes: int, limits: LimitSettings) -> str | None:
-    """Why an image's bytes are not even looked at, None where they are."""
+    """Say why an image's bytes are not even looked at; None where they are."""
     if size_bytes <= limits.max_member_mb << 20:
         return None
     return f"too large: {size_bytes:,} bytes, the limit is {limits.max_member_mb << 20:,}"
@@ -257,7 +257,7 @@ def too_large(size_bytes: int, limits: LimitSettings) -> str | None:
 def ingest(reader: Reader, members: Iterable[Member], limits: LimitSettings, decoder: Decoder) -> Iterator[Decoded]:
     """Read and decode members one at a time, in order; one result for each, whatever it is.
 
-    Nothing is held back: whoever consumes decides how many decoded images are in memory. Raises SourceError or
+    Nothing is held back: the consumer decides how many decoded images are in memory. Raises SourceError or
     StorageError where not the member but the source fails.
     """
     for member in members:

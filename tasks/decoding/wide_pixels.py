@@ -1,7 +1,7 @@
 """Pixels that Pillow does not read, or not to their full depth: by tifffile and imagecodecs.
 
 Both are imported only when such a picture comes, since most never do. What leads there is decided from the header
-(`tasks.decoding.picture_header`), size and kind included, so that nothing large is decoded before its size is known.
+(`tasks.decoding.headers`), size and kind included, so that nothing large is decoded before its size is known.
 """
 
 from __future__ import annotations
@@ -14,8 +14,11 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from leukoflow.tasks.decoding.integrity import RUBBISH, ends_early, jpeg_end
-from leukoflow.tasks.decoding.picture_header import Tiff, TiffPage, compression_name
+from leukoflow.tasks.decoding.errors import UnreadableError
+from leukoflow.tasks.decoding.headers.tiff import Tiff, TiffPage
+from leukoflow.tasks.decoding.headers.tiff_pages import compression_name
+from leukoflow.tasks.decoding.integrity.jpeg import RUBBISH, jpeg_end
+from leukoflow.tasks.decoding.integrity.words import ends_early
 
 Values = NDArray[np.uint8] | NDArray[np.uint16]
 
@@ -25,10 +28,6 @@ _FAR = 1 << 14
 _TIFF_CODECS = (1, 5, 8, 32773, 32946, 33005, 34712, 34887, 34925, 34933, 50000, 50001, 50002, 52546)
 """What tifffile decodes and complains of when it is damaged: neither JPEG nor JPEG XR, which decode in silence."""
 _PILLOW_CODECS = (1, 2, 3, 4, 5, 6, 7, 8, 32773, 32946, 32809)
-
-
-class UnreadableError(Exception):
-    """Why the pixels are not there, in words for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +88,7 @@ def picture_of(
 
 
 def needs_tifffile(tiff: Tiff, page: TiffPage) -> bool:
-    """Whether Pillow does not read this page, or not to its full depth."""
+    """Tell whether Pillow does not read this page, or not to its full depth."""
     return (
         len(page.place) > 1
         or (tiff.big and tiff.order == ">")

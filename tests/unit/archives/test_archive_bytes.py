@@ -22,12 +22,17 @@ from harness import Pipe
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from leukoflow.archives.tar_reader import CompressedStream
-from leukoflow.archives.zip_names import Separators, zip_key
-from leukoflow.archives.zip_reader import ZipWalk
+from leukoflow.archives.errors import SplitArchiveError
+from leukoflow.archives.streams import CompressedStream
+from leukoflow.archives.zip_names import Separators, decode_name
+from leukoflow.archives.zip_walk import ZipWalk
 from leukoflow.core.errors import MemberError, SourceError
 from leukoflow.runs.records import Member, Source, SourceKind
-from leukoflow.sources.members import Listing, identify, is_archive, open_reader
+from leukoflow.sources.identify import identify
+from leukoflow.sources.keys import image_key
+from leukoflow.sources.listing import Listing
+from leukoflow.sources.reading import open_reader
+from leukoflow.sources.survey import is_archive
 
 CENTRAL, END = b"PK\x01\x02", b"PK\x05\x06"
 FULL = 0xFFFFFFFF
@@ -229,7 +234,7 @@ def test_parts_of_a_split_archive_are_named_as_such(tmp_path: Path) -> None:
     whole = zip_of(FILES)
     for data in (b"PK\x07\x08" + whole[:900], whole[900:-22] + struct.pack("<4s4H2LH", END, 2, 1, 1, 4, 212, 50, 0)):
         (tmp_path / "part.zip").write_bytes(data)
-        with pytest.raises(SourceError, match="part of a split zip archive"):
+        with pytest.raises(SplitArchiveError, match="part of a split zip archive"):
             list(ZipWalk(io.BytesIO(data), len(data)))
     source, members, _ = listed(tmp_path, b"PK00" + whole)  # one that was meant to be split, and is whole
     assert contents(source, members) == FILES
@@ -601,6 +606,10 @@ def test_whatever_tars_are_joined_and_cut_is_a_row_or_is_named(
 FAT, UNIX = 0, 3
 
 
+def image_key_of(raw: bytes, flags: int, extra: bytes, host: int, separators: Separators) -> str:
+    return image_key(decode_name(raw, flags, extra, host, separators))
+
+
 @pytest.mark.parametrize(
     ("name", "encoding", "host", "key"),
     [
@@ -620,15 +629,15 @@ FAT, UNIX = 0, 3
 )
 def test_what_the_bytes_of_a_name_mean(name: str, encoding: str, host: int, key: str) -> None:
     raw = name.encode(encoding)
-    assert zip_key(raw, 0, b"", host, Separators()) == key
+    assert image_key_of(raw, 0, b"", host, Separators()) == key
 
 
 def test_one_folder_has_one_name_whatever_lies_in_it() -> None:
     """Programs declare UTF-8 only for those names that their own code page lacks."""
     keys = [
-        zip_key("Größe/a.jpg".encode("cp437"), 0, b"", FAT, Separators()),
-        zip_key("Größe/骨.jpg".encode(), 0x800, b"", FAT, Separators()),
-        zip_key("Größe/".encode("cp437") + b"\xfe.jpg", 0, b"", FAT, Separators()),
+        image_key_of("Größe/a.jpg".encode("cp437"), 0, b"", FAT, Separators()),
+        image_key_of("Größe/骨.jpg".encode(), 0x800, b"", FAT, Separators()),
+        image_key_of("Größe/".encode("cp437") + b"\xfe.jpg", 0, b"", FAT, Separators()),
     ]
     assert {key.partition("/")[0] for key in keys} == {"Größe"}
 
@@ -640,8 +649,8 @@ def test_a_unicode_path_counts_for_the_name_that_it_was_made_for() -> None:
         value = struct.pack("<BL", 1, zlib.crc32(of)) + "Mühler/血.jpg".encode()
         return struct.pack("<2HB", 0x5455, 1, 0) + struct.pack("<2H", 0x7075, len(value)) + value
 
-    assert zip_key(raw, 0, extra(raw), UNIX, Separators()) == "Mühler/血.jpg"
-    assert zip_key(raw, 0, extra(b"older.jpg"), UNIX, Separators()) == "M%81ller.jpg"
+    assert image_key_of(raw, 0, extra(raw), UNIX, Separators()) == "Mühler/血.jpg"
+    assert image_key_of(raw, 0, extra(b"older.jpg"), UNIX, Separators()) == "M%81ller.jpg"
 
 
 def named_zip(names: list[tuple[bytes, int]]) -> bytes:

@@ -22,21 +22,15 @@ import pytest
 import zstandard
 from harness import Pipe
 
-from leukoflow.archives.tar_reader import CompressedStream
-from leukoflow.archives.zip_names import key_of
+from leukoflow.archives.streams import CompressedStream
 from leukoflow.core.errors import MemberError, SourceError, StorageError
 from leukoflow.runs.records import Member, Shard, Source, SourceKind
-from leukoflow.sources.members import (
-    Listing,
-    UniqueKeys,
-    identify,
-    is_archive,
-    open_reader,
-    read_member,
-    spool,
-    survey,
-    unaltered,
-)
+from leukoflow.sources.identify import identify
+from leukoflow.sources.keys import UniqueKeys, image_key
+from leukoflow.sources.listing import Listing
+from leukoflow.sources.reading import open_reader, read_member
+from leukoflow.sources.spool import spool
+from leukoflow.sources.survey import is_archive, survey, unaltered
 
 JPEG = b"\xff\xd8\xff" + b"not really" * 20
 
@@ -325,7 +319,7 @@ def test_a_share_that_fails_may_come_back(tmp_path: Path, monkeypatch: pytest.Mo
     def fail(path: str) -> os.stat_result:
         raise OSError(errno.ESTALE, "Stale file handle", path)
 
-    monkeypatch.setattr("leukoflow.sources.members.os.stat", fail)
+    monkeypatch.setattr("leukoflow.sources.identify.os.stat", fail)
     with pytest.raises(SourceError, match=r"a\.zip cannot be read: Stale file handle; check the path") as refused:
         identify("/share/a.zip")
     assert isinstance(refused.value.__cause__, StorageError)
@@ -342,7 +336,7 @@ def test_folders_that_cannot_be_read_are_counted_and_not_named(tmp_path: Path, m
             raise PermissionError(errno.EACCES, "Permission denied", path)
         return listdir(path)
 
-    monkeypatch.setattr("leukoflow.sources.members.os.listdir", guarded)
+    monkeypatch.setattr("leukoflow.sources.local.os.listdir", guarded)
     members, listing = listed(identify(tmp_path / "in"))
     assert [m.image_key for m in members] == ["readable/x.jpg"]
     assert listing.truncated == "2 folders or files of it cannot be read: Permission denied"
@@ -361,7 +355,7 @@ def test_a_file_that_cannot_be_looked_at_is_not_named(tmp_path: Path, monkeypatc
     def fail(path: bytes) -> os.stat_result:
         raise OSError(errno.EIO, "Input/output error", path)
 
-    monkeypatch.setattr("leukoflow.sources.members.os.lstat", fail)
+    monkeypatch.setattr("leukoflow.sources.survey.os.lstat", fail)
     with pytest.raises(StorageError, match=r"a file in .* cannot be looked at") as raised:
         unaltered(str(tmp_path), entry)
     assert "miller" not in str(raised.value)
@@ -405,9 +399,9 @@ def test_a_file_that_changed_after_planning_is_a_member_error(tmp_path: Path) ->
 
 
 def test_keys_of_names_that_are_no_utf8() -> None:
-    assert key_of(b"caf\xe9/\xff.jpg") == "caf%E9/%FF.jpg"
-    assert key_of("Fäden/血.jpg".encode()) == "Fäden/血.jpg"
-    assert key_of(b"100%.jpg") == "100%.jpg"
+    assert image_key(b"caf\xe9/\xff.jpg") == "caf%E9/%FF.jpg"
+    assert image_key("Fäden/血.jpg".encode()) == "Fäden/血.jpg"
+    assert image_key(b"100%.jpg") == "100%.jpg"
 
 
 def test_repeated_names_get_the_smallest_unused_number() -> None:

@@ -25,8 +25,11 @@ from leukoflow.core.config import LimitSettings
 from leukoflow.core.errors import LeukoflowError
 from leukoflow.core.geometry import field_geometry
 from leukoflow.core.method import SegmentSettings
-from leukoflow.sources.members import Listing, identify, open_reader
-from leukoflow.tasks.decoding.decode_child import RefusedError, decode_image
+from leukoflow.sources.identify import identify
+from leukoflow.sources.listing import Listing
+from leukoflow.sources.reading import open_reader
+from leukoflow.tasks.decoding.decode import decode_image
+from leukoflow.tasks.decoding.errors import RefusedError
 from leukoflow.tasks.decoding.ingest import Decoded, Decoder, ingest
 
 SETTINGS = SegmentSettings()

@@ -12,6 +12,7 @@ from pathlib import Path
 import imagecodecs
 import numpy as np
 import pytest
+import simplejpeg
 import tifffile
 from harness import screen_here, table, write_zip
 from numpy.typing import NDArray
@@ -21,9 +22,10 @@ from leukoflow.core.errors import SourceError
 from leukoflow.core.method import SegmentSettings
 from leukoflow.models.bundle import Bundle
 from leukoflow.runs.records import CLASSES
-from leukoflow.tasks.decoding import integrity
-from leukoflow.tasks.decoding.decode_child import Field, RefusedError, decode_image
-from leukoflow.tasks.decoding.integrity import MissingError, check_end, check_rows, check_sectors, even_sectors
+from leukoflow.tasks.decoding.decode import Field, decode_image
+from leukoflow.tasks.decoding.errors import MissingError, RefusedError
+from leukoflow.tasks.decoding.integrity.pixels import check_end, check_rows, check_sectors
+from leukoflow.tasks.decoding.integrity.sectors import even_sectors
 from leukoflow.tasks.imaging.synthetic import render_field
 from leukoflow.tasks.training.data import read_members
 
@@ -288,7 +290,7 @@ def test_what_cannot_be_checked_is_remarked(monkeypatch: pytest.MonkeyPatch) -> 
     def unknown(*_: object, **__: object) -> None:
         raise ValueError("something that no version has said so far")
 
-    monkeypatch.setattr(integrity.simplejpeg, "decode_jpeg_header", unknown)
+    monkeypatch.setattr(simplejpeg, "decode_jpeg_header", unknown)
     assert decode(stored("jpeg")).remarks == ("the JPEG's data could not be checked for damage",)
 
 

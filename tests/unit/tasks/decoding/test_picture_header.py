@@ -11,14 +11,11 @@ import numpy as np
 import pytest
 import tifffile
 
-from leukoflow.tasks.decoding.picture_header import (
-    jpeg_frame,
-    png_depth,
-    read_tiff,
-    refusal_of,
-    tiff_choice,
-    without_long_texts,
-)
+from leukoflow.tasks.decoding.headers.jpeg import jpeg_frame
+from leukoflow.tasks.decoding.headers.kinds import refusal_of
+from leukoflow.tasks.decoding.headers.png import png_depth, without_long_texts
+from leukoflow.tasks.decoding.headers.tiff import read_tiff
+from leukoflow.tasks.decoding.headers.tiff_pages import tiff_choice
 
 
 def boxed(brand: bytes) -> bytes:

@@ -20,7 +20,8 @@ from PIL import Image, ImageCms
 
 from leukoflow.core.config import LimitSettings
 from leukoflow.core.method import SegmentSettings
-from leukoflow.tasks.decoding.decode_child import Field, RefusedError, decode_image
+from leukoflow.tasks.decoding.decode import Field, decode_image
+from leukoflow.tasks.decoding.errors import RefusedError
 from leukoflow.tasks.decoding.ingest import Decoder
 from leukoflow.tasks.decoding.wide_pixels import Depth, eight_bits
 

@@ -15,9 +15,11 @@ from python_multipart.multipart import MultipartParser
 
 from leukoflow.apps.web.guard import Refused, gate_of
 from leukoflow.apps.web.settings import UploadLimits
-from leukoflow.archives.zip_reader import ZipEntry, ZipWalk, read_entry
-from leukoflow.core.errors import LeukoflowError, MemberError
+from leukoflow.archives.errors import ArchiveError, EntryError
+from leukoflow.archives.zip_entry import ZipEntry, read_entry
+from leukoflow.archives.zip_walk import ZipWalk
 from leukoflow.sources.filenames import is_litter, no_picture
+from leukoflow.sources.keys import image_key
 
 _ZIP = (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08")
 _FIELDS, _FIELD_BYTES, _HEADER_BYTES = 32, 4096, 8192
@@ -208,15 +210,15 @@ def unpack(data: bytes, limits: UploadLimits, most: int, budget: int) -> list[Up
         for seen, entry in enumerate(walk):
             if seen > 50 * limits.files:
                 raise Refused(413, "The archive has too many entries.")
-            name = shown_name(entry.name)
-            if entry.is_directory or is_litter(entry.name):
+            key = image_key(entry.name)
+            if entry.is_directory or is_litter(key):
                 continue
             if len(found) >= most:
                 raise Refused(413, f"One upload may have up to {limits.files} images; send the rest in another one.")
-            upload = _member(file, entry, name, limits, budget)
+            upload = _member(file, entry, shown_name(key), limits, budget)
             budget -= len(upload.data)
             found.append(upload)
-    except LeukoflowError as error:
+    except ArchiveError as error:
         return [Upload("archive", b"", str(error))]
     if walk.truncated is not None:
         found.append(Upload("archive", b"", walk.truncated))
@@ -238,7 +240,7 @@ def _member(file: io.BytesIO, entry: ZipEntry, name: str, limits: UploadLimits, 
         raise _too_large(limits)
     try:
         content = read_entry(file, entry.offset, entry.method, entry.stored, entry.size, entry.crc)
-    except MemberError as error:
+    except EntryError as error:
         return Upload(name, b"", str(error))
     if content[:4] in _ZIP:
         return Upload(name, b"", "refused: an archive within an archive; unpack it first")

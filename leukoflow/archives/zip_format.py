@@ -59,9 +59,13 @@ def descriptor_length(file: BinaryIO, position: int, stored: int) -> int:
     signed = 4 if block[:4] == DESCRIPTOR else 0
     if not signed and block[:4] in FOLLOWERS:
         return 0
+    fitting = []
     for width in (8, 4):
         length = signed + 4 + 2 * width
-        stated = int.from_bytes(block[signed + 4 : signed + 4 + width], "little")
-        if stated == stored and (stored or block[length : length + 4] in FOLLOWERS):
-            return length
+        if int.from_bytes(block[signed + 4 : signed + 4 + width], "little") == stored:
+            if block[length : length + 4] in FOLLOWERS:  # of an empty member the short form reads as the long one, too
+                return length
+            fitting.append(length)
+    if fitting and stored:
+        return fitting[0]
     return signed + 12 if signed else 0

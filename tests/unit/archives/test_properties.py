@@ -22,9 +22,7 @@ from leukoflow.archives.tar_walk import TarWalk
 from leukoflow.archives.zip_entry import read_entry
 from leukoflow.archives.zip_walk import ZipWalk
 
-few = settings(
-    max_examples=120, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow]
-)  # fmt: skip
+few = settings(max_examples=60, derandomize=True, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 names = st.lists(
     st.text(st.characters(exclude_characters="/\\\0", exclude_categories=["Cs"]), min_size=1, max_size=12),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import io
 import struct
+import zipfile
 import zlib
 
-from made_up_archives import noise, zip_of
+from made_up_archives import CENTRAL, noise, zip_of
 
 from leukoflow.archives.zip_walk import ZipWalk
 
@@ -45,3 +46,13 @@ def test_hostile_headers_that_unpack_into_a_listed_member_end() -> None:
     size = len(file.getvalue())
     assert "b.jpg" in [entry.name for entry in ZipWalk(file, size)]
     assert file.count < 8 * size + (2 << 20)
+
+
+def test_an_empty_member_written_as_a_stream_does_not_hide_the_next() -> None:
+    """The short descriptor of deflated nothing reads as the beginning of a long one, eight bytes longer."""
+    whole = zip_of({"empty.jpg": b"", "b.jpg": noise(1)}, zipfile.ZIP_DEFLATED, streamed=True)
+    data = whole[: whole.find(CENTRAL)]
+    assert [(e.name, e.size, e.refusal) for e in ZipWalk(io.BytesIO(data), len(data))] == [
+        ("empty.jpg", 0, None),
+        ("b.jpg", 300, None),
+    ]

@@ -11,7 +11,7 @@ _NO_TEXT = re.compile("[\udc00-\udcff]")
 
 
 def image_key(name: bytes | str) -> str:
-    """Return the `image_key` of a name inside a source: UTF-8, with every byte that is none as `%XX`.
+    r"""Return the `image_key` of a name inside a source: UTF-8, with every byte that is none as `%XX`.
 
     In a name that is text already, such bytes are the surrogates U+DC00 + byte, as `archives.zip_names` leaves them.
 

@@ -1,4 +1,4 @@
-"""What headers say: kinds that are not read are named, pages are told from previews, slides and labels."""
+"""What headers say: kinds that are not read are named, pages are distinguished from previews, slides and labels."""
 
 from __future__ import annotations
 

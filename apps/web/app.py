@@ -1,4 +1,4 @@
-"""The application: puts gate, pages, JSON API, templates and engine together."""
+"""The application: assembles gate, pages, JSON API, templates and engine."""
 
 from __future__ import annotations
 
@@ -16,12 +16,19 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 from starlette.templating import Jinja2Templates
 
-from leukoflow.apps.web import api, api_runs, guard, pages
-from leukoflow.apps.web.accounts import AccountError
-from leukoflow.apps.web.engine import BusyError, Engine
-from leukoflow.apps.web.guard import API, Gate, Guard, Refused, SignInNeeded, log
-from leukoflow.apps.web.jobs import EngineLike, Jobs
-from leukoflow.apps.web.problems import TITLES, problem
+from leukoflow.apps.web import api_runs
+from leukoflow.apps.web.api import router as api
+from leukoflow.apps.web.api.problems import TITLES, problem
+from leukoflow.apps.web.engine.engine import Engine
+from leukoflow.apps.web.engine.errors import BusyError
+from leukoflow.apps.web.engine.jobs import EngineLike, Jobs
+from leukoflow.apps.web.gate.accounts import AccountError
+from leukoflow.apps.web.gate.errors import Refused, SignInNeeded
+from leukoflow.apps.web.gate.gate import Gate, gate_of
+from leukoflow.apps.web.gate.guard import Guard, log
+from leukoflow.apps.web.gate.principals import principal
+from leukoflow.apps.web.gate.request import API, csrf_token, login_path, path_of
+from leukoflow.apps.web.pages import router as pages
 from leukoflow.apps.web.settings import WebSettings
 from leukoflow.core.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError, place_of
 from leukoflow.runs.progress import now
@@ -33,7 +40,7 @@ UPLOADS = frozenset({"/api/v1/diagnoses", "/bench"})
 
 
 def create_app(settings: WebSettings, engine: EngineLike | None = None) -> FastAPI:
-    """The web application. Without `engine` it starts one with the settings' bundles, and closes it at the end."""
+    """Create the web application. Without `engine` it starts and finally closes one with the settings' bundles."""
     app = FastAPI(
         title="leukoflow", docs_url=None, redoc_url=None, openapi_url=None, lifespan=_life, root_path_in_servers=False,
         redirect_slashes=False,
@@ -72,13 +79,13 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _read_ahead(out: str) -> None:
-    """Opens the newest run, so that the first who comes in the morning does not wait for it."""
-    with suppress(LeukoflowError, OSError):  # told to whoever opens it
+    """Open the newest run, so that the first person in the morning does not wait for it."""
+    with suppress(LeukoflowError, OSError):  # reported when somebody opens it
         worklist.warm(out)
 
 
 def _templates() -> Jinja2Templates:
-    """Templates with autoescape, in which an unknown name is an error; each has `path`, `csrf`, `who`, `as_of`."""
+    """Return templates with autoescape, in which unknown names are errors; all have `path`, `csrf`, `who`, `as_of`."""
     environment = Environment(
         loader=FileSystemLoader(HERE / "templates"), autoescape=True, undefined=StrictUndefined, trim_blocks=True,
         lstrip_blocks=True,
@@ -88,29 +95,29 @@ def _templates() -> Jinja2Templates:
 
 def _context(request: Request) -> dict[str, Any]:
     return {
-        "path": lambda path: guard.path_of(request, path),
-        "csrf": lambda: guard.csrf_token(request),
-        "who": guard.principal(request),
+        "path": lambda path: path_of(request, path),
+        "csrf": lambda: csrf_token(request),
+        "who": principal(request),
         "as_of": now(),
         "research_use": wording.RESEARCH_USE,
     }
 
 
 async def failed(request: Request, error: Exception) -> Response:
-    """The answer to an exception: problem JSON for programs, a page for people."""
+    """Answer an exception: problem JSON for programs, a page for people."""
     status, detail, headers, errors = _explained(error)
     if not isinstance(error, HTTPException | RequestValidationError):
         if status >= 500:
             log.error("%s", place_of(error))
-        if guard.principal(request) is None:  # strangers learn nothing of this machine
+        if principal(request) is None:  # strangers learn nothing about this machine
             detail = "The server cannot answer at the moment; its log says why."
-    here = request.scope["path"].removeprefix(guard.gate_of(request).settings.root_path)
+    here = request.scope["path"].removeprefix(gate_of(request).settings.root_path)
     if here.startswith(API):
         if status == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return problem(status, detail, headers, errors)
     if isinstance(error, SignInNeeded):
-        target = guard.login_path(request)
+        target = login_path(request)
         if request.headers.get("hx-request"):
             return Response(status_code=401, headers={"HX-Redirect": target})
         return RedirectResponse(target, 303)

@@ -1,4 +1,4 @@
-"""What `leukoflow serve` is asked to do: addresses, accounts, limits. Plain values, checked once at start."""
+"""Settings of `leukoflow serve`: addresses, accounts, limits. Plain values, checked once at start."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from leukoflow.core.errors import ConfigError
 from leukoflow.tasks.upkeep.audit import WEB_LOG
 
 ROLES = ("viewer", "reviewer", "admin")
-"""Each may do what the ones before it may."""
+"""Each includes the rights of the ones before it."""
 
 SCOPES = ("read", "diagnose", "review", "export", "admin")
 SCOPES_OF = {
@@ -21,7 +21,7 @@ SCOPES_OF = {
     "reviewer": frozenset({"read", "diagnose", "review", "export"}),
     "admin": frozenset(SCOPES),
 }
-"""What a role may do. A token has the scopes that it was given and its owner's role still has."""
+"""Scopes of a role. A token has those that it was created with and its owner's role still has."""
 
 _HOST_NAME = re.compile(r"(?!-)[A-Za-z0-9-]{1,63}(\.[A-Za-z0-9-]{1,63})*")
 
@@ -42,7 +42,7 @@ class UploadLimits:
 
 @dataclass(frozen=True, slots=True)
 class Rates:
-    """So many at once, and one more after so many seconds."""
+    """Token buckets: (burst, seconds until one more)."""
 
     logins_by_address: tuple[int, float] = (20, 6.0)
     logins_by_name: tuple[int, float] = (8, 30.0)
@@ -51,10 +51,10 @@ class Rates:
 
 @dataclass(frozen=True, slots=True)
 class ProxySettings:
-    """A reverse proxy in front. Its word about client and scheme counts only from `addresses`."""
+    """A reverse proxy in front. Its headers about client and scheme are trusted only from `addresses`."""
 
     addresses: tuple[IPv4Network | IPv6Network, ...] = ()
-    sign_in: bool = False  # whether it has signed people in, and names them in headers
+    sign_in: bool = False  # whether it signs people in and names them in headers
     name_header: str = "x-forwarded-user"
     groups_header: str = "x-forwarded-groups"
     roles: tuple[tuple[str, str], ...] = ()  # (group, role); the highest role counts
@@ -62,7 +62,7 @@ class ProxySettings:
 
 @dataclass(frozen=True, slots=True)
 class WebSettings:
-    """Everything the web application is told from outside. `state` holds accounts and must lie outside of `out`."""
+    """All settings of the web application. `users_file` must lie outside `out`."""
 
     out: str
     users_file: Path
@@ -73,7 +73,7 @@ class WebSettings:
     root_path: str = ""  # path below which a reverse proxy serves this
     tls: bool = False
     proxy: ProxySettings = field(default_factory=ProxySettings)
-    idle_minutes: float = 30.0  # a session ends when nothing was asked for so long
+    idle_minutes: float = 30.0  # a session ends after so long without a request
     session_hours: float = 12.0  # and after so long in any case
     uploads: UploadLimits = field(default_factory=UploadLimits)
     rates: Rates = field(default_factory=Rates)
@@ -82,7 +82,7 @@ class WebSettings:
     audit_file: Path | None = None  # default: OUT/web-audit.jsonl, for a store beside the users file
 
     def audit_path(self) -> Path:
-        """Where the log of who saw what lies."""
+        """Return the path of the audit log."""
         if self.audit_file is not None:
             return self.audit_file
         if self.out.startswith("s3://"):
@@ -91,7 +91,7 @@ class WebSettings:
 
 
 def default_users_file() -> Path:
-    """`LEUKOFLOW_WEB_USERS`, else below the user's state directory."""
+    """Return `LEUKOFLOW_WEB_USERS`, else a path below the user's state directory."""
     if chosen := os.environ.get("LEUKOFLOW_WEB_USERS"):
         return Path(chosen).expanduser().absolute()
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
@@ -99,15 +99,15 @@ def default_users_file() -> Path:
 
 
 def checked_users_file(file: Path | None, out: str | None) -> Path:
-    """The users file as an absolute path. Raises ConfigError where it lies among the results."""
+    """Return the users file as an absolute path. Raises ConfigError if it lies among the results."""
     path = default_users_file() if file is None else file.expanduser().absolute()
     if out is not None and not out.startswith("s3://") and path.resolve().is_relative_to(Path(out).resolve()):
-        raise ConfigError(f"the users file {path} lies among the results in {out}; name another place with --users")
+        raise ConfigError(f"the users file {path} lies among the results in {out}; choose another place with --users")
     return path
 
 
 def networks(addresses: tuple[str, ...]) -> tuple[IPv4Network | IPv6Network, ...]:
-    """Addresses or networks (10.0.0.0/8). Raises ConfigError naming the one that is neither."""
+    """Parse addresses or networks (10.0.0.0/8). Raises ConfigError that names the one that is neither."""
     found = []
     for text in addresses:
         try:
@@ -118,7 +118,7 @@ def networks(addresses: tuple[str, ...]) -> tuple[IPv4Network | IPv6Network, ...
 
 
 def checked_root_path(path: str) -> str:
-    """`/name`, or empty. Raises ConfigError."""
+    """Return `/name`, or empty. Raises ConfigError."""
     path = path.rstrip("/")
     if path and not re.fullmatch(r"(/[A-Za-z0-9_-]+)+", path):
         raise ConfigError(f"--root-path {path}: it must look like /leukoflow")
@@ -126,14 +126,14 @@ def checked_root_path(path: str) -> str:
 
 
 def checked_host_name(name: str) -> str:
-    """A host name or an address, lower case. Raises ConfigError."""
+    """Return a host name or an address in lower case. Raises ConfigError."""
     if not is_host(name):
         raise ConfigError(f"--name {name}: it must be a host name without scheme, port or path")
     return name.lower()
 
 
 def is_host(name: str) -> bool:
-    """Whether it is a host name or an address (IPv6 in brackets or not)."""
+    """Return whether this is a host name or an address (IPv6 in brackets or not)."""
     try:
         ip_address(name.strip("[]"))
     except ValueError:
@@ -142,7 +142,7 @@ def is_host(name: str) -> bool:
 
 
 def is_loopback(address: str) -> bool:
-    """Whether an address can be reached from this machine only."""
+    """Return whether an address can be reached from this machine only."""
     try:
         return ip_address(address).is_loopback
     except ValueError:

@@ -1,6 +1,6 @@
-"""What the pages say: classes, confidence, prediction sets and reasons in sentences, and one field as they show it.
+"""Words of the pages: classes, confidence, prediction sets and reasons in sentences, and one field as they show it.
 
-Confidence is told as a frequency, since that is what calibration means; attention is called what it is.
+Confidence is stated as a frequency, since that is what calibration means; attention is called what it is.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class Cell:
 
 @dataclass(frozen=True, slots=True)
 class Subject:
-    """One field, from a run or from the bench, as pages and exports tell of it.
+    """One field, from a run or from the bench, as pages and exports report it.
 
     `label` and `prediction_set` are those of an answer: None and empty where the model abstained.
     """
@@ -84,12 +84,12 @@ class Subject:
     bundle_digest: str
     sha256: str | None
     facts: tuple[tuple[str, str], ...] = ()
-    settings: SegmentSettings = field(default_factory=SegmentSettings)  # of the method that looked at it
+    settings: SegmentSettings = field(default_factory=SegmentSettings)  # of the method that diagnosed it
     alpha: float = 0.05  # miss rate that its prediction set was built for, per class
     max_ood: float | None = None  # distance above which its model abstains
-    told: Frequency | None = None  # what the confidence of its answer means; None without an answer
+    frequency: Frequency | None = None  # what the confidence of its answer means; None without an answer
     where: str = "run"  # or "bench"
-    shadow: str = ""  # what stands before everything that is said of a field of a shadow run
+    shadow: str = ""  # what precedes everything reported about a field of a shadow run
 
     @property
     def why(self) -> tuple[str, str, str]:
@@ -99,7 +99,7 @@ class Subject:
 
     @property
     def caution(self) -> str:
-        """What stands before an answer that may rest on a wrong size; empty otherwise, and without an answer."""
+        """Caution before an answer that may rest on a wrong size; empty otherwise, and without an answer."""
         if self.label is None:
             return ""
         return Scale(self.width_px, self.height_px, self.um_per_px, self.settings).caution
@@ -120,13 +120,13 @@ class Subject:
 def reason_words(
     reason: str | None, scale: Scale | None = None, where: str = "run", remarks: Sequence[str] = ()
 ) -> tuple[str, str, str]:
-    """A reason as it is stored, in words: what, the likeliest cause with what to do about it, and the measured part."""
+    """Put a stored reason in words: what, the likeliest cause with what to do about it, and the measured part."""
     what, remedy, measured = wording.reason_words(reason, scale, where, remarks)
     return (shown(what, 300), remedy, shown(measured, 200))
 
 
 def quality_words(quality: Quality | None) -> tuple[tuple[str, str], ...]:
-    """Measurements of quality, named and rounded."""
+    """Return the measurements of quality, named and rounded."""
     if quality is None:
         return ()
     return (
@@ -139,39 +139,39 @@ def quality_words(quality: Quality | None) -> tuple[tuple[str, str], ...]:
 
 
 def uncertain_of(summary: Summary) -> str:
-    """What the share of uncertain fields is of: those that the model looked at, and how many it could not use."""
+    """Say which fields the share of uncertain ones refers to, and how many more could not be used."""
     n, rest = summary.diagnosed, summary.counts.fields - summary.diagnosed
     of = f"of {number(n)} field{'s' if n != 1 else ''} that the model looked at"
     return f"{of}; {number(rest)} more could not be used" if rest else of
 
 
 def bundle_name(bundle: str) -> str:
-    """A bundle's name without the place where it lies."""
+    """Return a bundle's name without its folder."""
     return shown(bundle.rstrip("/").rpartition("/")[2] or bundle, 80)
 
 
 def number(value: float, digits: int = 0) -> str:
-    """A number with thousands set apart by a narrow space."""
+    """Format a number with thin spaces between thousands."""
     return f"{value:,.{digits}f}".replace(",", "\u202f")
 
 
 def prob(value: float) -> str:
-    """A probability to three places, never rounded to certainty."""
-    return wording.probability(value)
+    """Format a probability to three places, never rounded to certainty."""
+    return page.probability(value)
 
 
 def percent(share: float | None, digits: int = 0) -> str:
-    """A share in percent, a dash where there is none; never rounded to all or none of it."""
+    """Format a share in percent, never rounded to 0 or 100 %; a dash if there is none."""
     return page.percent(share, digits).replace(" %", "\u202f%")
 
 
 def day(at: str | None) -> str:
-    """The day of an ISO 8601 time."""
+    """Return the day of an ISO 8601 time."""
     return at[:10] if at else "–"
 
 
 def moment(at: str | None) -> str:
-    """An ISO 8601 time to the minute, in UTC."""
+    """Format an ISO 8601 time to the minute, in UTC."""
     if not at:
         return "–"
     try:
@@ -181,12 +181,12 @@ def moment(at: str | None) -> str:
 
 
 def sentence(text: object, limit: int = 300) -> str:
-    """Foreign text as a sentence: with a capital and a full stop."""
+    """Format foreign text as a sentence: with a capital and a full stop."""
     return wording.sentence(shown(text, limit))
 
 
 def upload_words(items: Sequence[Any], pictures: int) -> str:
-    """What became of an upload, by number: the parts add up to what was chosen, times the models that looked at it."""
+    """Summarise an upload: the counts add up to the images chosen, times the models that were asked."""
     found = Counter(_became(i) for i in items if i.done)
     parts = [f"{found[kind]} {said}" for kind, said in _BECAME if found[kind]]
     if waiting := sum(not i.done for i in items):
@@ -197,15 +197,15 @@ def upload_words(items: Sequence[Any], pictures: int) -> str:
 
 
 def _became(item: Any) -> str:
-    """Status of an image of the bench; empty where it is not the image's fault that there is none."""
-    if item.finding is not None:
-        return str(item.finding.status)
+    """Return the status of an image on the bench; empty if it is not the image's fault that there is none."""
+    if item.diagnosis is not None:
+        return str(item.diagnosis.status)
     return "" if item.busy or item.fault else str(Status.QUARANTINED)
 
 
-def versus(findings: Sequence[Any]) -> str:
-    """Whether two bundles agree on one image, in a sentence."""
-    found = [f for f in findings if f is not None]
+def versus(diagnoses: Sequence[Any]) -> str:
+    """Say in a sentence whether two bundles agree on one image."""
+    found = [f for f in diagnoses if f is not None]
     answers = [f for f in found if f.status == Status.PREDICTED]
     if answers and len(answers) < len(found):
         return "Only one of the models has answered: there is nothing to compare, and reason for doubt."
@@ -219,7 +219,7 @@ def versus(findings: Sequence[Any]) -> str:
 
 @lru_cache(maxsize=1)
 def model_card() -> tuple[Block, ...]:
-    """The model card of the embedded bundle, in blocks; empty where it is not installed beside the code."""
+    """Return the model card of the embedded bundle, in blocks; empty if it is not installed beside the code."""
     try:
         text = (Path(__file__).resolve().parents[2] / "docs" / "model-card.md").read_text(encoding="utf-8")
     except OSError:
@@ -266,6 +266,6 @@ def _plain(text: str) -> str:
 
 
 def shown(value: object, limit: int = 140) -> str:
-    """Foreign text without control or direction-changing characters, of bounded length. Not escaped: templates do."""
+    """Return foreign text without control or direction-changing characters, of bounded length. Templates escape it."""
     text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in str(value))
     return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"

@@ -18,8 +18,8 @@ from PIL import Image
 from starlette.testclient import TestClient
 
 from leukoflow.apps.web.app import create_app
-from leukoflow.apps.web.engine import EngineLoad
-from leukoflow.apps.web.frames import BundleCard
+from leukoflow.apps.web.engine.engine import EngineLoad
+from leukoflow.apps.web.engine.frames import BundleCard
 from leukoflow.apps.web.settings import Rates, WebSettings
 from leukoflow.runs.records import CLASSES, Quality, Status
 from leukoflow.tasks.inference.single import Finding
@@ -44,12 +44,12 @@ class FakeEngine:
 
     async def examine(
         self, data: bytes, *, who: str, bundle: str = "", um_per_px: float | None = None,
-        told: Callable[[str], None] | None = None,
+        on_stage: Callable[[str], None] | None = None,
     ) -> Any:  # fmt: skip
         self.seen.append((who, data))
         for stage in ("decode", "normalize", "segment", "extract", "classify"):
-            if told is not None:
-                told(stage)
+            if on_stage is not None:
+                on_stage(stage)
             await asyncio.sleep(0)
         if self.hold is not None:
             await self.hold.wait()

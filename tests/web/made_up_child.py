@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from leukoflow.apps.web import engine_child
-from leukoflow.apps.web.frames import BundleCard, Hello, Setup
+from leukoflow.apps.web.engine import child, inference
+from leukoflow.apps.web.engine.frames import BundleCard, Hello, Setup
 from leukoflow.core.config import LimitSettings
 from leukoflow.core.errors import BundleError
 from leukoflow.core.method import SegmentSettings
@@ -41,7 +41,7 @@ def load_models(name: str) -> Any:
     return SimpleNamespace(name=name, digest=digest(name), bundle=SimpleNamespace(spec=spec))
 
 
-def prepared(setup: Setup, say: Any) -> Any:
+def prepare(setup: Setup, say: Any) -> Any:
     if "nothing" in setup.bundles:
         raise BundleError("no bundle 'nothing'")
     say(Hello(tuple(BundleCard(name, digest(name), name, CLASSES, (), 0.05) for name in setup.bundles)))
@@ -50,16 +50,16 @@ def prepared(setup: Setup, say: Any) -> Any:
 
 def examine(
     data: bytes, um_per_px: float | None, models: Any, limits: LimitSettings, decoder: Decoder,
-    told: Callable[[str], None],
+    on_stage: Callable[[str], None],
 ) -> Finding:  # fmt: skip
-    told("decode")
+    on_stage("decode")
     image = decoder.decode_one(data, um_per_px)
     tiles: tuple[TileView, ...] = ()
     if image.rgb is not None:
-        told("normalize")
+        on_stage("normalize")
         trouble(tuple(image.rgb[0, 0]))
         for stage in STAGES[2:]:
-            told(stage)
+            on_stage(stage)
         plane = np.zeros(image.rgb.shape[:2])
         numbers = np.zeros(0, np.float32)
         tiles = (
@@ -102,11 +102,11 @@ def trouble(colour: tuple[Any, ...]) -> None:
         raise ValueError("a fault of the program")
 
 
-engine_child._prepared = prepared  # type: ignore[assignment]
-engine_child._use_threads = lambda count: None
-engine_child.load_models = load_models  # type: ignore[assignment]
-engine_child.warm = lambda models: None  # type: ignore[assignment]
-engine_child.examine = examine  # type: ignore[assignment]
+child._prepare = prepare  # type: ignore[assignment]
+inference._use_threads = lambda count: None
+child.load_models = inference.load_models = load_models  # type: ignore[assignment]
+inference.warm = lambda models: None  # type: ignore[assignment]
+inference.examine = examine  # type: ignore[assignment]
 
 if __name__ == "__main__":
-    engine_child.main()
+    child.main()

@@ -127,7 +127,7 @@ def test_everything_that_is_chosen_gets_an_answer(browser: Any, site: Site, tmp_
     assert job.locator("h3 >> nth=0").inner_text().startswith("7 pictures: ")
     cards = dict(zip(job.locator(".card .name").all_inner_texts(), job.locator(".card").all_inner_texts(), strict=True))
     assert "The file is empty." in cards["hollow.jpg"]
-    assert "An archive without pictures." in cards["bare.zip"]
+    assert "An archive without images." in cards["bare.zip"]
     assert "Quarantined" in cards["words.txt"]
     assert page.locator("#toast").inner_text() == ""
     assert page.troubles == []

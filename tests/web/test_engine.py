@@ -23,16 +23,19 @@ import pytest
 from harness import ROOT
 from PIL import Image
 
-from leukoflow.apps.web.engine import BusyError, Engine, EngineError, FairQueue, _Nursery
-from leukoflow.apps.web.engine_child import _measured
-from leukoflow.apps.web.frames import (
+from leukoflow.apps.web.engine.child import _measured
+from leukoflow.apps.web.engine.engine import Engine
+from leukoflow.apps.web.engine.errors import BusyError, EngineError
+from leukoflow.apps.web.engine.fair_queue import FairQueue
+from leukoflow.apps.web.engine.fork_server import ForkServer
+from leukoflow.apps.web.engine.frames import (
     HEADER,
     KINDS,
     Answer,
     FrameError,
     TileShape,
-    finding_frame,
-    finding_of,
+    diagnosis_frame,
+    diagnosis_of,
     header_of,
     record_of,
 )
@@ -94,7 +97,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def served(folder: Path) -> Iterator[Served]:
     """One engine for most tests, with made-up networks that make trouble on demand."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_Nursery, "program", (str(MADE_UP),))
+        patch.setattr(ForkServer, "program", (str(MADE_UP),))
         patch.setenv("TEST_FOLDER", str(folder))
         patch.setenv("LEUKOFLOW_PATIENT_KEY", "a key that only these tests have")
         patch.setenv("AWS_ACCESS_KEY_ID", "a key that only these tests have")
@@ -176,7 +179,7 @@ def test_the_queue_is_bounded_in_all_and_per_person() -> None:
 
 
 @pytest.fixture(scope="module")
-def finding() -> Finding:
+def diagnosis() -> Finding:
     """One with everything in it: two tiles, cells, and offsets that are not aligned."""
     rng = np.random.default_rng(0)
 
@@ -236,14 +239,14 @@ def same(one: Finding, other: Finding, rounding: float = 0.0) -> None:
             assert mine == theirs, name
 
 
-def test_a_finding_passes_unaltered(finding: Finding) -> None:
-    answer, body = parsed(finding_frame(7, finding))
+def test_a_diagnosis_passes_unaltered(diagnosis: Finding) -> None:
+    answer, body = parsed(diagnosis_frame(7, diagnosis))
     assert answer.number == 7
-    same(finding_of(answer, body), finding)
+    same(diagnosis_of(answer, body), diagnosis)
 
 
-def test_bytes_that_the_shapes_do_not_account_for_are_refused(finding: Finding) -> None:
-    answer, body = parsed(finding_frame(7, finding))
+def test_bytes_that_the_shapes_do_not_account_for_are_refused(diagnosis: Finding) -> None:
+    answer, body = parsed(diagnosis_frame(7, diagnosis))
     tile = answer.tiles[0]
     for wrong in (
         replace(answer, cells=1 << 30),
@@ -253,11 +256,11 @@ def test_bytes_that_the_shapes_do_not_account_for_are_refused(finding: Finding) 
         replace(answer, tiles=()),
     ):
         with pytest.raises(FrameError):
-            finding_of(wrong, body)
+            diagnosis_of(wrong, body)
     with pytest.raises(FrameError):
-        finding_of(answer, body[:-1])
+        diagnosis_of(answer, body[:-1])
     with pytest.raises(FrameError):
-        finding_of(answer, body + b"x")
+        diagnosis_of(answer, body + b"x")
 
 
 def test_what_is_no_frame_is_refused() -> None:
@@ -287,7 +290,7 @@ def test_an_answer_is_that_of_the_pure_function(tmp_path: Path) -> None:
             assert [(c.name, c.digest) for c in engine.bundles] == [(str(b.path), b.digest) for b in (bundle, other)]
             assert engine.bundles[0].classes == ("Benign", "Early", "Pre", "Pro")
             heard: list[str] = []
-            same(await engine.examine(first, who="anna", told=heard.append), expected, rounding=1e-6)
+            same(await engine.examine(first, who="anna", on_stage=heard.append), expected, rounding=1e-6)
             assert tuple(heard) == STAGES
             second = await engine.examine(first, who="anna", bundle=other.digest)
             assert second.bundle_digest == other.digest
@@ -315,7 +318,7 @@ def test_requests_that_make_no_sense_are_refused(served: Served) -> None:
         served.examine(field(), bundle="other")
 
 
-def test_images_that_are_none_are_findings_too(served: Served) -> None:
+def test_images_that_are_none_are_diagnoses_too(served: Served) -> None:
     before = served.restarts()
     hostile = {
         b"": "empty: 0 bytes",
@@ -347,7 +350,7 @@ def test_bundles_are_loaded_when_asked_for(served: Served) -> None:
 
 
 def test_a_bundle_that_cannot_be_opened_ends_the_start(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_Nursery, "program", (str(MADE_UP),))
+    monkeypatch.setattr(ForkServer, "program", (str(MADE_UP),))
 
     async def story() -> None:
         before = family()
@@ -405,8 +408,8 @@ def test_who_goes_away_takes_the_image_back(served: Served, folder: Path) -> Non
 
     async def story() -> None:
         heard: list[str] = []
-        at_work = asyncio.create_task(engine.examine(field(), who="anna", told=heard.append))
-        waiting = asyncio.create_task(engine.examine(field(), who="anna", told=heard.append))
+        at_work = asyncio.create_task(engine.examine(field(), who="anna", on_stage=heard.append))
+        waiting = asyncio.create_task(engine.examine(field(), who="anna", on_stage=heard.append))
         while "normalize" not in heard:
             await asyncio.sleep(0.01)
         assert (engine.load().waiting, engine.load().running) == (1, 1)
@@ -447,7 +450,7 @@ def test_a_death_that_is_not_the_images_fault_costs_it_nothing(served: Served, f
     (folder / "once").unlink(missing_ok=True)
     before = served.restarts()
     heard: list[str] = []
-    assert served.examine(field(ONCE), told=heard.append).label == "Pre"
+    assert served.examine(field(ONCE), on_stage=heard.append).label == "Pre"
     assert heard == ["decode", "normalize", *STAGES]
     # ... also where the worker is killed while nothing is asked of it
     (worker,) = workers()
@@ -501,15 +504,16 @@ def test_the_process_that_starts_workers_may_die(served: Served) -> None:
 
 HOLDER = """
 import asyncio, sys
-from leukoflow.apps.web.engine import Engine, _Nursery
+from leukoflow.apps.web.engine.engine import Engine
+from leukoflow.apps.web.engine.fork_server import ForkServer
 from leukoflow.core.config import LimitSettings
 
 async def main():
-    _Nursery.program = (sys.argv[1],)
+    ForkServer.program = (sys.argv[1],)
     engine = Engine(["one"], LimitSettings(), threads=1)
     await engine.start()
-    told = lambda stage: print(stage, flush=True)
-    await engine.examine(open(sys.argv[2], "rb").read(), who="anna", told=told)
+    show = lambda stage: print(stage, flush=True)
+    await engine.examine(open(sys.argv[2], "rb").read(), who="anna", on_stage=show)
 
 asyncio.run(main())
 """

@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 from gate_world import HASHER, PASSWORD
 
-from leukoflow.apps.web.accounts import AccountError, Accounts, Sessions
+from leukoflow.apps.web.gate.accounts import AccountError, Accounts
+from leukoflow.apps.web.gate.sessions import Sessions
 from leukoflow.apps.web.settings import checked_host_name, checked_root_path, checked_users_file, networks
 from leukoflow.core.errors import ConfigError
 
@@ -163,7 +164,7 @@ def test_sessions_end_by_themselves_and_everywhere(accounts: Accounts, monkeypat
     clock = time.monotonic()
     monkeypatch.setattr(time, "monotonic", lambda: clock)
     sessions = Sessions(accounts, idle_seconds=60, seconds=200)
-    first, second = sessions.begin(user), sessions.begin(user)
+    first, second = sessions.start(user), sessions.start(user)
     assert first != second
     assert sessions.find(first) == user
     clock += 59
@@ -175,12 +176,12 @@ def test_sessions_end_by_themselves_and_everywhere(accounts: Accounts, monkeypat
     assert sessions.find(first) == user
     clock += 59
     assert sessions.find(first) is None  # 200 s are over, however busy it was
-    third = sessions.begin(user)
+    third = sessions.start(user)
     accounts.end_sessions("anna")
     assert sessions.find(third) is None
     user = accounts.user("anna")
     assert user is not None
-    fourth = sessions.begin(user)
+    fourth = sessions.start(user)
     sessions.end(fourth)
     assert sessions.find(fourth) is None
     assert not any(first in key for key in sessions._open)
@@ -189,7 +190,7 @@ def test_sessions_end_by_themselves_and_everywhere(accounts: Accounts, monkeypat
 def test_a_role_changes_within_a_session(accounts: Accounts) -> None:
     accounts.add("anna", "admin", PASSWORD)
     sessions = Sessions(accounts, 60, 60)
-    session = sessions.begin(accounts.add("rita", "reviewer", PASSWORD))
+    session = sessions.start(accounts.add("rita", "reviewer", PASSWORD))
     accounts.set_role("rita", "viewer")
     found = sessions.find(session)
     assert found is not None

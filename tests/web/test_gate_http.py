@@ -19,8 +19,10 @@ import pytest
 from gate_world import PASSWORD, FakeEngine, World, archive, picture, sign_in, token_in, world
 from harness import ROOT
 
-from leukoflow.apps.web import api, api_runs, pages
-from leukoflow.apps.web.guard import safe_next
+from leukoflow.apps.web import api_runs
+from leukoflow.apps.web.api import router as api
+from leukoflow.apps.web.gate.request import safe_next
+from leukoflow.apps.web.pages import router as pages
 from leukoflow.apps.web.settings import ProxySettings, Rates, UploadLimits, networks
 from leukoflow.runs.records import Status
 from leukoflow.tasks.upkeep.audit import check_log
@@ -408,7 +410,8 @@ def test_path_traversal_in_keys(place: World, key: str) -> None:
     for path in (
         f"/runs/{key}", f"/runs/{key}/fields/0", f"/patients/{key}", f"/bench/{key}", f"/static/{key}/../../app.py",
         f"/api/v1/runs/{key}", f"/api/v1/runs/{key}/exports", f"/api/v1/patients/{key}/timeline",
-        f"{DIAGNOSES}/{key}", f"/runs/{key}/export.csv", "/static/..%2f..%2fguard.py", "/static/%2e%2e/guard.py",
+        f"{DIAGNOSES}/{key}", f"/runs/{key}/export.csv",
+        "/static/..%2f..%2fgate/guard.py", "/static/%2e%2e/gate/guard.py",
     ):  # fmt: skip
         answer = browser.get(path)
         assert answer.status_code in (303, 404, 422), (path, answer.status_code)
@@ -537,7 +540,7 @@ def test_oversized_pixels_are_left_to_the_decoder_with_its_limits(place: World) 
         answer = place.program("vera", "diagnose").post(DIAGNOSES, files={"file": ("huge.png", huge)})
     assert answer.status_code == 200
     assert place.engine.seen == [("vera", huge)]
-    for module in ("app", "guard", "uploads", "jobs", "api"):
+    for module in ("app", "gate/guard", "gate/body", "gate/uploads", "engine/engine", "engine/jobs", "api/diagnoses"):
         source = (ROOT / "apps" / "web" / f"{module}.py").read_text()
         assert not re.search(r"\bPIL\b|\bcv2\b", source), "only the engine's children decode what was uploaded"
 
@@ -593,11 +596,11 @@ def test_every_file_that_is_sent_has_an_answer(tmp_path: Path) -> None:
     assert [i["error"] for i in items] == [
         None,
         "empty: 0 bytes",
-        "an archive without pictures",
-        "an archive without pictures",
-        "a folder: open it, and choose the pictures in it",
+        "an archive without images",
+        "an archive without images",
+        "a folder: open it and choose the images in it",
         "larger than 64 MB",
-        *["the browser could not read it: copy it to this computer, and choose it again"] * 2,
+        *["the browser could not read it: copy it to this computer and choose it again"] * 2,
     ]
     assert len(place.engine.seen) == 1
 
@@ -757,7 +760,7 @@ def test_two_servers_write_one_log(tmp_path: Path) -> None:
 
 
 def test_a_full_log_goes_on_in_a_new_one(place: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leukoflow.apps.web.trail._ROLL_AT", 1000)
+    monkeypatch.setattr("leukoflow.apps.web.gate.trail._ROLL_AT", 1000)
     other = world(Path(place.settings.out).parent)
     for i in range(12):
         (place if i % 2 else other).gate.trail.add("vera", "test", str(i))

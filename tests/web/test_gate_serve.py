@@ -18,7 +18,7 @@ from harness import ROOT, until
 from typer.testing import CliRunner, Result
 
 from leukoflow.apps.cli.main import app
-from leukoflow.apps.web.accounts import Accounts
+from leukoflow.apps.web.gate.accounts import Accounts
 
 LONG = "a smear under the lamp"
 

@@ -10,7 +10,7 @@ import pytest
 from browser_world import LONG, PASSWORD, RUN, Site, page_of, picture_shown, upload
 from test_accessibility import places, settled
 
-from leukoflow.apps.web import scenes
+from leukoflow.apps.web.drawing import view_cache
 from leukoflow.runs.records import Status
 from leukoflow.tasks.review.worklist import Query, open_run_table, run_key_of
 
@@ -101,7 +101,7 @@ def test_no_field_asks_for_a_picture_that_is_not_there(browser: Any, site: Site)
 def test_pages_of_a_run_whose_source_is_gone(browser: Any, site: Site) -> None:
     source, aside = site.folder / "smears.zip", site.folder / "aside.zip"
     source.rename(aside)
-    scenes._views._kept.clear()  # as after a restart
+    view_cache._views._kept.clear()  # as after a restart
     try:
         page = page_of(browser, site)
         slide = page_with(page, site, LONG)
@@ -115,7 +115,7 @@ def test_pages_of_a_run_whose_source_is_gone(browser: Any, site: Site) -> None:
         page.context.close()
     finally:
         aside.rename(source)
-        scenes._views._kept.clear()
+        view_cache._views._kept.clear()
     assert failed == []
     assert "cannot be" in words
 

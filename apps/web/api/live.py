@@ -1,4 +1,4 @@
-"""Server-sent events."""
+"""Server-sent events, bounded per person."""
 
 from __future__ import annotations
 
@@ -10,10 +10,12 @@ from typing import Any
 from fastapi import Request
 from starlette.responses import StreamingResponse
 
-from leukoflow.apps.web.guard import Principal, Refused, gate_of
+from leukoflow.apps.web.gate.errors import Refused
+from leukoflow.apps.web.gate.gate import gate_of
+from leukoflow.apps.web.gate.principals import Principal
 
 STREAMS_EACH = 8
-"""Live views of one person at a time."""
+"""Streams that one person may have open."""
 
 STREAM_SECONDS = 900.0
 STREAM: dict[int | str, dict[str, Any]] = {
@@ -30,16 +32,16 @@ STREAM: dict[int | str, dict[str, Any]] = {
         },
     }
 }
-"""How an operation that answers with events describes that."""
+"""Response of an operation that answers with events, in the OpenAPI document."""
 
 
 def event(name: str, data: Any) -> str:
-    """One event."""
+    """Return one event as text."""
     return f"event: {name}\ndata: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
 def live(request: Request, who: Principal, events: AsyncIterator[str]) -> StreamingResponse:
-    """A stream of events. Raises Refused (429) where somebody has many open already."""
+    """Return a stream of events. Raises Refused (429) if the person has too many open."""
     streams = gate_of(request).streams
     if streams.get(who.name, 0) >= STREAMS_EACH:
         raise Refused(429, "Too many live views are open; close one of them.", 10)
@@ -51,7 +53,7 @@ def live(request: Request, who: Principal, events: AsyncIterator[str]) -> Stream
             async for text in events:
                 yield text
                 if time.monotonic() > until:
-                    return  # browsers connect again, and are asked again who they are
+                    return  # browsers reconnect, and are authenticated again
         finally:
             streams[who.name] -= 1
             if not streams[who.name]:

@@ -1,4 +1,4 @@
-"""Images out of a request: read as a stream, counted while it is read, unpacked in memory, never written to a disk."""
+"""Images in a request: read as a stream, counted while they arrive, unpacked in memory, never written to disk."""
 
 from __future__ import annotations
 
@@ -13,7 +13,8 @@ from fastapi import Request
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser
 
-from leukoflow.apps.web.guard import Refused, gate_of
+from leukoflow.apps.web.gate.errors import Refused
+from leukoflow.apps.web.gate.gate import gate_of
 from leukoflow.apps.web.settings import UploadLimits
 from leukoflow.archives.errors import ArchiveError, EntryError
 from leukoflow.archives.zip_entry import ZipEntry, read_entry
@@ -38,32 +39,32 @@ class Upload:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """What a form with files held. Whatever was chosen has an upload, if only one with a refusal."""
+    """Content of a form with files. Each chosen file has an upload, if only one with a refusal."""
 
     uploads: tuple[Upload, ...]
     fields: tuple[tuple[str, str], ...]
 
     def all(self, name: str) -> tuple[str, ...]:
-        """All values of a field."""
+        """Return all values of a field."""
         return tuple(value for key, value in self.fields if key == name)
 
     def get(self, name: str, default: str = "") -> str:
-        """The last value of a field."""
+        """Return the last value of a field."""
         return self.all(name)[-1] if self.all(name) else default
 
 
 async def read_form(request: Request, limits: UploadLimits) -> Form:
-    """Reads a `multipart/form-data` request with images and archives of images.
+    """Read a `multipart/form-data` request with images and archives of images.
 
-    Raises Refused: 400 for a body that is no such form, 413 beyond a limit, 415 for another content type.
+    Raises Refused: 400 if the body is not such a form, 413 beyond a limit, 415 for another content type.
     """
     message = Message()
     message["content-type"] = request.headers.get("content-type", "")
     boundary = message.get_boundary()
     if message.get_content_type() != "multipart/form-data":
-        raise Refused(415, "Images come as multipart/form-data.")
+        raise Refused(415, "Send images as multipart/form-data.")
     if not boundary or len(boundary) > 70 or not boundary.isascii():
-        raise Refused(400, "The form has no boundary between its parts.")
+        raise Refused(400, "The form does not state the boundary between its parts.")
     reader, gate, received = _Reader(limits), gate_of(request), 0
     try:
         parser = MultipartParser(boundary.encode(), reader.callbacks())  # type: ignore[arg-type]
@@ -85,7 +86,7 @@ async def read_form(request: Request, limits: UploadLimits) -> Form:
 
 @dataclass(slots=True)
 class _Reader:
-    """Gathers parts while they come in, and stops at the first limit that is passed."""
+    """Collects the parts while they arrive; raises Refused at the first limit that is exceeded."""
 
     limits: UploadLimits
     parts: list[tuple[str, str | None, bytes]] = field(default_factory=list)  # field, file name, content
@@ -145,7 +146,7 @@ class _Reader:
         self._content = bytearray()
         files = sum(file is not None for _, file, _ in self.parts)
         if self._file is not None and files >= self.limits.files:
-            raise Refused(413, f"One upload may have up to {self.limits.files} files; send the rest in another one.")
+            raise Refused(413, f"One upload may have up to {self.limits.files} files; send the rest separately.")
         if self._file is None and len(self.parts) - files >= _FIELDS:
             raise Refused(400, "The form has too many fields.")
 
@@ -180,28 +181,28 @@ def _unpacked(reader: _Reader, limits: UploadLimits) -> Form:
             members = unpack(content, limits, limits.files - len(uploads), budget)
             budget -= sum(len(m.data) for m in members)
             if not members:
-                uploads.append(Upload(shown_name(file), b"", "an archive without pictures"))
+                uploads.append(Upload(shown_name(file), b"", "an archive without images"))
             uploads += [Upload(f"{shown_name(file)} / {m.name}", m.data, m.refusal) for m in members]
-        elif content or file:  # browsers send an empty part where no file was chosen
+        elif content or file:  # browsers send an empty part if no file was chosen
             refusal = no_picture(file) if content else "empty: 0 bytes"
             uploads.append(Upload(shown_name(file), content if refusal is None else b"", refusal))
         if len(uploads) > limits.files:
-            raise Refused(413, f"One upload may have up to {limits.files} images; send the rest in another one.")
+            raise Refused(413, f"One upload may have up to {limits.files} images; send the rest separately.")
     return Form(tuple(uploads), tuple(fields))
 
 
 def _unsent(content: bytes, limits: UploadLimits) -> str:
-    """Why a page did not send something that was chosen."""
+    """Return why a page did not send a chosen file."""
     return {
-        b"folder": "a folder: open it, and choose the pictures in it",
+        b"folder": "a folder: open it and choose the images in it",
         b"large": f"larger than {limits.file_mb} MB",
-    }.get(content, "the browser could not read it: copy it to this computer, and choose it again")
+    }.get(content, "the browser could not read it: copy it to this computer and choose it again")
 
 
 def unpack(data: bytes, limits: UploadLimits, most: int, budget: int) -> list[Upload]:
-    """The images of a zip archive; what cannot be used has a refusal instead of bytes.
+    """Return the images of a zip archive; a member that cannot be used has a refusal instead of bytes.
 
-    Raises Refused (413) where there are more than `most`, or more than `budget` bytes once unpacked.
+    Raises Refused (413) if there are more than `most`, or more than `budget` bytes once unpacked.
     """
     file = io.BytesIO(data)
     found: list[Upload] = []
@@ -214,8 +215,8 @@ def unpack(data: bytes, limits: UploadLimits, most: int, budget: int) -> list[Up
             if entry.is_directory or is_litter(key):
                 continue
             if len(found) >= most:
-                raise Refused(413, f"One upload may have up to {limits.files} images; send the rest in another one.")
-            upload = _member(file, entry, shown_name(key), limits, budget)
+                raise Refused(413, f"One upload may have up to {limits.files} images; send the rest separately.")
+            upload = _member(file, entry, name, limits, budget)
             budget -= len(upload.data)
             found.append(upload)
     except ArchiveError as error:
@@ -231,11 +232,11 @@ def _member(file: io.BytesIO, entry: ZipEntry, name: str, limits: UploadLimits, 
     if (why := no_picture(entry.name)) is not None:
         return Upload(name, b"", why)
     if entry.method not in (0, 8):
-        return Upload(name, b"", "refused: its compression is not taken here; repack it with deflate")
+        return Upload(name, b"", "refused: its compression method is not supported; repack it with deflate")
     if entry.size > limits.file_mb << 20:
         return Upload(name, b"", f"refused: larger than {limits.file_mb} MB")
     if entry.size > limits.archive_ratio * max(entry.stored, 1) + 4096:
-        return Upload(name, b"", "refused: it unpacks to far more than an image of that size would")
+        return Upload(name, b"", "refused: it unpacks to far more data than an image of that size would")
     if entry.size > budget:
         raise _too_large(limits)
     try:
@@ -248,7 +249,7 @@ def _member(file: io.BytesIO, entry: ZipEntry, name: str, limits: UploadLimits, 
 
 
 def shown_name(name: str) -> str:
-    """A file name for display: its last 100 characters, without any that are no visible text."""
+    """Return a file name for display: its last 100 characters, invisible ones replaced."""
     clean = "".join(c if c.isprintable() and unicodedata.category(c) != "Cf" else "\ufffd" for c in name)
     clean = clean.strip()
     return clean if len(clean) <= 100 else "..." + clean[-97:]

@@ -1,8 +1,8 @@
-"""Who may come in: users with passwords, API tokens, sessions.
+"""Users with passwords, and API tokens.
 
-Users and tokens lie in one JSON file that only its owner may read; passwords as argon2id, tokens as SHA-256 of a random
-secret. The command line and the server may change it at the same time: changes happen under a lock and replace the file
-at once, and a server notices them with the next request. Sessions live in the server's memory.
+Both lie in one JSON file that only its owner may read; passwords as argon2id, tokens as SHA-256 of a random secret. The
+command line and the server may change it at the same time: changes happen under a lock and replace the file atomically,
+and a server notices them with the next request.
 """
 
 from __future__ import annotations
@@ -15,7 +15,6 @@ import os
 import re
 import secrets
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
@@ -34,11 +33,10 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 MIN_PASSWORD = 12
 MAX_PASSWORD = 256
 TOKEN = re.compile(r"lkf_([0-9a-f]{12})_([A-Za-z0-9_-]{43})")
-_MAX_SESSIONS = 10_000
 
 
 class AccountError(LeukoflowError):
-    """A user, token or password cannot be had as asked for; the message is for people."""
+    """A user, token or password that cannot be created or changed; the message is for people."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,7 +64,7 @@ class Token:
     expires: str  # ISO 8601, UTC
 
     def expired(self, now: datetime) -> bool:
-        """Whether its time is over."""
+        """Return whether it has expired at `now`."""
         return datetime.fromisoformat(self.expires) <= now
 
 
@@ -79,16 +77,6 @@ class Book:
     version: int = 1
 
 
-@dataclass(slots=True)
-class Session:
-    """A browser that is signed in. The server knows only the digest of its id."""
-
-    name: str
-    generation: int
-    created: float  # monotonic seconds
-    seen: float
-
-
 class Accounts:
     """Users and tokens of one file."""
 
@@ -97,12 +85,12 @@ class Accounts:
         self._hasher = hasher or PasswordHasher()
         self._lock = threading.Lock()
         self._known: tuple[tuple[int, int, int], Book] | None = None
-        self._nobody = ""  # hash that no password fits, for names that do not exist
+        self._nobody = ""  # hash that no password matches, for names that do not exist
 
     # --- reading
 
     def book(self) -> Book:
-        """What the file says now; read again only when it was replaced. Raises ConfigError for a damaged one."""
+        """Return the file's content, read again only once it was replaced. Raises ConfigError if it is damaged."""
         try:
             info = self.path.stat()
         except FileNotFoundError:
@@ -131,30 +119,30 @@ class Accounts:
             ) from None
 
     def user(self, name: str) -> User | None:
-        """That person, whatever the case of the name; None where there is none."""
+        """Return the user with this name, in any case; None if there is none."""
         return next((u for u in self.book().users if u.name.lower() == name.lower()), None)
 
     def empty(self) -> bool:
-        """Whether nobody is known yet."""
+        """Return whether there are no users yet."""
         return not self.book().users
 
     # --- changing
 
     def check_new(self, name: str, role: str) -> None:
-        """Raises AccountError where nobody of this name and role can be added."""
+        """Raise AccountError if no user with this name and role can be added."""
         if not NAME.fullmatch(name):
             raise AccountError("a name has up to 64 letters, digits, dots, hyphens, underscores or @")
         _check_role(role)
         if any(u.name.lower() == name.lower() for u in self.book().users):
-            raise AccountError(f"there is a user {name} already")
+            raise AccountError(f"user {name} already exists")
 
     def check_known(self, name: str) -> None:
-        """Raises AccountError where nobody has this name."""
+        """Raise AccountError if there is no user with this name."""
         if self.user(name) is None:
             raise AccountError(f"there is no user {name}")
 
     def add(self, name: str, role: str, password: str) -> User:
-        """A new person. Raises AccountError."""
+        """Add a user. Raises AccountError."""
         self.check_new(name, role)
         user = User(name, role, self.hashed(name, password), created=_now())
 
@@ -167,39 +155,39 @@ class Accounts:
         return user
 
     def add_first(self, name: str, password: str) -> User:
-        """The first administrator. Raises AccountError where somebody is known already."""
+        """Add the first administrator. Raises AccountError if there are users already."""
         if not NAME.fullmatch(name):
             raise AccountError("a name has up to 64 letters, digits, dots, hyphens, underscores or @")
         user = User(name, "admin", self.hashed(name, password), created=_now())
 
         def change(book: Book) -> Book:
             if book.users:
-                raise AccountError("there already are users: sign in, or ask an administrator")
+                raise AccountError("there are already users: sign in, or ask an administrator")
             return replace(book, users=(user,))
 
         self._change(change)
         return user
 
     def set_password(self, name: str, password: str) -> None:
-        """A new password; all sessions of that person end. Raises AccountError."""
+        """Set a password and end all sessions of the user. Raises AccountError."""
         encoded = self.hashed(name, password)
         self._change_user(name, lambda u: replace(u, password=encoded, generation=u.generation + 1))
 
     def set_role(self, name: str, role: str) -> None:
-        """Another role, at once. Raises AccountError, also where no administrator would be left."""
+        """Change a role, effective immediately. Raises AccountError, also if no administrator would be left."""
         _check_role(role)
         self._change_user(name, lambda u: replace(u, role=role))
 
     def set_disabled(self, name: str, disabled: bool) -> None:
-        """Shuts somebody out, or lets them in again; sessions end and tokens do nothing meanwhile."""
+        """Disable or enable a user; sessions end, and tokens are refused meanwhile."""
         self._change_user(name, lambda u: replace(u, disabled=disabled, generation=u.generation + 1))
 
     def end_sessions(self, name: str) -> None:
-        """Signs somebody out everywhere."""
+        """End all sessions of a user."""
         self._change_user(name, lambda u: replace(u, generation=u.generation + 1))
 
     def add_token(self, owner: str, label: str, scopes: tuple[str, ...], days: float) -> tuple[Token, str]:
-        """A token and its text, which is shown once and not kept. Raises AccountError."""
+        """Create a token; return it and its text, which is not kept. Raises AccountError."""
         user = self.user(owner)
         if user is None:
             raise AccountError(f"there is no user {owner}")
@@ -210,7 +198,7 @@ class Accounts:
         if above := sorted(set(scopes) - SCOPES_OF[user.role]):
             raise AccountError(f"{user.name} has the role {user.role}, which does not include the scope {above[0]}")
         if not 0 < days <= 3660:
-            raise AccountError("a token is valid for more than 0 and at most 3,660 days")
+            raise AccountError("a token must be valid for more than 0 and at most 3,660 days")
         secret = secrets.token_urlsafe(32)
         now = datetime.now(UTC)
         token = Token(
@@ -226,7 +214,7 @@ class Accounts:
         return token, f"lkf_{token.id}_{secret}"
 
     def revoke_token(self, token_id: str) -> None:
-        """Makes a token worthless. Raises AccountError where there is none with that id."""
+        """Delete a token. Raises AccountError if there is none with this id."""
 
         def change(book: Book) -> Book:
             left = tuple(t for t in book.tokens if t.id != token_id)
@@ -243,7 +231,7 @@ class Accounts:
             users = tuple(change(u) if u.name.lower() == name.lower() else u for u in book.users)
             had = any(u.role == "admin" and not u.disabled for u in book.users)
             if had and not any(u.role == "admin" and not u.disabled for u in users):
-                raise AccountError("this is the last administrator: give somebody else that role first")
+                raise AccountError("this is the last administrator: make somebody else an administrator first")
             return replace(book, users=users)
 
         self._change(changed)
@@ -276,17 +264,17 @@ class Accounts:
     # --- passwords and tokens
 
     def hashed(self, name: str, password: str) -> str:
-        """A password's argon2id hash. Raises AccountError saying what is wrong with it."""
+        """Return the argon2id hash of a password. Raises AccountError that says what is wrong with it."""
         if len(password) < MIN_PASSWORD:
-            raise AccountError(f"a password has at least {MIN_PASSWORD} characters; several unrelated words work well")
+            raise AccountError(f"a password needs {MIN_PASSWORD} characters or more; several unrelated words work well")
         if len(password) > MAX_PASSWORD:
-            raise AccountError(f"a password has at most {MAX_PASSWORD} characters")
+            raise AccountError(f"a password may have at most {MAX_PASSWORD} characters")
         if len(set(password)) < 5 or name.lower() in password.lower() or "leukoflow" in password.lower():
-            raise AccountError("this password is too easy to guess: choose one without your name, of several words")
+            raise AccountError("this password is too easy to guess: choose several words, without your name")
         return self._hasher.hash(password)
 
     def check_password(self, name: str, password: str) -> User | None:
-        """The person whose name and password these are; takes as long for names that do not exist."""
+        """Return the enabled user with this name and password, else None; takes as long if the name does not exist."""
         user = self.user(name) if NAME.fullmatch(name) else None
         if not self._nobody:
             self._nobody = self._hasher.hash(secrets.token_urlsafe(24))
@@ -297,7 +285,7 @@ class Accounts:
         return user if user is not None and not user.disabled else None
 
     def check_token(self, text: str) -> tuple[User, frozenset[str]] | None:
-        """Whose token it is, and what it may do; None for one that is unknown, expired, or whose owner is out."""
+        """Return a token's owner and scopes; None if it is unknown or expired, or its owner disabled."""
         found = TOKEN.fullmatch(text)
         if found is None:
             return None
@@ -312,55 +300,6 @@ class Accounts:
         return user, frozenset(token.scopes) & SCOPES_OF[user.role]
 
 
-class Sessions:
-    """Browsers that are signed in, in memory. Ids are random, change at every login, and are kept as digests only."""
-
-    def __init__(self, accounts: Accounts, idle_seconds: float, seconds: float) -> None:
-        self._accounts = accounts
-        self._idle, self._seconds = idle_seconds, seconds
-        self._open: dict[str, Session] = {}
-
-    def begin(self, user: User) -> str:
-        """A new session's id."""
-        now = time.monotonic()
-        if len(self._open) >= _MAX_SESSIONS:
-            self._sweep(now)
-        if len(self._open) >= _MAX_SESSIONS:
-            del self._open[min(self._open, key=lambda key: self._open[key].seen)]
-        session_id = secrets.token_urlsafe(32)
-        self._open[_digest(session_id)] = Session(user.name, user.generation, now, now)
-        return session_id
-
-    def find(self, session_id: str) -> User | None:
-        """Whose session it is, with the present role; None once it has ended."""
-        key = _digest(session_id)
-        session = self._open.get(key)
-        if session is None:
-            return None
-        now = time.monotonic()
-        user = self._accounts.user(session.name)
-        if self._over(session, now) or user is None or user.disabled or user.generation != session.generation:
-            self._open.pop(key, None)
-            return None
-        session.seen = now
-        return user
-
-    def end(self, session_id: str) -> None:
-        """Ends one session."""
-        self._open.pop(_digest(session_id), None)
-
-    def _over(self, session: Session, now: float) -> bool:
-        return now - session.seen > self._idle or now - session.created > self._seconds
-
-    def _sweep(self, now: float) -> None:
-        for key in [k for k, s in self._open.items() if self._over(s, now)]:
-            del self._open[key]
-
-
-def _digest(session_id: str) -> str:
-    return hashlib.sha256(session_id.encode()).hexdigest()
-
-
 def _check_role(role: str) -> None:
     if role not in ROLES:
         raise AccountError(f"there is no role {role!r}; there are {', '.join(ROLES)}")
@@ -371,5 +310,5 @@ def _now() -> str:
 
 
 def shown(token: Token) -> dict[str, Any]:
-    """What may be shown of a token."""
+    """Return a token's fields without its digest."""
     return {k: v for k, v in asdict(token).items() if k != "sha256"}

@@ -1,32 +1,34 @@
-"""Diagnoses at work and done, in memory only: each belongs to one person, has an unguessable id, and goes in minutes.
+"""Uploads and their diagnoses, in memory only: each belongs to one person, has an unguessable id, and soon expires.
 
-Nothing of an uploaded image is ever written to a disk.
+Nothing of an uploaded image is ever written to disk.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
-from leukoflow.apps.web.engine import BusyError
-from leukoflow.apps.web.guard import log
+from fastapi import Request
+
+from leukoflow.apps.web.engine.errors import BusyError
 from leukoflow.apps.web.settings import UploadLimits
 from leukoflow.core.errors import LeukoflowError, place_of
 
 if TYPE_CHECKING:
-    from leukoflow.apps.web.uploads import Upload
+    from leukoflow.apps.web.gate.uploads import Upload
 
-
+_log = logging.getLogger("leukoflow.web")
 _AT_ONCE = 8  # images of one person in the engine's queue
 _TRIES = 5  # of an image that found the queue full, a second apart
 
 
 class EngineLike(Protocol):
-    """What is needed of `apps.web.engine.Engine`."""
+    """What is needed of `apps.web.engine.engine.Engine`."""
 
     bundles: tuple[Any, ...]
 
@@ -37,44 +39,44 @@ class EngineLike(Protocol):
         who: str,
         bundle: str = "",
         um_per_px: float | None = None,
-        told: Callable[[str], None] | None = None,
+        on_stage: Callable[[str], None] | None = None,
     ) -> Any:
-        """A Finding."""
+        """Diagnose an image."""
 
     def load(self) -> Any:
-        """An EngineLoad."""
+        """Return an EngineLoad."""
 
 
 @dataclass(slots=True)
 class Item:
-    """One image with one bundle. `finding` or `error` is there once `stage` is `done`."""
+    """One image with one bundle. It has a `diagnosis` or an `error` once `stage` is `done`."""
 
     name: str  # as the browser gave it, for display only
     size: int
     bundle: str  # empty: the first one
     stage: str = "waiting"  # then decode, normalize, segment, extract, classify, done
-    finding: Any = None  # leukoflow.tasks.inference.single.Finding
+    diagnosis: Any = None  # leukoflow.tasks.inference.single.Diagnosis
     error: str = ""  # why there is none, for people
     busy: bool = False  # the error is that the queue was full
     fault: bool = False  # the error is the program's, not the image's
     seconds: float = 0.0  # from upload to result
     data: bytes = b""  # the image as uploaded, for the original layer at full size
-    um_per_px: float | None = None  # as whoever sent it said
+    um_per_px: float | None = None  # as stated with the upload
 
     @property
     def done(self) -> bool:
-        """Whether nothing more will happen."""
+        """Whether it has a result."""
         return self.stage == "done"
 
 
 @dataclass(slots=True, eq=False)
 class Job:
-    """What one upload has become. `version` grows with every change."""
+    """One upload and its results. `version` grows with every change."""
 
     id: str
     owner: str
-    items: list[Item]  # of each picture as many as there are bundles
-    pictures: int = 0  # that were sent, unpacked from archives
+    items: list[Item]  # one per image and bundle
+    pictures: int = 0  # images that were sent, unpacked from archives
     created: float = field(default_factory=time.monotonic)
     version: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -87,17 +89,17 @@ class Job:
 
     @property
     def size(self) -> int:
-        """Bytes held, about."""
-        return sum(len(i.data) + _weight(i.finding) for i in self.items)
+        """Bytes held, approximately."""
+        return sum(len(i.data) + _weight(i.diagnosis) for i in self.items)
 
-    def tell(self) -> None:
-        """Wakes whoever watches."""
+    def notify(self) -> None:
+        """Wake everyone who waits for a change."""
         self.version += 1
         self._changed.set()
         self._changed = asyncio.Event()
 
     async def changes(self, seconds: float = 15.0) -> AsyncIterator[int]:
-        """The version at once, after every change, and at least every so many seconds; ends with the job."""
+        """Yield the version at once, after every change, and at least every `seconds`; end with the job."""
         while True:
             event = self._changed
             yield self.version
@@ -109,7 +111,7 @@ class Job:
                 continue
 
     async def wait(self) -> None:
-        """Until all images have a result."""
+        """Wait until all images have a result."""
         async for _ in self.changes():
             pass
 
@@ -131,9 +133,9 @@ class Jobs:
         bundles: Sequence[str] = ("",),
         um_per_px: float | None = None,
     ) -> Job:
-        """Begins to diagnose each image with each bundle, in the background. To be called within the event loop.
+        """Diagnose each image with each bundle, in the background. To be called within the event loop.
 
-        Raises BusyError (503) where others' images fill the memory.
+        Raises BusyError (503) if images of others fill the memory.
         """
         if sum(j.size for j in self._jobs.values() if not j.done) > self._limits.jobs_mb << 20:
             raise BusyError("many images are waiting to be diagnosed; try again in a moment", 5)
@@ -151,7 +153,7 @@ class Jobs:
         return job
 
     def put(self, job: Job) -> None:
-        """Keeps a job; older ones of the same person, then of all, make room."""
+        """Keep a job; older ones of the same person, then of anyone, make room."""
         self._sweep()
         self._jobs[job.id] = job
         mine = [j for j in self._jobs.values() if j.owner == job.owner]
@@ -162,25 +164,25 @@ class Jobs:
             self._drop(finished.pop(0))
 
     def get(self, job_id: str, owner: str) -> Job | None:
-        """The job of that person; None where there is none (any more), also for somebody else's."""
+        """Return a person's job; None if it is gone, never existed, or is somebody else's."""
         self._sweep()
         job = self._jobs.get(job_id)
         return job if job is not None and job.owner == owner else None
 
     def of(self, owner: str) -> list[Job]:
-        """All jobs of a person, newest first."""
+        """Return all jobs of a person, newest first."""
         self._sweep()
         return [j for j in reversed(self._jobs.values()) if j.owner == owner]
 
     def drop(self, job_id: str, owner: str) -> bool:
-        """Forgets a job at once."""
+        """Delete a job; return whether there was one."""
         job = self.get(job_id, owner)
         if job is not None:
             self._drop(job)
         return job is not None
 
     async def close(self) -> None:
-        """Stops what is at work and forgets everything."""
+        """Stop all work and delete everything."""
         tasks = [j._task for j in self._jobs.values() if j._task is not None]
         for job in list(self._jobs.values()):
             self._drop(job)
@@ -201,16 +203,20 @@ class Jobs:
         slots = self._slots.setdefault(job.owner, asyncio.Semaphore(_AT_ONCE))
 
         async def one(item: Item) -> None:
-            def told(stage: str) -> None:
+            def on_stage(stage: str) -> None:
                 item.stage = stage
-                job.tell()
+                job.notify()
 
             async with slots:
                 try:
                     for attempt in range(_TRIES):
                         try:
-                            item.finding = await engine.examine(
-                                item.data, who=job.owner, bundle=item.bundle, um_per_px=item.um_per_px, told=told
+                            item.diagnosis = await engine.examine(
+                                item.data,
+                                who=job.owner,
+                                bundle=item.bundle,
+                                um_per_px=item.um_per_px,
+                                on_stage=on_stage,
                             )
                             break
                         except LeukoflowError as error:
@@ -221,23 +227,30 @@ class Jobs:
                         item.stage = "waiting"
                         await asyncio.sleep(1.0)
                 except Exception as error:
-                    log.error("%s", place_of(error))
+                    _log.error("%s", place_of(error))
                     item.error = "this image could not be classified because of a fault of the program"
                     item.fault = True
                 finally:
                     item.seconds = time.monotonic() - job.created
                     item.stage = "done"
-                    job.tell()
+                    job.notify()
 
         await asyncio.gather(*(one(i) for i in job.items if not i.done))
-        job.tell()
+        job.notify()
         if not any(j.owner == job.owner and not j.done for j in self._jobs.values()):
             self._slots.pop(job.owner, None)
 
 
-def _weight(finding: Any) -> int:
+def _weight(diagnosis: Any) -> int:
     total = 0
-    for tile in getattr(finding, "tiles", ()):
+    for tile in getattr(diagnosis, "tiles", ()):
         for name in ("original", "normalized", "semantic", "cells", "maps"):
             total += getattr(getattr(tile, name, None), "nbytes", 0)
     return total
+
+
+def jobs_of(request: Request) -> Jobs:
+    """Return the application's jobs."""
+    jobs = request.app.state.jobs
+    assert isinstance(jobs, Jobs)
+    return jobs

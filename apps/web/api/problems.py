@@ -1,4 +1,4 @@
-"""Errors for programs: RFC 9457, and how they stand in the OpenAPI document."""
+"""Errors for programs (RFC 9457), and their description in the OpenAPI document."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class Problem(BaseModel):
 
 
 def problem(status: int, detail: str, headers: dict[str, str] | None = None, errors: Any = None) -> JSONResponse:
-    """A response that says what went wrong."""
+    """Return a response that says what went wrong."""
     body = {"type": "about:blank", "title": TITLES.get(status, TITLES[500]), "status": status, "detail": detail}
     if errors:
         body["errors"] = errors
@@ -65,7 +65,7 @@ def problem(status: int, detail: str, headers: dict[str, str] | None = None, err
 
 
 def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
-    """The `responses` of an operation that may answer so."""
+    """Return the `responses` of an operation that may answer with these statuses."""
     content = {"application/problem+json": {"schema": {"$ref": "#/components/schemas/Problem"}}}
     found: dict[int | str, dict[str, Any]] = {}
     for status in statuses:
@@ -76,12 +76,12 @@ def documented(*statuses: int) -> dict[int | str, dict[str, Any]]:
 
 
 def finite(row: Mapping[str, Any]) -> dict[str, Any]:
-    """A row without what JSON cannot say: a number that is none becomes null."""
+    """Return a row with null in place of the numbers that JSON cannot represent: NaN and infinities."""
     return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
 
 
 def add_problem_schema(document: dict[str, Any], models: Iterable[type[BaseModel]] = (Problem,)) -> None:
-    """Puts the schema of `Problem` into an OpenAPI document."""
+    """Add the schema of `Problem` to an OpenAPI document."""
     schemas = document.setdefault("components", {}).setdefault("schemas", {})
     for model in models:
         schema = model.model_json_schema(ref_template="#/components/schemas/{model}")

@@ -1,9 +1,9 @@
-"""What the server, the process that starts its workers, and the workers say to each other.
+"""Messages between the web server, its fork server and the workers.
 
 Typed JSON and raw arrays, never a pickle.
 
 A frame is a header (kind, bytes of JSON, bytes of body), JSON of one of the records below, and a body. A worker has
-handled pixels of hostile files, so the server believes nothing that it says: lengths are bounded, records are
+handled pixels of hostile files, so the server checks everything that it sends: lengths are bounded, records are
 validated, and shapes must account for every byte of the body.
 """
 
@@ -32,12 +32,12 @@ Count = Annotated[int, Field(ge=0, le=1 << 31)]
 
 
 class FrameError(LeukoflowError):
-    """What arrived is no frame of ours."""
+    """What arrived is not a valid frame."""
 
 
 @dataclass(frozen=True, slots=True)
 class BundleCard:
-    """A bundle as people see it. `metrics` are sentences; `alpha` is the miss rate that its prediction sets allow."""
+    """A bundle as shown to people. `metrics` are sentences; `alpha` is the miss rate that its prediction sets allow."""
 
     name: str
     digest: str
@@ -52,7 +52,7 @@ class BundleCard:
 
 @dataclass(frozen=True, slots=True)
 class Setup:
-    """Said once. `limits` is JSON of LimitSettings; at most `kept` bundles stay loaded."""
+    """Sent once. `limits` is JSON of LimitSettings; at most `kept` bundles stay loaded."""
 
     bundles: tuple[str, ...]
     limits: str
@@ -79,14 +79,14 @@ class Withdrawn:
 
 @dataclass(frozen=True, slots=True)
 class Spawn:
-    """Fork a worker that speaks over the descriptor which comes along."""
+    """Fork a worker that serves the descriptor sent along."""
 
     number: int
 
 
 @dataclass(frozen=True, slots=True)
 class Kill:
-    """End a worker, its decoder too."""
+    """Kill a worker and its decoder."""
 
     number: int
 
@@ -108,7 +108,7 @@ class Ready:
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """A worker is no more; says how."""
+    """A worker has ended; `words` say how."""
 
     number: int
     words: str
@@ -116,7 +116,7 @@ class Ended:
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """An order has come so far."""
+    """An order has reached a stage."""
 
     number: int
     stage: str
@@ -124,7 +124,7 @@ class Stage:
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """An order, or the start (number 0), came to nothing. `kind` is bundle, memory, withdrawn or error."""
+    """An order, or the start (number 0), failed. `kind` is bundle, memory, withdrawn or error."""
 
     number: int
     kind: str
@@ -144,7 +144,7 @@ class TileShape:
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """A finding without its arrays, which are the body: tile by tile, then the columns of the cells."""
+    """A diagnosis without its arrays, which are the body: tile by tile, then the columns of the cells."""
 
     number: int
     sha256: str
@@ -174,7 +174,7 @@ _ADAPTERS: dict[int, TypeAdapter[Any]] = {}
 
 
 def header_of(head: bytes) -> tuple[int, int, int]:
-    """Kind, bytes of JSON and bytes of body. Raises FrameError where they are beyond all bounds."""
+    """Return kind, bytes of JSON and bytes of body. Raises FrameError if they are out of bounds."""
     kind, words, body = HEADER.unpack(head)
     if kind >= len(KINDS) or words > MAX_WORDS or body > MAX_BODY:
         raise FrameError(f"no frame: kind {kind}, {words:,} and {body:,} bytes")
@@ -182,7 +182,7 @@ def header_of(head: bytes) -> tuple[int, int, int]:
 
 
 def record_of(kind: int, words: bytes) -> Frame:
-    """The record that a frame's JSON holds. Raises FrameError."""
+    """Return the record in a frame's JSON. Raises FrameError."""
     if kind not in _ADAPTERS:
         _ADAPTERS[kind] = TypeAdapter(KINDS[kind])
     try:
@@ -193,45 +193,45 @@ def record_of(kind: int, words: bytes) -> Frame:
 
 
 def frame(record: Frame, *body: Buffer) -> list[Buffer]:
-    """A frame as pieces to be written one after the other."""
+    """Return a frame as pieces to be written one after the other."""
     words = json.dumps(asdict(record), ensure_ascii=True).encode()
     kind = KINDS.index(type(record))
     return [HEADER.pack(kind, len(words), sum(len(piece) for piece in body)) + words, *body]
 
 
-# --- findings --------------------------------------------------------------------------------------------------------
+# --- diagnoses --------------------------------------------------------------------------------------------------------
 
 _NAMES = ("run_id", "image_key")
 _COLUMNS: tuple[pa.Field, ...] = tuple(field for field in CELLS if field.name not in _NAMES)
-"""Columns of the cells that travel; run and image are "" throughout. What is null travels as NaN."""
+"""Columns of the cells that are sent; run and image are "" throughout. Null is sent as NaN."""
 
 
 def _dtype(column: pa.Field) -> Any:
-    """How a column travels."""
+    """Return the dtype in which a column is sent."""
     return np.uint8 if column.type == pa.bool_() else column.type.to_pandas_dtype()
 
 
-def finding_frame(number: int, finding: Finding) -> list[Buffer]:
-    """A finding as pieces to be written."""
+def diagnosis_frame(number: int, diagnosis: Finding) -> list[Buffer]:
+    """Return a diagnosis as pieces to be written."""
     body: list[NDArray[Any]] = []
     shapes = []
-    for tile in finding.tiles:
+    for tile in diagnosis.tiles:
         height, width = tile.semantic.shape
         shapes.append(TileShape(height, width, len(tile.cell_ids), tile.maps.shape[-1], tile.window_px))
         body += [np.ascontiguousarray(getattr(tile, name), dtype) for name, dtype, _ in _tile_arrays(shapes[-1])]
-    if finding.cells is not None:
-        body += [np.ascontiguousarray(finding.cells[c.name].to_numpy(), _dtype(c)) for c in _COLUMNS]
+    if diagnosis.cells is not None:
+        body += [np.ascontiguousarray(diagnosis.cells[c.name].to_numpy(), _dtype(c)) for c in _COLUMNS]
     answer = Answer(
-        number, finding.sha256, finding.bundle, finding.bundle_digest, finding.status, finding.reason, finding.label,
-        finding.probabilities, finding.prediction_set, finding.ood, finding.width_px, finding.height_px,
-        finding.quality, finding.remarks, finding.seconds,
-        None if finding.cells is None else len(finding.cells), tuple(shapes),
+        number, diagnosis.sha256, diagnosis.bundle, diagnosis.bundle_digest, diagnosis.status, diagnosis.reason,
+        diagnosis.label, diagnosis.probabilities, diagnosis.prediction_set, diagnosis.ood, diagnosis.width_px,
+        diagnosis.height_px, diagnosis.quality, diagnosis.remarks, diagnosis.seconds,
+        None if diagnosis.cells is None else len(diagnosis.cells), tuple(shapes),
     )  # fmt: skip
     return frame(answer, *(array.reshape(-1).view(np.uint8).data for array in body))
 
 
-def finding_of(answer: Answer, body: bytes | bytearray) -> Finding:
-    """The finding that arrived. Raises FrameError unless its shapes account for every byte."""
+def diagnosis_of(answer: Answer, body: bytes | bytearray) -> Finding:
+    """Return the diagnosis that arrived. Raises FrameError unless its shapes account for every byte."""
     take = _Pieces(body)
     tiles = []
     for shape in answer.tiles:
@@ -245,7 +245,7 @@ def finding_of(answer: Answer, body: bytes | bytearray) -> Finding:
             flags = column.type == pa.bool_()
             unknown = np.isnan(values) if column.nullable else None
             columns[column.name] = pa.array(values.astype(np.bool_) if flags else values, column.type, mask=unknown)
-        for name in _NAMES:  # only now that the number is believed
+        for name in _NAMES:  # only now that the number has been checked
             columns[name] = pa.array([""] * answer.cells, pa.string())
         cells = pa.Table.from_arrays([columns[f.name] for f in CELLS], schema=CELLS)
     take.finish()
@@ -257,7 +257,7 @@ def finding_of(answer: Answer, body: bytes | bytearray) -> Finding:
 
 
 def _tile_arrays(shape: TileShape) -> tuple[tuple[str, type[Any], tuple[int, ...]], ...]:
-    """Name, dtype and shape of what travels of a tile, in order."""
+    """Return name, dtype and shape of the arrays sent of a tile, in order."""
     plane, m = (shape.height, shape.width), shape.cells
     return (
         ("original", np.uint8, (*plane, 3)),
@@ -282,11 +282,11 @@ class _Pieces:
         count = math.prod(shape)
         end = self._at + count * np.dtype(dtype).itemsize
         if end > len(self._body):
-            raise FrameError("a finding's arrays end early")
+            raise FrameError("a diagnosis's arrays end early")
         out = np.frombuffer(self._body, dtype, count, self._at).reshape(shape)
         self._at = end
         return out if out.flags.aligned else out.copy()
 
     def finish(self) -> None:
         if self._at != len(self._body):
-            raise FrameError("a finding has more bytes than its arrays take")
+            raise FrameError("a diagnosis has more bytes than its arrays take")

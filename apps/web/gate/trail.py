@@ -1,7 +1,7 @@
-"""Who saw and did what in the web application: a log whose lines are bound to each other, as in the audit log.
+"""Audit log of the web application, who saw and did what: each line holds the digest of the one before.
 
-Lines are appended under a lock, so several servers may write one file. Keys are the opaque ones of the URLs; neither
-slides nor patients nor file names of images stand in it. Names are those of users.
+Lines are appended under a lock, so several servers may write one file. Keys are the opaque ones of the URLs; the
+log names users, but no slide, patient or file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from leukoflow.core.errors import StorageError
 from leukoflow.runs.progress import now
 from leukoflow.tasks.upkeep.audit import NOTHING, AuditEntry, AuditVerdict, check_log, line_of
 
-_ROLL_AT = 32 << 20  # a file is looked through as a whole when a server starts
+_ROLL_AT = 32 << 20  # bytes; a server verifies the whole file when it starts
 
 
 class Trail:
@@ -28,23 +28,23 @@ class Trail:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._lock = threading.Lock()
-        self._size, self._number, self._head = 0, 0, NOTHING  # of what was looked through
+        self._size, self._number, self._head = 0, 0, NOTHING  # of what was verified
         self._stamp = (-1, -1)
 
     def add(self, who: str, action: str, key: str = "", details: Mapping[str, str] | None = None) -> AuditEntry:
-        """Appends a line. Raises StorageError where it cannot be written or the log was tampered with."""
+        """Append a line. Raises StorageError if it cannot be written or the log was tampered with."""
         with self._lock, self._opened() as descriptor:
-            self._look_through(descriptor)
+            self._verify_new(descriptor)
             if self._size > _ROLL_AT:
                 full = self._roll()
                 with self._opened() as fresh:
-                    self._look_through(fresh)
+                    self._verify_new(fresh)
                     self._append(fresh, "-", "continues", "", full)
                     return self._append(fresh, who, action, key, details or {})
             return self._append(descriptor, who, action, key, details or {})
 
     def _roll(self) -> dict[str, str]:
-        """Puts a full file aside; returns what binds the next one to it."""
+        """Rename a full file; return what binds the next one to it."""
         aside = self.path.with_name(f"{self.path.stem}-{now()[:19].replace(':', '')}-{self._head[:8]}.jsonl")
         self.path.rename(aside)
         return {"file": aside.name, "last": self._head}
@@ -61,14 +61,14 @@ class Trail:
         return entry
 
     def check(self) -> AuditVerdict:
-        """Looks through the log."""
+        """Verify the whole log."""
         try:
             return check_log(self.path.read_bytes())
         except FileNotFoundError:
             return AuditVerdict(0, NOTHING, ())
 
     def last(self, count: int) -> list[AuditEntry]:
-        """The newest lines, newest first."""
+        """Return the newest entries, newest first."""
         try:
             with self.path.open("rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 1024 * (count + 1)))
@@ -83,7 +83,7 @@ class Trail:
                 entry["details"] = tuple((str(k), str(v)) for k, v in entry["details"])
                 found.append(AuditEntry(**entry))
             except (ValueError, KeyError, TypeError):
-                continue  # the first one may be cut
+                continue  # the first one read may be cut off
             if len(found) == count:
                 break
         return found
@@ -97,7 +97,7 @@ class Trail:
             raise StorageError(f"{self.path} cannot be written: {error.strerror}") from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX)
-            if not self._is_current(descriptor):  # it was full, and another server has put it aside meanwhile
+            if not self._is_current(descriptor):  # full, and renamed by another server in the meantime
                 os.close(descriptor)
                 descriptor = os.open(self.path, os.O_RDWR | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o600)
                 fcntl.flock(descriptor, fcntl.LOCK_EX)
@@ -111,8 +111,8 @@ class Trail:
         except FileNotFoundError:
             return False
 
-    def _look_through(self, descriptor: int) -> None:
-        """Looks through what is new: all of it in another file, or in one that was changed without growing."""
+    def _verify_new(self, descriptor: int) -> None:
+        """Verify what is new: everything in another file, or in one that changed without growing."""
         stamp, size = _stamp(descriptor), os.fstat(descriptor).st_size
         if stamp == self._stamp and size == self._size:
             return
@@ -122,15 +122,15 @@ class Trail:
         os.lseek(descriptor, self._size, os.SEEK_SET)
         while chunk := os.read(descriptor, 1 << 20):
             data += chunk
-        verdict = check_log(data, self._head, self._number)
-        if verdict.problems:
+        checked = check_log(data, self._head, self._number)
+        if checked.problems:
             self._stamp = (-1, -1)
             raise StorageError(
-                f"{self.path} was tampered with ({verdict.problems[0]}), and nobody comes in without a log: find out "
-                "what happened, then move the file aside, and a new log is begun"
+                f"{self.path} was tampered with ({checked.problems[0]}), and nobody is served without a log: find out "
+                "what happened, then move the file aside, and a new log is started"
             )
         self._size, self._stamp = self._size + len(data), stamp
-        self._number, self._head = verdict.entries, verdict.head
+        self._number, self._head = checked.entries, checked.head
 
 
 def _stamp(descriptor: int) -> tuple[int, int]:

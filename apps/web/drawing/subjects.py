@@ -1,0 +1,126 @@
+"""Subjects: what is reported about one field, from a run or from the bench."""
+
+from __future__ import annotations
+
+from leukoflow.apps.web import words
+from leukoflow.apps.web.engine.jobs import Item
+from leukoflow.apps.web.words import Subject
+from leukoflow.core.errors import LeukoflowError
+from leukoflow.runs.records import CLASSES, Status
+from leukoflow.tasks.inference.single import Finding
+from leukoflow.tasks.review import field_view, worklist
+from leukoflow.tasks.review.field_view import ReferenceCell
+from leukoflow.tasks.review.wording import SHADOW, Scale
+from leukoflow.tasks.review.worklist import FieldLine, Frequency, RunTable
+
+REFERENCES = 6
+"""Cells of each class that are shown for comparison."""
+
+
+def of_line(table: RunTable, line: FieldLine) -> Subject:
+    """Return what is reported about a field of a run."""
+    d, bundle = line.details, table.bundle[0]
+    assert d is not None
+    quality = []
+    if d.focus is not None:
+        quality.append(("Focus", f"{d.focus:.1f}"))
+    if d.exposure is not None:
+        quality.append(("Mean lightness", f"{d.exposure:.2f}"))
+    facts = [("Slide", line.slide_title), ("Patient", line.patient), ("Site", line.site), ("Scanner", line.scanner)]
+    return Subject(
+        title=words.shown(line.image_key),
+        status=str(line.status),
+        reason=line.reason,
+        label=line.label,
+        probabilities=line.probabilities,
+        prediction_set=line.prediction_set,
+        ood=line.ood,
+        width_px=d.width_px,
+        height_px=d.height_px,
+        um_per_px=d.um_per_px,
+        n_cells=line.n_cells,
+        quality=tuple(quality),
+        remarks=tuple(words.shown(flag, 200) for flag in d.quality_flags),
+        bundle=words.bundle_name(bundle),
+        bundle_digest=d.bundle_digest,
+        sha256=d.member_sha256,
+        facts=tuple((k, words.shown(v, 120)) for k, v in facts if v),
+        settings=field_view.segment_settings(bundle),
+        alpha=field_view.alpha_of(bundle),
+        max_ood=field_view.max_ood_of(bundle),
+        frequency=frequency_in(bundle, line.label, line.confidence, line.status),
+        shadow=SHADOW if table.shadow_of is not None else "",
+    )
+
+
+def frequency_in(bundle: str, label: str | None, confidence: float | None, status: str) -> Frequency | None:
+    """Return what the confidence of an answer means; None without an answer."""
+    if label is None or confidence is None or status != Status.PREDICTED:
+        return None
+    document = field_view.bundle_document(bundle) or {}
+    return worklist.frequency(document.get("metrics") or {}, label, confidence)
+
+
+def frequency_of(item: Item) -> Frequency | None:
+    """Return what the confidence of an answer on the bench means; None without an answer."""
+    found: Finding = item.diagnosis
+    if found.label is None or not found.probabilities:
+        return None
+    return frequency_in(found.bundle, found.label, float(found.probabilities[CLASSES.index(found.label)]), found.status)
+
+
+def caution_of(item: Item) -> str:
+    """Return the caution for an answer on the bench that may rest on a wrong size; empty otherwise."""
+    found: Finding = item.diagnosis
+    return Scale(found.width_px, found.height_px, item.um_per_px, field_view.segment_settings(found.bundle)).caution
+
+
+def why_of(item: Item) -> tuple[str, str, str]:
+    """Return why an image has no answer: what, the likeliest cause with the remedy, and what was measured."""
+    found: Finding = item.diagnosis
+    scale = Scale(found.width_px, found.height_px, item.um_per_px, field_view.segment_settings(found.bundle))
+    return words.reason_words(found.reason, scale, "bench", found.remarks)
+
+
+def of_item(item: Item) -> Subject:
+    """Return what is reported about an image on the bench."""
+    found: Finding = item.diagnosis
+    answered = found.status == Status.PREDICTED
+    return Subject(
+        title=words.shown(item.name),
+        status=str(found.status),
+        reason=found.reason,
+        label=found.label if answered else None,
+        probabilities=tuple(float(p) for p in found.probabilities),
+        prediction_set=found.prediction_set if answered else (),
+        ood=found.ood,
+        width_px=found.width_px or None,
+        height_px=found.height_px or None,
+        um_per_px=item.um_per_px,
+        n_cells=0 if found.cells is None else len(found.cells),
+        quality=words.quality_words(found.quality),
+        remarks=tuple(words.shown(r, 200) for r in found.remarks),
+        bundle=words.bundle_name(found.bundle),
+        bundle_digest=found.bundle_digest,
+        sha256=found.sha256,
+        facts=(("File", f"{words.number(item.size)} bytes"),),
+        settings=field_view.segment_settings(found.bundle),
+        alpha=field_view.alpha_of(found.bundle),
+        max_ood=field_view.max_ood_of(found.bundle),
+        frequency=frequency_of(item),
+        where="bench",
+    )
+
+
+def references(out: str) -> tuple[tuple[str, tuple[ReferenceCell, ...]], ...]:
+    """Return cells of each class from the newest finished run; empty without one."""
+    latest = next((r for r in worklist.list_runs(out) if r.state == "finished" and r.shadow_of is None), None)
+    if latest is None:
+        return ()
+    found = []
+    for label in CLASSES:
+        try:
+            found.append((label, field_view.reference_cells(out, latest.run_key, label, REFERENCES)))
+        except LeukoflowError:
+            found.append((label, ()))
+    return tuple(found)

@@ -39,7 +39,7 @@ STATUS_WORDS = {
     "abstained": "no answer: the model does not know",
     "rejected": "quality too poor to classify",
     "quarantined": "could not be read",
-    "missing": "listed, but not handed over",
+    "missing": "listed, but not received",
 }
 
 
@@ -185,14 +185,14 @@ def sentence(text: object, limit: int = 300) -> str:
     return wording.sentence(shown(text, limit))
 
 
-def upload_words(items: Sequence[Any], pictures: int) -> str:
+def upload_words(items: Sequence[Any], images: int) -> str:
     """Summarise an upload: the counts add up to the images chosen, times the models that were asked."""
     found = Counter(_became(i) for i in items if i.done)
     parts = [f"{found[kind]} {said}" for kind, said in _BECAME if found[kind]]
     if waiting := sum(not i.done for i in items):
         parts.append(f"{waiting} to do")
-    models = len(items) // pictures if pictures else 1
-    head = f"{pictures} picture{'s' if pictures != 1 else ''}{f', {models} models' if models > 1 else ''}"
+    models = len(items) // images if images else 1
+    head = f"{images} image{'s' if images != 1 else ''}{f', {models} models' if models > 1 else ''}"
     return f"{head}: {', '.join(parts)}"
 
 
@@ -208,7 +208,7 @@ def versus(diagnoses: Sequence[Any]) -> str:
     found = [f for f in diagnoses if f is not None]
     answers = [f for f in found if f.status == Status.PREDICTED]
     if answers and len(answers) < len(found):
-        return "Only one of the models has answered: there is nothing to compare, and reason for doubt."
+        return "Only one of the models has answered: there is nothing to compare, and reason to doubt the answer."
     if len(answers) < 2:
         return ""
     if len({f.label for f in answers}) > 1:

@@ -124,7 +124,7 @@ def test_everything_that_is_chosen_gets_an_answer(browser: Any, site: Site, tmp_
     given = [*site.fields[4:7], tmp_path / "hollow.jpg", tmp_path / "words.txt", tmp_path / "bare.zip", site.fields[4]]
     job = upload(page, *given)
     assert job.locator(".card").count() == 7
-    assert job.locator("h3 >> nth=0").inner_text().startswith("7 pictures: ")
+    assert job.locator("h3 >> nth=0").inner_text().startswith("7 images: ")
     cards = dict(zip(job.locator(".card .name").all_inner_texts(), job.locator(".card").all_inner_texts(), strict=True))
     assert "The file is empty." in cards["hollow.jpg"]
     assert "An archive without images." in cards["bare.zip"]
@@ -159,7 +159,7 @@ def test_a_folder_and_what_cannot_be_read_get_an_answer_too(browser: Any, site: 
     until(lambda: page.locator("#jobs > section").count() == before + 1)
     page.wait_for_selector("#jobs:not(:has([aria-busy]))", timeout=60_000)
     job = page.locator("#jobs > section >> nth=0")
-    assert job.locator("h3 >> nth=0").inner_text() == "4 pictures: 4 quarantined"
+    assert job.locator("h3 >> nth=0").inner_text() == "4 images: 4 quarantined"
     said = dict(zip(job.locator(".card .name").all_inner_texts(), job.locator(".card").all_inner_texts(), strict=True))
     assert "A folder: open it" in said["slides"]
     assert "could not read it" in said["away.jpg"]
@@ -174,7 +174,9 @@ def test_a_folder_and_what_cannot_be_read_get_an_answer_too(browser: Any, site: 
           document.body.dispatchEvent(new DragEvent('drop', how));
         }"""
     )
-    until(lambda: "Nothing was sent: up to 64 files at once, and these are 65." in page.inner_text("#toast"))
+    until(
+        lambda: "Nothing was sent: you chose 65 files, and at most 64 can be sent at once." in page.inner_text("#toast")
+    )
     assert page.troubles == []
     page.context.close()
 

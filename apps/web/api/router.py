@@ -1,4 +1,4 @@
-"""The JSON API, version 1, but for what it says of runs."""
+"""The JSON API, version 1, except for what it says about runs."""
 
 from __future__ import annotations
 
@@ -6,6 +6,5 @@ from fastapi import APIRouter
 
 from leukoflow.apps.web.api import diagnoses, openapi, server, tokens
 
-router = APIRouter()
-for room in (server, diagnoses, tokens, openapi):
-    router.include_router(room.router)
+_ROOMS = (server, diagnoses, tokens, openapi)
+router = APIRouter(routes=[route for room in _ROOMS for route in room.router.routes])

@@ -69,7 +69,7 @@ def export_pdf(subject: Subject, tile: Tile | None, cells: Sequence[Cell], by: s
         *subject.quality,
         ("Bundle", f"{subject.bundle} {subject.bundle_digest[:32]}"),
         ("Image SHA-256", subject.sha256 or "-"),
-        ("Made", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by {by}"),
+        ("Exported", f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC by {by}"),
     ]
     for key, value in facts:
         pdf.set_font("Helvetica", "", 9)

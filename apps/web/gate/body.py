@@ -62,7 +62,7 @@ class Body:
 def too_large(most: int) -> Refused:
     """Return the refusal (413) of a body above `most` bytes."""
     size = f"{most >> 20} MB" if most >= 1 << 20 else f"{most >> 10} kB"
-    return Refused(413, f"One request may have up to {size}; send fewer or smaller images at once.")
+    return Refused(413, f"A request may be up to {size}; send fewer or smaller images at once.")
 
 
 async def csrf_field(content_type: str, body: Body) -> str:

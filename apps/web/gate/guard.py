@@ -130,7 +130,7 @@ class Guard:
         own = () if settings.host in ("0.0.0.0", "::") else (settings.host, f"[{settings.host}]")
         if name in ("localhost", "127.0.0.1", "[::1]", *own, *settings.names):
             return
-        raise Refused(400, "This server does not answer to that host name; `leukoflow serve --name` adds one.")
+        raise Refused(400, "This server does not answer to this host name; add it with `leukoflow serve --name`.")
 
     def _limit(self, scope: Scope) -> int:
         path = scope["path"].removeprefix(self._gate.settings.root_path)

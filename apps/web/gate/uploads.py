@@ -256,4 +256,4 @@ def shown_name(name: str) -> str:
 
 
 def _too_large(limits: UploadLimits) -> Refused:
-    return Refused(413, f"An image may have up to {limits.file_mb} MB, and one upload {limits.total_mb} MB in all.")
+    return Refused(413, f"An image may be up to {limits.file_mb} MB, and one upload up to {limits.total_mb} MB in all.")

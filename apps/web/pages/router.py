@@ -6,6 +6,5 @@ from fastapi import APIRouter
 
 from leukoflow.apps.web.pages import about, across_runs, admin, bench, fields, runs, sign_in, verdicts
 
-router = APIRouter()
-for room in (sign_in, runs, fields, verdicts, across_runs, bench, about, admin):
-    router.include_router(room.router)
+_ROOMS = (sign_in, runs, fields, verdicts, across_runs, bench, about, admin)
+router = APIRouter(routes=[route for room in _ROOMS for route in room.router.routes])

@@ -15,9 +15,9 @@ export function start() {
 
   const send = async (files, folders = new Set()) => {
     const list = [...files];
-    if (!list.length) { say("There is no image in that.", true); return; }
+    if (!list.length) { say("That contains no image.", true); return; }
     const most = Number(form.dataset.files);
-    if (list.length > most) { say(`Nothing was sent: up to ${most} files at once, and these are ${list.length}.`, true); return; }
+    if (list.length > most) { say(`Nothing was sent: you chose ${list.length} files, and at most ${most} can be sent at once.`, true); return; }
     const sent = new DataTransfer();
     const left = new DataTransfer();
     let bytes = 0;
@@ -27,7 +27,7 @@ export function start() {
       else { sent.items.add(file); bytes += file.size; }
     }
     const mb = Math.ceil(bytes / 2 ** 20);
-    if (mb > Number(form.dataset.mb)) { say(`Nothing was sent: up to ${form.dataset.mb} MB at once, and these are ${mb} MB.`, true); return; }
+    if (mb > Number(form.dataset.mb)) { say(`Nothing was sent: you chose ${mb} MB, and at most ${form.dataset.mb} MB can be sent at once.`, true); return; }
     field.files = sent.files;
     unsent.files = left.files;
     form.requestSubmit();
@@ -90,7 +90,7 @@ function camera(form, send) {
         video: { facingMode: "environment", width: { ideal: 3840 }, height: { ideal: 2160 } }, audio: false,
       });
     } catch (error) {
-      say(error.name === "NotAllowedError" ? "The browser does not let this page use the camera." : "There is no camera that can be used.", true);
+      say(error.name === "NotAllowedError" ? "The browser does not let this page use the camera." : "No camera is available.", true);
       return;
     }
     video.srcObject = stream;

@@ -1,4 +1,4 @@
-// Comments that were begun and not saved yet. They stay in this tab's memory, for the person who is signed in, until
+// Comments that were started and not saved yet. They stay in this tab's memory, for the person who is signed in, until
 // they are saved or that person signs out; nothing of them is sent anywhere, or outlives the tab.
 const PREFIX = "leukoflow-draft:";
 

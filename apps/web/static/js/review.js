@@ -22,7 +22,7 @@ export function start() {
     if (link && saving) {
       event.preventDefault();
       chosen = link.href;
-      note("Saving, then on…");
+      note("Saving, then going on…");
     }
     if (event.target.closest("[data-comment]")) openComment();
   });

@@ -263,7 +263,7 @@ def test_batches_are_as_small_as_they_can_be(count: int, most: int, size: int) -
 
 def test_a_web_server_that_shows_findings_needs_no_torch() -> None:
     code = (
-        "import sys, leukoflow.tasks.inference.single, leukoflow.apps.web.engine;"
+        "import sys, leukoflow.tasks.inference.single, leukoflow.apps.web.engine.engine;"
         "print(any(m in sys.modules for m in ('torch', 'distributed')))"
     )
     done: Any = subprocess.run(

@@ -1,5 +1,5 @@
-"""Servers for the tests: with people and a made-up engine for the gate, whose tests try each attack of OWASP; and one with
-a run for all tests that drive a browser, since starting it costs more than most of them."""
+"""Servers for tests: with people and a made-up engine for the gate, which is tried with each attack of OWASP; and one
+with a run for all tests that drive a browser, since starting it costs more than most of them."""
 
 from __future__ import annotations
 

@@ -348,7 +348,7 @@ def test_nonsense_from_a_worker_harms_nobody(served: Served) -> None:
 
 
 def test_the_process_that_starts_workers_may_die(served: Served) -> None:
-    """Its workers die with it, and all begins anew."""
+    """Its workers die with it, and all start again."""
     served.restarts()
     before = family()
     (starter,) = starters()

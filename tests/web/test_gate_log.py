@@ -55,8 +55,8 @@ def test_two_servers_write_one_log(tmp_path: Path) -> None:
     first, second = world(tmp_path), world(tmp_path)
     for i in range(6):
         (first if i % 2 else second).gate.trail.add(f"user{i}", "test")
-    verdict = first.gate.trail.check()
-    assert (verdict.entries, verdict.problems) == (6, ())
+    checked = first.gate.trail.check()
+    assert (checked.entries, checked.problems) == (6, ())
 
 
 def test_a_full_log_goes_on_in_a_new_one(place: World, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -70,13 +70,13 @@ def test_a_full_log_goes_on_in_a_new_one(place: World, monkeypatch: pytest.Monke
     entries = 0
     heads = set()
     for file in files:
-        verdict = check_log(file.read_bytes())
-        assert verdict.problems == ()
-        heads.add(verdict.head)
+        checked = check_log(file.read_bytes())
+        assert checked.problems == ()
+        heads.add(checked.head)
         entries += sum('"action":"test"' in line for line in file.read_text().splitlines())
     assert entries == 12
-    begun = [json.loads(file.read_text().splitlines()[0]) for file in files]
-    bound = {dict(entry["details"])["last"] for entry in begun if entry["action"] == "continues"}
+    first_entries = [json.loads(file.read_text().splitlines()[0]) for file in files]
+    bound = {dict(entry["details"])["last"] for entry in first_entries if entry["action"] == "continues"}
     assert len(bound) == len(files) - 1
     assert bound < heads
 

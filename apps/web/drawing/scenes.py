@@ -119,9 +119,7 @@ def _scene(
         height=height,
         label=label,
         maps=mapped and bool(mine) and layers.has_maps(view),
-        gone=""
-        if pixels
-        else "The pixels of this field cannot be shown: " + ("; ".join(remarks) or "they are no longer available") + ".",
+        gone="" if pixels else f"The pixels of this field cannot be shown: {'; '.join(remarks) or 'they are gone'}.",
         remarks=tuple(words.shown(r, 300) for r in remarks) if pixels else (),
         nucleus=layers.nucleus_path(view),
         cytoplasm=layers.cytoplasm_path(view),

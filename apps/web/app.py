@@ -32,7 +32,8 @@ from leukoflow.apps.web.pages import router as pages
 from leukoflow.apps.web.settings import WebSettings
 from leukoflow.core.errors import LeukoflowError, NotFoundError, RequestError, RunBusyError, place_of
 from leukoflow.runs.progress import now
-from leukoflow.tasks.review import wording, worklist
+from leukoflow.tasks.review import wording
+from leukoflow.tasks.review.runs import warm
 
 HERE = Path(__file__).parent
 UPLOADS = frozenset({"/api/v1/diagnoses", "/bench"})
@@ -79,9 +80,9 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _read_ahead(out: str) -> None:
-    """Open the newest run, so that the first person in the morning does not wait for it."""
-    with suppress(LeukoflowError, OSError):  # reported when somebody opens it
-        worklist.warm(out)
+    """Opens the newest run, so that the first who comes in the morning does not wait for it."""
+    with suppress(LeukoflowError, OSError):  # told to whoever opens it
+        warm(out)
 
 
 def _templates() -> Jinja2Templates:

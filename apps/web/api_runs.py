@@ -74,9 +74,9 @@ class Listing(BaseModel):
     offset: int = Field(0, ge=0, le=1 << 40)
     limit: int = Field(50, ge=1, le=MAX_PAGE)
 
-    def query(self, text: str = "") -> ListQuery:
+    def query(self) -> ListQuery:
         """Return the page of a list that is asked for."""
-        return ListQuery(text=text, **self.model_dump())
+        return ListQuery(**self.model_dump())
 
 
 class Search(Listing):
@@ -85,9 +85,9 @@ class Search(Listing):
     kind: Literal["slides", "patients", "fields"] = "fields"
     text: str = Field("", max_length=200)
 
-    def query(self, text: str = "") -> ListQuery:
+    def query(self) -> ListQuery:
         """Return the page of a list that is asked for."""
-        return ListQuery(text=self.text, **self.model_dump(exclude={"kind", "text"}))
+        return ListQuery(**self.model_dump(exclude={"kind"}))
 
 
 class VerdictIn(BaseModel):

@@ -13,7 +13,7 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from safetensors.numpy import load_file as load_arrays
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file as load_tensors
@@ -21,25 +21,17 @@ from safetensors.torch import save_file as save_tensors
 from torch import nn
 
 from leukoflow.core.errors import BundleError
-from leukoflow.core.method import (
-    ClassifySettings,
-    FeatureSettings,
-    MethodSettings,
-    NormalizeSettings,
-    SegmentSettings,
-    SelectSettings,
-    Settings,
-)
+from leukoflow.core.method import MethodSettings, Settings
 from leukoflow.models.attention_classifier import AttentionClassifier, ClassifierSpec
 from leukoflow.models.attention_unet import AttentionUNet, UNetSpec
 from leukoflow.models.fetch import cache_folder, fetch, read_remote
 from leukoflow.models.hybrid_cn_nas import BackboneSpec, HybridCNNas, build_backbone
+from leukoflow.models.presets import PresetName, preset
 from leukoflow.runs.records import CLASSES
 
 SCHEMA_VERSION = 2
 EMBEDDED = Path(__file__).parent / "default"
 Component = Literal["segmenter", "features", "classifier"]
-PresetName = Literal["pocket", "full", "tiny"]
 M = TypeVar("M", bound=nn.Module)
 
 
@@ -48,7 +40,7 @@ class Calibration(Settings):
 
     temperature: float = Field(default=1.0, gt=0)
     alpha: float = 0.05  # wanted miss rate of the prediction sets, per class
-    conformal: tuple[float, float, float, float] = (1.0, 1.0, 1.0, 1.0)  # c is in the set if 1 - p[c] <= conformal[c]
+    conformal: tuple[float, ...] = (1.0,) * len(CLASSES)  # c is in the set if 1 - p[c] <= conformal[c]
     min_cells: int = 1
     min_confidence: float = 0.0
     max_ood: float = 1e9  # JSON knows no infinity
@@ -64,16 +56,6 @@ class Training(Settings):
     command: str = ""
     notes: str = ""  # anything that the command does not say
     minutes: dict[str, float] = Field(default_factory=dict)  # wall clock of each phase
-
-
-class Preset(Settings):
-    """Architecture and settings before training."""
-
-    method: MethodSettings
-    unet: UNetSpec
-    backbones: tuple[BackboneSpec, ...]
-    classifier_width: int = 64
-    classifier_layers: int = 1
 
 
 class BundleSpec(Settings):
@@ -93,6 +75,15 @@ class BundleSpec(Settings):
     metrics: dict[str, Any] = Field(default_factory=dict)
     files: dict[str, str] = Field(default_factory=dict)
 
+    @model_validator(mode="after")
+    def _agree_on_classes(self) -> BundleSpec:
+        counts = {len(self.classes), self.classifier.classes, len(self.calibration.conformal)}
+        if len(counts) > 1:
+            raise ValueError(
+                f"classes, classifier and thresholds are of different numbers of classes: {sorted(counts)}"
+            )
+        return self
+
 
 @dataclass(frozen=True, slots=True)
 class Statistics:
@@ -108,87 +99,20 @@ class Statistics:
         return {name: np.ascontiguousarray(getattr(self, name), np.float32) for name in self.__slots__}
 
 
-def preset(name: PresetName | str) -> Preset:
-    """`pocket` for a laptop's processor, `full` for a GPU with pretrained weights, `tiny` of no use but for tests."""
-    if name == "pocket":
-        return Preset(
-            # Contrast enhancement made features of unseen photographs less comparable: see benchmarks/LOG.md.
-            method=MethodSettings(
-                normalize=NormalizeSettings(clahe=False, multiscale=False),
-                select=SelectSettings(k=512, scheme="fcd"),
-            ),
-            unet=UNetSpec(),
-            backbones=(
-                BackboneSpec(
-                    name="convnext",
-                    architecture="convnext_atto",
-                    kwargs={"ls_init_value": 0.1},  # 1e-6 is for long schedules
-                    stages=(1, 2),
-                    num_features=240,
-                ),
-                BackboneSpec(
-                    name="nasnet",
-                    architecture="nasnetalarge",
-                    kwargs={"num_features": 384, "channel_multiplier": 2, "stem_size": 32},
-                    stages=(2, 3),
-                    num_features=288,
-                ),
-            ),
-        )
-    if name == "full":
-        return Preset(
-            method=MethodSettings(
-                features=FeatureSettings(cell_px=128),
-                select=SelectSettings(k=2000),
-            ),
-            unet=UNetSpec(widths=(32, 64, 128, 256)),
-            backbones=(
-                BackboneSpec(
-                    name="convnext",
-                    architecture="convnext_base",
-                    stages=(1, 2),
-                    num_features=768,
-                    hub="convnext_base.fb_in22k_ft_in1k",
-                    mean=(0.485, 0.456, 0.406),
-                    std=(0.229, 0.224, 0.225),
-                ),
-                BackboneSpec(
-                    name="nasnet",
-                    architecture="nasnetalarge",
-                    stages=(2, 3),
-                    num_features=3024,
-                    hub="nasnetalarge.tf_in1k",
-                    mean=(0.5, 0.5, 0.5),
-                    std=(0.5, 0.5, 0.5),
-                ),
-            ),
-            classifier_width=256,
-            classifier_layers=2,
-        )
-    if name == "tiny":
-        return _tiny()
-    raise BundleError(f"no preset named {name!r}; there are: pocket, full, tiny")
-
-
-def enabled_backbones(backbones: tuple[BackboneSpec, ...], settings: FeatureSettings) -> tuple[BackboneSpec, ...]:
-    """The backbones that the ablation switches leave on."""
-    return tuple(spec for spec in backbones if getattr(settings, spec.name))
-
-
 def _sha256(path: Path) -> str:
-    """Hex SHA-256 of a file."""
+    """Return the hex SHA-256 of a file."""
     with path.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def _digest(value: object) -> str:
-    """Hex SHA-256 of the canonical JSON of a value."""
+    """Return the hex SHA-256 of the canonical JSON of a value."""
     text = json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def spec_digest(spec: BundleSpec) -> str:
-    """What `Bundle.digest` is: it names the weights by their digests, so it is known before they are there."""
+    """Compute what `Bundle.digest` is: it names the weights by their digests, so it is known before they are there."""
     return _digest(spec.model_dump(mode="json", exclude={"metrics"}))
 
 
@@ -206,7 +130,7 @@ class Bundle:
         return spec_digest(self.spec)
 
     def component_digest(self, component: Component) -> str:
-        """Digest of what one stage depends on; a new classifier leaves segmenter and features unchanged."""
+        """Compute the digest of what one stage depends on; a new classifier leaves segmenter and features unchanged."""
         spec = self.spec
         dump = spec.model_dump(mode="json")
         method, files = dump["method"], spec.files
@@ -223,19 +147,19 @@ class Bundle:
         return _digest([component, value, {name: files.get(name) for name in names}])
 
     def segmenter(self, device: str | torch.device = "cpu") -> AttentionUNet | None:
-        """U-Net in evaluation mode, or None for a bundle trained without one."""
+        """Load the U-Net in evaluation mode, or None for a bundle trained without one."""
         if self.spec.unet is None:
             return None
         model = AttentionUNet(self.spec.unet)
         return self._ready(model, "segmenter", device)
 
     def hybrid(self, device: str | torch.device = "cpu") -> HybridCNNas:
-        """Both backbones in evaluation mode."""
+        """Load both backbones in evaluation mode."""
         nets = [self._filled(build_backbone(spec), spec.name) for spec in self.spec.backbones]
         return _evaluation(HybridCNNas(self.spec.backbones, nets), device)
 
     def classifier(self, device: str | torch.device = "cpu") -> AttentionClassifier:
-        """Classifier in evaluation mode."""
+        """Load the classifier in evaluation mode."""
         return self._ready(AttentionClassifier(self.spec.classifier), "classifier", device)
 
     def _filled(self, model: M, name: str) -> M:
@@ -254,7 +178,7 @@ class Bundle:
 
 
 def _evaluation(model: M, device: str | torch.device) -> M:
-    """Evaluation mode, frozen, on the device, in the memory layout that is fastest for convolutions."""
+    """Put a model in evaluation mode, frozen, on the device, in the memory layout that is fastest for convolutions."""
     model.eval().requires_grad_(False)
     model.to(device)
     for module in model.modules():
@@ -264,7 +188,7 @@ def _evaluation(model: M, device: str | torch.device) -> M:
 
 
 def load_bundle(name_or_dir: str | Path, digest: str | None = None) -> Bundle:
-    """Opens a bundle by the name of an embedded one (`pocket`), its directory or `s3://` prefix; checks every file.
+    """Open a bundle by the name of an embedded one (`pocket`), its directory or `s3://` prefix; check every file.
 
     One on an object store is fetched into this machine's cache, where the next one finds it; with `digest` (what is
     wanted, if that is known) the store is not even asked. Raises BundleError when it is absent, incomplete, altered, or
@@ -290,7 +214,7 @@ def load_bundle(name_or_dir: str | Path, digest: str | None = None) -> Bundle:
 
 
 def _parsed(data: bytes, document: str) -> BundleSpec:
-    """The content of a `bundle.json`."""
+    """Read the content of a `bundle.json`."""
     try:
         raw = json.loads(data)
     except ValueError as error:
@@ -308,7 +232,7 @@ def _parsed(data: bytes, document: str) -> BundleSpec:
 
 
 def _opened(path: Path, spec: BundleSpec) -> Bundle:
-    """The bundle at `path`, its files checked."""
+    """Open the bundle at `path`, its files checked."""
     _check_files(path, spec)
     arrays = load_arrays(path / "statistics.safetensors")
     try:
@@ -319,7 +243,7 @@ def _opened(path: Path, spec: BundleSpec) -> Bundle:
 
 
 def _load_remote(uri: str, digest: str | None) -> Bundle:
-    """The bundle at an `s3://` prefix, by way of the cache."""
+    """Open the bundle at an `s3://` prefix, by way of the cache."""
     if digest is not None:
         try:
             kept = load_bundle(cache_folder() / digest)
@@ -342,7 +266,7 @@ def _load_remote(uri: str, digest: str | None) -> Bundle:
 
 
 def _check_files(path: Path, spec: BundleSpec) -> None:
-    """Every weight file is there and unaltered, and every one that the spec needs is named."""
+    """Check that every weight file is there and unaltered, and that every one that the spec needs is named."""
     needed = {"classifier.safetensors", "statistics.safetensors", *(f"{b.name}.safetensors" for b in spec.backbones)}
     if spec.unet is not None:
         needed.add("segmenter.safetensors")
@@ -362,7 +286,7 @@ def save_bundle(
     modules: Mapping[str, nn.Module],
     statistics: Statistics,
 ) -> Bundle:
-    """Writes weights (half precision where they are large), statistics and, last, `bundle.json`; returns it loaded.
+    """Write weights (half precision where they are large), statistics and, last, `bundle.json`; return it loaded.
 
     `modules` maps `segmenter`, `classifier` and each backbone's name to its module.
     """
@@ -384,20 +308,20 @@ def save_bundle(
 
 
 def write_spec(path: Path, spec: BundleSpec) -> None:
-    """Writes `bundle.json` atomically, so that it never names files that are not there."""
+    """Write `bundle.json` atomically, so that it never names files that are not there."""
     temporary = path / "bundle.json.part"
     temporary.write_text(spec.model_dump_json(indent=1) + "\n", "utf-8")
     os.replace(temporary, path / "bundle.json")
 
 
 def _stored(value: torch.Tensor, half: bool) -> torch.Tensor:
-    """Contiguous CPU tensor; half precision unless it is small (normalisation statistics keep their range)."""
+    """Return a contiguous CPU tensor; half precision unless it is small (normalisation statistics keep their range)."""
     value = value.detach().cpu().contiguous()
     return value.half() if half and value.is_floating_point() and value.dim() > 1 else value
 
 
 def random_bundle(path: Path, seed: int = 0, preset_name: PresetName = "pocket", *, tiny: bool = False) -> Bundle:
-    """A structurally complete bundle with random weights: for tests and timing, useless for diagnosis."""
+    """Make a structurally complete bundle with random weights: for tests and timing, useless for diagnosis."""
     preset_name = "tiny" if tiny else preset_name
     chosen = preset(preset_name)
     with torch.random.fork_rng(devices=[]):
@@ -428,33 +352,3 @@ def random_bundle(path: Path, seed: int = 0, preset_name: PresetName = "pocket",
         training=Training(seed=seed, command="random weights"),
     )
     return save_bundle(path, spec, modules, statistics)
-
-
-def _tiny() -> Preset:
-    """Very small networks of the same families."""
-    return Preset(
-        method=MethodSettings(
-            segment=SegmentSettings(),
-            features=FeatureSettings(cell_px=32, field_batch=4, cell_batch=16),
-            select=SelectSettings(k=16),
-            classify=ClassifySettings(max_cells=16),
-        ),
-        unet=UNetSpec(widths=(4, 8)),
-        backbones=(
-            BackboneSpec(
-                name="convnext",
-                architecture="convnext_atto",
-                kwargs={"depths": (1, 1, 1, 1), "dims": (8, 8, 16, 16)},
-                stages=(1, 2),
-                num_features=24,
-            ),
-            BackboneSpec(
-                name="nasnet",
-                architecture="nasnetalarge",
-                kwargs={"num_features": 96, "channel_multiplier": 2, "stem_size": 8},
-                stages=(2, 3),
-                num_features=72,
-            ),
-        ),
-        classifier_width=16,
-    )

@@ -12,11 +12,13 @@ from leukoflow.core.errors import ConfigError
 from leukoflow.models.attention_unet import segment_batch
 from leukoflow.models.bundle import Bundle
 from leukoflow.models.hybrid_cn_nas import HybridCNNas
-from leukoflow.tasks.imaging.extract import extract_padded, field_means
+from leukoflow.tasks.imaging.cells import crop_cells
+from leukoflow.tasks.imaging.extract import Features, extract_padded
 from leukoflow.tasks.imaging.normalize import normalize
-from leukoflow.tasks.imaging.segment import crop_cells, pseudo_semantic, single_cells
+from leukoflow.tasks.imaging.segment import single_cells
+from leukoflow.tasks.imaging.semantic import pseudo_semantic
 from leukoflow.tasks.training.data import padded, scaled_to_field
-from leukoflow.tasks.training.features import Cells, Features, collect_cells
+from leukoflow.tasks.training.features import CellCrops, collect_cells
 
 GRID = 5  # windows per side where nothing is segmented
 
@@ -63,7 +65,7 @@ def alternative_table(
         )
         offsets = np.arange(len(normal) + 1, dtype=np.int64) * GRID**2
         area = np.ones(len(crops), np.float32)
-        cells = Cells(crops, np.full(crops.shape[:3], 255, np.uint8), offsets, area)
+        cells = CellCrops(crops, np.full(crops.shape[:3], 255, np.uint8), offsets, area)
     elif name in ("raw", "clahe"):
         change = {"reinhard": False, "clahe": False, "multiscale": False} if name == "raw" else {"clahe": True}
         other = bundle.spec.method.normalize.model_copy(update=change)
@@ -94,12 +96,12 @@ def _cells(
     normal: Sequence[NDArray[np.uint8]],
     classes: NDArray[np.uint8],
     pictures: Sequence[NDArray[np.uint8]],
-) -> Cells:
+) -> CellCrops:
     """Cells found in normalised fields, cut from `pictures`."""
     method = bundle.spec.method
     found = (single_cells(image, c, method.segment) for image, c in zip(normal, classes, strict=True))
     return collect_cells(((p, *f) for p, f in zip(pictures, found, strict=True)), method)
 
 
-def _table(cells: Cells, found: NDArray[np.float32]) -> Features:
-    return Features(field_means(found, cells.offsets, cells.area), found, cells.offsets, cells.area)
+def _table(cells: CellCrops, found: NDArray[np.float32]) -> Features:
+    return Features.of_cells(found, cells.offsets, cells.area)

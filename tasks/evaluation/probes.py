@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
-from leukoflow.tasks.imaging.normalize import mask_overlays
+from leukoflow.tasks.imaging.overlays import mask_overlays
 
 Image = NDArray[np.uint8]
 

@@ -18,13 +18,11 @@ from numpy.typing import NDArray
 from sklearn.model_selection import StratifiedKFold
 
 from leukoflow.models.bundle import Calibration
-from leukoflow.runs.records import CLASSES
-from leukoflow.tasks.evaluation.evaluate import linear_baseline
+from leukoflow.tasks.evaluation.baselines import linear_baseline
 from leukoflow.tasks.imaging.classify import decide, forward, ood_scores, softmax
-from leukoflow.tasks.imaging.extract import field_means
+from leukoflow.tasks.imaging.extract import Features
 from leukoflow.tasks.training.classifier import Fitted, Recipe, calibrate, cross_fit, fit
 from leukoflow.tasks.training.data import Labels, grouped_folds
-from leukoflow.tasks.training.features import Features
 
 Protocol = Literal["random", "slide", "cluster"]
 PROTOCOLS: tuple[Protocol, ...] = ("random", "slide", "cluster")
@@ -81,20 +79,18 @@ class FoldResult:
     """Answers for the fields of one fold."""
 
     rows: NDArray[np.int64]  # [n]
-    probabilities: NDArray[np.float64]  # [n, 4]
-    sets: NDArray[np.bool_]  # [n, 4]
+    probabilities: NDArray[np.float64]  # [n, C]
+    sets: NDArray[np.bool_]  # [n, C]
     reasons: NDArray[np.str_]  # [n], "" where answered
     removed: NDArray[np.float64]  # [n, 2, R] answered class' probability less top, less random cells; NaN where too few
     before: NDArray[np.float64]  # [n] answered class' probability with all cells
-    thresholds: NDArray[np.float64]  # [7] temperature, four conformal thresholds, least confidence, largest distance
+    thresholds: NDArray[np.float64]  # [3 + C] temperature, conformal thresholds, least confidence, largest distance
 
     @property
     def calibration(self) -> Calibration:
         """The fold's own calibration."""
         t = [float(v) for v in self.thresholds]
-        return Calibration(
-            temperature=t[0], conformal=(t[1], t[2], t[3], t[4]), min_cells=1, min_confidence=t[5], max_ood=t[6]
-        )
+        return Calibration(temperature=t[0], conformal=tuple(t[1:-2]), min_cells=1, min_confidence=t[-2], max_ood=t[-1])
 
 
 REMOVED = (1, 2, 3)
@@ -233,7 +229,7 @@ def without_cells(
             offsets = np.concatenate([[0], np.cumsum([len(k) for k in kept])]).astype(np.int64)
             chosen = np.concatenate(kept)
             cells, area = features.cells[chosen], features.area[chosen]
-            rest = Features(field_means(cells, offsets, area), cells, offsets, area)
+            rest = Features.of_cells(cells, offsets, area)
             tokens = fitted.tokens(rest, np.arange(len(enough)))
             found = softmax(forward(fitted.classifier, tokens)[0], temperature)
             after[enough, kind, r] = found[np.arange(len(enough)), answer[enough]]
@@ -241,7 +237,7 @@ def without_cells(
 
 
 def run_baseline(context: Context, name: str, protocol: Protocol, repeat: int) -> NDArray[np.float64]:
-    """Out-of-fold probabilities [n, 4] of logistic regression on a table that knows no cells, or no training."""
+    """Out-of-fold probabilities [n, C] of logistic regression on a table that knows no cells, or no training."""
     path = context.work / "folds" / f"baseline_{''.join(c for c in name if c.isalnum())}_{protocol}_{repeat}.npy"
     path.parent.mkdir(exist_ok=True)
     if path.is_file():
@@ -250,8 +246,9 @@ def run_baseline(context: Context, name: str, protocol: Protocol, repeat: int) -
         table = load_table(context.work, "untrained").field
     else:
         table = np.load(context.work / f"baseline_{'corner' if name == 'corner only' else 'histogram'}.npy")
-    out = np.zeros((len(context.labels), len(CLASSES)))
+    classes = len(context.labels.classes)
+    out = np.zeros((len(context.labels), classes))
     for train, test in split(protocol, context.labels, repeat):
-        out[test] = linear_baseline(table[train], context.labels.y[train], table[test])
+        out[test] = linear_baseline(table[train], context.labels.y[train], table[test], classes)
     np.save(path, out)
     return out

@@ -1,4 +1,4 @@
-"""Diagnosis from stored features: probabilities, prediction set, attention of cells, and when to abstain."""
+"""Diagnose fields from their features: probabilities, prediction set, attention of cells, and when to abstain."""
 
 from __future__ import annotations
 
@@ -13,29 +13,30 @@ from leukoflow.core.errors import BundleError
 from leukoflow.models.attention_classifier import AttentionClassifier
 from leukoflow.models.bundle import Bundle, Calibration, Statistics
 from leukoflow.models.hybrid_cn_nas import Readout
-from leukoflow.runs.records import CLASSES, OUT_OF_DISTRIBUTION
+from leukoflow.runs.records import OUT_OF_DISTRIBUTION
+from leukoflow.tasks.imaging.extract import Features
 
 CLIP = 12.0
 ROWS = 64  # fields of a forward pass; a fixed shape, so that a row's floats do not depend on how many there are
 
 
 @dataclass(frozen=True, slots=True)
-class Diagnosis:
-    """Arrays over n fields (or tiles) with m cells in all."""
+class TileDiagnoses:
+    """The diagnoses of n tiles (or fields of one tile) with m cells in all, of C classes in the bundle's order."""
 
-    probabilities: NDArray[np.float64]  # [n, 4], calibrated
-    prediction_set: NDArray[np.bool_]  # [n, 4]
+    probabilities: NDArray[np.float64]  # [n, C], calibrated
+    prediction_set: NDArray[np.bool_]  # [n, C]
     attention: NDArray[np.float32]  # [m]; sums to 1 within a field, 0 for cells beyond max_cells
     ood: NDArray[np.float64]  # [n], 1 is typical of training data
     abstained: tuple[str | None, ...]  # reason per row
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class ImageDiagnosis:
     """The diagnosis of one image, over all its tiles."""
 
-    probabilities: NDArray[np.float64]  # [4]
-    prediction_set: NDArray[np.bool_]  # [4]
+    probabilities: NDArray[np.float64]  # [C]
+    prediction_set: NDArray[np.bool_]  # [C]
     attention: NDArray[np.float32]  # of all its cells, tile by tile
     ood: float
     n_cells: int
@@ -56,7 +57,7 @@ class Tokens:
 def standardize(
     features: NDArray[np.float32], mean: NDArray[np.float32], std: NDArray[np.float32], selected: Sequence[int]
 ) -> NDArray[np.float32]:
-    """z-scores of the selected columns: float32 [n, D] -> [n, K], clipped at 12 deviations of a field's mean."""
+    """Return z-scores of the selected columns: float32 [n, D] -> [n, K], clipped at 12 deviations of a field's mean."""
     columns = np.asarray(selected, np.int64)
     scores = (features[:, columns] - mean[columns]) / std[columns]
     out: NDArray[np.float32] = np.clip(scores, -CLIP, CLIP).astype(np.float32)
@@ -64,7 +65,7 @@ def standardize(
 
 
 def readout(bundle: Bundle, classifier: AttentionClassifier, device: str | torch.device = "cpu") -> Readout:
-    """The classifier's evidence, without its bias, as a linear function of a cell's features before selection.
+    """Express the classifier's evidence, without its bias, as a linear function of a cell's features before selection.
 
     Exact but for the clipping of z-scores at 12 deviations, which is rare and has no counterpart here.
     """
@@ -82,7 +83,7 @@ def tokens(
     cell_area: NDArray[np.float32],
     max_cells: int,
 ) -> Tokens:
-    """Packs the cells of each field, the `max_cells` largest where there are more; ties go to the first.
+    """Pack the cells of each field, the `max_cells` largest where there are more; ties go to the first.
 
     Args:
         field: float32 [n, K]; cells: float32 [m, K]; both standardised.
@@ -104,7 +105,7 @@ def tokens(
 
 
 def ood_scores(packed: Tokens, statistics: Statistics) -> NDArray[np.float64]:
-    """Distance of each field from the training fields, float64 [n]; about 1 for those, and 0 for a field without cells.
+    """Measure each field's distance from the training fields, float64 [n]; about 1 for those, 0 without cells.
 
     The Mahalanobis distance of the field's features (Lee et al. 2018), per root of their number, with a shrunken
     covariance (Ledoit and Wolf 2004).
@@ -115,7 +116,7 @@ def ood_scores(packed: Tokens, statistics: Statistics) -> NDArray[np.float64]:
 
 
 def softmax(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float64]:
-    """Calibrated probabilities (Guo et al. 2017)."""
+    """Return calibrated probabilities float64 [n, C] (Guo et al. 2017)."""
     scaled = logits / temperature
     raised = np.exp(scaled - scaled.max(1, keepdims=True))
     out: NDArray[np.float64] = raised / raised.sum(1, keepdims=True)
@@ -125,9 +126,9 @@ def softmax(logits: NDArray[np.float64], temperature: float) -> NDArray[np.float
 def forward(
     classifier: AttentionClassifier, packed: Tokens, device: str | torch.device = "cpu", batch: int = ROWS
 ) -> tuple[NDArray[np.float64], NDArray[np.float32]]:
-    """Logits float64 [n, 4] and attention to cells float32 [n, M], in batches of a fixed shape of `batch` fields."""
+    """Compute logits float64 [n, C] and attention to cells float32 [n, M], in batches of fixed shape."""
     n, most, k = packed.cells.shape
-    logits, attention = np.zeros((n, len(CLASSES))), np.zeros((n, most), np.float32)
+    logits, attention = np.zeros((n, classifier.spec.classes)), np.zeros((n, most), np.float32)
     where = torch.device(device)
     for i in range(0, n, batch):
         rows = slice(i, min(i + batch, n))
@@ -149,7 +150,7 @@ def decide(
     ood: NDArray[np.float64],
     n_cells: NDArray[np.int64],
 ) -> tuple[NDArray[np.bool_], tuple[str | None, ...]]:
-    """Prediction sets bool [n, 4] (class-conditional conformal, Vovk 2012) and reasons to abstain, None where answered.
+    """Decide on prediction sets bool [n, C] (class-conditional conformal, Vovk 2012) and reasons to abstain, or None.
 
     The likeliest class is always in the set, so that a set is never empty.
     """
@@ -175,40 +176,35 @@ def decide(
 def diagnose(
     bundle: Bundle,
     classifier: AttentionClassifier,
-    hybrid: NDArray[np.float32],
-    cells: NDArray[np.float32],
-    cell_offsets: NDArray[np.int64],
-    cell_area: NDArray[np.float32],
+    features: Features,
     device: str | torch.device = "cpu",
     batch: int = ROWS,
-) -> Diagnosis:
-    """Diagnosis of n fields from their features.
+) -> TileDiagnoses:
+    """Diagnose n tiles from their features.
 
     Args:
         bundle: statistics, selection and calibration.
         classifier: the bundle's classifier, in evaluation mode.
-        hybrid: float32 [n, D], of the whole fields.
-        cells: float32 [m, D].
-        cell_offsets: int64 [n + 1]; field i has the cells cell_offsets[i] to cell_offsets[i + 1].
-        cell_area: float32 [m], decides which cells count where there are more than `max_cells`.
+        features: of the tiles and their cells; areas decide which cells count where there are more than `max_cells`.
         device: of the classifier.
-        batch: fields of a forward pass.
+        batch: tiles of a forward pass.
 
     Raises:
         BundleError: the features have another number of columns than the bundle's backbones give.
     """
     statistics, spec = bundle.statistics, bundle.spec
     width = len(statistics.mean)
-    if hybrid.shape[1] != width or cells.shape[1] != width:
+    field, cells = features.field, features.cells
+    if field.shape[1] != width or cells.shape[1] != width:
         raise BundleError(
-            f"features have {hybrid.shape[1]} and {cells.shape[1]} columns, bundle {spec.name} expects {width}: they "
+            f"features have {field.shape[1]} and {cells.shape[1]} columns, bundle {spec.name} expects {width}: they "
             "were made with another bundle; extract them again"
         )
     packed = tokens(
-        standardize(hybrid, statistics.mean, statistics.std, spec.selected),
+        standardize(field, statistics.mean, statistics.std, spec.selected),
         standardize(cells, statistics.mean, statistics.std, spec.selected),
-        cell_offsets,
-        cell_area,
+        features.offsets,
+        features.area,
         spec.method.classify.max_cells,
     )
     logits, weights = forward(classifier, packed, device, batch)
@@ -216,19 +212,19 @@ def diagnose(
     attention[packed.source[packed.valid]] = weights[packed.valid]
     probabilities = softmax(logits, spec.calibration.temperature)
     ood = ood_scores(packed, statistics)
-    sets, abstained = decide(spec.calibration, probabilities, ood, np.diff(cell_offsets))
-    return Diagnosis(probabilities, sets, attention, ood, abstained)
+    sets, abstained = decide(spec.calibration, probabilities, ood, np.diff(features.offsets))
+    return TileDiagnoses(probabilities, sets, attention, ood, abstained)
 
 
 def pool_tiles(
-    bundle: Bundle, diagnosis: Diagnosis, cell_offsets: NDArray[np.int64], n_tiles: NDArray[np.int64]
-) -> list[Verdict]:
-    """One verdict per image from its consecutive tiles, each weighted by its number of cells.
+    bundle: Bundle, tiles: TileDiagnoses, cell_offsets: NDArray[np.int64], n_tiles: NDArray[np.int64]
+) -> list[ImageDiagnosis]:
+    """Pool the consecutive tiles of each image into its diagnosis, each tile weighted by its number of cells.
 
     An image of a single tile keeps that tile's numbers exactly. Attention is scaled by the tile's weight, so that it
     sums to at most 1 over the image.
     """
-    verdicts: list[Verdict] = []
+    images: list[ImageDiagnosis] = []
     counts = np.diff(cell_offsets)
     start = 0
     for number in n_tiles:
@@ -239,22 +235,22 @@ def pool_tiles(
         first, last = int(cell_offsets[rows[0]]), int(cell_offsets[rows[-1] + 1])
         if len(rows) == 1:
             row = int(rows[0])
-            verdicts.append(
-                Verdict(
-                    diagnosis.probabilities[row],
-                    diagnosis.prediction_set[row],
-                    diagnosis.attention[first:last],
-                    float(diagnosis.ood[row]),
+            images.append(
+                ImageDiagnosis(
+                    tiles.probabilities[row],
+                    tiles.prediction_set[row],
+                    tiles.attention[first:last],
+                    float(tiles.ood[row]),
                     int(own[0]),
-                    diagnosis.abstained[row],
+                    tiles.abstained[row],
                 )
             )
             continue
-        probabilities = (share[:, None] * diagnosis.probabilities[rows]).sum(0)
-        ood = float((share * diagnosis.ood[rows]).sum())
+        probabilities = (share[:, None] * tiles.probabilities[rows]).sum(0)
+        ood = float((share * tiles.ood[rows]).sum())
         sets, abstained = decide(
             bundle.spec.calibration, probabilities[None], np.array([ood]), np.array([int(own.sum())], np.int64)
         )
-        scaled = diagnosis.attention[first:last] * np.repeat(share, own).astype(np.float32)
-        verdicts.append(Verdict(probabilities, sets[0], scaled, ood, int(own.sum()), abstained[0]))
-    return verdicts
+        scaled = tiles.attention[first:last] * np.repeat(share, own).astype(np.float32)
+        images.append(ImageDiagnosis(probabilities, sets[0], scaled, ood, int(own.sum()), abstained[0]))
+    return images

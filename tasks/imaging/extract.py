@@ -1,8 +1,9 @@
-"""Hybrid features of single cells with their activation maps, and of a field as the average of its cells."""
+"""Extract hybrid features of single cells, with their activation maps; a field's are the average of its cells'."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
@@ -11,7 +12,28 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from leukoflow.models.hybrid_cn_nas import GRID, HybridCNNas, Readout
-from leukoflow.runs.records import CLASSES
+
+
+@dataclass(frozen=True, slots=True)
+class Features:
+    """Hybrid features, D columns, of n fields (or tiles) and of their m cells.
+
+    Field i has the cells offsets[i] to offsets[i + 1]; `area` is each cell's in model pixels.
+    """
+
+    field: NDArray[np.float32]  # [n, D]
+    cells: NDArray[np.float32]  # [m, D]
+    offsets: NDArray[np.int64]  # [n + 1]
+    area: NDArray[np.float32]  # [m]
+
+    @classmethod
+    def of_cells(cls, cells: NDArray[np.float32], offsets: NDArray[np.int64], area: NDArray[np.float32]) -> Features:
+        """Average each field's cells by area."""
+        return cls(field_means(cells, offsets, area), cells, offsets, area)
+
+    def columns(self, which: NDArray[np.int64]) -> Features:
+        """Keep some columns only."""
+        return Features(self.field[:, which], self.cells[:, which], self.offsets, self.area)
 
 
 def extract_batch(
@@ -20,7 +42,7 @@ def extract_batch(
     masks: NDArray[np.uint8],
     device: str | torch.device = "cpu",
 ) -> NDArray[np.float32]:
-    """Hybrid features float32 [B, D] of one batch of cells. Mixed precision on a GPU.
+    """Extract hybrid features float32 [B, D] of one batch of cells. Mixed precision on a GPU.
 
     Callers pad their last batch, so that the shape, and with it every float, never depends on how many there are.
 
@@ -44,7 +66,7 @@ def explain_batch(
     masks: NDArray[np.uint8],
     device: str | torch.device = "cpu",
 ) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
-    """`extract_batch` and, from the same pass, activation maps float16 [B, C, g, g] of the readout."""
+    """Do what `extract_batch` does and, in the same pass, make activation maps float16 [B, C, g, g] of the readout."""
     where = torch.device(device)
     with torch.inference_mode(), torch.autocast(where.type, enabled=where.type == "cuda"):
         features, maps = hybrid.explained(*_inputs(crops, masks, where), readout)
@@ -53,7 +75,7 @@ def explain_batch(
 
 
 def _inputs(crops: NDArray[np.uint8], masks: NDArray[np.uint8], where: torch.device) -> tuple[Tensor, Tensor]:
-    """What the backbones read: RGB in 0..1, float32 [B, 3, h, w], and the cell's share, float32 [B, 1, h, w]."""
+    """Make what the backbones read: RGB in 0..1, float32 [B, 3, h, w], and the cell's share, float32 [B, 1, h, w]."""
     batch = torch.from_numpy(np.array(crops, order="C")).to(where).permute(0, 3, 1, 2)
     cell = torch.from_numpy(np.array(masks, order="C")).to(where)[:, None].float() / 255
     return (batch.float() / 255).contiguous(memory_format=torch.channels_last), cell
@@ -66,7 +88,7 @@ def extract_padded(
     batch: int,
     device: str | torch.device = "cpu",
 ) -> NDArray[np.float32]:
-    """`extract_batch` over any number of cells in batches of a fixed shape: float32 [m, D]."""
+    """Do `extract_batch` over any number of cells in batches of a fixed shape: float32 [m, D]."""
     parts = [extract_batch(hybrid, rgb, cell, device)[:count] for count, rgb, cell in _padded(crops, masks, batch)]
     if parts:
         return np.concatenate(parts)
@@ -81,8 +103,9 @@ def explain_padded(
     batch: int,
     device: str | torch.device = "cpu",
 ) -> tuple[NDArray[np.float32], NDArray[np.float16]]:
-    """`explain_batch` over any number of cells in batches of a fixed shape: float32 [m, D], float16 [m, C, g, g]."""
-    features, maps = np.zeros((len(crops), hybrid.num_features), np.float32), blank_maps(len(crops), crops.shape[1])
+    """Do `explain_batch` over any number of cells in batches of a fixed shape: float32 [m, D], float16 [m, C, g, g]."""
+    features = np.zeros((len(crops), hybrid.num_features), np.float32)
+    maps = blank_maps(len(crops), crops.shape[1], len(readout.weight))
     first = 0
     for count, padded, cell in _padded(crops, masks, batch):
         own = slice(first, first + count)
@@ -92,16 +115,16 @@ def explain_padded(
     return features, maps
 
 
-def blank_maps(count: int, side: int) -> NDArray[np.float16]:
-    """Activation maps of the four classes for crops of `side` pixels, all zero: float16 [count, 4, g, g]."""
+def blank_maps(count: int, side: int, classes: int) -> NDArray[np.float16]:
+    """Make activation maps for crops of `side` pixels, all zero: float16 [count, classes, g, g]."""
     grid = max(1, side // GRID)
-    return np.zeros((count, len(CLASSES), grid, grid), np.float16)
+    return np.zeros((count, classes, grid, grid), np.float16)
 
 
 def _padded(
     crops: NDArray[np.uint8], masks: NDArray[np.uint8], batch: int
 ) -> Iterator[tuple[int, NDArray[np.uint8], NDArray[np.uint8]]]:
-    """Batches of a fixed shape, the last one padded with blanks, and how many of their cells count."""
+    """Yield batches of a fixed shape, the last one padded with blanks, and how many of their cells count."""
     for i in range(0, len(crops), batch):
         count = min(batch, len(crops) - i)
         padded, cell = np.zeros((batch, *crops.shape[1:]), np.uint8), np.zeros((batch, *masks.shape[1:]), np.uint8)
@@ -112,7 +135,7 @@ def _padded(
 def field_means(
     cells: NDArray[np.float32], offsets: NDArray[np.int64], area: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """A field's features: the average of its cells' by area, float32 [n, D]; zeros for a field without cells.
+    """Average the features of each field's cells by area, float32 [n, D]; zeros for a field without cells.
 
     Nothing but cells enters, so a diagnosis cannot rest on how the rest of the field was photographed.
 

@@ -1,4 +1,6 @@
-"""Which members kill their worker. The search runs in processes of its own, so that blame never falls on a neighbour.
+"""Find the members that kill their worker.
+
+The search runs in processes of its own, so that blame never falls on a neighbour.
 
 Dask marks every task that was assigned to a dead worker as suspicious, and the operating system kills for memory whom
 it likes. Here each suspect set is processed alone in a child that does nothing else; a set is guilty if its child died.
@@ -16,11 +18,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from leukoflow.runs.records import DIED
-from leukoflow.tasks.inference.shard import ShardJob, members_of, probe
+from leukoflow.tasks.inference.stages import probe
+from leukoflow.tasks.inference.worker import members_of
+from leukoflow.tasks.store.job import ShardJob
 
 
 def find_culprits(job: ShardJob) -> tuple[tuple[int, str], ...]:
-    """(ordinal, reason) of each member whose processing alone ends the process; runs on a worker, writes nothing."""
+    """Return (ordinal, reason) of each member whose processing alone ends the process; write nothing."""
     known = {ordinal for ordinal, _ in job.culprits}
     suspects = [m.ordinal for m in members_of(job) if m.refusal is None and m.ordinal not in known]
     found: list[tuple[int, str]] = []
@@ -34,7 +38,7 @@ def search(
     found: list[tuple[int, str]],
     presumed: bool = False,
 ) -> bool:
-    """Halves a guilty set until single members remain; appends (ordinal, reason). Returns whether the set is guilty.
+    """Halve a guilty set until single members remain; append (ordinal, reason). Returns whether the set is guilty.
 
     Innocent sets cost one look each. Where the first half of a guilty set is innocent, the second is `presumed` guilty
     and not looked at as a whole; a single member always is, so that nobody is blamed for what only several do together.
@@ -55,7 +59,7 @@ def search(
 
 
 def _kills(job: ShardJob, ordinals: Sequence[int]) -> str | None:
-    """Why the child that processed these members died, or None when it lived."""
+    """Say why the child that processed these members died, or None when it lived."""
     alone = replace(job, only=tuple(ordinals))
     limit = job.limits.stage_seconds * 3
     try:
@@ -77,7 +81,7 @@ def _kills(job: ShardJob, ordinals: Sequence[int]) -> str | None:
 
 
 def _die_with(parent: int) -> None:
-    """Ends this process when its worker is gone; nobody else would."""
+    """End this process when its worker is gone; nobody else would."""
     while os.getppid() == parent:
         time.sleep(1.0)
     os._exit(1)

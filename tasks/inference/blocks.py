@@ -1,57 +1,23 @@
-"""What a shard's chain computes, without where it reads and writes: images to tiles, cells, features and rows.
+"""Turn images into blocks: judge, normalise and tile them, and say which tiles share a batch of the network.
 
-Everything here is a pure function of its arguments. `shard.py` makes a run of it, `single.py` one answer.
+Everything here is a pure function of its arguments.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 import numpy as np
-import pyarrow as pa
 from numpy.typing import NDArray
 
-from leukoflow.core.errors import ShardError
 from leukoflow.core.geometry import FieldGeometry, field_geometry
-from leukoflow.core.method import FeatureSettings, MethodSettings, SegmentSettings
-from leukoflow.models.attention_unet import segment_batch
-from leukoflow.models.hybrid_cn_nas import HybridCNNas, Readout
-from leukoflow.runs.records import CLASSES, Quality, StageTiming, Status
-from leukoflow.runs.schema import CELLS
+from leukoflow.core.method import MethodSettings
+from leukoflow.runs.records import StageTiming, Status
 from leukoflow.tasks.decoding.ingest import Decoded
-from leukoflow.tasks.imaging.classify import Verdict
-from leukoflow.tasks.imaging.extract import blank_maps, explain_padded, extract_padded, field_means
 from leukoflow.tasks.imaging.normalize import normalize
 from leukoflow.tasks.imaging.quality import assess
-from leukoflow.tasks.imaging.segment import (
-    CellTable,
-    cell_table,
-    concatenate,
-    crop_cells,
-    crop_masks,
-    own_cells,
-    pseudo_semantic,
-    single_cells,
-    square_micrometres,
-)
-
-
-@dataclass(frozen=True, slots=True)
-class Fact:
-    """What ingest and quality found out about one member."""
-
-    ordinal: int
-    status: Status | None  # None while the member goes on to the model
-    reason: str | None
-    sha256: str | None
-    width: int | None
-    height: int | None
-    quality: Quality | None
-    n_tiles: int
-    zarr_index: int | None
+from leukoflow.tasks.store.facts import Fact
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,6 +42,11 @@ class Block:
     to_source: NDArray[np.float32]
     timings: tuple[StageTiming, ...]
 
+    @property
+    def n_tiles(self) -> NDArray[np.int64]:
+        """Number of tiles of each image that goes on to the model, int64 [k]."""
+        return np.array([fact.n_tiles for fact in self.facts if fact.n_tiles], np.int64)
+
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
@@ -90,23 +61,8 @@ class Prepared:
     extents: tuple[tuple[int, int], ...] = ()
 
 
-@dataclass(frozen=True, slots=True)
-class Outcome:
-    """What the rows say of one image. `probabilities` and `prediction_set` are empty where nothing was diagnosed."""
-
-    status: Status
-    reason: str | None
-    label: str | None = None
-    probabilities: tuple[float, ...] = ()
-    prediction_set: tuple[str, ...] = ()
-    ood: float | None = None
-
-
-# --- from an image to tiles ------------------------------------------------------------------------------------------
-
-
 def prepare_image(ordinal: int, image: Decoded, um_per_px: float | None, method: MethodSettings) -> Prepared:
-    """Judges one decoded image, normalises it and cuts its tiles; refused and rejected ones have none."""
+    """Judge one decoded image, normalise it and cut its tiles; refused and rejected ones have none."""
     if image.rgb is None:
         return Prepared(replace(refused(ordinal, image.reason or "unreadable"), sha256=image.sha256))
     quality = assess(image.rgb, method.quality)
@@ -126,7 +82,12 @@ def prepare_image(ordinal: int, image: Decoded, um_per_px: float | None, method:
     )
     if rejected:
         return Prepared(fact)
-    normal = normalize(image.rgb, method.normalize)
+    return tile_image(fact, image.rgb, geometry, method)
+
+
+def tile_image(fact: Fact, rgb: NDArray[np.uint8], geometry: FieldGeometry, method: MethodSettings) -> Prepared:
+    """Normalise an image, uint8 [H, W, 3] at the model's scale, and cut its tiles."""
+    normal = normalize(rgb, method.normalize)
     side = method.segment.field_px
     return Prepared(
         fact,
@@ -136,8 +97,27 @@ def prepare_image(ordinal: int, image: Decoded, um_per_px: float | None, method:
     )
 
 
-def block_of(first: int, images: Sequence[Prepared], method: MethodSettings, seconds: float) -> Block:
-    """Consecutive images, from ordinal `first` on, as a block; `seconds` is what preparing them took."""
+def as_trained(count: int, most: int) -> int:
+    """Return the size of a network's batches for `count` tiles or cells: the bundle's own, however few there are."""
+    return most
+
+
+def prepare_block(
+    images: Sequence[Prepared],
+    method: MethodSettings,
+    first: int = 0,
+    seconds: float = 0.0,
+    shape: Callable[[int, int], int] = as_trained,
+) -> Block:
+    """Gather consecutive images in a block.
+
+    Args:
+        images: in the order of their ordinals.
+        method: of the bundle.
+        first: ordinal of the first image.
+        seconds: what preparing them took.
+        shape: gives the size of the segmenter's batches from the number of tiles and the bundle's size.
+    """
     side = method.segment.field_px
     tiles = [tile for image in images for tile in image.tiles]
     placed = [(image.fact.ordinal, image.geometry) for image in images if image.geometry is not None]
@@ -151,7 +131,7 @@ def block_of(first: int, images: Sequence[Prepared], method: MethodSettings, sec
         next=first + len(images),
         facts=tuple(image.fact for image in images),
         tiles=np.stack(tiles) if tiles else np.zeros((0, side, side, 3), np.uint8),
-        batches=inference_batches(owners, method.features.field_batch),
+        batches=inference_batches(owners, shape(len(tiles), method.features.field_batch)),
         owners=owners,
         origins=np.array(origins, np.int32).reshape(-1, 2),
         cores=np.array(cores, np.int32).reshape(-1, 4),
@@ -162,7 +142,7 @@ def block_of(first: int, images: Sequence[Prepared], method: MethodSettings, sec
 
 
 def inference_batches(owners: NDArray[np.int32], size: int) -> tuple[tuple[int, ...], ...]:
-    """Tiles of each fixed-shape batch, -1 for a blank slot.
+    """Assign tiles to batches of a fixed shape, -1 for a blank slot.
 
     Members of one tile sit at the slot that their ordinal gives them, so a missing neighbour leaves a blank and moves
     nobody. The tiles of a larger member fill batches of their own.
@@ -182,183 +162,19 @@ def inference_batches(owners: NDArray[np.int32], size: int) -> tuple[tuple[int, 
 
 
 def refused(ordinal: int, reason: str) -> Fact:
-    """What is known of a member that never became pixels."""
+    """Return what is known of a member that never became pixels."""
     return Fact(ordinal, Status.QUARANTINED, reason, None, None, None, None, 0, None)
 
 
 def extent(rgb: NDArray[np.uint8], origin: tuple[int, int], side: int) -> tuple[int, int]:
-    """Width and height of what a tile shows of its scaled image."""
+    """Return width and height of what a tile shows of its scaled image."""
     return min(side, rgb.shape[1] - origin[0]), min(side, rgb.shape[0] - origin[1])
 
 
 def tile_at(rgb: NDArray[np.uint8], origin: tuple[int, int], side: int) -> NDArray[np.uint8]:
-    """One tile; beyond the image it is mirrored, as surroundings for the network, and nothing is measured there."""
+    """Cut one tile; beyond the image it is mirrored, as surroundings for the network, and nothing is measured there."""
     piece = rgb[origin[1] : origin[1] + side, origin[0] : origin[0] + side]
     h, w = piece.shape[:2]
     if (h, w) == (side, side):
         return piece
     return np.pad(piece, ((0, side - h), (0, side - w), (0, 0)), mode="symmetric")
-
-
-# --- from tiles to cells ----------------------------------------------------------------------------------------------
-
-
-def segment_tiles(
-    model: Any, block: Block, settings: SegmentSettings, device: str
-) -> tuple[NDArray[np.uint8], NDArray[np.uint16], CellTable, NDArray[np.int64]]:
-    """Masks and cells of a block: `semantic` uint8 [t, S, S], `cells` uint16 [t, S, S], the table, offsets [t + 1].
-
-    `cells` holds the `cell_id`, which goes on over the tiles of one image.
-    """
-    n, side = len(block.tiles), settings.field_px
-    semantic = np.zeros((n, side, side), np.uint8)
-    cells = np.zeros((n, side, side), np.uint16)
-    for batch in block.batches:
-        images = _gather(block.tiles, batch)
-        if model is not None and settings.enabled:
-            found = segment_batch(model, images, device)
-        else:
-            found = np.stack([pseudo_semantic(image) for image in images])
-        for slot, tile in enumerate(batch):
-            if tile >= 0:
-                semantic[tile] = found[slot]
-    tables: list[CellTable] = []
-    first_id: dict[int, int] = {}
-    for t in range(n):
-        owner = int(block.owners[t])
-        x, y = block.origins[t].tolist()
-        x0, y0, x1, y1 = block.cores[t].tolist()
-        semantic[t], all_cells = single_cells(block.tiles[t], semantic[t], settings)
-        width, height = block.extents[t].tolist()
-        for plane in (semantic[t], all_cells):
-            plane[height:], plane[:, width:] = 0, 0
-        own = own_cells(all_cells, (x, y), (x0, y0, x1, y1))
-        start = first_id.get(owner, 1)
-        table = cell_table(semantic[t][:height, :width], own[:height, :width], block.to_source[t], start)
-        if start + len(table) > np.iinfo(np.uint16).max:
-            raise ShardError(f"member {owner} has more than {np.iinfo(np.uint16).max} cells; hand it over in pieces")
-        cells[t] = np.where(own > 0, own + np.uint16(start - 1), 0)
-        first_id[owner] = start + len(table)
-        tables.append(table)
-    return semantic, cells, concatenate(tables), np.cumsum([0, *(len(t) for t in tables)], dtype=np.int64)
-
-
-def _gather(tiles: NDArray[np.uint8], batch: Sequence[int]) -> NDArray[np.uint8]:
-    out = np.zeros((len(batch), *tiles.shape[1:]), np.uint8)
-    for slot, tile in enumerate(batch):
-        if tile >= 0:
-            out[slot] = tiles[tile]
-    return out
-
-
-# --- from cells to features -------------------------------------------------------------------------------------------
-
-
-def extract_tiles(
-    hybrid: HybridCNNas,
-    block: Block,
-    cells: NDArray[np.uint16],
-    table: CellTable,
-    offsets: NDArray[np.int64],
-    settings: FeatureSettings,
-    device: str,
-) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Hybrid features of a block's tiles, float32 [t, D], and of their cells, float32 [m, D]."""
-    single = np.zeros((len(table), hybrid.num_features), np.float32)
-    for places, crops, masks in _crops(block, cells, table, offsets, settings):
-        single[places] = extract_padded(hybrid, crops, masks, settings.cell_batch, device)
-    return field_means(single, offsets, table.cell_area_px.astype(np.float32)), single
-
-
-def explain_tiles(
-    hybrid: HybridCNNas,
-    shown: Readout,
-    block: Block,
-    cells: NDArray[np.uint16],
-    table: CellTable,
-    offsets: NDArray[np.int64],
-    settings: FeatureSettings,
-    device: str,
-) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.float16]]:
-    """What `extract_tiles` gives, and from the same pass the cells' activation maps, float16 [m, 4, g, g]."""
-    single = np.zeros((len(table), hybrid.num_features), np.float32)
-    maps = blank_maps(len(table), settings.cell_px)
-    for places, crops, masks in _crops(block, cells, table, offsets, settings):
-        single[places], maps[places] = explain_padded(hybrid, shown, crops, masks, settings.cell_batch, device)
-    return field_means(single, offsets, table.cell_area_px.astype(np.float32)), single, maps
-
-
-def _crops(
-    block: Block,
-    cells: NDArray[np.uint16],
-    table: CellTable,
-    offsets: NDArray[np.int64],
-    settings: FeatureSettings,
-) -> Iterator[tuple[NDArray[np.int64], NDArray[np.uint8], NDArray[np.uint8]]]:
-    """Per inference batch of tiles: the rows of their cells, int64 [c], their crops and their masks."""
-    centers = np.stack([table.field_x, table.field_y], axis=1).astype(np.float32)
-    window, side = settings.cell_window_px, settings.cell_px
-    for batch in block.batches:
-        rows = [tile for tile in batch if tile >= 0]
-        spans = [slice(offsets[t], offsets[t + 1]) for t in rows]
-        crops = np.concatenate(
-            [crop_cells(block.tiles[t], centers[own], window, side) for t, own in zip(rows, spans, strict=True)]
-        )
-        masks = np.concatenate(
-            [
-                crop_masks(cells[t], table.cell_id[own], centers[own], window, side)
-                for t, own in zip(rows, spans, strict=True)
-            ]
-        )
-        yield np.concatenate([np.arange(own.start, own.stop) for own in spans]), crops, masks
-
-
-# --- rows ------------------------------------------------------------------------------------------------------------
-
-
-def outcome(fact: Fact, verdict: Verdict | None) -> Outcome:
-    """What became of an image: its verdict's answer or abstention, else what ingest and quality say."""
-    if verdict is None:
-        return Outcome(fact.status or Status.QUARANTINED, fact.reason)
-    return Outcome(
-        Status.ABSTAINED if verdict.abstained else Status.PREDICTED,
-        verdict.abstained,
-        CLASSES[int(np.argmax(verdict.probabilities))],
-        tuple(float(p) for p in verdict.probabilities),
-        tuple(c for c, inside in zip(CLASSES, verdict.prediction_set, strict=True) if inside),
-        verdict.ood,
-    )
-
-
-def cell_rows(
-    table: CellTable,
-    offsets: NDArray[np.int64],
-    keys: Sequence[str],
-    verdicts: Sequence[Verdict],
-    to_source: NDArray[np.float32],
-    um_per_px: Sequence[float | None],
-    run_id: str = "",
-) -> pa.Table:
-    """Rows of `cells/`, one per cell.
-
-    Args:
-        table: cells, grouped by tile.
-        offsets: int64 [t + 1] into the table.
-        keys: the image of each tile [t].
-        verdicts: of each image, in the same order.
-        to_source: float32 [t, 2, 3], from a mask's pixel to the source pixel.
-        um_per_px: micrometres per source pixel of each tile's image [t], None where unknown.
-        run_id: of the run that writes them; empty outside of a run.
-    """
-    counts = np.diff(offsets)
-    scales = np.repeat(np.array([math.nan if s is None else s for s in um_per_px], np.float64), counts)
-    affines = np.repeat(to_source, counts, axis=0)
-    columns = {f.name: getattr(table, f.name) for f in fields(CellTable) if f.name in CELLS.names}
-    for name in ("nucleus_area", "cell_area"):
-        area = square_micrometres(columns[f"{name}_px"], affines, scales)
-        columns[f"{name}_um2"] = pa.array(area, pa.float32(), mask=np.isnan(area))
-    columns["run_id"] = pa.array([run_id] * int(counts.sum()), pa.string())
-    columns["image_key"] = np.repeat(np.array(keys, object), counts)
-    columns["attention"] = np.concatenate([v.attention for v in verdicts]) if verdicts else np.zeros(0, np.float32)
-    columns["zarr_index"] = np.repeat(np.arange(len(counts), dtype=np.int32), counts)
-    return pa.Table.from_arrays([pa.array(columns[f.name], f.type) for f in CELLS], schema=CELLS)

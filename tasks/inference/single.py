@@ -1,10 +1,10 @@
-"""One image, one answer: what the nightly run does with a member, without a run.
+"""Diagnose one image: what a run does with a member, without a run.
 
-The functions are the batch's own (`blocks.py`), and so are the results; only the shapes of the networks' batches are
+The chain is that of a run (`chain.py`), and so are the results; only the shapes of the networks' batches are
 smaller, since fifteen blank fields beside the one that somebody waits for would cost as much as it does.
 `benchmarks/bench_web.py parity` measures that no label differs.
 
-Importing this module costs no torch: a web server that only shows findings stays small.
+Importing this module costs no torch: a web server that only shows diagnoses stays small.
 """
 
 from __future__ import annotations
@@ -31,15 +31,14 @@ from leukoflow.tasks.decoding.ingest import Decoded, Decoder, too_large
 if TYPE_CHECKING:
     from torch import nn
 
-    from leukoflow.models.attention_classifier import AttentionClassifier
     from leukoflow.models.bundle import Bundle
-    from leukoflow.models.hybrid_cn_nas import HybridCNNas, Readout
-    from leukoflow.tasks.imaging.classify import Verdict
-    from leukoflow.tasks.imaging.segment import CellTable
-    from leukoflow.tasks.inference.blocks import Block, Fact
+    from leukoflow.tasks.imaging.classify import ImageDiagnosis
+    from leukoflow.tasks.inference.blocks import Block
+    from leukoflow.tasks.inference.chain import BlockDiagnosis, Networks
+    from leukoflow.tasks.store.facts import Fact
 
 STAGES = ("decode", "normalize", "segment", "extract", "classify")
-"""What `told` hears, in this order; a refused or rejected image ends early."""
+"""What `announce` is called with, in this order; a refused or rejected image ends early."""
 
 MAX_VIEWS = 64
 """Tiles of one image that are handed out as pictures: 30 MB. All tiles are diagnosed."""
@@ -58,7 +57,7 @@ class TileView:
     `original` and `normalized` uint8 [H, W, 3]; `semantic` uint8 [H, W] (0 background, 1 cytoplasm, 2 nucleus); `cells`
     uint16 [H, W] (0 background, else `cell_id`); `to_source` float32 [2, 3], tile pixel centre (x, y) to source pixel.
     Of its m cells: `cell_ids` int32 [m]; `field_x`, `field_y` float32 [m], centroids in the tile's pixels; `maps`
-    float16 [m, 4, g, g], activation maps over windows of `window_px` around the centroids, all zeros where the image
+    float16 [m, C, g, g], activation maps over windows of `window_px` around the centroids, all zeros where the image
     was not diagnosed.
     """
 
@@ -75,7 +74,7 @@ class TileView:
 
 
 @dataclass(frozen=True, slots=True)
-class Finding:
+class Diagnosis:
     """What one bundle says of one image.
 
     `reason` says why there is no answer, as in a run; `probabilities` and `prediction_set` are empty where nothing was
@@ -105,34 +104,33 @@ class Finding:
 
 @dataclass(frozen=True, slots=True)
 class Models:
-    """A bundle with its networks, in evaluation mode on `device`."""
+    """The networks of a bundle, and the name under which it was opened; `digest` is the bundle's."""
 
     name: str
     digest: str
-    bundle: Bundle
-    segmenter: nn.Module | None
-    hybrid: HybridCNNas
-    classifier: AttentionClassifier
-    shown: Readout
-    device: str
+    networks: Networks
+
+    @property
+    def bundle(self) -> Bundle:
+        """The bundle."""
+        return self.networks.bundle
 
 
 def load_models(name: str, device: str = "cpu") -> Models:
-    """Opens the bundle of that name or place and loads its networks. Raises BundleError."""
+    """Open the bundle of that name or place and load its networks. Raises BundleError."""
     from leukoflow.models.bundle import load_bundle
-    from leukoflow.tasks.imaging.classify import readout
+    from leukoflow.tasks.inference.chain import load_networks
 
     bundle = load_bundle(name)
-    classifier, network = bundle.classifier(device), bundle.segmenter(device)
-    segmenter = None if network is None else careful(network, bundle.spec.method.features.field_batch)
-    return Models(
-        name, bundle.digest, bundle, segmenter, bundle.hybrid(device), classifier,
-        readout(bundle, classifier, device), device,
-    )  # fmt: skip
+    networks = load_networks(bundle, device)
+    if networks.segmenter is not None:
+        batch = bundle.spec.method.features.field_batch
+        networks = replace(networks, segmenter=careful(networks.segmenter, batch))
+    return Models(name, bundle.digest, networks)
 
 
 def warm(models: Models) -> None:
-    """Examines a drawn field, and passes blanks of the common shapes through: the first pass of each is slow."""
+    """Examine a drawn field, and pass blanks of the common shapes through: the first pass of each is slow."""
     from leukoflow.tasks.imaging.extract import explain_batch
     from leukoflow.tasks.imaging.synthetic import render_field
 
@@ -140,13 +138,15 @@ def warm(models: Models) -> None:
     drawn = render_field(np.random.default_rng(0), CLASSES[0]).rgb
     height, width = drawn.shape[:2]
     _examined(Decoded(drawn, None, width, height, ""), None, models, _Clock(lambda stage: None))
+    networks = models.networks
+    assert networks.readout is not None
     for size in [s for s in SHAPES if s <= features.cell_batch]:
         crops = np.zeros((size, features.cell_px, features.cell_px, 3), np.uint8)
-        explain_batch(models.hybrid, models.shown, crops, crops[..., 0], models.device)
+        explain_batch(networks.hybrid, networks.readout, crops, crops[..., 0], networks.device)
 
 
 def careful(segmenter: nn.Module, batch: int) -> nn.Module:
-    """The segmenter for small batches, which names every pixel's class as in a batch of the bundle's own shape.
+    """Wrap the segmenter for small batches, to name every pixel's class as in a batch of the bundle's own shape.
 
     Other shapes give other last digits, and where two classes are all but equal, these decide. A field with such a
     pixel, one in many, is passed through once more in the full shape.
@@ -173,7 +173,7 @@ def careful(segmenter: nn.Module, batch: int) -> nn.Module:
 
 
 def shape_for(count: int, most: int) -> int:
-    """Size of the batches for `count` fields or cells where the bundle's own are of `most`."""
+    """Return the size of the batches for `count` fields or cells where the bundle's own are of `most`."""
     return min(most, next((s for s in SHAPES if s >= count), most))
 
 
@@ -183,9 +183,9 @@ def examine(
     models: Models,
     limits: LimitSettings,
     decoder: Decoder,
-    told: Callable[[str], None],
-) -> Finding:
-    """Everything that a run would write about one image, and its pictures.
+    announce: Callable[[str], None],
+) -> Diagnosis:
+    """Diagnose one image: everything that a run would write about it, and its pictures.
 
     Args:
         data: the image file's bytes, untrusted; only the decoder's disposable process looks into them.
@@ -193,12 +193,12 @@ def examine(
         models: of one bundle.
         limits: on bytes; those on pixels, time and memory are the decoder's.
         decoder: made with the settings of this bundle (`models.bundle.spec.method.segment`).
-        told: hears each of `STAGES` as it begins; what it raises ends the examination.
+        announce: called with each of `STAGES` as it starts; what it raises ends the examination.
 
     Raises:
         LeukoflowError: the decoding process does not start on this machine. Never on account of the bytes.
     """
-    clock = _Clock(told)
+    clock = _Clock(announce)
     with clock("decode"):
         if (reason := too_large(len(data), limits)) is not None:
             image = Decoded(None, reason, 0, 0, hashlib.sha256(data).hexdigest())
@@ -207,92 +207,72 @@ def examine(
     return _examined(image, um_per_px, models, clock)
 
 
-def _examined(image: Decoded, um_per_px: float | None, models: Models, clock: _Clock) -> Finding:
-    """All that follows decoding."""
-    from leukoflow.tasks.imaging.classify import ROWS, diagnose, pool_tiles
-    from leukoflow.tasks.inference.blocks import block_of, cell_rows, explain_tiles, prepare_image, segment_tiles
+def _examined(image: Decoded, um_per_px: float | None, models: Models, clock: _Clock) -> Diagnosis:
+    """Do all that follows decoding."""
+    from leukoflow.tasks.inference.blocks import prepare_block, prepare_image
+    from leukoflow.tasks.inference.chain import diagnose_block
+    from leukoflow.tasks.inference.rows import cell_rows
 
-    bundle, device = models.bundle, models.device
-    method = bundle.spec.method
+    method = models.bundle.spec.method
     if image.rgb is None:
-        return _finding(models, image, prepare_image(0, image, um_per_px, method).fact, None, clock)
+        return _diagnosis(models, image, prepare_image(0, image, um_per_px, method).fact, None, clock)
     with clock("normalize"):
         ready = prepare_image(0, image, um_per_px, method)
-        block = block_of(0, [ready], _with_batches(method, fields_=len(ready.tiles)), 0.0)
+        block = prepare_block([ready], method, shape=shape_for)
         if ready.fact.status is not None:
             pictures = _undiagnosed(image.rgb, um_per_px, image, models)
     if ready.fact.status is not None:
-        return _finding(models, image, ready.fact, None, clock, tiles=pictures)
-    with clock("segment"):
-        try:
-            semantic, cells, table, offsets = segment_tiles(models.segmenter, block, method.segment, device)
-        except ShardError as error:  # more cells than can be numbered
-            crowded = replace(ready.fact, status=Status.QUARANTINED, reason=str(error))
-            return _finding(models, image, crowded, None, clock)
-    with clock("extract"):
-        features = _with_batches(method, cells=len(table)).features
-        whole, single, maps = explain_tiles(models.hybrid, models.shown, block, cells, table, offsets, features, device)
+        return _diagnosis(models, image, ready.fact, None, clock, tiles=pictures)
+    try:
+        found = diagnose_block(block, models.networks, shape_for, clock)
+    except ShardError as error:  # more cells than can be numbered
+        crowded = replace(ready.fact, status=Status.QUARANTINED, reason=str(error))
+        return _diagnosis(models, image, crowded, None, clock)
     with clock("classify"):
-        n = len(whole)
-        area = table.cell_area_px.astype(np.float32)
-        diagnosis = diagnose(bundle, models.classifier, whole, single, offsets, area, device, shape_for(n, ROWS))
-        (verdict,) = pool_tiles(bundle, diagnosis, offsets, np.array([n], np.int64))
-        rows = cell_rows(table, offsets, [""] * n, [verdict], block.to_source, [um_per_px] * n)
-        chosen = _most_attended(verdict.attention, offsets)
-        views = tuple(
-            _view(image.rgb, block, t, semantic, cells, table, slice(offsets[t], offsets[t + 1]), maps, method)
-            for t in chosen
-        )
-    return _finding(models, image, ready.fact, verdict, clock, cells=rows, tiles=views, n_tiles=n)
+        (diagnosed,), cells, n = found.images, found.cells, len(block.tiles)
+        rows = cell_rows(cells.table, cells.offsets, [""] * n, [diagnosed], block.to_source, [um_per_px] * n)
+        chosen = _most_attended(diagnosed.attention, cells.offsets)
+        views = tuple(_view(image.rgb, block, t, found, method) for t in chosen)
+    return _diagnosis(models, image, ready.fact, diagnosed, clock, cells=rows, tiles=views, n_tiles=n)
 
 
 class _Clock:
-    """Wall seconds of each stage."""
+    """Wall seconds of each stage; a stage that goes on after a pause is announced once."""
 
-    def __init__(self, told: Callable[[str], None]) -> None:
-        self.told = told
-        self.seconds: list[tuple[str, float]] = []
+    def __init__(self, announce: Callable[[str], None]) -> None:
+        self.announce = announce
+        self.seconds: dict[str, float] = {}
 
     @contextmanager
     def __call__(self, stage: str) -> Iterator[None]:
-        self.told(stage)
+        if stage not in self.seconds:
+            self.announce(stage)
         started = time.perf_counter()
         try:
             yield
         finally:
-            self.seconds.append((stage, time.perf_counter() - started))
+            self.seconds[stage] = self.seconds.get(stage, 0.0) + time.perf_counter() - started
 
 
-def _with_batches(method: MethodSettings, fields_: int = 1, cells: int = 1) -> MethodSettings:
-    """The method with batches no larger than so many fields and cells need."""
-    features = method.features
-    smaller = features.model_copy(
-        update={
-            "field_batch": shape_for(fields_, features.field_batch),
-            "cell_batch": shape_for(cells, features.cell_batch),
-        }
-    )
-    return method.model_copy(update={"features": smaller})
-
-
-def _finding(
+def _diagnosis(
     models: Models,
     image: Decoded,
     fact: Fact,
-    verdict: Verdict | None,
+    diagnosed: ImageDiagnosis | None,
     clock: _Clock,
     cells: pa.Table | None = None,
     tiles: tuple[TileView, ...] = (),
     n_tiles: int = 0,
-) -> Finding:
-    from leukoflow.tasks.inference.blocks import outcome
+) -> Diagnosis:
+    """Gather what is said of an image."""
+    from leukoflow.tasks.inference.rows import outcome
 
-    found = outcome(fact, verdict)
+    found = outcome(fact, diagnosed, models.bundle.spec.classes)
     remarks = image.remarks
     if n_tiles > len(tiles):
         remarks = (*remarks, f"pictures of the {len(tiles)} of {n_tiles} tiles that were attended to most")
     assert image.sha256 is not None
-    return Finding(
+    return Diagnosis(
         sha256=image.sha256,
         bundle=models.name,
         bundle_digest=models.digest,
@@ -308,12 +288,12 @@ def _finding(
         remarks=remarks,
         cells=cells,
         tiles=tiles,
-        seconds=tuple(clock.seconds),
+        seconds=tuple(clock.seconds.items()),
     )
 
 
 def _most_attended(attention: NDArray[np.float32], offsets: NDArray[np.int64]) -> list[int]:
-    """The tiles of which pictures are handed out, in their order."""
+    """Choose the tiles of which pictures are handed out, in their order."""
     n = len(offsets) - 1
     if n <= MAX_VIEWS:
         return list(range(n))
@@ -321,30 +301,21 @@ def _most_attended(attention: NDArray[np.float32], offsets: NDArray[np.int64]) -
     return sorted(np.argsort(-np.array(weight), kind="stable")[:MAX_VIEWS].tolist())
 
 
-def _view(
-    rgb: NDArray[np.uint8],
-    block: Block,
-    t: int,
-    semantic: NDArray[np.uint8],
-    cells: NDArray[np.uint16],
-    table: CellTable,
-    own: slice,
-    maps: NDArray[np.float16],
-    method: MethodSettings,
-) -> TileView:
-    """Tile t with its cells, which are the rows `own` of the table."""
+def _view(rgb: NDArray[np.uint8], block: Block, t: int, found: BlockDiagnosis, method: MethodSettings) -> TileView:
+    """Show tile t with its cells."""
     x, y = block.origins[t].tolist()
     width, height = block.extents[t].tolist()
+    table, own = found.cells.table, found.cells.rows(t)
     return TileView(
         original=rgb[y : y + height, x : x + width].copy(),
         normalized=block.tiles[t, :height, :width].copy(),
-        semantic=semantic[t, :height, :width].copy(),
-        cells=cells[t, :height, :width].copy(),
+        semantic=found.semantic[t, :height, :width].copy(),
+        cells=found.cells.labels[t, :height, :width].copy(),
         to_source=block.to_source[t],
         cell_ids=table.cell_id[own],
         field_x=table.field_x[own],
         field_y=table.field_y[own],
-        maps=maps[own],
+        maps=found.maps[own],
         window_px=method.features.cell_window_px,
     )
 
@@ -352,7 +323,7 @@ def _view(
 def _undiagnosed(
     rgb: NDArray[np.uint8], um_per_px: float | None, image: Decoded, models: Models
 ) -> tuple[TileView, ...]:
-    """Pictures of an image that quality rejects, so that people see why: without cells."""
+    """Show an image that quality rejects, so that people see why: without cells."""
     from leukoflow.tasks.imaging.extract import blank_maps
     from leukoflow.tasks.imaging.normalize import normalize
 
@@ -373,7 +344,7 @@ def _undiagnosed(
                 cell_ids=np.zeros(0, np.int32),
                 field_x=np.zeros(0, np.float32),
                 field_y=np.zeros(0, np.float32),
-                maps=blank_maps(0, method.features.cell_px),
+                maps=blank_maps(0, method.features.cell_px, len(models.bundle.spec.classes)),
                 window_px=method.features.cell_window_px,
             )
         )

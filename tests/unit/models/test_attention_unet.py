@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from leukoflow.models.attention_unet import AttentionGate, AttentionUNet, UNetSpec, segment_batch
-from leukoflow.tasks.evaluation.evaluate import dice
+from leukoflow.tasks.evaluation.segmentation import dice
 from leukoflow.tasks.training.loop import to_tensor
 from leukoflow.tasks.training.segmenter import segmentation_loss
 

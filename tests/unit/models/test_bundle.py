@@ -10,7 +10,8 @@ import torch
 from harness import ROOT
 
 from leukoflow.core.errors import BundleError
-from leukoflow.models.bundle import Bundle, Calibration, load_bundle, preset, random_bundle, save_bundle, write_spec
+from leukoflow.models.bundle import Bundle, Calibration, load_bundle, random_bundle, save_bundle, write_spec
+from leukoflow.models.presets import preset
 from leukoflow.tasks.report.model_card import render
 
 COMPONENTS = ("segmenter", "features", "classifier")

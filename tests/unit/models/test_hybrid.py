@@ -13,8 +13,8 @@ from safetensors.torch import save_file
 
 from leukoflow.core.errors import BundleError, ConfigError
 from leukoflow.core.method import FeatureSettings
-from leukoflow.models.bundle import enabled_backbones, preset
 from leukoflow.models.hybrid_cn_nas import BackboneSpec, HybridCNNas, build_backbone, feature_maps
+from leukoflow.models.presets import enabled_backbones, preset
 from leukoflow.tasks.imaging.extract import extract_batch, extract_padded, field_means
 
 TINY = preset("tiny").backbones

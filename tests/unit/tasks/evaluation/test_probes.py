@@ -8,7 +8,7 @@ import pytest
 from numpy.typing import NDArray
 
 from leukoflow.tasks.evaluation.probes import DEGRADATIONS, cells_only, colours_of, moved_bar, painted_out, pasted_bar
-from leukoflow.tasks.imaging.normalize import mask_overlays
+from leukoflow.tasks.imaging.overlays import mask_overlays
 
 CENTRE = (110, 110)
 

@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 
 from leukoflow.core.method import ClassifySettings, MethodSettings, SelectSettings
-from leukoflow.flows.evaluate import ablation_table, baseline_summary, faithfulness, protocol_summary
 from leukoflow.tasks.evaluation.protocols import (
     FOLDS,
     WHOLE,
@@ -24,10 +23,10 @@ from leukoflow.tasks.evaluation.protocols import (
     variant_features,
     variant_recipe,
 )
-from leukoflow.tasks.imaging.extract import field_means
+from leukoflow.tasks.evaluation.results import ablation_table, baseline_summary, faithfulness, protocol_summary
+from leukoflow.tasks.imaging.extract import Features, field_means
 from leukoflow.tasks.training.classifier import Recipe, cross_fit, fit
 from leukoflow.tasks.training.data import Labels, grouped_folds
-from leukoflow.tasks.training.features import Features
 
 COLUMNS = (("convnext", 4), ("nasnet", 6))
 METHOD = MethodSettings(select=SelectSettings(k=8), classify=ClassifySettings(max_cells=8))

@@ -22,6 +22,7 @@ from leukoflow.tasks.imaging.classify import (
     standardize,
     tokens,
 )
+from leukoflow.tasks.imaging.extract import Features
 
 D = 96
 
@@ -100,17 +101,19 @@ def test_a_row_does_not_depend_on_the_others(bundle: Bundle) -> None:
     counts = [3, 0, 20, 1, 7]
     field, cells, offsets, area = _features(counts)
     model = bundle.classifier()
-    whole = diagnose(bundle, model, field, cells, offsets, area)
+    whole = diagnose(bundle, model, Features(field, cells, offsets, area))
     changed_field, changed_cells = field.copy(), cells.copy()
     changed_field[3:] += 1
     changed_cells[offsets[3] :] -= 1
-    other = diagnose(bundle, model, changed_field, changed_cells, offsets, area)
+    other = diagnose(bundle, model, Features(changed_field, changed_cells, offsets, area))
     np.testing.assert_array_equal(whole.probabilities[:3], other.probabilities[:3])
     np.testing.assert_array_equal(whole.attention[: offsets[3]], other.attention[: offsets[3]])
     assert np.abs(whole.probabilities[3:] - other.probabilities[3:]).max() > 0
     for i in range(len(counts)):
         own = slice(int(offsets[i]), int(offsets[i + 1]))
-        alone = diagnose(bundle, model, field[i : i + 1], cells[own], np.array([0, counts[i]], np.int64), area[own])
+        alone = diagnose(
+            bundle, model, Features(field[i : i + 1], cells[own], np.array([0, counts[i]], np.int64), area[own])
+        )
         np.testing.assert_allclose(alone.probabilities[0], whole.probabilities[i], atol=1e-6)
         np.testing.assert_allclose(alone.attention, whole.attention[own], atol=1e-6)
 
@@ -118,9 +121,9 @@ def test_a_row_does_not_depend_on_the_others(bundle: Bundle) -> None:
 def test_more_rows_than_a_batch(bundle: Bundle) -> None:
     counts = [1] * (ROWS + 5)
     field, cells, offsets, area = _features(counts)
-    found = diagnose(bundle, bundle.classifier(), field, cells, offsets, area)
+    found = diagnose(bundle, bundle.classifier(), Features(field, cells, offsets, area))
     np.testing.assert_allclose(found.probabilities.sum(1), 1)
-    tail = diagnose(bundle, bundle.classifier(), field[ROWS:], cells[ROWS:], offsets[:6], area[ROWS:])
+    tail = diagnose(bundle, bundle.classifier(), Features(field[ROWS:], cells[ROWS:], offsets[:6], area[ROWS:]))
     np.testing.assert_allclose(tail.probabilities, found.probabilities[ROWS:], atol=1e-6)
 
 
@@ -136,14 +139,14 @@ def test_the_largest_cells_are_kept_in_their_order() -> None:
 def test_cells_beyond_the_limit_get_no_attention(bundle: Bundle) -> None:
     most = bundle.spec.method.classify.max_cells
     field, cells, offsets, area = _features([most + 4])
-    found = diagnose(bundle, bundle.classifier(), field, cells, offsets, area)
+    found = diagnose(bundle, bundle.classifier(), Features(field, cells, offsets, area))
     assert (found.attention > 0).sum() == most
     assert set(np.flatnonzero(found.attention == 0)) == set(np.argsort(area)[:4])
 
 
 def test_no_fields_at_all(bundle: Bundle) -> None:
     field, cells, offsets, area = _features([])
-    found = diagnose(bundle, bundle.classifier(), field, cells, offsets, area)
+    found = diagnose(bundle, bundle.classifier(), Features(field, cells, offsets, area))
     assert found.probabilities.shape == (0, 4)
     assert found.abstained == ()
 
@@ -151,7 +154,7 @@ def test_no_fields_at_all(bundle: Bundle) -> None:
 def test_features_of_another_bundle_are_refused(bundle: Bundle) -> None:
     field, cells, offsets, area = _features([2])
     with pytest.raises(BundleError, match="95 and 95 columns"):
-        diagnose(bundle, bundle.classifier(), field[:, :95], cells[:, :95], offsets, area)
+        diagnose(bundle, bundle.classifier(), Features(field[:, :95], cells[:, :95], offsets, area))
 
 
 def test_standardize_literal() -> None:
@@ -207,7 +210,7 @@ def test_distance_is_a_whitened_root_mean_square(bundle: Bundle) -> None:
 
 def test_tiles_are_weighed_by_their_cells(bundle: Bundle) -> None:
     field, cells, offsets, area = _features([3, 0, 1, 2])
-    found = diagnose(bundle, bundle.classifier(), field, cells, offsets, area)
+    found = diagnose(bundle, bundle.classifier(), Features(field, cells, offsets, area))
     single, pooled = pool_tiles(bundle, found, offsets, np.array([1, 3], np.int64))
     np.testing.assert_array_equal(single.probabilities, found.probabilities[0])
     np.testing.assert_array_equal(single.attention, found.attention[:3])
@@ -216,6 +219,6 @@ def test_tiles_are_weighed_by_their_cells(bundle: Bundle) -> None:
     assert len(pooled.attention) == 3
     assert pooled.attention.sum() <= 1
     empty = _features([0, 0])
-    nothing = diagnose(bundle, bundle.classifier(), *empty)
+    nothing = diagnose(bundle, bundle.classifier(), Features(*empty))
     verdict = pool_tiles(bundle, nothing, empty[2], np.array([2], np.int64))[0]
     assert verdict.abstained == "too few cells: 0 < 1"

@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from leukoflow.core.errors import LeukoflowError
 from leukoflow.core.method import NormalizeSettings
-from leukoflow.tasks.imaging.normalize import anchors, clahe, mask_overlays, multiscale, normalize, reinhard, zscore
+from leukoflow.tasks.imaging.normalize import anchors, clahe, multiscale, normalize, reinhard, zscore
+from leukoflow.tasks.imaging.overlays import mask_overlays
 
 ALL_OFF = NormalizeSettings(mask_overlays=False, reinhard=False, clahe=False, multiscale=False)
 

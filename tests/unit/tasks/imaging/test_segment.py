@@ -1,4 +1,4 @@
-"""Cells: apart, counted once, measured, cropped."""
+"""Cells: apart, and counted once."""
 
 from __future__ import annotations
 
@@ -13,26 +13,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from numpy.typing import NDArray
 
-from leukoflow.core.errors import LeukoflowError
 from leukoflow.core.geometry import field_geometry
 from leukoflow.core.method import SegmentSettings
 from leukoflow.models.bundle import random_bundle
-from leukoflow.tasks.evaluation.evaluate import image_block
-from leukoflow.tasks.imaging.normalize import mask_overlays
-from leukoflow.tasks.imaging.segment import (
-    CellTable,
-    cell_table,
-    clean_semantic,
-    concatenate,
-    crop_cells,
-    crop_masks,
-    own_cells,
-    pseudo_semantic,
-    red_cell_px,
-    single_cells,
-    watershed_cells,
-)
-from leukoflow.tasks.inference.blocks import segment_tiles
+from leukoflow.tasks.evaluation.images import image_block
+from leukoflow.tasks.imaging.cells import cell_table, concatenate
+from leukoflow.tasks.imaging.overlays import mask_overlays
+from leukoflow.tasks.imaging.segment import own_cells, single_cells, watershed_cells
+from leukoflow.tasks.imaging.semantic import clean_semantic, pseudo_semantic, red_cell_px
+from leukoflow.tasks.inference.chain import segment_block
 
 SETTINGS = SegmentSettings()
 IDENTITY = np.eye(2, 3, dtype=np.float32)
@@ -223,79 +212,6 @@ def test_core_is_half_open() -> None:
     assert own_cells(cells, (100, 0), (0, 0, 111, 10)).max() == 0
 
 
-# --- table -------------------------------------------------------------------------------------------------------
-
-
-def test_measurements_of_a_rectangle() -> None:
-    semantic = np.zeros((30, 40), np.uint8)
-    cells = np.zeros((30, 40), np.uint16)
-    semantic[10:16, 20:32] = 1
-    semantic[12:15, 22:26] = 2
-    cells[10:16, 20:32] = 1
-    # Twice the size in the source: pixel centre 0 lies at 0.5.
-    to_source = np.array([[2, 0, 0.5], [0, 2, 0.5]], np.float32)
-    table = cell_table(semantic, cells, to_source, first_id=7)
-    assert len(table) == 1
-    assert table.cell_id.tolist() == [7]
-    box = [table.bbox_xmin_px, table.bbox_ymin_px, table.bbox_xmax_px, table.bbox_ymax_px]
-    assert [float(v[0]) for v in box] == [40, 20, 64, 32]
-    assert (table.field_x[0], table.field_y[0]) == (25.5, 12.5)
-    assert (table.centroid_x_px[0], table.centroid_y_px[0]) == (51.5, 25.5)
-    assert (table.nucleus_area_px[0], table.cell_area_px[0]) == (12, 72)
-    assert table.nc_ratio[0] == pytest.approx(12 / 72)
-    assert table.eccentricity[0] == pytest.approx(np.sqrt(1 - (6 / 12) ** 2))
-    assert table.touches_border.tolist() == [False]
-
-
-def test_table_of_many_cells_and_of_none() -> None:
-    semantic = semantic_of((0, 30, 12, 9), (60, 60, 12, 9), (100, 100, 12, 0), side=113)
-    semantic[100, 100] = 2
-    cells = np.zeros_like(semantic, np.uint16)
-    for k, (x, y) in enumerate([(0, 30), (60, 60), (100, 100)], start=1):
-        disc = cv2.circle(np.zeros_like(semantic), (x, y), 12, 1, -1)
-        cells[disc > 0] = k
-    table = cell_table(semantic, cells, IDENTITY)
-    assert table.touches_border.tolist() == [True, False, True]
-    assert table.cell_area_px.tolist() == [(cells == k).sum() for k in (1, 2, 3)]
-    assert table.nucleus_area_px[2] == 1
-    assert table.eccentricity[1] == pytest.approx(0, abs=1e-3)
-    none = cell_table(np.zeros_like(semantic), np.zeros_like(cells), IDENTITY)
-    assert len(none) == 0
-    assert len(concatenate([])) == 0
-    both = concatenate([none, table])
-    for name in CellTable.__dataclass_fields__:
-        assert getattr(both, name).dtype == getattr(none, name).dtype
-        np.testing.assert_array_equal(getattr(both, name), getattr(table, name))
-    with pytest.raises(LeukoflowError, match="differ"):
-        cell_table(semantic[1:], cells, IDENTITY)
-
-
-# --- crops -------------------------------------------------------------------------------------------------------
-
-
-def test_crop_of_the_same_scale_is_the_window() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
-    crops = crop_cells(image, np.array([[30.5, 20.5], [40.5, 33.5]], np.float32), 10, 10)
-    assert crops.shape == (2, 10, 10, 3)
-    np.testing.assert_array_equal(crops[0], image[16:26, 26:36])
-    np.testing.assert_array_equal(crops[1], image[29:39, 36:46])
-
-
-def test_crop_is_resized_like_opencv_does_and_mirrored_at_the_border() -> None:
-    image = np.random.default_rng(0).integers(0, 256, (60, 70, 3), np.uint8)
-    padded = cv2.copyMakeBorder(image, 30, 30, 30, 30, cv2.BORDER_REFLECT_101)
-    centers = np.array([[35.5, 30.5], [1.5, 58.5]], np.float32)
-    crops = crop_cells(image, centers, 40, 64)
-    for crop, (x, y) in zip(crops, centers, strict=True):
-        left, top = int(x - 19.5) + 30, int(y - 19.5) + 30
-        window = padded[top : top + 40, left : left + 40]
-        expected = cv2.resize(window, (64, 64), interpolation=cv2.INTER_LINEAR)
-        difference = np.abs(crop.astype(int) - expected)[2:-2, 2:-2]
-        assert difference.max() <= 4  # warpAffine has coarser weights than resize
-        assert difference.mean() < 1
-    assert crop_cells(image, np.zeros((0, 2), np.float32), 40, 64).shape == (0, 64, 64, 3)
-
-
 # --- real smears -------------------------------------------------------------------------------------------------
 
 
@@ -387,27 +303,16 @@ def test_holes_are_filled_and_specks_of_nucleus_dropped() -> None:
     assert smallest == pytest.approx(0.6 * np.pi * 144, rel=0.3)
 
 
-def test_masks_of_cells_lie_on_their_crops() -> None:
-    cells = np.zeros((100, 100), np.uint16)
-    cells[40:60, 30:50] = 7
-    rgb = np.repeat(np.where(cells > 0, 200, 10).astype(np.uint8)[..., None], 3, 2)
-    centres = np.array([[39.5, 49.5]], np.float32)
-    crop, mask = crop_cells(rgb, centres, 44, 64), crop_masks(cells, np.array([7], np.int32), centres, 44, 64)
-    assert mask.shape == (1, 64, 64)
-    np.testing.assert_array_equal(crop[0, ..., 0] > 100, mask[0] > 120)
-    assert not crop_masks(cells, np.array([3], np.int32), centres, 44, 64).any()
-
-
 def test_a_cell_at_the_edge_of_a_small_image_ends_there(tmp_path: Path) -> None:
     image = np.full((168, 224, 3), 245, np.uint8)
     for x, y in ((40, 60), (90, 60), (140, 60), (60, 110)):
         cv2.circle(image, (x, y), 9, (230, 190, 190), -1)
     cv2.circle(image, (160, 158), 18, (90, 40, 160), -1)  # cut by the lower edge; the tile goes on, mirrored
-    block, _ = image_block([image], random_bundle(tmp_path / "b", tiny=True))
+    block = image_block([image], random_bundle(tmp_path / "b", tiny=True))
     assert block.extents.tolist() == [[224, 168]]
-    semantic, cells, table, _ = segment_tiles(None, block, SegmentSettings(), "cpu")
-    assert len(table) == 1
-    assert table.bbox_ymax_px[0] == pytest.approx(168)
-    assert table.touches_border[0]
+    semantic, cells = segment_block(block, None, SegmentSettings(), "cpu")
+    assert len(cells) == 1
+    assert cells.table.bbox_ymax_px[0] == pytest.approx(168)
+    assert cells.table.touches_border[0]
     assert not semantic[0, 168:].any()
-    assert not cells[0, 168:].any()
+    assert not cells.labels[0, 168:].any()

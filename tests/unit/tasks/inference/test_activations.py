@@ -125,7 +125,7 @@ def test_maps_do_not_depend_on_how_many_cells_there_are(bundle: Bundle) -> None:
     assert few.tobytes() == many[:2].tobytes()
     nothing, none = explain_padded(hybrid, shown, crops[:0], masks[:0], BATCH)
     assert (nothing.shape, none.shape, none.dtype) == ((0, 96), (0, 4, 4, 4), np.float16)
-    assert blank_maps(3, 64).shape == (3, 4, 8, 8)
+    assert blank_maps(3, 64, 4).shape == (3, 4, 8, 8)
 
 
 @pytest.mark.parametrize("side", [32, 40, 44])

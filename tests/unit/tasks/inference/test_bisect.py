@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 
 from leukoflow.core.config import LimitSettings
-from leukoflow.runs.records import Shard, Source, SourceKind
+from leukoflow.runs.records import DIED, Shard, Source, SourceKind
 from leukoflow.tasks.inference import bisect
-from leukoflow.tasks.inference.shard import DIED, ShardJob
+from leukoflow.tasks.store.job import ShardJob
 
 JOB = ShardJob(
     root="/nowhere", run_id="r", source=Source("in.zip", SourceKind.ZIP, "i", 1), shard=Shard(0, 0, 16), attempt="a",

@@ -12,9 +12,9 @@ import zarr
 from leukoflow.core.geometry import field_geometry
 from leukoflow.core.method import SegmentSettings
 from leukoflow.runs.schema import CELLS
-from leukoflow.tasks.imaging.classify import Verdict
-from leukoflow.tasks.imaging.segment import cell_table, concatenate, square_micrometres
-from leukoflow.tasks.inference.blocks import cell_rows
+from leukoflow.tasks.imaging.cells import cell_table, concatenate, square_micrometres
+from leukoflow.tasks.imaging.classify import ImageDiagnosis
+from leukoflow.tasks.inference.rows import cell_rows
 from leukoflow.tasks.intake.open_run import Run
 
 
@@ -41,8 +41,8 @@ def test_without_a_scale_there_is_no_area() -> None:
     assert np.isnan(square_micrometres(np.array([100]), square(1.0), np.array([np.nan]))).all()
 
 
-def verdict(cells: int) -> Verdict:
-    return Verdict(np.full(4, 0.25), np.ones(4, np.bool_), np.zeros(cells, np.float32), 1.0, cells, None)
+def diagnosis(cells: int) -> ImageDiagnosis:
+    return ImageDiagnosis(np.full(4, 0.25), np.ones(4, np.bool_), np.zeros(cells, np.float32), 1.0, cells, None)
 
 
 def test_every_tile_has_the_scale_of_its_image() -> None:
@@ -54,7 +54,7 @@ def test_every_tile_has_the_scale_of_its_image() -> None:
     maps = np.concatenate([square(2.0), square(2.0), square(0.5), square(1.0)])
     table = concatenate([cell_table(semantic, plane, m, first_id=i + 1) for i, m in enumerate(maps)])
     rows = cell_rows(
-        table, np.arange(5), ["a", "a", "b", "c"], [verdict(2), verdict(1), verdict(1)], maps,
+        table, np.arange(5), ["a", "a", "b", "c"], [diagnosis(2), diagnosis(1), diagnosis(1)], maps,
         [0.25, 0.25, 0.4, None], "night",
     )  # fmt: skip
     assert rows.schema.equals(CELLS)

@@ -18,7 +18,7 @@ from leukoflow.flows import run as nightly
 from leukoflow.flows.run import _obituary, _why, _with_spool, _worth_a_retry
 from leukoflow.runs.records import Shard, Source, SourceKind
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.inference.shard import ShardJob, attempt_prefix
+from leukoflow.tasks.store.job import ShardJob, attempt_prefix
 
 SHARD = Shard(7, 112, 16)
 

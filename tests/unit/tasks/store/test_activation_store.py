@@ -18,23 +18,12 @@ from leukoflow.models.bundle import Bundle
 from leukoflow.runs.records import CLASSES
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.imaging.classify import standardize
-from leukoflow.tasks.inference.shard import (
-    STAGES,
-    ShardJob,
-    adopt_stages,
-    classify,
-    committed,
-    extract,
-    planned,
-    prepare,
-    probe,
-    recall,
-    segment,
-    stage_keys,
-    trail_of,
-)
+from leukoflow.tasks.inference.stages import classify, extract, prepare, probe, recall, segment, trail_of
+from leukoflow.tasks.inference.worker import planned
 from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.intake.plan import shards
+from leukoflow.tasks.store.commit import STAGES, adopt_stages, committed, stage_keys
+from leukoflow.tasks.store.job import ShardJob
 
 
 @pytest.fixture(scope="module")
@@ -120,9 +109,9 @@ def test_features_are_those_of_a_run_without_maps(
     from leukoflow.tasks.imaging.extract import blank_maps, extract_padded
 
     def unexplained(hybrid: Any, shown: Any, crops: Any, *rest: Any) -> Any:
-        return extract_padded(hybrid, crops, *rest), blank_maps(len(crops), crops.shape[1])
+        return extract_padded(hybrid, crops, *rest), blank_maps(len(crops), crops.shape[1], len(shown.weight))
 
-    monkeypatch.setattr("leukoflow.tasks.inference.blocks.explain_padded", unexplained)
+    monkeypatch.setattr("leukoflow.tasks.inference.chain.explain_padded", unexplained)
     job = begin(source, bundle, tmp_path)
     through(job)
     assert digests(Path(job.root, "features.zarr")) == digests(Path(done.root, "features.zarr"))

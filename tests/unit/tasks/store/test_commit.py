@@ -1,44 +1,29 @@
+"""Commits of a shard: the first wins, what no longer holds is taken back, keys follow what a stage is made from."""
+
 from __future__ import annotations
 
-import threading
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
-import zarr
 
-import leukoflow.tasks.inference.shard
 from leukoflow.cluster.code import code_digest
 from leukoflow.core.config import LimitSettings
-from leukoflow.core.errors import ClusterError, ShardError, StorageError
+from leukoflow.core.errors import StorageError
 from leukoflow.models.bundle import Bundle, random_bundle
-from leukoflow.runs.records import Marker, Member, Quality, Shard, ShardReceipt, Source, SourceKind, Status
+from leukoflow.runs.records import Marker, Member, Shard, ShardReceipt, Source, SourceKind
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.inference.blocks import inference_batches
-from leukoflow.tasks.inference.shard import (
-    DIED,
+from leukoflow.tasks.store.commit import (
     REVISIONS,
-    Fact,
-    ShardJob,
     adopt_stages,
-    array_of,
-    attempt_prefix,
     commit,
     committed,
     forget,
-    known_culprits,
     marker_key,
-    opened_bundle,
-    prepare,
-    read_facts,
     read_marker,
     stage_keys,
-    write_rows,
 )
-from leukoflow.tasks.inference.shard import _write_facts as write_facts
+from leukoflow.tasks.store.job import ShardJob, attempt_prefix
 
 SHARD = Shard(1, 16, 16)
 KEYS = {"masks": "m", "features": "f", "activations": "a", "predictions": "p"}
@@ -72,9 +57,6 @@ def finish(job: ShardJob, stage: str, data: bytes = b"data") -> Marker:
 
 
 HARMS = ["altered", "deleted", "made from something else"]
-
-
-# --- commit and resume -----------------------------------------------------------------------------------------------
 
 
 def test_a_commit_moves_the_files_and_leaves_a_marker(job: ShardJob) -> None:
@@ -203,9 +185,6 @@ def test_stages_of_another_run_are_adopted_where_they_match(job: ShardJob, tmp_p
     assert adopt_stages(newest, other, KEYS, {}) == {}
 
 
-# --- what a stage is made from ---------------------------------------------------------------------------------------
-
-
 @pytest.fixture(scope="module")
 def bundle(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
     return random_bundle(tmp_path_factory.mktemp("bundle") / "b", tiny=True)
@@ -248,101 +227,3 @@ def test_predictions_do_not_depend_on_activation_maps(bundle: Bundle, monkeypatc
     monkeypatch.setitem(REVISIONS, "activations", 99)
     after = stage_keys(bundle, [MEMBER], "cpu")
     assert [stage for stage in before if before[stage] != after[stage]] == ["activations"]
-
-
-def test_another_bundle_under_the_name_is_refused(bundle: Bundle) -> None:
-    assert opened_bundle(str(bundle.path), bundle.digest).digest == bundle.digest
-    with pytest.raises(ShardError, match="install the same one"):
-        opened_bundle(str(bundle.path), "0" * 64)
-
-
-def test_other_code_is_refused(job: ShardJob) -> None:
-    with pytest.raises(ClusterError, match="runs other code"):
-        prepare(replace(job, code="other"), 16)
-
-
-# --- batches and rows ------------------------------------------------------------------------------------------------
-
-
-def test_members_keep_their_slot_whoever_is_missing() -> None:
-    everybody = inference_batches(np.arange(16, 24, dtype=np.int32), 4)
-    assert everybody == ((0, 1, 2, 3), (4, 5, 6, 7))
-    without_18_and_20 = inference_batches(np.array([16, 17, 19, 21, 22, 23], np.int32), 4)
-    assert without_18_and_20 == ((0, 1, -1, 2), (-1, 3, 4, 5))
-
-
-def test_a_large_member_fills_batches_of_its_own() -> None:
-    owners = np.array([16, 17, 17, 17, 17, 17, 18], np.int32)
-    assert inference_batches(owners, 4) == ((0, -1, 6, -1), (1, 2, 3, 4), (5, -1, -1, -1))
-    assert inference_batches(np.zeros(0, np.int32), 4) == ()
-
-
-def test_rows_are_written_at_their_place_and_may_be_written_again() -> None:
-    group = zarr.open_group(zarr.storage.MemoryStore(), mode="a")
-    rows = np.arange(12, dtype=np.float32).reshape(6, 2)
-    for start, end in ((0, 4), (4, 6), (4, 6)):
-        write_rows(group, "hybrid", start, rows[start:end], (2, 2), (4, 2))
-    assert np.array_equal(np.asarray(array_of(group, "hybrid")[:]), rows)
-    with pytest.raises(StorageError, match="lacks the array nothing"):
-        array_of(group, "nothing")
-
-
-def test_facts_survive_the_way_through_parquet(job: ShardJob) -> None:
-    quality = Quality(5.5, 0.8, 0.01, 0.2, 0.1, 1.2, 0.6, 0.4, ("a flag",), ("too dark: 0.1 < 0.25",))
-    facts = [
-        Fact(16, None, None, "ab", 640, 480, replace(quality, reasons=()), 4, 0),
-        Fact(17, Status.REJECTED, "too dark: 0.1 < 0.25", "cd", 640, 480, quality, 0, None),
-        Fact(18, Status.QUARANTINED, f"{DIED}: signal 9", None, None, None, None, 0, None),
-        Fact(19, Status.QUARANTINED, "empty: 0 bytes", "ef", None, None, None, 0, None),
-    ]
-    write_facts(job, facts)
-    roots = ["fields/part-00001.parquet"]
-    commit(job, "masks", "m", roots)
-    assert read_facts(job.root, SHARD) == facts
-    assert known_culprits(job) == ((18, f"{DIED}: signal 9"),)
-
-
-def test_a_plan_that_was_made_anew_is_seen(job: ShardJob) -> None:
-    """A worker may outlive a run that was deleted and begun again under the same name."""
-    from leukoflow.tasks.inference.shard import open_plan
-
-    def write(text: str) -> None:
-        sink = pa.BufferOutputStream()
-        pq.write_table(pa.table({"image_key": [text]}), sink)
-        Storage(job.root).write("plan.parquet", sink.getvalue().to_pybytes())
-
-    for text in ("old", "new"):
-        write(text)
-        assert open_plan(job.root).read()["image_key"].to_pylist() == [text]
-
-
-@pytest.mark.parametrize("store", ["away", "silent"])
-def test_a_process_that_exceeds_its_time_ends_though_its_note_cannot_be_written(
-    job: ShardJob, monkeypatch: pytest.MonkeyPatch, store: str
-) -> None:
-    ended, release, codes = threading.Event(), threading.Event(), list[int]()
-
-    def end(code: int) -> None:
-        codes.append(code)
-        ended.set()
-
-    def write(*_: object) -> None:
-        if store == "silent":
-            release.wait(60)
-            return
-        raise StorageError("the store is away")
-
-    monkeypatch.setattr(threading, "excepthook", lambda *_: None)
-    monkeypatch.setattr(leukoflow.tasks.inference.shard.os, "_exit", end)
-    monkeypatch.setattr(leukoflow.tasks.inference.shard, "NOTE_SECONDS", 0.05 if store == "silent" else 60.0)
-    limited = replace(job, limits=LimitSettings.model_construct(stage_seconds=0.01))
-    with monkeypatch.context() as patch:
-        patch.setattr(Storage, "write", write)
-        with leukoflow.tasks.inference.shard._guard(limited, "segment"):
-            assert ended.wait(30)
-        release.set()
-        for timer in threading.enumerate():
-            if isinstance(timer, threading.Timer):
-                timer.cancel()
-                timer.join()
-    assert set(codes) == {75}

@@ -1,0 +1,157 @@
+"""Keep what a worker process needs for many shards (bundle, networks, decoder, plan), and guard its stages."""
+
+from __future__ import annotations
+
+import json
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from functools import lru_cache
+from typing import Any
+
+import pyarrow.parquet as pq
+from distributed import get_worker
+
+from leukoflow.cluster.code import code_digest
+from leukoflow.cluster.telemetry import told
+from leukoflow.core.config import LimitSettings
+from leukoflow.core.errors import AttemptError, ClusterError, ShardError, StorageError
+from leukoflow.core.method import SegmentSettings
+from leukoflow.models.bundle import Bundle, load_bundle
+from leukoflow.models.hybrid_cn_nas import Readout
+from leukoflow.runs.records import Member, Shard
+from leukoflow.storage.base import Storage
+from leukoflow.tasks.decoding.ingest import Decoder
+from leukoflow.tasks.imaging.classify import readout
+from leukoflow.tasks.inference.rows import check_storable
+from leukoflow.tasks.intake.plan import read_shard
+from leukoflow.tasks.store.job import ShardJob, attempt_prefix, started_key
+
+NOTE_SECONDS = 60.0
+"""How long a process that has exceeded its time may take to leave a note of why it ends."""
+
+
+@lru_cache(maxsize=4)
+def opened_bundle(name: str, digest: str) -> Bundle:
+    """Open the bundle, checked once per process.
+
+    Raises:
+        ShardError: this machine has another one under the name.
+        BundleError: a run cannot store what a bundle with these classes says.
+    """
+    bundle = load_bundle(name, digest)
+    if bundle.digest != digest:
+        raise ShardError(
+            f"bundle {name} is {bundle.digest[:12]} on this worker, the run wants {digest[:12]}; install the same one"
+        )
+    check_storable(bundle)
+    return bundle
+
+
+def load_models(bundle: str, digest: str, device: str) -> None:
+    """Load all of a bundle's models into this process, so that the first shard finds them there."""
+    for part in ("segmenter", "hybrid", "classifier"):
+        component(bundle, digest, device, part)
+
+
+@lru_cache(maxsize=6)
+def component(bundle: str, digest: str, device: str, part: str) -> Any:
+    """Load a component (`segmenter`, `hybrid`, `classifier`) once per process."""
+    return getattr(opened_bundle(bundle, digest), part)(device)
+
+
+@lru_cache(maxsize=2)
+def readout_of(bundle: str, digest: str, device: str) -> Readout:
+    """Make what activation maps show, once per process: the classifier's evidence as a function of features."""
+    return readout(opened_bundle(bundle, digest), component(bundle, digest, device, "classifier"), device)
+
+
+@lru_cache(maxsize=1)
+def decoder_of(limits: LimitSettings, settings: str) -> Decoder:
+    """Return this process's disposable decoding child."""
+    return Decoder(limits, SegmentSettings.model_validate_json(settings))
+
+
+def open_plan(root: str) -> pq.ParquetFile:
+    """Open the frozen plan; its footer is read once per process. For one thread: others use `planned`."""
+    return _open_plan(root, Storage(root).stamp("plan.parquet"))
+
+
+@lru_cache(maxsize=2)
+def _open_plan(root: str, stamp: str) -> pq.ParquetFile:
+    """Open the plan; `stamp` changes with a run that was deleted and started again while this process lived on."""
+    storage = Storage(root)
+    return pq.ParquetFile(storage.uri("plan.parquet") if storage.is_local else storage.open("plan.parquet"))
+
+
+_plan_lock = threading.Lock()
+
+
+def planned(root: str, shard: Shard) -> list[Member]:
+    """Read a shard's members from the frozen plan. One reader serves one thread at a time."""
+    with _plan_lock:
+        return read_shard(open_plan(root), shard.ordinal)
+
+
+def members_of(job: ShardJob) -> list[Member]:
+    """Read the members of the job's shard from the frozen plan."""
+    return planned(job.root, job.shard)
+
+
+def _current_task() -> str | None:
+    """Return the key of the Dask task that runs here, None outside of Dask."""
+    try:
+        return str(get_worker().get_current_task())
+    except ValueError:
+        return None
+
+
+@contextmanager
+def guarded(job: ShardJob, stage: str) -> Iterator[None]:
+    """Refuse other code, and end this process when the stage exceeds its time.
+
+    The clock starts with the processing, not with submission. A thread cannot be interrupted, so the process goes; the
+    nanny restarts it and Prefect sees the death. The note left behind says why.
+    """
+    if job.code != code_digest():
+        raise ClusterError(
+            f"this worker runs other code ({code_digest()}) than the flow ({job.code}); restart the workers"
+        )
+    if (task := _current_task()) is not None and not Storage(job.root).create(started_key(job, task), b""):
+        raise AttemptError(f"shard {job.shard.name}: results of its {stage} were lost with a worker")
+    limit = job.limits.stage_seconds
+
+    def give_up() -> None:
+        note = {
+            "stage": stage,
+            "message": f"stage {stage} ran longer than its limit of {limit:.0f} s (limits.stage_seconds)",
+        }
+        last = threading.Timer(NOTE_SECONDS, os._exit, (75,))  # for a store that never answers
+        last.daemon = True
+        last.start()
+        try:
+            Storage(job.root).write(f"{attempt_prefix(job.shard, job.attempt)}/timeout.json", json.dumps(note).encode())
+        finally:  # also where no note can be written: the process must go
+            os._exit(75)
+
+    timer = threading.Timer(limit, give_up)
+    timer.daemon = True
+    timer.start()
+    try:
+        with told(job.run_id, job.shard.name, stage):
+            yield
+    finally:
+        timer.cancel()
+        _sweep_up(job)
+
+
+def _sweep_up(job: ShardJob) -> None:
+    """Remove the attempt if the run is finished: the task of a flow that was killed may end after another one's."""
+    if job.only is not None:
+        return
+    storage = Storage(job.root)
+    with suppress(StorageError):
+        if storage.exists("manifest.json"):
+            storage.delete(attempt_prefix(job.shard, job.attempt))
+            storage.prune(f"_attempts/{job.shard.name}")

@@ -26,7 +26,6 @@ def plain_worker(
 ) -> None:
     """The stage functions over some members, in this process alone."""
     import cv2
-    import numpy as np
     import torch
 
     torch.set_num_threads(1)
@@ -36,38 +35,31 @@ def plain_worker(
     from leukoflow.models.bundle import load_bundle
     from leukoflow.runs.records import Shard
     from leukoflow.sources.members import identify
-    from leukoflow.tasks.imaging.classify import diagnose, pool_tiles, readout
-    from leukoflow.tasks.inference import shard as chain
+    from leukoflow.tasks.inference.chain import diagnose_block, load_networks
+    from leukoflow.tasks.inference.stages import prepare
+    from leukoflow.tasks.inference.worker import open_plan
     from leukoflow.tasks.intake.plan import plan
+    from leukoflow.tasks.store.job import ShardJob
 
     with tempfile.TemporaryDirectory() as root:
         found = identify(source)
         plan(found, Path(root) / "plan.parquet", shard_size=size)
         bundle = load_bundle(bundle_name)
-        unet, hybrid, classifier = bundle.segmenter("cpu"), bundle.hybrid("cpu"), bundle.classifier("cpu")
-        shown, jobs = readout(bundle, classifier), []
+        networks, jobs = load_networks(bundle), []
         for ordinal in range(first, first + count):
-            piece = Shard(ordinal, ordinal * size, chain.open_plan(root).metadata.row_group(ordinal).num_rows)
+            piece = Shard(ordinal, ordinal * size, open_plan(root).metadata.row_group(ordinal).num_rows)
             jobs.append(
-                chain.ShardJob(
+                ShardJob(
                     root=root, run_id="plain", source=found, shard=piece, attempt="plain", bundle=bundle_name,
                     bundle_digest=bundle.digest, device="cpu", code=code_digest(), limits=LimitSettings(),
                     meta_columns=(),
                 )
             )  # fmt: skip
-        method = bundle.spec.method
         ready.put(os.getpid())  # type: ignore[attr-defined]
         go.wait()  # type: ignore[attr-defined]
         started, served = time.perf_counter(), 0
         for job in jobs:
-            block = chain.prepare(job, job.shard.first)
-            _, masks, table, offsets = chain.segment_tiles(unet, block, method.segment, "cpu")
-            whole, cells, _ = chain.explain_tiles(hybrid, shown, block, masks, table, offsets, method.features, "cpu")
-            diagnosis = diagnose(
-                bundle, classifier, whole, cells, offsets, table.cell_area_px.astype(np.float32), "cpu"
-            )
-            tiles = np.array([f.n_tiles for f in block.facts if f.n_tiles], np.int64)
-            served += len(pool_tiles(bundle, diagnosis, offsets, tiles))
+            served += len(diagnose_block(prepare(job, job.shard.first), networks).images)
         out.put((served, time.perf_counter() - started))  # type: ignore[attr-defined]
 
 

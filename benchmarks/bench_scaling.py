@@ -174,10 +174,10 @@ def _on_cpu(stage: str, job: Any, *rest: Any) -> Any:
     """A stage with CPU torch, on a worker that offers a GPU; leaves behind when and where it ran."""
     from distributed import get_worker
 
-    from leukoflow.tasks.inference import shard
+    from leukoflow.tasks.inference import stages
 
     began = time.time()
-    found = getattr(shard, stage)(replace(job, device="cpu"), *rest)
+    found = getattr(stages, stage)(replace(job, device="cpu"), *rest)
     words = f"{stage} {get_worker().name} {began} {time.time()}\n"
     with (Path(job.root) / f"times-{os.getpid()}.txt").open("a") as file:
         file.write(words)
@@ -207,9 +207,10 @@ def pipeline(source: Path, bundle: str, folder: Path) -> None:
     from leukoflow.cluster.code import code_digest
     from leukoflow.core.config import ClusterSettings, load_config
     from leukoflow.flows import run as nightly
-    from leukoflow.tasks.inference.shard import ShardJob, load_models
+    from leukoflow.tasks.inference.worker import load_models
     from leukoflow.tasks.intake.open_run import open_run
     from leukoflow.tasks.intake.plan import shards
+    from leukoflow.tasks.store.job import ShardJob
 
     leukoflow.cluster.workers.visible_gpus = lambda: ["0"]  # type: ignore[assignment]
     for stage in (prepare, segment, extract, classify):

@@ -159,7 +159,7 @@ def _carry_out(console: Console, opened: Run, settings: RunConfig, keep_prefect:
     view.show_plan(console, opened.run_id, opened.root, opened.summary)
     # What the flow will import takes its seconds on one core while the server starts on the other; Prefect itself must
     # not be among it yet.
-    threading.Thread(target=importlib.import_module, args=("leukoflow.tasks.inference.shard",), daemon=True).start()
+    threading.Thread(target=importlib.import_module, args=("leukoflow.tasks.inference.stages",), daemon=True).start()
     with (
         beating(opened.root, "waiting for Prefect's server") as heart,
         prefect_api(keep_prefect, debug),

@@ -20,18 +20,19 @@ from typing import Any
 SIDE = 8
 
 
-def _shard(module: Any) -> None:
+def _stages(module: Any) -> None:
     import numpy as np
 
     from leukoflow.runs.records import StageTiming
-    from leukoflow.tasks.imaging.classify import Diagnosis
-    from leukoflow.tasks.imaging.segment import CellTable
+    from leukoflow.tasks.imaging.cells import Cells, CellTable
+    from leukoflow.tasks.imaging.classify import TileDiagnoses, pool_tiles
+    from leukoflow.tasks.imaging.extract import Features
     from leukoflow.tasks.inference.blocks import inference_batches
 
     @functools.wraps(module.prepare)
     def prepare(job: Any, first: int) -> Any:
         started = time.perf_counter()
-        with module._guard(job, "prepare"):
+        with module.guarded(job, "prepare"):
             method = module.opened_bundle(job.bundle, job.bundle_digest).spec.method
             members = module.members_of(job)[first - job.shard.first :]
             n = len(members)
@@ -57,36 +58,33 @@ def _shard(module: Any) -> None:
                 timings=(StageTiming("prepare", time.perf_counter() - started, n),),
             )
 
-    def segment_tiles(model: Any, block: Any, settings: Any, device: str) -> Any:
+    def segment_block(block: Any, segmenter: Any, settings: Any, device: str) -> Any:
         n = len(block.tiles)
         kinds = {name: np.dtype(kind) for name, kind in _cells()}
         table = CellTable(**{name: np.ones(n, kind) for name, kind in kinds.items()})
         planes = np.zeros((n, SIDE, SIDE), np.uint8)
-        return planes, planes.astype(np.uint16), table, np.arange(n + 1, dtype=np.int64)
+        return planes, Cells(planes.astype(np.uint16), table, np.arange(n + 1, dtype=np.int64))
 
     def _cells() -> list[tuple[str, Any]]:
-        from leukoflow.tasks.imaging.segment import concatenate
+        from leukoflow.tasks.imaging.cells import concatenate
 
         empty = concatenate([])
         return [(name, getattr(empty, name).dtype) for name in CellTable.__dataclass_fields__]
 
-    def explain_tiles(
-        hybrid: Any, shown: Any, block: Any, cells: Any, table: Any, offsets: Any, settings: Any, device: str
-    ) -> Any:
-        n = len(table)
-        features = np.zeros((n, hybrid.num_features), np.float32)
-        return features, features, np.zeros((n, 4, 1, 1), np.float16)
+    def extract_block(block: Any, cells: Any, hybrid: Any, readout: Any, settings: Any, device: str) -> Any:
+        n = len(cells)
+        found = np.zeros((n, hybrid.num_features), np.float32)
+        return Features(found, found, cells.offsets, cells.area), np.zeros((n, len(readout.weight), 1, 1), np.float16)
 
-    def diagnose(
-        bundle: Any, classifier: Any, hybrid: Any, cells: Any, offsets: Any, area: Any, device: str
-    ) -> Diagnosis:
-        n = len(hybrid)
+    def classify_block(features: Any, n_tiles: Any, bundle: Any, classifier: Any, device: str) -> Any:
+        n = len(features.field)
         share = (np.arange(n) % 97 + 1.5) / 100
         probabilities = np.stack([1 - share, share / 2, share / 4, share / 4], axis=1)
-        return Diagnosis(probabilities, probabilities > 0.2, np.ones(n, np.float32), np.ones(n), (None,) * n)
+        tiles = TileDiagnoses(probabilities, probabilities > 0.2, np.ones(n, np.float32), np.ones(n), (None,) * n)
+        return pool_tiles(bundle, tiles, features.offsets, n_tiles)
 
-    module.prepare, module.segment_tiles, module.explain_tiles, module.diagnose = (
-        prepare, segment_tiles, explain_tiles, diagnose,
+    module.prepare, module.segment_block, module.extract_block, module.classify_block = (
+        prepare, segment_block, extract_block, classify_block,
     )  # fmt: skip
 
 
@@ -133,7 +131,7 @@ def _preflight(module: Any) -> None:
 
 
 HOOKS = {
-    "leukoflow.tasks.inference.shard": _shard,
+    "leukoflow.tasks.inference.stages": _stages,
     "leukoflow.tasks.intake.preflight": _preflight,
     "leukoflow.flows.run": _nightly,
 }

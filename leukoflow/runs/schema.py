@@ -6,9 +6,15 @@ from collections.abc import Sequence
 
 import pyarrow as pa
 
+from leukoflow.runs.records import CLASSES
+
 SCHEMA_VERSION = 2
 """Of what a run stores. Since 2, `cells/` and slides name their run, areas are given in square micrometres as well, and
 labels are counted over the predicted images alone."""
+
+PROBABILITY_OF = dict(zip(CLASSES, ("prob_benign", "prob_early", "prob_pre", "prob_pro"), strict=True))
+"""Class to the column of its probability. What is stored is bound to these four classes: the tables by their columns,
+receipts and manifests by counting labels in the order of `CLASSES`. All else takes the classes from the bundle."""
 
 PREDICTIONS = pa.schema(
     [

@@ -20,12 +20,15 @@ from pydantic import Field
 from leukoflow.core.errors import ConfigError, SourceError
 from leukoflow.core.geometry import field_geometry
 from leukoflow.core.method import MethodSettings, Settings
-from leukoflow.models.bundle import Preset, preset
 from leukoflow.models.hybrid_cn_nas import BackboneSpec
+from leukoflow.models.presets import Preset, preset
 from leukoflow.runs.records import CLASSES
 from leukoflow.tasks.decoding.decode_child import RefusedError, check_image
-from leukoflow.tasks.imaging.normalize import mask_overlays, normalize
-from leukoflow.tasks.imaging.segment import cell_table, crop_cells, pseudo_semantic, watershed_cells
+from leukoflow.tasks.imaging.cells import cell_table, crop_cells
+from leukoflow.tasks.imaging.normalize import normalize
+from leukoflow.tasks.imaging.overlays import mask_overlays
+from leukoflow.tasks.imaging.segment import watershed_cells
+from leukoflow.tasks.imaging.semantic import pseudo_semantic
 
 FIELDS_ZIP, FIELDS_CSV, MASKS_ZIP = "all_fields.zip", "all_fields.csv", "wbc_masks.zip"
 BOXED_ZIP, BOXES_CSV = "bccd_fields.zip", "bccd_fields_boxes.csv"
@@ -71,10 +74,11 @@ class Labels:
     """One entry per labelled field."""
 
     keys: tuple[str, ...]
-    y: NDArray[np.int64]  # index into CLASSES
+    y: NDArray[np.int64]  # index into `classes`
     slide: tuple[str, ...]
     cluster: tuple[str, ...]
     digest: str  # over keys, labels and groups
+    classes: tuple[str, ...] = CLASSES
 
     def __len__(self) -> int:
         """Number of fields."""
@@ -89,11 +93,12 @@ class Labels:
             tuple(self.slide[i] for i in pick),
             tuple(self.cluster[i] for i in pick),
             self.digest,
+            self.classes,
         )
 
 
-def read_labels(data_dir: Path) -> Labels:
-    """Reads `all_fields.csv`. Raises SourceError naming what is missing or unknown."""
+def read_labels(data_dir: Path, classes: tuple[str, ...] = CLASSES) -> Labels:
+    """Reads `all_fields.csv`, whose labels are of `classes`. Raises SourceError naming what is missing or unknown."""
     path = data_dir / FIELDS_CSV
     if not path.is_file():
         raise SourceError(f"no {FIELDS_CSV} in {data_dir}: point the data directory at the shared training data")
@@ -103,13 +108,13 @@ def read_labels(data_dir: Path) -> Labels:
         if missing:
             raise SourceError(f"{path} lacks the columns {sorted(missing)}")
         table = list(reader)
-    unknown = sorted({row["label"] or "empty" for row in table} - set(CLASSES))
+    unknown = sorted({row["label"] or "empty" for row in table} - set(classes))
     if unknown:
-        raise SourceError(f"{path} has labels {unknown}; known are {list(CLASSES)}")
+        raise SourceError(f"{path} has labels {unknown}; known are {list(classes)}")
     columns = [[row[c] for row in table] for c in ("image_key", "label", "slide_id", "cluster_id")]
-    y = np.array([CLASSES.index(label) for label in columns[1]], np.int64)
+    y = np.array([classes.index(label) for label in columns[1]], np.int64)
     digest = hashlib.sha256(json.dumps(columns).encode()).hexdigest()
-    return Labels(tuple(columns[0]), y, tuple(columns[2]), tuple(columns[3]), digest)
+    return Labels(tuple(columns[0]), y, tuple(columns[2]), tuple(columns[3]), digest, classes)
 
 
 def read_members(archive: Path, names: Sequence[str] | None) -> Iterator[NDArray[np.uint8]]:

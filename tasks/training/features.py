@@ -14,14 +14,16 @@ from numpy.typing import NDArray
 from leukoflow.core.method import MethodSettings
 from leukoflow.models.attention_unet import segment_batch
 from leukoflow.models.hybrid_cn_nas import HybridCNNas, build_backbone
-from leukoflow.tasks.imaging.extract import extract_padded, field_means
-from leukoflow.tasks.imaging.segment import cell_table, crop_cells, crop_masks, pseudo_semantic, single_cells
+from leukoflow.tasks.imaging.cells import cell_table, crop_cells, crop_masks
+from leukoflow.tasks.imaging.extract import Features, extract_padded
+from leukoflow.tasks.imaging.segment import single_cells
+from leukoflow.tasks.imaging.semantic import pseudo_semantic
 from leukoflow.tasks.training.data import Prepared, TrainConfig
 from leukoflow.tasks.training.segmenter import load_segmenter
 
 
 @dataclass(frozen=True, slots=True)
-class Cells:
+class CellCrops:
     """Cells of all fields as the trained segmenter finds them; memory-mapped."""
 
     crops: NDArray[np.uint8]  # [m, cell_px, cell_px, 3]
@@ -30,23 +32,9 @@ class Cells:
     area: NDArray[np.float32]  # [m]
 
 
-@dataclass(frozen=True, slots=True)
-class Features:
-    """Hybrid features of all fields and cells."""
-
-    field: NDArray[np.float32]  # [n, D]
-    cells: NDArray[np.float32]  # [m, D]
-    offsets: NDArray[np.int64]
-    area: NDArray[np.float32]
-
-    def columns(self, which: NDArray[np.int64]) -> Features:
-        """The same with some columns only."""
-        return Features(self.field[:, which], self.cells[:, which], self.offsets, self.area)
-
-
 def collect_cells(
     fields: Iterable[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint16]]], method: MethodSettings
-) -> Cells:
+) -> CellCrops:
     """Cells of fields given as picture to cut from, classes and cells: uint8 [S, S, 3], uint8 and uint16 [S, S]."""
     window, side = method.features.cell_window_px, method.features.cell_px
     crops, masks, areas, offsets = [], [], [], [0]
@@ -57,7 +45,7 @@ def collect_cells(
         masks.append(crop_masks(cells, table.cell_id, centres, window, side))
         areas.append(table.cell_area_px.astype(np.float32))
         offsets.append(offsets[-1] + len(table))
-    return Cells(
+    return CellCrops(
         np.concatenate(crops),
         np.concatenate(masks),
         np.array(offsets, np.int64),
@@ -90,12 +78,12 @@ def find_cells(
     np.save(done, cells.offsets)
 
 
-def load_cells(work: Path) -> Cells:
+def load_cells(work: Path) -> CellCrops:
     """Opens what `find_cells` left."""
     crops, masks, offsets, area = (
         np.load(work / f"cells_{name}.npy", mmap_mode="r") for name in ("crops", "masks", "offsets", "area")
     )
-    return Cells(crops, masks, offsets, area)
+    return CellCrops(crops, masks, offsets, area)
 
 
 def rows_of(offsets: NDArray[np.int64], fields: NDArray[np.int64]) -> NDArray[np.int64]:
@@ -133,4 +121,4 @@ def load_features(work: Path, backbones: tuple[str, ...]) -> Features:
     single = np.concatenate([np.load(work / f"features_{name}.npy") for name in backbones], axis=-1)
     cells = load_cells(work)
     offsets, area = np.array(cells.offsets), np.array(cells.area)
-    return Features(field_means(single, offsets, area), single, offsets, area)
+    return Features.of_cells(single, offsets, area)

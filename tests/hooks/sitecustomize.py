@@ -62,7 +62,7 @@ def _extract(module: Any) -> None:
     module.crop_cells = trapped
 
 
-TRAPS = {"leukoflow.tasks.imaging.normalize": _normalize, "leukoflow.tasks.imaging.segment": _extract}
+TRAPS = {"leukoflow.tasks.imaging.normalize": _normalize, "leukoflow.tasks.imaging.cells": _extract}
 
 
 class _Finder(importlib.abc.MetaPathFinder):

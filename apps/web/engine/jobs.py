@@ -41,7 +41,7 @@ class EngineLike(Protocol):
         um_per_px: float | None = None,
         on_stage: Callable[[str], None] | None = None,
     ) -> Any:
-        """Diagnose an image."""
+        """A Diagnosis."""
 
     def load(self) -> Any:
         """Return an EngineLoad."""
@@ -55,7 +55,7 @@ class Item:
     size: int
     bundle: str  # empty: the first one
     stage: str = "waiting"  # then decode, normalize, segment, extract, classify, done
-    diagnosis: Any = None  # leukoflow.tasks.inference.single.Diagnosis
+    finding: Any = None  # leukoflow.tasks.inference.single.Diagnosis
     error: str = ""  # why there is none, for people
     busy: bool = False  # the error is that the queue was full
     fault: bool = False  # the error is the program's, not the image's

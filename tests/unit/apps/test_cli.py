@@ -189,7 +189,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     for name, content in (
         ("leukoflow.tasks.intake.open_run", {"open_run": open_run}),
         ("leukoflow.flows.run", {"screen": screen}),
-        ("leukoflow.tasks.inference.shard", {}),
+        ("leukoflow.tasks.inference.stages", {}),
     ):
         module = types.ModuleType(name)
         module.__dict__.update(content)

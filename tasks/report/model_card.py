@@ -66,7 +66,7 @@ TITLES = {"cluster": "Whole clusters held out", "slide": "Whole slides held out"
 
 
 def render(bundle: Bundle) -> str:
-    """Markdown of the card."""
+    """Write the card of a bundle in Markdown."""
     spec, training = bundle.spec, bundle.spec.training
     lines = [f"# Model card: {spec.name}", "", f"Bundle `{bundle.digest[:16]}`, preset {spec.preset}.", "", ORIGIN]
     lines += [

@@ -76,12 +76,15 @@ def test_the_page_shows_every_section_and_needs_nothing_else() -> None:
         "another laboratory", "p = 0.0321", "+0.0300 to +0.2000", "75.0 %", "-0.1000",
     ):  # fmt: skip
         assert part in page, part
-    assert "http" not in page
+    assert "//" not in page
+    assert "url(" not in page
+    assert not re.search(r"<(img|image|link|iframe|object|use)\b", page)
+    assert '<meta http-equiv="Content-Security-Policy" content="default-src \'none\';' in page
     assert "<script" not in page
     assert page.count("<svg") == 8
 
 
-def test_abstention_is_told_in_todays_words() -> None:
+def test_abstention_is_reported_in_todays_words() -> None:
     """The figures are of a bundle that was measured when the reason had another word."""
     page = render(RESULT)
     assert "out of distribution 3" in page

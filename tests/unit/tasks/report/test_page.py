@@ -1,52 +1,48 @@
-"""Numbers for people: never a certainty, nor nothing, by rounding alone."""
+"""The frame of the reports: what is given to a template is escaped, and what is missing is an error."""
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
+from jinja2 import DictLoader, UndefinedError
+from markupsafe import escape
 
-from leukoflow.apps.web import words
-from leukoflow.tasks.report.page import percent, probability, share, tick
-
-
-@pytest.mark.parametrize(
-    ("value", "shown"),
-    [
-        (1.0, "> 0.999"),
-        (0.9999, "> 0.999"),
-        (0.9994, "0.999"),
-        (0.5, "0.500"),
-        (0.0006, "0.001"),
-        (0.0004, "< 0.001"),
-        (0.0, "< 0.001"),
-    ],
-)
-def test_probabilities(value: float, shown: str) -> None:
-    assert probability(value) == shown
-    assert words.prob(value) == shown
+from leukoflow.tasks.report import page
+from leukoflow.tasks.report.numbers import shown
 
 
-@pytest.mark.parametrize(
-    ("value", "digits", "shown"),
-    [
-        (None, 1, "–"),
-        (0.0, 1, "0.0 %"),
-        (0.0001, 1, "< 0.1 %"),
-        (0.9999, 1, "> 99.9 %"),
-        (1.0, 1, "100.0 %"),
-        (0.998, 0, "> 99 %"),
-        (0.002, 0, "< 1 %"),
-        (0.42, 0, "42 %"),
-    ],
-)
-def test_shares(value: float | None, digits: int, shown: str) -> None:
-    assert percent(value, digits) == shown
-    assert words.percent(value, digits) == shown.replace(" %", "\u202f%")
+def test_text_is_escaped_and_bounded() -> None:
+    assert str(escape(shown("a<b>&\n"))) == "a&lt;b&gt;&amp;\\u000a"
+    assert len(shown("x" * 1000, 40)) == 41
 
 
-def test_a_share_of_nothing_is_none() -> None:
-    assert share(0, 0) == "–"
-    assert share(1, 4) == "25.0 %"
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    environment = page._environment().overlay(
+        loader=DictLoader({"small.html": "<p>\n<b>{{ words | shown(20) }}</b>\nand\n  more.</p>\n{# no #}\n<p>.</p>"})
+    )
+    monkeypatch.setattr(page, "_environment", lambda: environment)
 
 
-def test_a_tick_is_where_it_says() -> None:
-    assert [tick(v) for v in (2.5, 5, 12.5, 1200)] == ["2.5", "5", "12", "1,200"]
+@pytest.mark.usefixtures("small")
+def test_words_are_escaped_and_breaks_between_tags_are_no_spaces() -> None:
+    assert page.render("small.html", words="<i>'\n") == "<p><b>&lt;i&gt;&#39;\\u000a</b> and more.</p><p>.</p>"
+
+
+@pytest.mark.usefixtures("small")
+def test_a_missing_name_is_an_error() -> None:
+    with pytest.raises(UndefinedError, match="words"):
+        page.render("small.html")
+
+
+def test_the_frame_lets_a_page_load_nothing() -> None:
+    folder = Path(page.__file__).parent / "templates"
+    base = (folder / "base.html").read_text()
+    assert "content=\"default-src 'none'; img-src data:; style-src 'unsafe-inline'\"" in base
+    for name in ("run.html", "nights.html", "evaluation.html"):
+        assert (folder / name).read_text().startswith('{% extends "base.html" %}')
+    for path in folder.rglob("*"):
+        if path.is_file():
+            assert not re.search(r"\| *safe|autoescape|<script|\bon\w+=|url\(|@import|https?:", path.read_text()), path

@@ -15,7 +15,7 @@ from typing import Any
 
 from leukoflow.core.method import SegmentSettings
 from leukoflow.runs.records import CLASSES, Quality, Status
-from leukoflow.tasks.report import page
+from leukoflow.tasks.report import numbers
 from leukoflow.tasks.review import wording
 from leukoflow.tasks.review.wording import Scale
 from leukoflow.tasks.review.worklist import Frequency, Summary
@@ -156,13 +156,13 @@ def number(value: float, digits: int = 0) -> str:
 
 
 def prob(value: float) -> str:
-    """Format a probability to three places, never rounded to certainty."""
-    return page.probability(value)
+    """A probability to three places, never rounded to certainty."""
+    return wording.probability(value)
 
 
 def percent(share: float | None, digits: int = 0) -> str:
-    """Format a share in percent, never rounded to 0 or 100 %; a dash if there is none."""
-    return page.percent(share, digits).replace(" %", "\u202f%")
+    """A share in percent, a dash where there is none; never rounded to all or none of it."""
+    return numbers.percent(share, digits).replace(" %", "\u202f%")
 
 
 def day(at: str | None) -> str:

@@ -56,7 +56,7 @@ class SelfAttention(nn.Module):
         self.dropout = nn.Dropout(dropout)
 
     def forward(self, tokens: Tensor, seen: Tensor) -> Tensor:
-        """`tokens` [N, T, W], `seen` bool [N, T] -> tokens."""
+        """Map `tokens` [N, T, W], `seen` bool [N, T] to tokens."""
         n, t, width = tokens.shape
         q, k, v = self.qkv(self.norm1(tokens)).view(n, t, 3, self.heads, width // self.heads).permute(2, 0, 3, 1, 4)
         scores = q @ k.transpose(-2, -1) / (width // self.heads) ** 0.5
@@ -80,7 +80,7 @@ class ClassAttention(nn.Module):
         nn.init.zeros_(self.query.bias)
 
     def forward(self, tokens: Tensor, prior: Tensor) -> Tensor:
-        """`tokens` [N, 1 + M, W], the class token first, `prior` [N, M] -> attention [N, M], averaged over heads."""
+        """Map `tokens` [N, 1 + M, W], class token first, and `prior` [N, M] to attention [N, M], a mean over heads."""
         n, t, width = tokens.shape
         tokens = self.norm(tokens)
         query = self.query(tokens[:, :1]).view(n, 1, self.heads, width // self.heads).transpose(1, 2)

@@ -29,7 +29,7 @@ class UNetSpec(Settings):
 
 
 def _block(inputs: int, outputs: int) -> nn.Sequential:
-    """Two 3x3 convolutions with batch normalisation and ReLU."""
+    """Build two 3x3 convolutions with batch normalisation and ReLU."""
     return nn.Sequential(
         nn.Conv2d(inputs, outputs, 3, padding=1, bias=False),
         nn.BatchNorm2d(outputs),
@@ -52,7 +52,7 @@ class AttentionGate(nn.Module):
         self.weight = nn.Conv2d(hidden, 1, 1)
 
     def forward(self, skip: Tensor, signal: Tensor) -> Tensor:
-        """`skip` [N, C, 2h, 2w] weighed pixel by pixel; `signal` [N, S, h, w]."""
+        """Weigh `skip` [N, C, 2h, 2w] pixel by pixel; `signal` is [N, S, h, w]."""
         gate = F.interpolate(self.signal(signal), size=skip.shape[-2:], mode="bilinear", align_corners=False)
         return skip * torch.sigmoid(self.weight(F.relu(self.skip(skip) + gate)))
 
@@ -83,7 +83,7 @@ class AttentionUNet(nn.Module):
         self.head = nn.Conv2d(widths[0], spec.classes, 1)
 
     def forward(self, rgb: Tensor) -> Tensor:
-        """Logits float32 [N, classes, H, W]."""
+        """Compute logits float32 [N, classes, H, W]."""
         height, width = rgb.shape[-2:]
         multiple = 2 ** len(self.spec.widths)
         pad_y, pad_x = -height % multiple, -width % multiple
@@ -104,7 +104,7 @@ class AttentionUNet(nn.Module):
 
 
 def segment_batch(model: nn.Module, fields: NDArray[np.uint8], device: str | torch.device) -> NDArray[np.uint8]:
-    """Classes uint8 [B, H, W] (0 background, 1 cytoplasm, 2 nucleus) of normalised RGB `fields` uint8 [B, H, W, 3]."""
+    """Segment normalised RGB `fields` uint8 [B, H, W, 3]: uint8 [B, H, W], 0 background, 1 cytoplasm, 2 nucleus."""
     where = torch.device(device)
     with torch.inference_mode(), torch.autocast(where.type, enabled=where.type == "cuda"):
         batch = torch.from_numpy(np.ascontiguousarray(fields)).to(where).permute(0, 3, 1, 2)

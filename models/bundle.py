@@ -95,7 +95,7 @@ class Statistics:
     ood_whitening: NDArray[np.float32]  # [K, K]: differences times this have covariance 1 among training fields
 
     def arrays(self) -> dict[str, NDArray[np.float32]]:
-        """Name to array, as stored."""
+        """Return arrays by name, as stored."""
         return {name: np.ascontiguousarray(getattr(self, name), np.float32) for name in self.__slots__}
 
 

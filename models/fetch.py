@@ -14,14 +14,14 @@ CACHE = "LEUKOFLOW_CACHE"
 
 
 def cache_folder() -> Path:
-    """Where fetched bundles lie: `LEUKOFLOW_CACHE`, else the user's cache directory. Deleting it loses nothing."""
+    """Return where fetched bundles lie: `LEUKOFLOW_CACHE`, else the user's cache directory. It may be deleted."""
     if chosen := os.environ.get(CACHE):
         return Path(chosen).expanduser() / "bundles"
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "leukoflow" / "bundles"
 
 
 def read_remote(uri: str) -> bytes:
-    """The `bundle.json` of a bundle at an `s3://` prefix. Raises BundleError where there is none."""
+    """Read the `bundle.json` of a bundle at an `s3://` prefix. Raises BundleError where there is none."""
     try:
         return Storage(uri).read("bundle.json")
     except FileNotFoundError:
@@ -31,7 +31,7 @@ def read_remote(uri: str) -> bytes:
 
 
 def fetch(uri: str, document: bytes, names: list[str], target: Path) -> None:
-    """Brings `document` and the files `names` of a bundle to `target`, in place of what is there: all of them or none.
+    """Bring `document` and the files `names` of a bundle to `target`, in place of what is there: all of them or none.
 
     Of several processes that fetch the same bundle at the same time, one wins and the others find its folder. Whoever
     calls checks the digests. Raises BundleError where a file is absent or the store cannot be read.

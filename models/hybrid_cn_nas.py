@@ -43,7 +43,7 @@ class BackboneSpec(Settings):
 
 
 def build_backbone(spec: BackboneSpec, weights: str | Path | None = None) -> nn.Module:
-    """timm network without what lies above its last stage in use; `feature_maps` runs it.
+    """Build a timm network without what lies above its last stage in use; `feature_maps` runs it.
 
     `weights` is None (random), "hub" (timm downloads and caches), a *.safetensors file, or a directory holding
     `<name>.safetensors` or timm's `model.safetensors`. Raises BundleError when they are absent or of another shape.
@@ -67,7 +67,7 @@ def build_backbone(spec: BackboneSpec, weights: str | Path | None = None) -> nn.
 
 
 def feature_maps(network: nn.Module, stages: tuple[int, ...], rgb: Tensor) -> list[Tensor]:
-    """Maps [N, C, h, w] of the given stages for standardised RGB [N, 3, H, W]."""
+    """Compute maps [N, C, h, w] of the given stages for standardised RGB [N, 3, H, W]."""
     found: list[Tensor] = network.forward_intermediates(  # type: ignore[operator]
         rgb, indices=list(stages), intermediates_only=True, stop_early=True
     )
@@ -75,7 +75,7 @@ def feature_maps(network: nn.Module, stages: tuple[int, ...], rgb: Tensor) -> li
 
 
 def _pruned(model: nn.Module, spec: BackboneSpec) -> nn.Module:
-    """Drops the layers above the last stage in use, and checks the number of channels."""
+    """Drop the layers above the last stage in use, and check the number of channels."""
     model.prune_intermediate_layers(list(spec.stages), prune_norm=True, prune_head=True)  # type: ignore[operator]
     was_training = model.training
     with torch.no_grad():
@@ -87,7 +87,7 @@ def _pruned(model: nn.Module, spec: BackboneSpec) -> nn.Module:
 
 
 def _load_weights(model: nn.Module, spec: BackboneSpec, path: Path) -> None:
-    """Loads a safetensors file (a published checkpoint's classifier head is dropped)."""
+    """Load a safetensors file (a published checkpoint's classifier head is dropped)."""
     if path.is_dir():
         candidates = [path / f"{spec.name}.safetensors", path / spec.architecture / "model.safetensors"]
         candidates.append(path / "model.safetensors")
@@ -118,7 +118,7 @@ class Readout(NamedTuple):
 
 
 def spread(maps: Tensor, side: int) -> Tensor:
-    """Maps [N, C, h, w] on a grid [N, C, side, side] over the same square; sums over positions are conserved.
+    """Spread maps [N, C, h, w] on a grid [N, C, side, side] over the same square; sums over positions are conserved.
 
     A position gives to each of the grid what share of its area lies there: a quarter each where the grid is twice as
     fine.
@@ -128,7 +128,7 @@ def spread(maps: Tensor, side: int) -> Tensor:
 
 
 def _overlap(length: int, side: int) -> Tensor:
-    """Share of each of `length` equal parts of a line in each of `side` parts: float64 [length, side]."""
+    """Return the share of each of `length` equal parts of a line in each of `side` parts: float64 [length, side]."""
     coarse = torch.arange(length + 1, dtype=torch.float64) / length
     fine = torch.arange(side + 1, dtype=torch.float64) / side
     end = torch.minimum(coarse[1:, None], fine[None, 1:])
@@ -165,11 +165,11 @@ class HybridCNNas(nn.Module):
         return tuple((spec.name, spec.layer, spec.num_features) for spec in self.specs)
 
     def forward(self, rgb: Tensor, cell: Tensor) -> Tensor:
-        """Features float32 [N, D]."""
+        """Compute features float32 [N, D]."""
         return torch.cat([_average(found, share) for found, share in self._maps(rgb, cell)], 1)
 
     def explained(self, rgb: Tensor, cell: Tensor, readout: Readout) -> tuple[Tensor, Tensor]:
-        """Features float32 [N, D], the very ones of `forward`, and activation maps float32 [N, C, g, g], g = h / 8.
+        """Compute features float32 [N, D], the very ones of `forward`, and maps float32 [N, C, g, g], g = h / 8.
 
         A map says what each position adds to the readout: it sums to `weight` @ (features - `offset`).
         """
@@ -187,7 +187,7 @@ class HybridCNNas(nn.Module):
         return torch.cat(parts, 1), maps
 
     def _maps(self, rgb: Tensor, cell: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each map [N, C, h, w] of each backbone, and the weight of its positions, float32 [N, 1, h, w]."""
+        """Yield each map [N, C, h, w] of each backbone, and the weight of its positions, float32 [N, 1, h, w]."""
         for spec in self.specs:
             mean, std = getattr(self, f"{spec.name}_mean"), getattr(self, f"{spec.name}_std")
             for found in feature_maps(self.backbones[spec.name], spec.stages, (rgb - mean) / std):
@@ -195,5 +195,5 @@ class HybridCNNas(nn.Module):
 
 
 def _average(found: Tensor, share: Tensor) -> Tensor:
-    """Weighted average over positions: [N, C, h, w] and [N, 1, h, w] -> float32 [N, C]."""
+    """Average over positions with weights: [N, C, h, w] and [N, 1, h, w] -> float32 [N, C]."""
     return (found.float() * share).sum((2, 3)) / share.sum((2, 3))

@@ -3,7 +3,7 @@
 A registry is a folder or an `s3://` prefix. `bundles/<digest>/` holds a bundle, by its digest; `history/<number>.json`
 holds what was done, one object each, created only if absent and never changed. There is no pointer to the approved
 bundle: it follows from the history, so that one atomic write decides, a crash leaves either the old state or the new
-one, and whoever reads meanwhile sees one of the two. Each entry carries the SHA-256 of the one before it.
+one, and anyone who reads meanwhile sees one of the two. Each entry carries the SHA-256 of the one before it.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ class Ledger:
         return self.approvals[-1] if self.approvals else None
 
     def find(self, wanted: str) -> Registered:
-        """A bundle by its name, its digest, or at least 8 digits of it. Raises BundleError."""
+        """Find a bundle by its name, its digest, or at least 8 digits of it. Raises BundleError."""
         by_name = [b for b in self.bundles if b.name == wanted]
         found = by_name or [b for b in self.bundles if _DIGEST.fullmatch(wanted) and b.digest.startswith(wanted)]
         if len(found) == 1:
@@ -105,7 +105,7 @@ class _Change:
 
 
 def fold(entries: Sequence[Entry]) -> Ledger:
-    """What a history amounts to."""
+    """Say what a history amounts to."""
     bundles: dict[str, Registered] = {}
     approvals: list[str] = []
     for e in entries:
@@ -134,7 +134,7 @@ def fold(entries: Sequence[Entry]) -> Ledger:
 
 
 def headline_metrics(metrics: dict[str, Any]) -> tuple[tuple[str, float], ...]:
-    """The figures of `bundle.json` that a list has room for: those of the strictest protocol that was evaluated."""
+    """Choose the figures of `bundle.json` that a list has room for: those of the strictest protocol evaluated."""
     protocols: Any = metrics.get("protocols")
     for protocol in ("cluster", "slide", "random"):
         try:
@@ -150,12 +150,12 @@ _FIGURES = ("accuracy", "macro_f1", "ece")
 
 
 def is_reference(bundle: str) -> bool:
-    """Whether a setting `bundle` asks the registry: `approved`, or `registry:` and a name, a digest or `approved`."""
+    """Say whether a setting `bundle` asks the registry: `approved`, or `registry:` with a name, digest or `approved`."""
     return bundle == APPROVED or bundle.startswith(PREFIX)
 
 
 def reference(bundle: str) -> str:
-    """A setting `bundle` in one way of writing it: `approved`, or `registry:NAME`; empty for other bundles."""
+    """Write a setting `bundle` in one way: `approved`, or `registry:NAME`; empty for other bundles."""
     name = bundle.removeprefix(PREFIX)
     return "" if not is_reference(bundle) else APPROVED if name == APPROVED else f"{PREFIX}{name}"
 
@@ -172,19 +172,19 @@ class Registry:
     # reading
 
     def entries(self) -> tuple[Entry, ...]:
-        """The whole history. Raises StorageError where it was tampered with."""
+        """Read the whole history. Raises StorageError where it was tampered with."""
         return self._read()[0]
 
     def ledger(self) -> Ledger:
-        """What the history amounts to now."""
+        """Say what the history amounts to now."""
         return fold(self.entries())
 
     def location(self, digest: str) -> str:
-        """Folder or prefix of a bundle."""
+        """Return the folder or prefix of a bundle."""
         return self.storage.uri(f"bundles/{digest}")
 
     def resolve(self, wanted: str) -> Registered:
-        """The bundle that `approved`, `registry:...`, a name or a digest stands for now.
+        """Find the bundle that `approved`, `registry:...`, a name or a digest stands for now.
 
         Raises BundleError where none is approved, there is no such bundle, or it was removed.
         """
@@ -205,13 +205,13 @@ class Registry:
         return found
 
     def holds(self, digest: str) -> bool:
-        """Whether the bundle of a digest is registered and there."""
+        """Say whether the bundle of a digest is registered and there."""
         return any(b.digest == digest and b.state != "removed" for b in self.ledger().bundles)
 
     # writing
 
     def register(self, source: str | Path, by: str, name: str | None = None, without_metrics: str = "") -> Registered:
-        """Checks a bundle, copies it to its digest, and enters it; a bundle that is there already gets its new metrics.
+        """Check a bundle, copy it to its digest, and enter it; a bundle that is there already gets its new metrics.
 
         `without_metrics` says why a bundle that was never evaluated is registered all the same. Raises BundleError for
         a bundle that is damaged or has no metrics, ConfigError for a name that cannot be had. Cut off before the entry
@@ -250,14 +250,14 @@ class Registry:
             known = same[0].name if same else name
             return _Change("register", digest, known, "" if metrics else without_metrics, headline)
 
-        entered(self.ledger())  # a name that cannot be had is told before anything is copied
+        entered(self.ledger())  # a name that cannot be had is reported before anything is copied
         self._copy(bundle.path, digest, [*bundle.spec.files], bool(metrics))
         self._enter(by, entered)
         self.check(digest)  # a removal at the same time may have taken the files along
         return self.ledger().find(digest)
 
     def approve(self, wanted: str, by: str, why: str) -> Registered:
-        """Makes a registered bundle the approved one. Raises BundleError where it is not there whole."""
+        """Make a registered bundle the approved one. Raises BundleError where it is not there whole."""
 
         def entered(ledger: Ledger) -> _Change | None:
             found = self.resolve(ledger.find(wanted).digest)
@@ -268,7 +268,7 @@ class Registry:
         return self.ledger().find(wanted)
 
     def rollback(self, by: str, why: str, to: str | None = None) -> Registered:
-        """Makes the bundle that was approved before the approved one again, or an earlier one by name or digest.
+        """Make the bundle that was approved before the approved one again, or an earlier one by name or digest.
 
         Raises BundleError where there is none, or the one that is wanted was never in force.
         """
@@ -293,7 +293,7 @@ class Registry:
         return self.ledger().find(target)
 
     def prune(self, chosen: Sequence[tuple[str, str]], by: str) -> tuple[Registered, ...]:
-        """Removes bundles, given as (digest, why): the entry comes first, then the files go.
+        """Remove bundles, given as (digest, why): the entry comes first, then the files go.
 
         What is approved, or was before that, stays whatever is asked. Cut off in between, the next call removes the
         files of what the history says is removed.
@@ -314,7 +314,7 @@ class Registry:
         return tuple(b for b in removed if b.digest in wanted)
 
     def check(self, digest: str) -> None:
-        """Whether a bundle of the registry is whole, every byte of it. Raises BundleError."""
+        """Check that a bundle of the registry is whole, every byte of it. Raises BundleError."""
         place = self.storage.child(f"bundles/{digest}")
         wrong = ""
         try:
@@ -331,7 +331,7 @@ class Registry:
             raise BundleError(f"bundle {place.root}: {wrong}; register it again from where it is kept")
 
     def _copy(self, source: Path, digest: str, names: Sequence[str], replace_spec: bool) -> None:
-        """Weights first, `bundle.json` last, so that a bundle that can be opened is whole."""
+        """Copy weights first, `bundle.json` last, so that a bundle that can be opened is whole."""
         for name in names:
             data = (source / name).read_bytes()
             key = f"bundles/{digest}/{name}"
@@ -347,7 +347,7 @@ class Registry:
         by: str,
         entered: Callable[[Ledger], _Change | None],
     ) -> None:
-        """Adds what `entered` makes of the present state, if anything; begins anew when somebody else was first."""
+        """Add what `entered` makes of the present state, if anything; start again when somebody else was first."""
         for _ in range(_ATTEMPTS):
             entries, previous = self._read()
             found = entered(fold(entries))
@@ -360,7 +360,7 @@ class Registry:
         raise StorageError(f"{self.storage.root}: others write to its history all the time; give the command again")
 
     def _read(self) -> tuple[tuple[Entry, ...], str]:
-        """The history and the digest of its last entry. Objects are asked for by number, never listed."""
+        """Read the history and the digest of its last entry. Objects are asked for by number, never listed."""
         entries: list[Entry] = []
         previous = NOTHING
         for number in count(1):
@@ -385,7 +385,7 @@ def _key(number: int) -> str:
 
 
 def opened(root: str | None) -> Registry:
-    """The registry that the setting `bundles` names. Raises ConfigError where none is named."""
+    """Open the registry that the setting `bundles` names. Raises ConfigError where none is named."""
     if not root:
         raise ConfigError(
             f"no bundle registry is named: set {VARIABLE} (or `bundles` in the configuration file) to its folder or "

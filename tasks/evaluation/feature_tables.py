@@ -24,7 +24,7 @@ GRID = 5  # windows per side where nothing is segmented
 
 
 def classes_of(bundle: Bundle, images: Sequence[NDArray[np.uint8]], device: str = "cpu") -> NDArray[np.uint8]:
-    """Classes of pixels uint8 [n, S, S] as the bundle's segmenter gives them; what all tables start from."""
+    """Classify pixels, uint8 [n, S, S], by the bundle's segmenter: what all tables start from."""
     normal = _normalised(bundle, images)
     model, batch = bundle.segmenter(device), bundle.spec.method.features.field_batch
     if model is None:
@@ -36,7 +36,7 @@ def classes_of(bundle: Bundle, images: Sequence[NDArray[np.uint8]], device: str 
 def plain_table(
     bundle: Bundle, images: Sequence[NDArray[np.uint8]], classes: NDArray[np.uint8], device: str = "cpu"
 ) -> Features:
-    """Features as a run computes them; `classes` as of `classes_of`."""
+    """Compute features as a run does; `classes` as of `classes_of`."""
     hybrid, settings = bundle.hybrid(device), bundle.spec.method.features
     normal = _normalised(bundle, images)
     cells = _cells(bundle, normal, classes, normal)
@@ -50,7 +50,7 @@ def alternative_table(
     name: str,
     device: str = "cpu",
 ) -> Features:
-    """Features with one part changed; cells are those of the bundle's segmenter but for `grid`.
+    """Compute features with one part changed; cells are those of the bundle's segmenter but for `grid`.
 
     `raw` cuts from fields as photographed, `clahe` adds CLAHE, `unmasked` averages over whole windows, `grid` cuts
     windows from a grid, `untrained` uses random backbones. Raises ConfigError for another name.
@@ -97,7 +97,7 @@ def _cells(
     classes: NDArray[np.uint8],
     pictures: Sequence[NDArray[np.uint8]],
 ) -> CellCrops:
-    """Cells found in normalised fields, cut from `pictures`."""
+    """Find cells in normalised fields, and cut them from `pictures`."""
     method = bundle.spec.method
     found = (single_cells(image, c, method.segment) for image, c in zip(normal, classes, strict=True))
     return collect_cells(((p, *f) for p, f in zip(pictures, found, strict=True)), method)

@@ -25,7 +25,7 @@ class Degradation:
 
 
 def moved_bar(rgb: Image) -> Image:
-    """The scale bar, if there is one, goes from its corner to the top left one."""
+    """Move the scale bar, if there is one, from its corner to the top left one."""
     clean, painted = mask_overlays(rgb)
     if not painted.any():
         return rgb
@@ -37,7 +37,7 @@ def moved_bar(rgb: Image) -> Image:
 
 
 def pasted_bar(rgb: Image, donor: Image) -> Image:
-    """The donor's scale bar at its place, instead of the image's own; both uint8 [H, W, 3] of one size."""
+    """Paste the donor's scale bar instead of the image's own; both uint8 [H, W, 3] of one size."""
     clean, _ = mask_overlays(rgb)
     _, painted = mask_overlays(donor)
     out = clean.copy()
@@ -46,7 +46,7 @@ def pasted_bar(rgb: Image, donor: Image) -> Image:
 
 
 def colours_of(rgb: Image, donor: Image) -> Image:
-    """Mean and deviation of the donor's Lab channels (Reinhard et al. 2001, over all pixels)."""
+    """Give the image mean and deviation of the donor's Lab channels (Reinhard et al. 2001, over all pixels)."""
     own, other = (cv2.cvtColor(i, cv2.COLOR_RGB2LAB).astype(np.float32) for i in (rgb, donor))
     gain = other.std((0, 1)) / np.maximum(own.std((0, 1)), 1.0)
     lab = (own - own.mean((0, 1))) * gain + other.mean((0, 1))
@@ -54,13 +54,13 @@ def colours_of(rgb: Image, donor: Image) -> Image:
 
 
 def painted_out(rgb: Image, cells: NDArray[np.bool_]) -> Image:
-    """White cells replaced by what surrounds them (Telea 2004); `cells` bool [H, W]."""
+    """Replace white cells by what surrounds them (Telea 2004); `cells` bool [H, W]."""
     mask = cv2.dilate(cells.astype(np.uint8), np.ones((7, 7), np.uint8))
     return np.asarray(cv2.inpaint(rgb, mask, 3, cv2.INPAINT_TELEA), np.uint8)
 
 
 def cells_only(rgb: Image, cells: NDArray[np.bool_]) -> Image:
-    """Everything but white cells, red cells included, in the median colour of the brighter half."""
+    """Paint everything but white cells, red cells included, in the median colour of the brighter half."""
     grey = cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY)
     background = np.median(rgb[grey >= np.median(grey)], axis=0)
     keep = cv2.dilate(cells.astype(np.uint8), np.ones((3, 3), np.uint8)) > 0

@@ -108,7 +108,7 @@ class Context:
 
 
 def split(protocol: Protocol, labels: Labels, repeat: int) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Training and test rows of each fold; whole slides or clusters stay together, classes are stratified."""
+    """Split rows into training and test rows of each fold; slides or clusters stay whole, classes are stratified."""
     if protocol == "random":
         plain = StratifiedKFold(FOLDS, shuffle=True, random_state=repeat)
         return [(a, b) for a, b in plain.split(labels.y, labels.y)]
@@ -117,7 +117,7 @@ def split(protocol: Protocol, labels: Labels, repeat: int) -> list[tuple[NDArray
 
 
 def save_table(path: Path, features: Features) -> None:
-    """Stores features; complete or not at all."""
+    """Store features; complete or not at all."""
     temporary = path.with_suffix(".part.npz")
     np.savez(temporary, **{f.name: getattr(features, f.name) for f in fields(features)})
     temporary.rename(path)
@@ -125,13 +125,13 @@ def save_table(path: Path, features: Features) -> None:
 
 @lru_cache(maxsize=3)
 def load_table(work: Path, name: str) -> Features:
-    """Features of all fields: `plain`, or the tables of ablations."""
+    """Load features of all fields: `plain`, or the tables of ablations."""
     with np.load(work / f"table_{name}.npz") as stored:
         return Features(**{f.name: stored[f.name] for f in fields(Features)})
 
 
 def variant_features(context: Context, variant: Variant) -> Features:
-    """The features that a variant starts from."""
+    """Choose the features that a variant starts from."""
     features = load_table(context.work, variant.table)
     if variant.backbone is None:
         return features
@@ -144,7 +144,7 @@ def variant_features(context: Context, variant: Variant) -> Features:
 
 
 def variant_recipe(recipe: Recipe, variant: Variant) -> Recipe:
-    """The recipe with the variant's switches."""
+    """Return the recipe with the variant's switches."""
     method = recipe.method
     select = method.select
     if variant.k is not None:
@@ -155,7 +155,7 @@ def variant_recipe(recipe: Recipe, variant: Variant) -> Recipe:
 
 
 def run_fold(context: Context, job: FoldJob) -> FoldResult:
-    """Fits on the training rows and answers for the test rows; or opens what an earlier call left."""
+    """Fit on the training rows and diagnose the test rows; or open what an earlier call left."""
     torch.set_num_threads(1)
     folder = context.work / "folds"
     folder.mkdir(exist_ok=True)
@@ -200,7 +200,7 @@ def without_cells(
     temperature: float,
     seed: int,
 ) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
-    """Is the attention faithful? Probability of the answer before and after taking away most attended, or random cells.
+    """Check that attention is faithful: the answer's probability before and after taking away cells.
 
     Returns:
         float64 [n] before, and float64 [n, 2, R] after removing the top 1, 2, 3 and as many random cells; NaN for
@@ -237,7 +237,7 @@ def without_cells(
 
 
 def run_baseline(context: Context, name: str, protocol: Protocol, repeat: int) -> NDArray[np.float64]:
-    """Out-of-fold probabilities [n, C] of logistic regression on a table that knows no cells, or no training."""
+    """Compute out-of-fold probabilities [n, C] of logistic regression on a table without cells, or without training."""
     path = context.work / "folds" / f"baseline_{''.join(c for c in name if c.isalnum())}_{protocol}_{repeat}.npy"
     path.parent.mkdir(exist_ok=True)
     if path.is_file():

@@ -24,10 +24,11 @@ class ReliabilityBin:
 
 
 def corrected_resampled_t(differences: Sequence[float] | NDArray[np.float64], ratio: float) -> tuple[float, float]:
-    """t and two-sided p of a mean difference over repeated folds (Nadeau and Bengio 2003; Bouckaert and Frank 2004).
+    """Return t and two-sided p of a mean difference over repeated folds (Nadeau and Bengio 2003).
 
     Training sets of different folds overlap, which the plain paired t-test ignores; the variance is enlarged by the
-    ratio of test to training fields. Equal differences give p 1 where they are zero and 0 where they are not.
+    ratio of test to training fields (Bouckaert and Frank 2004). Equal differences give p 1 where they are zero and 0
+    where they are not.
 
     Args:
         differences: of paired scores, one for each fold of each repeat.
@@ -43,13 +44,13 @@ def corrected_resampled_t(differences: Sequence[float] | NDArray[np.float64], ra
 
 
 def wilcoxon_p(differences: Sequence[float] | NDArray[np.float64]) -> float:
-    """Two-sided p of Wilcoxon's signed-rank test (1945); 1 where all differences are zero."""
+    """Return two-sided p of Wilcoxon's signed-rank test (1945); 1 where all differences are zero."""
     d = np.asarray(differences, np.float64)
     return float(wilcoxon(d).pvalue) if np.any(d != 0) else 1.0
 
 
 def effect_size(differences: Sequence[float] | NDArray[np.float64]) -> float:
-    """Cohen's d of paired differences, mean over deviation; 0 where all are zero."""
+    """Return Cohen's d of paired differences, mean over deviation; 0 where all are zero."""
     d = np.asarray(differences, np.float64)
     mean, spread = float(d.mean()), float(d.std(ddof=1)) if len(d) > 1 else 0.0
     if spread == 0:
@@ -58,7 +59,7 @@ def effect_size(differences: Sequence[float] | NDArray[np.float64]) -> float:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """p-values adjusted for their number (Holm 1979), in the order given."""
+    """Return p-values adjusted for their number (Holm 1979), in the order given."""
     values = np.asarray(p, np.float64)
     order = np.argsort(values, kind="stable")
     stepped = np.maximum.accumulate((len(values) - np.arange(len(values))) * values[order])
@@ -68,7 +69,7 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 def reliability(confidence: NDArray[np.float64], right: NDArray[np.bool_], bins: int = 10) -> list[ReliabilityBin]:
-    """Occupied bins of equal width, by confidence."""
+    """Return the occupied bins of equal width, by confidence."""
     place = np.minimum((confidence * bins).astype(np.int64), bins - 1)
     out = []
     for b in range(bins):
@@ -79,7 +80,7 @@ def reliability(confidence: NDArray[np.float64], right: NDArray[np.bool_], bins:
 
 
 def risk_coverage(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> list[tuple[float, float]]:
-    """Error rate among the most confident share of fields, for shares up to 1 (El-Yaniv and Wiener 2010)."""
+    """Return error rates among the most confident share of fields, up to 1 (El-Yaniv and Wiener 2010)."""
     order = np.argsort(-confidence, kind="stable")
     errors = np.cumsum(~right[order])
     out = []
@@ -90,7 +91,7 @@ def risk_coverage(confidence: NDArray[np.float64], right: NDArray[np.bool_]) -> 
 
 
 def sensitivity_at_specificity(score: NDArray[np.float64], positive: NDArray[np.bool_], specificity: float) -> float:
-    """Largest sensitivity of a threshold on `score` whose specificity is at least the wanted one; NaN if one-sided."""
+    """Return the largest sensitivity of a threshold whose specificity is at least the wanted one; NaN if one-sided."""
     if not positive.any() or positive.all():
         return float("nan")
     best = 0.0
@@ -102,5 +103,5 @@ def sensitivity_at_specificity(score: NDArray[np.float64], positive: NDArray[np.
 
 
 def specificity_at_sensitivity(score: NDArray[np.float64], positive: NDArray[np.bool_], sensitivity: float) -> float:
-    """Largest specificity of a threshold on `score` whose sensitivity is at least the wanted one; NaN if one-sided."""
+    """Return the largest specificity of a threshold whose sensitivity is at least the wanted one; NaN if one-sided."""
     return sensitivity_at_specificity(-score, ~positive, sensitivity)

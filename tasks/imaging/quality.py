@@ -55,7 +55,7 @@ def assess(rgb: NDArray[np.uint8], settings: QualitySettings) -> Quality:
 
 
 def _stain(rgb: NDArray[np.uint8]) -> tuple[float, float, tuple[float, float, float]]:
-    """Share of stained pixels, how far their mean hue lies outside that of blood stains, and the stain itself.
+    """Measure the share of stained pixels, how far their mean hue lies outside that of blood stains, and the stain.
 
     The hue is that of the summed densities: red and blue relative to green. In Romanowsky stains bluish red cells lie
     near (1.6, 0.4), pinkish ones near (0.3, 0.9), white cells below; grey is (1, 1). Distance 0 is typical, 1 the edge.

@@ -3,7 +3,7 @@
 The picture follows Beer and Lambert: every object adds optical density to a bright, unevenly lit background. Red cells
 are biconcave discs, white cells have a textured nucleus inside a rim of cytoplasm, and a slide's stain, focus and
 burned-in scale bar are drawn once per slide, independently of its class. Size, nuclear shape and the nucleus' share of
-the cell follow the class loosely, so that the classes can be told apart by their cells and not by their photography.
+the cell follow the class loosely, so that the classes differ by their cells and not by their photography.
 """
 
 from __future__ import annotations
@@ -100,7 +100,7 @@ class Style:
 
 
 def slide_style(rng: np.random.Generator) -> Style:
-    """Draws how one slide was stained, lit and scanned."""
+    """Draw how one slide was stained, lit and scanned."""
     tint = rng.normal(0, 1, 3)
     gain = rng.uniform(0.8, 1.2)
     return Style(
@@ -121,7 +121,7 @@ def slide_style(rng: np.random.Generator) -> Style:
 def render_field(
     rng: np.random.Generator, label: str, side: int = _BASE_SIDE, style: Style | None = None
 ) -> SampleField:
-    """One square field of `side` pixels. Without a `style` a slide of its own is drawn from `rng`.
+    """Render one square field of `side` pixels. Without a `style` a slide of its own is drawn from `rng`.
 
     Up to 1,024 px the image shows one microscope field, however finely sampled; a larger one is a mosaic of such
     fields. The same generator state, label, side and style give the same pixels. Raises ConfigError for an unknown
@@ -161,7 +161,7 @@ def _render_single(rng: np.random.Generator, label: str, side: int, style: Style
 
 
 def _render_mosaic(rng: np.random.Generator, label: str, side: int, style: Style) -> SampleField:
-    """A large image from a few rendered fields, mirrored at random: fast, and bounded by the picture itself."""
+    """Make a large image from a few rendered fields, mirrored at random: fast, and bounded by the picture itself."""
     tile = _MAX_FIELD_SIDE
     pool = [_render_single(rng, label, tile, style) for _ in range(3)]
     rgb = np.empty((side, side, 3), np.uint8)
@@ -186,7 +186,7 @@ def _render_mosaic(rng: np.random.Generator, label: str, side: int, style: Style
 
 
 def _illumination(rng: np.random.Generator, side: int) -> NDArray[np.float32]:
-    """Multiplies the light: a slope and a vignette, float32 [side, side]."""
+    """Multiply the light: a slope and a vignette, float32 [side, side]."""
     axis = np.linspace(-1, 1, side, dtype=np.float32)
     slope_x, slope_y = rng.uniform(-0.03, 0.03, 2)
     vignette = rng.uniform(0.0, 0.06)
@@ -197,7 +197,7 @@ def _illumination(rng: np.random.Generator, side: int) -> NDArray[np.float32]:
 
 @cache
 def _disc(radius: int, pallor_percent: int) -> NDArray[np.float32]:
-    """Thickness of a biconcave disc of `radius` pixels: 1 at the rim's crest, thinner in the middle."""
+    """Compute the thickness of a biconcave disc of `radius` pixels: 1 at the rim's crest, thinner in the middle."""
     axis = np.arange(-radius - 1, radius + 2, dtype=np.float32) / radius
     r2 = axis[None, :] ** 2 + axis[:, None] ** 2
     edge = np.clip((1 - np.sqrt(r2)) * radius / 1.5, 0, 1)
@@ -205,7 +205,7 @@ def _disc(radius: int, pallor_percent: int) -> NDArray[np.float32]:
 
 
 def _red_cells(rng: np.random.Generator, style: Style, side: int, scale: float) -> NDArray[np.float32]:
-    """Summed thickness of the red cells, float32 [side, side]; overlaps are darker, as in a smear."""
+    """Sum the thickness of the red cells, float32 [side, side]; overlaps are darker, as in a smear."""
     thickness = np.zeros((side, side), np.float32)
     n = int(style.red_cells * rng.uniform(0.7, 1.3))
     radii = np.maximum(2, np.rint(style.red_radius * scale * rng.uniform(0.85, 1.1, n))).astype(int)
@@ -223,7 +223,7 @@ def _red_cells(rng: np.random.Generator, style: Style, side: int, scale: float) 
 
 
 def _platelets(rng: np.random.Generator, density: NDArray[np.float32], style: Style, side: int, scale: float) -> None:
-    """Small violet specks: what a segmenter must not take for cells."""
+    """Draw small violet specks: what a segmenter must not take for cells."""
     for x, y, r, weight in zip(
         *rng.integers(0, side, (2, n := int(rng.poisson(3)))).tolist(),
         rng.uniform(1.2, 2.2, n),
@@ -246,7 +246,7 @@ def _white_cells(
     style: Style,
     scale: float,
 ) -> None:
-    """Draws up to `MAX_CELLS` white cells into the density and the two masks, all modified in place."""
+    """Draw up to `MAX_CELLS` white cells into the density and the two masks, all modified in place."""
     side = semantic.shape[0]
     wanted = int(min(MAX_CELLS, rng.poisson(kind.mean_count)))
     placed: list[tuple[float, float, float]] = []
@@ -271,7 +271,7 @@ def _white_cell(
     place: tuple[float, float, float, float],
     cell_id: int,
 ) -> bool:
-    """Draws one cell at `place` (x, y, radius, pixels per pixel of a 224 px field); false if no pixel shows it."""
+    """Draw one cell at `place` (x, y, radius, pixels per pixel of a 224 px field); false if no pixel shows it."""
     x, y, radius, scale = place
     side = semantic.shape[0]
     half = int(radius * 1.25) + 2
@@ -318,7 +318,7 @@ _ANGLES = np.linspace(0, 2 * np.pi, 48, endpoint=False)
 def _blob(
     rng: np.random.Generator, shape: tuple[int, int], x: float, y: float, radius: float, amplitude: float
 ) -> NDArray[np.uint8]:
-    """An anti-aliased, slightly irregular ellipse, uint8 0 to 255 of `shape`."""
+    """Draw an anti-aliased, slightly irregular ellipse, uint8 0 to 255 of `shape`."""
     outline = np.ones_like(_ANGLES)
     sizes, phases = rng.normal(0, amplitude, 4), rng.uniform(0, 2 * np.pi, 4)
     for harmonic, (size, phase) in enumerate(zip(sizes, phases, strict=True), start=2):
@@ -331,7 +331,7 @@ def _blob(
 
 
 def _burn_scale_bar(rgb: NDArray[np.uint8], kind: int) -> None:
-    """Burns one of three common annotations into the bottom right corner, in place; 0 burns none."""
+    """Burn one of three common annotations into the bottom right corner, in place; 0 burns none."""
     side = rgb.shape[0]
     unit = min(side, _MAX_FIELD_SIDE) / _BASE_SIDE
     font, thick = cv2.FONT_HERSHEY_SIMPLEX, max(1, round(unit))
@@ -354,7 +354,7 @@ def _burn_scale_bar(rgb: NDArray[np.uint8], kind: int) -> None:
 
 
 def write_sample(directory: str | Path, images: int, seed: int = 0, side: int = _BASE_SIDE) -> SampleSummary:
-    """Renders `images` fields of `side` pixels and writes them, field by field, below `directory`:
+    """Render `images` fields of `side` pixels and write them, field by field, below `directory`:
 
     - `smears.zip` and, with the same bytes, `fields/field-00000.jpg`, ...;
     - `truth/semantic/` (uint8) and `truth/cells/` (uint16), one PNG per field, and `truth.csv`;
@@ -402,7 +402,7 @@ def write_sample(directory: str | Path, images: int, seed: int = 0, side: int = 
 
 
 def slide_of(index: int) -> int:
-    """Slide of the field `index`: four slides, one of each class, take turns until each has `FIELDS_PER_SLIDE`."""
+    """Return the slide of field `index`: four slides, one of each class, take turns until each has `FIELDS_PER_SLIDE`."""
     block = len(CLASSES) * FIELDS_PER_SLIDE
     return index // block * len(CLASSES) + index % len(CLASSES)
 

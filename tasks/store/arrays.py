@@ -66,12 +66,12 @@ def write_masks(
 def write_features(
     job: ShardJob,
     features: Features,
-    columns: Sequence[tuple[str, int, int]],
+    columns: Sequence[tuple[str, str, int]],
     tiles_before: int,
     cells_before: int,
 ) -> None:
-    """Write a block's features after those of earlier blocks; `columns` are (backbone, layer, dimension)."""
-    width = len(columns)
+    """Write a block's features after those of earlier blocks; `columns` are (backbone, layer, dimension) of each part."""
+    width = features.cells.shape[1]
     names = {"columns": [{"backbone": b, "layer": layer, "dimension": d} for b, layer, d in columns]}
     write_arrays(
         attempt_group(job, "features.zarr"),

@@ -183,7 +183,7 @@ def test_a_rejected_image_can_be_looked_at(findings: dict[str, Diagnosis]) -> No
     assert found.cells is None
 
 
-def test_stages_are_told_and_timed(members: dict[str, bytes], models: Models, decoder: Decoder) -> None:
+def test_stages_are_announced_and_timed(members: dict[str, bytes], models: Models, decoder: Decoder) -> None:
     heard: list[str] = []
     found = examine(next(iter(members.values())), None, models, LIMITS, decoder, heard.append)
     assert tuple(heard) == STAGES
@@ -195,13 +195,13 @@ def test_stages_are_told_and_timed(members: dict[str, bytes], models: Models, de
     assert refused.reason == "not an image: text"
 
 
-def test_whoever_is_told_can_end_it(members: dict[str, bytes], models: Models, decoder: Decoder) -> None:
-    def told(stage: str) -> None:
+def test_an_announcement_can_end_it(members: dict[str, bytes], models: Models, decoder: Decoder) -> None:
+    def announce(stage: str) -> None:
         if stage == "extract":
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
-        examine(next(iter(members.values())), None, models, LIMITS, decoder, told)
+        examine(next(iter(members.values())), None, models, LIMITS, decoder, announce)
 
 
 def test_too_many_bytes_are_not_decoded(models: Models, decoder: Decoder) -> None:

@@ -218,7 +218,7 @@ def pipeline(source: Path, bundle: str, folder: Path) -> None:
     config = load_config(source=str(source), out=str(folder / "out"), bundle=bundle, shard_size=SIZE, device="cpu")
     run = open_run(config)
     with open_cluster(ClusterSettings(workers=1), gpu=True) as cluster:
-        cluster.ready(partial(load_models, bundle, run.bundle.digest, "cpu"))
+        cluster.prepare_workers(partial(load_models, bundle, run.bundle.digest, "cpu"))
 
         def one(shard: Any) -> None:
             job = ShardJob(

@@ -24,7 +24,7 @@ POLL_SECONDS = 5.0
 
 
 @contextmanager
-def watching(run: Run, stop: threading.Event, note: Callable[[str], None]) -> Iterator[None]:
+def watch_deadline(run: Run, stop: threading.Event, note: Callable[[str], None]) -> Iterator[None]:
     """Watches the deadline of a run for the block. `note` gets the present forecast in words, empty when all is well.
 
     Where the settings say so, sets `stop` at the deadline, and the RunCancelledError that comes of it leaves the block

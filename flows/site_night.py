@@ -32,7 +32,9 @@ from leukoflow.core.errors import (
     words_of,
 )
 from leukoflow.core.site import Site, load_site
-from leukoflow.flows.run import STATE_NAMES, asked_to_stop, headline, screen
+from leukoflow.flows.announce import headline
+from leukoflow.flows.life import asked_to_stop
+from leukoflow.flows.run import STATE_NAMES, screen
 from leukoflow.runs.ledger import ClaimHead, ClaimOutcome, Ledger, RunOutcome, read_selection
 from leukoflow.runs.progress import HEARTBEAT_SECONDS, ProgressReader, now, read_manifest
 from leukoflow.runs.records import RunManifest

@@ -88,7 +88,7 @@ def _stages(module: Any) -> None:
     )  # fmt: skip
 
 
-def _nightly(module: Any) -> None:
+def _shard_task(module: Any) -> None:
     if "BENCH_TIMES" not in os.environ:
         return
     attempt, task, lock = module._attempt, module.process_shard, threading.Lock()
@@ -133,7 +133,7 @@ def _preflight(module: Any) -> None:
 HOOKS = {
     "leukoflow.tasks.inference.stages": _stages,
     "leukoflow.tasks.intake.preflight": _preflight,
-    "leukoflow.flows.run": _nightly,
+    "leukoflow.flows.shard_task": _shard_task,
 }
 
 

@@ -32,7 +32,7 @@ ANSWER_SECONDS = 10.0
 log = logging.getLogger("leukoflow")
 
 
-class Ready(WorkerPlugin):
+class WorkerSetup(WorkerPlugin):
     """Readies a worker for a run, also one that joins later or was restarted: bounds its threads, loads its models.
 
     `threads` is per process; 0 leaves that to whoever started the worker (environment variables of its own). `load` is
@@ -97,7 +97,7 @@ class Cluster:
         self._settings = settings
         self._gpu = gpu
         self._threads = threads
-        self._plugin: Ready | None = None
+        self._plugin: WorkerSetup | None = None
         self._scheduler = ""
         self._checked: set[str] = set()
         self._failure: ClusterError | None = None
@@ -110,12 +110,12 @@ class Cluster:
 
     # --- for whoever uses it ---
 
-    def ready(self, load: Callable[[], None]) -> None:
+    def prepare_workers(self, load: Callable[[], None]) -> None:
         """Has `load` called in all workers that will compute, now and whenever one joins; then begins to watch.
 
         Raises what `load` raises, and ClusterError.
         """
-        self._plugin = Ready(f"leukoflow-{self.client.id}", self._threads, self._gpu, load)
+        self._plugin = WorkerSetup(f"leukoflow-{self.client.id}", self._threads, self._gpu, load)
         with _worker_went_away():
             self._scheduler = self._identity()["id"]
             self.client.register_plugin(self._plugin)

@@ -37,7 +37,7 @@ def _figures() -> tuple[Any, Any]:
 
 
 @contextmanager
-def told(run_id: str, shard: str, stage: str) -> Iterator[None]:
+def stage_telemetry(run_id: str, shard: str, stage: str) -> Iterator[None]:
     """Tells that a stage of a shard begins here, and how it ends. Outside of a Dask worker only figures are kept."""
     seconds, failures = _figures()
     started = time.perf_counter()

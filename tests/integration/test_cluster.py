@@ -30,7 +30,7 @@ def test_a_gpu_has_a_process_of_its_own_and_threads_are_shared_out(
 ) -> None:
     monkeypatch.setattr("leukoflow.cluster.workers.visible_gpus", lambda: ["3"])
     with open_cluster(ClusterSettings(workers=1), gpu=True) as cluster:
-        cluster.ready(partial(note, str(tmp_path)))
+        cluster.prepare_workers(partial(note, str(tmp_path)))
         assert (len(cluster.crew.gpu), len(cluster.crew.cpu), cluster.in_flight) == (1, 1, 3)
         client = cluster.client
         infos = client.scheduler_info(n_workers=-1)["workers"]
@@ -50,7 +50,7 @@ def test_a_gpu_has_a_process_of_its_own_and_threads_are_shared_out(
 def test_local_workers_come_when_work_waits(tmp_path: Path) -> None:
     """Dask decides about the number; shards in flight follow, and who joins loads the models, too."""
     with open_cluster(ClusterSettings(min_workers=1, max_workers=2)) as cluster:
-        cluster.ready(partial(note, str(tmp_path)))
+        cluster.prepare_workers(partial(note, str(tmp_path)))
         assert (len(cluster.crew.cpu), cluster.in_flight) == (1, 2)
         naps = [cluster.client.submit(nap, 3.0, pure=False) for _ in range(8)]
         until(lambda: cluster.in_flight == 4, 60, "there are two workers")
@@ -136,7 +136,7 @@ def test_workers_with_other_code_are_sent_away_and_a_lost_scheduler_is_found_aga
     loaded.mkdir()
     settings = ClusterSettings(address=dask.address, tls=authority, lost_seconds=120)
     with open_cluster(settings) as cluster:
-        cluster.ready(partial(note, str(loaded)))
+        cluster.prepare_workers(partial(note, str(loaded)))
         assert len(cluster.crew.cpu) == 1
         joined, stranger = dask.start_worker(), dask.start_worker(code=other)
         until(lambda: len(cluster.crew.cpu) == 2, 60, "the worker with our code is taken up")
@@ -168,7 +168,7 @@ def test_workers_are_jobs_of_slurm(authority: TlsSettings, tmp_path: Path, monke
     settings = ClusterSettings(address="slurm", workers=1, gpu_workers=1, tls=authority, slurm=slurm)
     with open_cluster(settings, gpu=True) as cluster:
         assert cluster.client.scheduler.address.startswith("tls://127.0.0.1:")
-        cluster.ready(partial(nap, 0.0))
+        cluster.prepare_workers(partial(nap, 0.0))
         until(lambda: (len(cluster.crew.gpu), len(cluster.crew.cpu)) == (1, 1), 60, "both jobs have arrived")
         where = cluster.client.submit(surroundings, resources={"GPU": 1}, pure=False)
         _, _, born_with = cluster.result(where)
@@ -183,7 +183,7 @@ def test_workers_are_jobs_of_slurm(authority: TlsSettings, tmp_path: Path, monke
 def test_what_stays_lost_is_told_to_whoever_waits(dask: DaskProcesses, authority: TlsSettings) -> None:
     settings = ClusterSettings(address=dask.address, tls=authority, lost_seconds=2)
     with open_cluster(settings) as cluster:
-        cluster.ready(partial(nap, 0.0))
+        cluster.prepare_workers(partial(nap, 0.0))
         waiting = cluster.client.submit(nap, 600.0, pure=False)
         for worker in dask.workers:
             worker.kill()

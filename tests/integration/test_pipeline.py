@@ -42,7 +42,7 @@ def went(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dic
 def test_gpus_compute_and_the_others_prepare(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("leukoflow.cluster.workers.visible_gpus", lambda: ["0"])
     with open_cluster(ClusterSettings(workers=1), gpu=True) as cluster:
-        cluster.ready(partial(on_workers.nap, 0.0))
+        cluster.prepare_workers(partial(on_workers.nap, 0.0))
         (gpu,), (cpu,) = cluster.crew.gpu, cluster.crew.cpu
         first = tmp_path / "first"
         first.mkdir()

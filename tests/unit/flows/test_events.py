@@ -99,7 +99,7 @@ def test_without_a_server_nothing_is_sent(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_the_report_is_named_so_that_a_browser_can_come_to_it() -> None:
     """No link to a file: a page that came over http may not open one."""
-    from leukoflow.flows.run import where_the_report_is
+    from leukoflow.flows.announce import where_the_report_is
 
     def run(**more: Any) -> Any:
         config = load_config(source="night.zip", out="/data/my results", **more)

@@ -13,7 +13,7 @@ import pytest
 
 import leukoflow.flows.site_night
 from leukoflow.core.errors import RunCancelledError
-from leukoflow.flows.run import _draining, asked_to_stop
+from leukoflow.flows.life import asked_to_stop, drain_on_signals
 from leukoflow.runs.ledger import RunOutcome
 
 
@@ -30,7 +30,7 @@ class Impatient(logging.Handler):
 
 def test_one_signal_asks_and_leaves_the_handlers_as_they_were() -> None:
     before, stop = signal.getsignal(signal.SIGTERM), threading.Event()
-    with _draining(stop):
+    with drain_on_signals(stop):
         signal.raise_signal(signal.SIGTERM)
         assert stop.is_set()
     assert signal.getsignal(signal.SIGTERM) is before
@@ -39,13 +39,13 @@ def test_one_signal_asks_and_leaves_the_handlers_as_they_were() -> None:
 def test_a_second_signal_counts_while_the_first_one_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     logger = logging.getLogger("leukoflow")
     monkeypatch.setattr(logger, "handlers", [Impatient()])
-    with pytest.raises(KeyboardInterrupt), _draining(threading.Event()):
+    with pytest.raises(KeyboardInterrupt), drain_on_signals(threading.Event()):
         signal.raise_signal(signal.SIGTERM)
 
 
 def test_a_signal_after_cancel_or_a_deadline_is_the_first_one() -> None:
     stop = threading.Event()
-    with _draining(stop):
+    with drain_on_signals(stop):
         stop.set()
         signal.raise_signal(signal.SIGTERM)
         with pytest.raises(KeyboardInterrupt):
@@ -65,7 +65,7 @@ def test_a_signal_at_the_end_of_a_run_stops_the_night_before_the_next(monkeypatc
 
     def run(site: Any, ledger: Any, head: Any, run_id: str, deadline: Any) -> RunOutcome:
         done.append(run_id)
-        with _draining(threading.Event()):
+        with drain_on_signals(threading.Event()):
             signal.raise_signal(signal.SIGTERM)
         return RunOutcome(run_id, 0, "20 of 20 images accounted for", 20)
 

@@ -280,7 +280,7 @@ def certificate(folder: Path) -> None:
 def test_dask_outside_of_a_run_is_configured_as_inside() -> None:
     import dask
 
-    from leukoflow.cluster.cluster import OPTIONS
+    from leukoflow.cluster.workers import OPTIONS
 
     with dask.config.set({}):
         read = dask.config.collect(paths=[str(INFRA / "dask.yaml")], env={})

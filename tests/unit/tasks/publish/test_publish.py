@@ -15,7 +15,6 @@ from leukoflow.cluster.code import code_digest
 from leukoflow.core.codec import dumps
 from leukoflow.core.config import load_config
 from leukoflow.core.errors import ReconciliationError
-from leukoflow.flows.run import _clear_attempts
 from leukoflow.models.bundle import random_bundle
 from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.records import Shard
@@ -231,15 +230,3 @@ def test_what_another_command_has_published_meanwhile_stands(
     assert publish(run, 5.0, 6.0, 0) == theirs
     assert read_manifest(storage) == theirs
     assert (storage.stamp("slides.parquet") == slides) == (when != "at last")
-
-
-def test_attempts_of_others_stay_when_those_of_shards_are_removed(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
-    for name in ("00001/one", "spool-1", "preflight-1", "amend-1", "compact-1", "expand-1", "moving-1"):
-        storage.write(f"_attempts/{name}/x", b"x")
-    _clear_attempts(storage)
-    assert storage.names("_attempts") == ["amend-1", "compact-1", "expand-1", "moving-1"]
-    storage.delete("_attempts")
-    storage.write("_attempts/00001/one/x", b"x")
-    _clear_attempts(storage)
-    assert not (tmp_path / "_attempts").exists()

@@ -29,7 +29,7 @@ def apply(
 
     **Example**: `LEUKOFLOW_WEBHOOK_URL=https://chat.example.org/hook leukoflow automations apply`
     """
-    from leukoflow.apps.cli import view
+    from leukoflow.apps.cli.view.console import open_console
     from leukoflow.apps.prefect_server import require_server
 
     with reported(debug):
@@ -37,7 +37,7 @@ def apply(
         from leukoflow.apps.automations import apply_automations
 
         applied = apply_automations(file)
-        console = view.console()
+        console = open_console()
         for words, names in (
             ("created", applied.created),
             ("updated", applied.updated),

@@ -62,9 +62,9 @@ def _who(by: str | None) -> str:
 
 
 def _line(bundle: Any, what: str) -> None:
-    from leukoflow.apps.cli import view
+    from leukoflow.apps.cli.view.console import open_console
 
-    view.console().print(f"{bundle.name}  {bundle.digest[:12]}  {what}", soft_wrap=True, markup=False)
+    open_console().print(f"{bundle.name}  {bundle.digest[:12]}  {what}", soft_wrap=True, markup=False)
 
 
 @bundles_app.command("register")
@@ -95,7 +95,7 @@ def list_bundles(registry: RegistryOption = None, debug: Debug = False) -> None:
     with reported(debug):
         from rich.table import Table
 
-        from leukoflow.apps.cli import view
+        from leukoflow.apps.cli.view.console import open_console
 
         table = Table(box=None, padding=(0, 2), header_style="dim")
         for title in ("name", "digest", "state", "registered", "by", "metrics"):
@@ -104,7 +104,7 @@ def list_bundles(registry: RegistryOption = None, debug: Debug = False) -> None:
             figures = ", ".join(f"{name} {value:.3f}" for name, value in b.metrics) or f"none: {b.note}"
             style = "bold green" if b.state == "approved" else "dim" if b.state == "removed" else ""
             table.add_row(b.name, b.digest[:12], b.state, b.at, b.by, figures, style=style)
-        view.console().print(table)
+        open_console().print(table)
 
 
 @bundles_app.command("approve")
@@ -146,14 +146,14 @@ def history(registry: RegistryOption = None, debug: Debug = False) -> None:
     with reported(debug):
         from rich.table import Table
 
-        from leukoflow.apps.cli import view
+        from leukoflow.apps.cli.view.console import open_console
 
         table = Table(box=None, padding=(0, 2), header_style="dim")
         for title in ("", "when", "who", "what", "bundle", "digest", "why"):
             table.add_column(title, overflow="fold")
         for e in _registry(registry).entries():
             table.add_row(str(e.number), e.at, e.by, e.action, e.name, e.digest[:12], e.why)
-        view.console().print(table)
+        open_console().print(table)
 
 
 @bundles_app.command("prune")
@@ -174,14 +174,14 @@ def prune(
     **Example**: `leukoflow bundles prune --keep-days 180 --out s3://results --dry-run`
     """
     with reported(debug):
-        from leukoflow.apps.cli import view
+        from leukoflow.apps.cli.view.console import open_console
         from leukoflow.tasks.upkeep.prune import prune as remove
 
         for v in remove(_registry(registry), out, keep_days, _who(by), dry_run):
             word = ("would be removed" if dry_run else "removed") if v.remove else "stays"
             _line(v.bundle, f"{word}: {v.why}")
         if dry_run:
-            view.console().print("nothing was removed")
+            open_console().print("nothing was removed")
 
 
 def shadow(
@@ -206,11 +206,12 @@ def shadow(
     **Example**: `leukoflow shadow out smears-1f0c63b2 --bundle registry:pocket-2`
     """
     with reported(debug):
-        from leukoflow.apps.cli import view
+        from leukoflow.apps.cli.view.console import open_console
+        from leukoflow.apps.cli.view.live import live_progress, show_plan
 
         if not bundle:
             raise ConfigError("--bundle names the candidate; `leukoflow bundles list` shows those of the registry")
-        console = view.console()
+        console = open_console()
         use_configured_prefect(debug)
         from leukoflow.runs.heart import beating
         from leukoflow.runs.progress import read_manifest
@@ -221,9 +222,9 @@ def shadow(
         config = shadow_config(out, run_id, bundle, workers, cluster)
         with ExitStack() as life:
             opened = open_run(config, lambda root: life.enter_context(beating(root, "planning the source")))
-            view.show_plan(console, opened.run_id, opened.root, opened.summary)
+            show_plan(console, opened.run_id, opened.root, opened.summary)
             life.enter_context(prefect_api(keep_prefect, debug))
-            life.enter_context(view.live_progress(console, opened.root))
+            life.enter_context(live_progress(console, opened.root))
             from prefect import tags
 
             from leukoflow.flows.shadow import shadow as flow
@@ -306,10 +307,10 @@ def rerun(
                 cluster = settings.cluster.model_copy(update={"workers": workers})
                 settings = settings.model_copy(update={"cluster": cluster})
             raise typer.Exit(execute(settings, keep_prefect, debug))
-        from leukoflow.apps.cli import view
+        from leukoflow.apps.cli.view.console import open_console
         from leukoflow.tasks.upkeep.reproduce import reproduce_run, to_json
 
-        console = view.console()
+        console = open_console()
         with console.status("computing again", spinner="dots") as status:
 
             def report(done: int, total: int) -> None:
@@ -395,7 +396,8 @@ def correct(
     `leukoflow correct out --slide S-77 --patient 4321`
     """
     with reported(debug):
-        from leukoflow.apps.cli import view
+        from leukoflow.apps.cli.view.console import open_console
+        from leukoflow.apps.cli.view.finished import show_amended
         from leukoflow.tasks.intake.patient_key import patient_key
         from leukoflow.tasks.upkeep.amend import other_keys_in_words, patient_name, runs_of_other_keys
         from leukoflow.tasks.upkeep.correct import correct_patient
@@ -403,7 +405,7 @@ def correct(
         wrong, right = (patient, to) if to is not None else (None, patient if slide is not None else None)
         if right is None or (wrong is None and slide is None):
             raise ConfigError("name the right patient: --patient WRONG --to RIGHT, or --slide SLIDE --patient RIGHT")
-        console = view.console()
+        console = open_console()
         use_configured_prefect(debug)  # the key may come from a block of that server
         key = patient_key()
         named = [None if p is None else patient_name(p, key) for p in (right, wrong)]
@@ -414,6 +416,6 @@ def correct(
             )
             keyed = None if named[0] == right else key  # a pseudonym needs none
             found = correct_patient(reached(out), named[0], named[1], slide, dry_run, keyed)
-        view.show_amended(console, found, "corrected", dry_run)
+        show_amended(console, found, "corrected", dry_run)
         if others:
             fail(other_keys_in_words(others), 1)

@@ -112,9 +112,10 @@ def fail(message: str, code: int) -> NoReturn:
 
 def execute(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
     """Plans, finds or starts a Prefect server, runs the flow under a progress display, and shows the outcome."""
-    from leukoflow.apps.cli import view
+    from leukoflow.apps.cli.view.console import open_console
+    from leukoflow.apps.cli.view.outcome import show_outcome
 
-    console = view.console()
+    console = open_console()
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # until the flow takes over, stopping is just stopping
     use_configured_prefect(debug)  # a patient key may come from a block of that server
     with ExitStack() as life:  # the run's record begins before anything can fail, and ends with what has become of it
@@ -129,7 +130,7 @@ def execute(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
             opened = open_run(settings, begin)
         if opened.finished is not None:
             console.print(f"[green]{opened.run_id} is finished already[/]; nothing was started.")
-            view.show_outcome(console, opened.root, opened.finished)
+            show_outcome(console, opened.root, opened.finished)
             return opened.finished.exit_code
         settled = settings.model_copy(update={"run_id": opened.run_id})
         return _carry_out(console, opened, settled, keep_prefect, debug)
@@ -151,19 +152,20 @@ def warn_of_another(console: Console, root: str) -> None:
 
 def _carry_out(console: Console, opened: Run, settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
     """Runs the flow of a run that was opened; shows and returns what has become of it. Raises LeukoflowError."""
-    from leukoflow.apps.cli import view
+    from leukoflow.apps.cli.view.live import live_progress, show_plan
+    from leukoflow.apps.cli.view.outcome import show_outcome
     from leukoflow.runs.heart import beating
     from leukoflow.runs.progress import read_manifest
     from leukoflow.storage.base import Storage
 
-    view.show_plan(console, opened.run_id, opened.root, opened.summary)
+    show_plan(console, opened.run_id, opened.root, opened.summary)
     # What the flow will import takes its seconds on one core while the server starts on the other; Prefect itself must
     # not be among it yet.
     threading.Thread(target=importlib.import_module, args=("leukoflow.tasks.inference.stages",), daemon=True).start()
     with (
         beating(opened.root, "waiting for Prefect's server") as heart,
         prefect_api(keep_prefect, debug),
-        view.live_progress(console, opened.root),
+        live_progress(console, opened.root),
     ):
         heart.phase("waiting for Prefect to begin the run")
         from leukoflow.flows.run import screen
@@ -185,7 +187,7 @@ def _carry_out(console: Console, opened: Run, settings: RunConfig, keep_prefect:
     if manifest is None:
         words = (state.message or state.name) if state is not None else "no reason was given"
         raise LeukoflowError(f"run {opened.run_id} ended without a manifest: {words}; give the same command again")
-    view.show_outcome(console, opened.root, manifest)
+    show_outcome(console, opened.root, manifest)
     return manifest.exit_code
 
 
@@ -224,9 +226,9 @@ def prefect_api(keep: bool, debug: bool) -> Iterator[None]:
     To be entered from the main thread, before anything has imported Prefect, which reads its settings at import.
     """
     from leukoflow.apps import prefect_server
-    from leukoflow.apps.cli import view
+    from leukoflow.apps.cli.view.console import open_console
 
-    console = view.console()
+    console = open_console()
     if url := use_configured_prefect(debug):
         prefect_server.require_server(url)
         console.print(f"dashboard  {url.removesuffix('/').removesuffix('/api')}", soft_wrap=True)

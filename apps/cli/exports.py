@@ -36,7 +36,7 @@ def export(
     `leukoflow export out night-2026-03-01 --patient 1234 --to 1234.fhir.json`
     """
     with reported(debug):
-        from leukoflow.apps.cli import view
+        from leukoflow.apps.cli.view.console import open_console
         from leukoflow.core.counts import count_of
         from leukoflow.runs.progress import read_manifest
         from leukoflow.storage.base import Storage
@@ -65,11 +65,11 @@ def export(
         except OSError as error:
             raise ConfigError(f"{to} cannot be written: {error.strerror or error}") from error
         rows = len(table.rows_of(scope.slide, scope.patient))
-        view.console().print(
+        open_console().print(
             f"{count_of(rows, 'field')} of {run_id} in {to}", soft_wrap=True, highlight=False, markup=False
         )
         if read_manifest(Storage(root_of(out, run_id))) is None:
-            view.console().print(
+            open_console().print(
                 f"[yellow]{run_id} is not finished[/]: only what it has done so far is in the file", soft_wrap=True
             )
 
@@ -90,13 +90,13 @@ def labels(
     **Example**: `leukoflow labels out --to reviewed`
     """
     with reported(debug):
-        from leukoflow.apps.cli import view
+        from leukoflow.apps.cli.view.console import open_console
         from leukoflow.tasks.review.export import write_training_set
         from leukoflow.tasks.review.worklist import run_key_of
 
         keys = None if not run_ids else [run_key_of(name) for name in run_ids]
         made = write_training_set(reached(out), to, keys)
         lost = f"; {made.lost:,} labelled images cannot be read any more and are left out" if made.lost else ""
-        view.console().print(
+        open_console().print(
             f"{made.images:,} labelled fields in {made.folder}{lost}", soft_wrap=True, highlight=False, markup=False
         )

@@ -52,11 +52,11 @@ def drift_reference(
     `leukoflow drift reference out night-2026-03-01 --to bundles/mine/drift.json`
     """
     with reported(debug):
-        from leukoflow.apps.cli import view
+        from leukoflow.apps.cli.view.console import open_console
         from leukoflow.storage.base import Storage
         from leukoflow.tasks.monitor.drift import BASELINE, facts_bytes, merge_reference
 
-        console = view.console()
+        console = open_console()
         with console.status("reading the runs", spinner="dots"):
             facts = merge_reference(out, run_ids)
         place, key = _split(to) if to is not None else (Storage(out), BASELINE)
@@ -77,14 +77,14 @@ def drift_show(
     **Example**: `leukoflow drift show out`
     """
     with reported(debug):
-        from leukoflow.apps.cli import view
+        from leukoflow.apps.cli.view.console import open_console
         from leukoflow.tasks.monitor.drift import find_reference
         from leukoflow.tasks.monitor.nights import bundle_dir
 
         found = find_reference(out, bundle_dir(bundle))
         if found is None:
             raise ConfigError(f"{out} has no drift reference; `leukoflow drift reference {out} RUN_ID` makes one")
-        _show_reference(view.console(), found[1], found[0])
+        _show_reference(open_console(), found[1], found[0])
 
 
 def _split(file: str) -> tuple[Storage, str]:
@@ -116,12 +116,12 @@ def _show_reference(console: Console, place: str, facts: DriftFacts) -> None:
 
 def report_nights(out: str, nights: int, to: str | None) -> None:
     """Writes `nights.html` and `nights.json` of the last nights, in OUT or at `to`."""
-    from leukoflow.apps.cli import view
+    from leukoflow.apps.cli.view.console import open_console
     from leukoflow.storage.base import Storage
     from leukoflow.tasks.monitor.nights import gather, nights_json
     from leukoflow.tasks.report.nights_report import nights_page
 
-    console = view.console()
+    console = open_console()
     with console.status("reading the runs", spinner="dots") as status:
         found = gather(out, nights, report=lambda run_id: status.update(f"reading {run_id}"))
         html, facts = nights_page(found).encode(), nights_json(found)
@@ -166,7 +166,7 @@ def metrics(
     with reported(debug):
         import threading
 
-        from leukoflow.apps.cli import view
+        from leukoflow.apps.cli.view.console import open_console
         from leukoflow.tasks.monitor.metrics import RunsCollector, exposition, metrics_endpoint
 
         if textfile is not None:
@@ -174,6 +174,6 @@ def metrics(
             place.write(key, exposition(RunsCollector(out)))
             return
         with metrics_endpoint(RunsCollector(out), port, address) as bound:
-            view.console().print(f"metrics  http://{address}:{bound}/metrics  (Ctrl-C ends)", soft_wrap=True)
+            open_console().print(f"metrics  http://{address}:{bound}/metrics  (Ctrl-C ends)", soft_wrap=True)
             with suppress(KeyboardInterrupt):
                 threading.Event().wait()

@@ -42,7 +42,7 @@ def inbox(site: SitePath = None, debug: Debug = False) -> None:
     with reported(debug):
         import time
 
-        from leukoflow.apps.cli import view
+        from leukoflow.apps.cli.view.console import open_console
         from leukoflow.core.site import load_site
         from leukoflow.runs.ledger import Ledger
         from leukoflow.tasks.intake.inbox import look
@@ -51,7 +51,7 @@ def inbox(site: SitePath = None, debug: Debug = False) -> None:
         ledger = Ledger(place.out, place.name)
         found = look(place, ledger, time.time())
         pending = [head.name for head in ledger.read().heads if ledger.outcome(head.number) is None]
-        _show_inbox(view.console(), place, found, pending)
+        _show_inbox(open_console(), place, found, pending)
 
 
 def night(
@@ -74,7 +74,7 @@ def night(
     **Exit codes**: as `leukoflow run`; of several runs the worst. 4 also when the manifest expects what is not there.
     """
     with reported(debug):
-        from leukoflow.apps.cli import view
+        from leukoflow.apps.cli.view.console import open_console
         from leukoflow.core.site import load_site
 
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # until a run takes over, stopping is just stopping
@@ -86,7 +86,7 @@ def night(
             state = flow(str(site.absolute()) if site else None, date, return_state=True)
         outcome = state.result(raise_on_failure=False)
         if isinstance(outcome, NightReport):
-            _show_night(view.console(), place, outcome)
+            _show_night(open_console(), place, outcome)
             raise typer.Exit(outcome.exit_code)
         if isinstance(outcome, BaseException):
             raise outcome
@@ -100,7 +100,7 @@ def _show_inbox(target: Console, site: Site, found: InboxView, pending: list[str
     from rich.table import Table
     from rich.text import Text
 
-    from leukoflow.apps.cli.view import duration
+    from leukoflow.apps.cli.view.console import duration
 
     table = Table(box=None, padding=(0, 2), header_style="dim")
     for name in ("item", "state", "files", "quiet for", "why"):

@@ -108,7 +108,7 @@ def serve(
         import asyncio
         from dataclasses import replace
 
-        from leukoflow.apps.cli import view
+        from leukoflow.apps.cli.view.console import open_console
         from leukoflow.apps.web.settings import (
             ProxySettings,
             WebSettings,
@@ -151,7 +151,7 @@ def serve(
         with _listen(host, port) as listening:
             settings = replace(settings, port=listening.getsockname()[1])
             with suppress(KeyboardInterrupt):
-                asyncio.run(_serve(settings, listening, tls_cert, tls_key, view.console().print))
+                asyncio.run(_serve(settings, listening, tls_cert, tls_key, open_console().print))
 
 
 async def _serve(

@@ -18,8 +18,13 @@ from rich.console import Console
 from typer.testing import CliRunner
 
 from leukoflow.apps import prefect_server
-from leukoflow.apps.cli import view
 from leukoflow.apps.cli.main import app
+from leukoflow.apps.cli.view import live
+from leukoflow.apps.cli.view.console import duration, open_console
+from leukoflow.apps.cli.view.evaluation import show_evaluation
+from leukoflow.apps.cli.view.finished import show_audit
+from leukoflow.apps.cli.view.live import Pace, live_progress
+from leukoflow.apps.cli.view.outcome import show_outcome
 from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import BundleError, RunCancelledError, SourceError
 from leukoflow.runs.progress import Heartbeat, RunBinding, now
@@ -408,11 +413,11 @@ def test_status_lists_runs_and_tells_how_to_continue_a_dead_one(tmp_path: Path) 
 
 @pytest.mark.parametrize("terminal", [False, True])
 def test_progress_is_shown_while_a_run_goes_on(terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(view, "_PLAIN_SECONDS", 0.05)
-    monkeypatch.setattr(view, "_POLL_SECONDS", 0.05)
+    monkeypatch.setattr(live, "_PLAIN_SECONDS", 0.05)
+    monkeypatch.setattr(live, "_POLL_SECONDS", 0.05)
     written = io.StringIO()
     target = Console(file=written, force_terminal=terminal, width=200)
-    with view.live_progress(target, str(tmp_path)):  # at first there is no run yet, and that is no reason to fail
+    with live_progress(target, str(tmp_path)):  # at first there is no run yet, and that is no reason to fail
         time.sleep(0.2)
         (tmp_path / "run.json").write_bytes(dumps(_binding("smears-1")))
         shard = Shard(0, 0, 32)
@@ -440,14 +445,14 @@ def test_status_of_a_finished_run_shows_its_outcome(tmp_path: Path) -> None:
 def test_labels_of_an_old_run_are_named_for_what_they_count(tmp_path: Path) -> None:
     written = io.StringIO()
     old = _manifest(schema_version=1, labels=(40, 30, 20, 6))
-    view.show_outcome(Console(file=written, width=160), str(tmp_path), old)
+    show_outcome(Console(file=written, width=160), str(tmp_path), old)
     assert "of predicted and abstained" in written.getvalue()
 
 
 def test_a_small_share_is_not_told_as_none(tmp_path: Path) -> None:
     written = io.StringIO()
     found = _manifest(members=10_000, predicted=9_999, abstained=0, rejected=0, quarantined=1)
-    view.show_outcome(Console(file=written, width=160), str(tmp_path), found)
+    show_outcome(Console(file=written, width=160), str(tmp_path), found)
     assert "> 99.9 %" in written.getvalue()
     assert "< 0.1 %" in written.getvalue()
 
@@ -455,7 +460,7 @@ def test_a_small_share_is_not_told_as_none(tmp_path: Path) -> None:
 def test_nothing_looked_at_is_not_called_well(tmp_path: Path) -> None:
     written = io.StringIO()
     out = Console(file=written, width=160)
-    view.show_audit(out, str(tmp_path), AuditVerdict(0, "", ()))
+    show_audit(out, str(tmp_path), AuditVerdict(0, "", ()))
     assert "is empty: nothing was looked at" in written.getvalue()
 
 
@@ -496,13 +501,13 @@ def test_prefect_commands_without_a_server(monkeypatch: pytest.MonkeyPatch, tmp_
     [(0.4, "0 s"), (59.4, "59 s"), (65, "1 min 05 s"), (3599.6, "1 h 00 min"), (7620, "2 h 07 min")],
 )
 def test_durations_are_read_by_people(seconds: float, words: str) -> None:
-    assert view.duration(seconds) == words
+    assert duration(seconds) == words
 
 
 def test_pace_counts_only_what_this_session_has_done(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = iter([100.0, 110.0])
-    monkeypatch.setattr(view.time, "monotonic", lambda: next(clock))
-    pace = view._Pace()
+    monkeypatch.setattr(live.time, "monotonic", lambda: next(clock))
+    pace = Pace()
     assert pace.describe(500, 1000) == "no shard done yet"
     assert pace.describe(520, 1000) == "measuring the rate"
     assert pace.describe(620, 1000) == "10.0 images/s, 38 s left"
@@ -520,7 +525,7 @@ def test_an_evaluation_is_shown_beside_the_histogram(capsys: pytest.CaptureFixtu
         "segmentation": {"dice_nucleus_d1": 0.91},
         "foreign": {"images": 53, "abstained_or_benign": 0.96},
     }
-    view.show_evaluation(view.console(), found)
+    show_evaluation(open_console(), found)
     text = " ".join(capsys.readouterr().out.split())
     for part in ("0.8710 0.8120", "C07 0.500 C03 0.250", "size 1.30", "12.0 %", "dice nucleus d1 0.91", "0.960 of 53"):
         assert part in text

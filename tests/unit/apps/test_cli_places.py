@@ -15,9 +15,10 @@ from harness import ROOT, smears, write_zip
 from rich.console import Console
 from typer.testing import CliRunner
 
-from leukoflow.apps.cli import view
 from leukoflow.apps.cli.common import warn_of_another
-from leukoflow.apps.cli.main import app, next_command
+from leukoflow.apps.cli.main import app
+from leukoflow.apps.cli.sample import next_command
+from leukoflow.apps.cli.view.console import facts_table, open_console
 from leukoflow.core.codec import dumps
 from leukoflow.core.config import load_config
 from leukoflow.core.counts import count_of
@@ -172,8 +173,8 @@ def test_an_archive_without_images_is_written_down_with_its_exit_code(small: Bun
 
 def test_addresses_are_whole_where_no_terminal_has_a_width(capsys: pytest.CaptureFixture[str]) -> None:
     address = "http://127.0.0.1:4200/" + "a-very-long-way/" * 20
-    target = view.console()
-    table = view._facts()
+    target = open_console()
+    table = facts_table()
     table.add_row("dashboard", address)
     target.print(table)
     target.print(address)

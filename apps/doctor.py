@@ -205,14 +205,8 @@ def check_patient_key() -> Iterator[Check]:
 
 def check_prefect(start: bool) -> Iterator[Check]:
     """The Prefect server that a run would use answers, or one can be started."""
-    from leukoflow.apps.prefect_server import (
-        PrefectServerError,
-        configured_api_url,
-        default_home,
-        require_server,
-        running_server,
-        start_server,
-    )
+    from leukoflow.apps.prefect_connection import PrefectServerError, configured_api_url, require_server
+    from leukoflow.apps.prefect_server import default_home, running_server, start_server
 
     if url := configured_api_url():
         try:

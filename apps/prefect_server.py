@@ -10,24 +10,19 @@ from it.
 
 from __future__ import annotations
 
-import base64
 import fcntl
 import json
 import os
 import signal
 import socket
-import ssl
 import subprocess
 import sys
 import threading
 import time
-import tomllib
-import urllib.error
-import urllib.request
 from dataclasses import dataclass
 from pathlib import Path
 
-from leukoflow.core.errors import LeukoflowError
+from leukoflow.apps.prefect_connection import PrefectServerError, ask
 
 STARTUP_SECONDS = 300.0
 """How long a server may take until it answers: seconds, but minutes where many start at once on few cores. One that
@@ -40,10 +35,6 @@ _PREFERRED_PORT = 4200
 _LOCK, _STATE, _LOG = "server.lock", "server.json", "server.log"
 _LOCK_TRIES, _LOCK_PAUSE = 5, 0.02
 _PARALLEL = 64  # runs at the same time that may each have a server of their own
-
-
-class PrefectServerError(LeukoflowError):
-    """The local Prefect server did not start, or stopped answering."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,31 +72,6 @@ def default_home() -> Path:
     return Path(state).expanduser().absolute() / "leukoflow" / "prefect"
 
 
-def configured_api_url() -> str | None:
-    """The Prefect API that the user has chosen: `PREFECT_API_URL`, else that of the active profile, else None.
-
-    Read without importing Prefect, which fixes its settings when it is imported.
-    """
-    return _configured("PREFECT_API_URL")
-
-
-def _configured(name: str) -> str | None:
-    """A setting of Prefect's client: from the environment, else from the active profile."""
-    return os.environ.get(name) or _of_profile(name)
-
-
-def _of_profile(name: str) -> str | None:
-    home = Path(os.environ.get("PREFECT_HOME") or "~/.prefect").expanduser()
-    path = Path(os.environ.get("PREFECT_PROFILES_PATH") or home / "profiles.toml").expanduser()
-    try:
-        profiles = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, tomllib.TOMLDecodeError, UnicodeDecodeError):
-        return None
-    active = os.environ.get("PREFECT_PROFILE") or profiles.get("active")
-    value = profiles.get("profiles", {}).get(active, {}).get(name)
-    return str(value) if value else None
-
-
 def client_environment(server: LocalServer | None) -> dict[str, str]:
     """Variables that a process must have before it imports Prefect, so that it uses `server` and tells nobody about it.
 
@@ -134,107 +100,10 @@ def client_environment(server: LocalServer | None) -> dict[str, str]:
     }
 
 
-def is_healthy(api_url: str, timeout: float = 2.0) -> bool:
-    """Whether a Prefect server answers at `api_url` (asked directly when it is a loopback address)."""
-    return _ask(f"{api_url.rstrip('/')}/health", timeout) is not None
-
-
-def require_server(api_url: str | None, timeout: float = 5.0) -> None:
-    """Makes sure that the configured server answers and lets us in, before work depends on it.
-
-    Tried three times, since a server may be restarting. Raises PrefectServerError with the remedy.
-    """
-    if api_url is None:
-        raise PrefectServerError("no Prefect server is configured: set PREFECT_API_URL to its address, .../api")
-    base = api_url.rstrip("/")
-    for attempt in range(3):
-        if attempt:
-            time.sleep(1.0)
-        try:
-            _open(f"{base}/admin/version", timeout, _credentials())
-        except urllib.error.HTTPError as error:
-            trouble = f"answers with HTTP {error.code}: see to that server, or to the proxy before it"
-            if error.code in (401, 403):
-                said = "refuses" if _configured("PREFECT_API_AUTH_STRING") else "asks for"
-                raise PrefectServerError(
-                    f"the Prefect server at {api_url} {said} user and password: set PREFECT_API_AUTH_STRING to the "
-                    "USER:PASSWORD that it was started with (PREFECT_SERVER_API_AUTH_STRING)"
-                ) from None
-            if error.code == 404:
-                raise PrefectServerError(
-                    f"there is no Prefect API at {api_url}: correct the path of PREFECT_API_URL, which ends with /api"
-                ) from None
-        except (urllib.error.URLError, OSError, ValueError) as error:
-            if words := _certificate_trouble(error):
-                raise PrefectServerError(f"the Prefect server at {api_url}: {words}") from None
-            trouble = "does not answer: start that server"
-        else:
-            return
-    raise PrefectServerError(
-        f"the Prefect server at {api_url} {trouble}, or {without_server()} so that a run starts its own"
-    )
-
-
-def without_server() -> str:
-    """Says what makes a run start a server of its own: the configured address is taken away where it stands."""
-    url = _configured("PREFECT_API_URL")
-    in_profile = url is not None and _of_profile("PREFECT_API_URL") == url
-    return (
-        "take its address out of the profile (`prefect config unset PREFECT_API_URL`)"
-        if in_profile
-        else ("unset PREFECT_API_URL")
-    )
-
-
-def _certificate_trouble(error: BaseException) -> str:
-    """What is wrong with certificates, and the remedy; empty where an error is of another kind."""
-    reason = getattr(error, "reason", None)
-    cause = reason if isinstance(reason, BaseException) else error
-    if isinstance(cause, ssl.SSLCertVerificationError):
-        return (
-            f"its certificate is refused ({cause.verify_message}): set PREFECT_API_SSL_CERT_FILE to the certificate "
-            "of the authority that signed it, or have it renewed"
-        )
-    file = _configured("PREFECT_API_SSL_CERT_FILE")
-    unread = isinstance(cause, FileNotFoundError | PermissionError) or getattr(cause, "library", None) == "X509"
-    if file is None or not unread:
-        return ""
-    return f"{file}, which PREFECT_API_SSL_CERT_FILE names, is absent or no PEM file: correct its path, or unset it"
-
-
-def _credentials() -> dict[str, str]:
-    """The header that a server with basic authentication wants, if user and password are configured."""
-    secret = _configured("PREFECT_API_AUTH_STRING")
-    return {"Authorization": f"Basic {base64.b64encode(secret.encode()).decode()}"} if secret else {}
-
-
-def _open(url: str, timeout: float, headers: dict[str, str]) -> bytes:
-    """Body of an answer. Raises urllib's errors. Certificates are checked as Prefect's client checks them."""
-    handlers: list[urllib.request.BaseHandler] = []
-    if "//127.0.0.1" in url or "//localhost" in url:
-        handlers.append(urllib.request.ProxyHandler({}))
-    if url.startswith("https:"):
-        context = ssl.create_default_context(cafile=_configured("PREFECT_API_SSL_CERT_FILE"))
-        if (_configured("PREFECT_API_TLS_INSECURE_SKIP_VERIFY") or "").lower() in ("1", "true"):
-            context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
-        handlers.append(urllib.request.HTTPSHandler(context=context))
-    request = urllib.request.Request(url, headers=headers)
-    with urllib.request.build_opener(*handlers).open(request, timeout=timeout) as answer:
-        return bytes(answer.read())
-
-
-def _ask(url: str, timeout: float = 2.0) -> bytes | None:
-    """Body of a successful answer, else None."""
-    try:
-        return _open(url, timeout, {})
-    except (urllib.error.URLError, OSError, ValueError):
-        return None
-
-
 def _is_of(home: Path, api_url: str) -> bool:
     """Whether the server at `api_url` is the one of this home, and not another that was quicker to take the port."""
     try:
-        return bool(json.loads(_ask(f"{api_url}/admin/settings") or b"{}").get("home") == str(home))
+        return bool(json.loads(ask(f"{api_url}/admin/settings") or b"{}").get("home") == str(home))
     except (ValueError, AttributeError):
         return False
 

@@ -30,7 +30,7 @@ def apply(
     **Example**: `LEUKOFLOW_WEBHOOK_URL=https://chat.example.org/hook leukoflow automations apply`
     """
     from leukoflow.apps.cli.view.console import open_console
-    from leukoflow.apps.prefect_server import require_server
+    from leukoflow.apps.prefect_connection import require_server
 
     with reported(debug):
         require_server(use_configured_prefect(debug))

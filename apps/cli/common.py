@@ -198,7 +198,7 @@ def _well(state: Any) -> bool:
 
 def _without_prefect(console: Any, root: str, error: Exception) -> None:
     """The run's own last word, when Prefect's server did not take it. Raises LeukoflowError unless it finished."""
-    from leukoflow.apps.prefect_server import without_server
+    from leukoflow.apps.prefect_connection import how_to_unset_server
     from leukoflow.core.errors import RunCancelledError
     from leukoflow.runs.progress import ProgressReader
 
@@ -214,7 +214,7 @@ def _without_prefect(console: Any, root: str, error: Exception) -> None:
         raise LeukoflowError(f"{words} ({where})")
     else:
         raise LeukoflowError(
-            f"the Prefect server does not answer ({error}); start it again, or {without_server()} so that "
+            f"the Prefect server does not answer ({error}); start it again, or {how_to_unset_server()} so that "
             "the run starts its own. What is committed stays, and the same command continues where the run was"
         ) from error
 
@@ -225,12 +225,12 @@ def prefect_api(keep: bool, debug: bool) -> Iterator[None]:
 
     To be entered from the main thread, before anything has imported Prefect, which reads its settings at import.
     """
-    from leukoflow.apps import prefect_server
+    from leukoflow.apps import prefect_connection, prefect_server
     from leukoflow.apps.cli.view.console import open_console
 
     console = open_console()
     if url := use_configured_prefect(debug):
-        prefect_server.require_server(url)
+        prefect_connection.require_server(url)
         console.print(f"dashboard  {url.removesuffix('/').removesuffix('/api')}", soft_wrap=True)
         yield
         return
@@ -256,14 +256,14 @@ def prefect_api(keep: bool, debug: bool) -> Iterator[None]:
 
 def use_configured_prefect(debug: bool) -> str | None:
     """Points this process to the user's own Prefect API, and returns its address; None when there is none."""
-    from leukoflow.apps import prefect_server
+    from leukoflow.apps import prefect_connection, prefect_server
 
     if debug:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
     else:
         # Log lines that a server did not take would be complained of for each batch; that it is away is said once.
         logging.raiseExceptions = False
-    url = prefect_server.configured_api_url()
+    url = prefect_connection.configured_api_url()
     if url is not None:
         os.environ.update(prefect_server.client_environment(None))
         os.environ["PREFECT_API_URL"] = url

@@ -38,12 +38,12 @@ def prefect_start(debug: Debug = False) -> None:
 def prefect_status(debug: Debug = False) -> None:
     """Say which Prefect server a run would use. Exits with 1 when one is configured and does not answer."""
     with reported(debug):
-        from leukoflow.apps import prefect_server
+        from leukoflow.apps import prefect_connection, prefect_server
         from leukoflow.apps.cli.view.console import open_console
 
         console = open_console()
-        if url := prefect_server.configured_api_url():
-            answers = prefect_server.is_healthy(url)
+        if url := prefect_connection.configured_api_url():
+            answers = prefect_connection.is_healthy(url)
             console.print(f"configured: {url} ({'answers' if answers else 'does not answer'})", soft_wrap=True)
             raise typer.Exit(0 if answers else 1)
         server = prefect_server.running_server()

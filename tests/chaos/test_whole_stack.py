@@ -63,7 +63,7 @@ def loaded(folder: Path) -> Stack:
 
 def runs(stack: Stack, flow: str = "leukoflow night") -> list[dict[str, Any]]:
     wanted = {"flows": {"name": {"any_": [flow]}}, "sort": "EXPECTED_START_TIME_ASC", "limit": 200}
-    return list(stack.ask("/flow_runs/filter", wanted) or [])
+    return list(stack.services.ask_prefect("/flow_runs/filter", wanted) or [])
 
 
 def hand_over(stack: Stack, name: str, images: int, seed: int, scratch: Path) -> None:
@@ -77,7 +77,7 @@ def hand_over(stack: Stack, name: str, images: int, seed: int, scratch: Path) ->
 
 def finished(stack: Stack, name: str) -> dict[str, Any] | None:
     """The manifest of the run of an archive."""
-    found = list(stack.results.glob(f"*.{name}/manifest.json"))
+    found = list(stack.config.results.glob(f"*.{name}/manifest.json"))
     return json.loads(found[0].read_text()) if found else None
 
 
@@ -102,7 +102,7 @@ def test_a_stack_runs_its_nights_by_itself_and_survives_its_worker(folder: Path,
     stack = loaded(place)
     assert stat.S_IMODE((place / "secrets.env").stat().st_mode) == 0o600
     assert stat.S_IMODE((place / "env.sh").stat().st_mode) == 0o600
-    assert all(secret not in words for secret in stack.secrets.values())
+    assert all(secret not in words for secret in stack.config.secrets.values())
 
     # the schedule fires within its minute, takes the sample, and accounts for every image
     first = until(lambda: [r for r in runs(stack) if r["start_time"]], 150, "a night that begins")[0]
@@ -113,7 +113,7 @@ def test_a_stack_runs_its_nights_by_itself_and_survives_its_worker(folder: Path,
     manifest = until(lambda: finished(stack, "smears"), 400, "the sample's manifest")
     assert manifest["members"] == 32
     assert sum(manifest[k] for k in ("predicted", "abstained", "rejected", "quarantined")) == 32
-    command(place, "verify", str(stack.results), program=LEUKOFLOW)
+    command(place, "verify", str(stack.config.results), program=LEUKOFLOW)
 
     # a second time it is found running
     before = {name: stack.processes.find(name) for name in stack.processes.names()}
@@ -122,7 +122,7 @@ def test_a_stack_runs_its_nights_by_itself_and_survives_its_worker(folder: Path,
 
     # worker and flow are killed in the middle of a night; `up` starts the worker, a later night finishes the archive
     hand_over(stack, "second", 40, 11, tmp_path)
-    until(lambda: list(stack.results.glob("*.second/run.json")), 180, "the run of the second archive")
+    until(lambda: list(stack.config.results.glob("*.second/run.json")), 180, "the run of the second archive")
     running = [r for r in runs(stack) if r["state_type"] == "RUNNING"]
     for process in [before["prefect worker"], *before["prefect worker"].children(recursive=True)]:  # type: ignore[union-attr]
         os.kill(process.pid, signal.SIGKILL)
@@ -133,11 +133,11 @@ def test_a_stack_runs_its_nights_by_itself_and_survives_its_worker(folder: Path,
         lambda: [r for r in runs(stack) if r["id"] in ids and r["state_type"] == "CRASHED"], 300, "the verdict"
     )
     assert crashed[0]["state"]["message"].startswith("No sign of life")
-    command(place, "verify", str(stack.results), program=LEUKOFLOW)
+    command(place, "verify", str(stack.config.results), program=LEUKOFLOW)
 
     pids = [p.pid for p in stack.processes.strays()]
     command(place, "down")
-    assert_nothing_left(place, pids, list(stack.ports.values()))
+    assert_nothing_left(place, pids, list(stack.config.ports.values()))
     command(place, "down")  # a second time there is nothing to do
 
 

@@ -17,8 +17,9 @@ import psutil
 import pytest
 from harness import ROOT
 
-from leukoflow.apps import prefect_server
-from leukoflow.apps.prefect_server import PrefectServerError, client_environment, running_server, start_server, stop
+from leukoflow.apps import prefect_connection
+from leukoflow.apps.prefect_connection import PrefectServerError
+from leukoflow.apps.prefect_server import client_environment, running_server, start_server, stop
 
 pytestmark = pytest.mark.integration
 
@@ -95,7 +96,7 @@ def test_a_server_of_a_run_answers_shows_its_dashboard_and_keeps_to_itself(tmp_p
     finally:
         server.stop()
     assert not psutil.pid_exists(server.pid)
-    assert not prefect_server.is_healthy(server.url)
+    assert not prefect_connection.is_healthy(server.url)
 
 
 def test_a_kept_server_is_used_again_and_stopped_on_request(tmp_path: Path) -> None:
@@ -111,7 +112,7 @@ def test_a_kept_server_is_used_again_and_stopped_on_request(tmp_path: Path) -> N
         again = start_server(keep=False, home=home)
         assert (again.url, again.process) == (server.url, None)
         again.stop()  # nor does a run that merely used it
-        assert prefect_server.is_healthy(server.url)
+        assert prefect_connection.is_healthy(server.url)
     finally:
         assert stop(home) is True
         server.process.wait(10)
@@ -130,11 +131,11 @@ def test_a_server_dies_with_the_run_that_started_it(tmp_path: Path) -> None:
     run = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert run.stdout is not None
     pid, url = run.stdout.readline().split()
-    assert prefect_server.is_healthy(url)
+    assert prefect_connection.is_healthy(url)
     os.kill(run.pid, signal.SIGKILL)
     run.wait(10)
     run.stdout.close()
-    assert _eventually(lambda: not prefect_server.is_healthy(url))
+    assert _eventually(lambda: not prefect_connection.is_healthy(url))
     assert _eventually(lambda: not psutil.pid_exists(int(pid)))
 
 

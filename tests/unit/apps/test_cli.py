@@ -2,66 +2,30 @@
 
 from __future__ import annotations
 
-import io
 import os
-import re
 import subprocess
 import sys
-import time
 import types
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from rich.console import Console
+from made_up_run import SUMMARY, manifest_of
 from typer.testing import CliRunner
 
-from leukoflow.apps import prefect_server
+from leukoflow.apps import prefect_connection, prefect_server
 from leukoflow.apps.cli.main import app
-from leukoflow.apps.cli.view import live
-from leukoflow.apps.cli.view.console import duration, open_console
-from leukoflow.apps.cli.view.evaluation import show_evaluation
-from leukoflow.apps.cli.view.finished import show_audit
-from leukoflow.apps.cli.view.live import Pace, live_progress
-from leukoflow.apps.cli.view.outcome import show_outcome
 from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import BundleError, RunCancelledError, SourceError
-from leukoflow.runs.progress import Heartbeat, RunBinding, now
+from leukoflow.runs.progress import Heartbeat
 from leukoflow.runs.records import (
-    Marker,
-    PartRef,
-    PlanSummary,
     RunManifest,
-    Shard,
-    ShardReceipt,
-    Source,
-    SourceKind,
-    StageTiming,
 )
-from leukoflow.storage.base import Storage
-from leukoflow.tasks.upkeep.audit import AuditVerdict
 
 COMMANDS = (
     "run", "status", "report", "verify", "diff", "compact", "retention", "erase", "doctor", "sample", "train",
     "evaluate", "prefect", "version", "bundles", "shadow", "rerun", "correct",
 )  # fmt: skip
-
-SUMMARY = PlanSummary(Source("smears.zip", SourceKind.ZIP, "1-2", 10), 100, 3, 0, None, 32, "d")
-
-
-def _manifest(**changes: Any) -> RunManifest:
-    return replace(
-        RunManifest(
-            run_id="smears-1", schema_version=2, fingerprint="f", source=SUMMARY.source, source_truncated=None,
-            bundle="pocket", bundle_digest="b", device="cpu", shard_size=32, started_at=now(), finished_at=now(),
-            startup_seconds=12.3, processing_seconds=10.0, processed=100, members=100, predicted=90, abstained=6,
-            rejected=4, quarantined=0, missing=0, ignored=3, cells=500, labels=(39, 28, 18, 5),
-            reasons=(("out of focus", 4),), conflicts=0,
-            timings=(StageTiming("prepare", 2.0, 100),), slowest=(), parts=(), tables=(), software=(),
-        ),
-        **changes,
-    )  # fmt: skip
 
 
 def _invoke(*arguments: str) -> Any:
@@ -169,7 +133,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
     root.mkdir(parents=True)
     log: list[str] = []
     played = types.SimpleNamespace(
-        log=log, root=root, finished=None, outcome=None, manifest=_manifest(), error=None, config=None
+        log=log, root=root, finished=None, outcome=None, manifest=manifest_of(), error=None, config=None
     )
 
     def open_run(config: Any, begun: Any) -> Any:
@@ -238,7 +202,7 @@ def test_options_reach_the_settings(stage: Any, tmp_path: Path) -> None:
 
 
 def test_a_finished_run_starts_nothing(stage: Any) -> None:
-    stage.finished = _manifest(quarantined=1, predicted=89)
+    stage.finished = manifest_of(quarantined=1, predicted=89)
     result = _run(stage)
     assert result.exit_code == 3
     assert stage.log == ["planned"]
@@ -246,10 +210,10 @@ def test_a_finished_run_starts_nothing(stage: Any) -> None:
 
 
 def test_a_configured_server_is_used_and_left_alone(stage: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from leukoflow.apps import prefect_server
+    from leukoflow.apps import prefect_connection
 
     monkeypatch.setenv("PREFECT_API_URL", "http://night:4200/api")
-    monkeypatch.setattr(prefect_server, "require_server", lambda url: None)
+    monkeypatch.setattr(prefect_connection, "require_server", lambda url: None)
     assert _run(stage).exit_code == 0
     assert stage.log == ["planned", "flow with http://night:4200/api"]
 
@@ -263,13 +227,13 @@ def test_a_server_can_be_kept(stage: Any) -> None:
 @pytest.mark.parametrize(
     ("manifest", "code"),
     [
-        (_manifest(), 0),
-        (_manifest(quarantined=1, predicted=89), 3),
-        (_manifest(missing=2), 4),
-        (_manifest(source_truncated="the end is missing", quarantined=1, predicted=89), 4),
+        (manifest_of(), 0),
+        (manifest_of(quarantined=1, predicted=89), 3),
+        (manifest_of(missing=2), 4),
+        (manifest_of(source_truncated="the end is missing", quarantined=1, predicted=89), 4),
     ],
 )
-def test_the_exit_code_is_that_of_the_manifest(stage: Any, manifest: RunManifest, code: int) -> None:
+def test_the_exit_code_is_that_of_themanifest_of(stage: Any, manifest: RunManifest, code: int) -> None:
     stage.manifest = manifest
     assert _run(stage).exit_code == code
 
@@ -353,7 +317,7 @@ def test_a_server_that_does_not_start_is_the_last_word_of_the_run(stage: Any, mo
     def start_server(keep: bool) -> None:
         last = _last_word(stage)
         assert (last.state, last.phase) == ("running", "waiting for Prefect's server")
-        raise prefect_server.PrefectServerError("the local Prefect server ended at once; run `leukoflow doctor`")
+        raise prefect_connection.PrefectServerError("the local Prefect server ended at once; run `leukoflow doctor`")
 
     monkeypatch.setattr(prefect_server, "start_server", start_server)
     assert _run(stage).exit_code == 1
@@ -372,105 +336,6 @@ def test_settings_that_make_no_sense_are_explained(stage: Any) -> None:
     assert stage.log == []
 
 
-# --- status ----------------------------------------------------------------------------------------------------------
-
-
-def _binding(run_id: str) -> RunBinding:
-    return RunBinding(
-        run_id=run_id, fingerprint="f", source_uri="smears.zip", members=100, shards=4, shard_size=32,
-        bundle="pocket", bundle_digest="b", device="cpu", started_at=now(),
-        command=f"leukoflow run smears.zip --out out --run-id {run_id}",
-    )  # fmt: skip
-
-
-def test_status_lists_runs_and_tells_how_to_continue_a_dead_one(tmp_path: Path) -> None:
-    for run_id, state, pid in (("alive", "running", os.getpid()), ("dead", "running", 2**22 + 1), ("ill", "failed", 1)):
-        root = tmp_path / run_id
-        root.mkdir()
-        (root / "run.json").write_bytes(dumps(_binding(run_id)))
-        beat = Heartbeat(pid=pid, host=os.uname().nodename, at=now(), state=state, message="out of disk")  # type: ignore[arg-type]
-        (root / "heartbeat.json").write_bytes(dumps(beat))
-    (tmp_path / "ill" / "failures").mkdir()
-    (tmp_path / "ill" / "failures" / "00002.json").write_text('{"message": "worker died"}')
-    (tmp_path / "notes").mkdir()
-    (tmp_path / "torn").mkdir()
-    (tmp_path / "torn" / "run.json").write_text('{"run_id": ')
-
-    listed = _invoke("status", str(tmp_path)).output
-    states = {line.split()[0]: line.split()[1] for line in listed.splitlines() if line.split()[:1] != ["run"] and line}
-    assert states.items() >= {"alive": "running", "dead": "killed", "ill": "failed"}.items()
-    assert states["torn"] == "damaged"
-    assert "notes" not in states
-
-    dead = _invoke("status", str(tmp_path), "dead").output
-    assert "0 of 100 (0 %)" in dead
-    assert "continue with  leukoflow run smears.zip --out out --run-id dead" in dead
-    ill = _invoke("status", str(tmp_path), "ill").output
-    assert "shard 00002: worker died" in ill
-    assert "out of disk" in ill
-    assert "continue with" not in _invoke("status", str(tmp_path), "alive").output
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_progress_is_shown_while_a_run_goes_on(terminal: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(live, "_PLAIN_SECONDS", 0.05)
-    monkeypatch.setattr(live, "_POLL_SECONDS", 0.05)
-    written = io.StringIO()
-    target = Console(file=written, force_terminal=terminal, width=200)
-    with live_progress(target, str(tmp_path)):  # at first there is no run yet, and that is no reason to fail
-        time.sleep(0.2)
-        (tmp_path / "run.json").write_bytes(dumps(_binding("smears-1")))
-        shard = Shard(0, 0, 32)
-        receipt = ShardReceipt(shard, 30, 1, 1, 0, 200, (10, 10, 10, 1), (), 1.0)
-        (tmp_path / "markers/predictions").mkdir(parents=True)
-        marker = Marker(PartRef("predictions", shard.name, "a", "k", ()), receipt)
-        Storage(str(tmp_path)).create("markers/predictions/00000.json", dumps(marker))
-        time.sleep(0.6)
-    text = written.getvalue()
-    assert ("32/100" if terminal else "32 of 100 images, 1 of 4 shards") in text
-    assert "30 predicted, 1 abstained, 1 rejected" in text
-
-
-def test_status_of_a_finished_run_shows_its_outcome(tmp_path: Path) -> None:
-    root = tmp_path / "smears-1"
-    root.mkdir()
-    (root / "run.json").write_bytes(dumps(_binding("smears-1")))
-    (root / "manifest.json").write_bytes(dumps(_manifest()))
-    output = _invoke("status", str(tmp_path), "smears-1").output
-    assert "finished" in output
-    assert "balanced" in output
-    assert re.search(r"labels +of predicted\s", output)
-
-
-def test_labels_of_an_old_run_are_named_for_what_they_count(tmp_path: Path) -> None:
-    written = io.StringIO()
-    old = _manifest(schema_version=1, labels=(40, 30, 20, 6))
-    show_outcome(Console(file=written, width=160), str(tmp_path), old)
-    assert "of predicted and abstained" in written.getvalue()
-
-
-def test_a_small_share_is_not_told_as_none(tmp_path: Path) -> None:
-    written = io.StringIO()
-    found = _manifest(members=10_000, predicted=9_999, abstained=0, rejected=0, quarantined=1)
-    show_outcome(Console(file=written, width=160), str(tmp_path), found)
-    assert "> 99.9 %" in written.getvalue()
-    assert "< 0.1 %" in written.getvalue()
-
-
-def test_nothing_looked_at_is_not_called_well(tmp_path: Path) -> None:
-    written = io.StringIO()
-    out = Console(file=written, width=160)
-    show_audit(out, str(tmp_path), AuditVerdict(0, "", ()))
-    assert "is empty: nothing was looked at" in written.getvalue()
-
-
-def test_status_of_nothing_says_what_to_do(tmp_path: Path) -> None:
-    result = _invoke("status", str(tmp_path))
-    assert result.exit_code == 1
-    assert "holds no run" in result.stderr
-    assert _invoke("status", str(tmp_path), "absent").exit_code == 1
-
-
 # --- the rest --------------------------------------------------------------------------------------------------------
 
 
@@ -487,48 +352,13 @@ def test_sample_writes_an_archive_and_says_what_comes_next(tmp_path: Path) -> No
 
 def test_prefect_commands_without_a_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LEUKOFLOW_PREFECT_HOME", str(tmp_path))
-    monkeypatch.setattr(prefect_server, "configured_api_url", lambda: None)
+    monkeypatch.setattr(prefect_connection, "configured_api_url", lambda: None)
     assert "none is running" in _invoke("prefect", "status").output
     assert "none was running" in _invoke("prefect", "stop").output
-    monkeypatch.setattr(prefect_server, "configured_api_url", lambda: "http://127.0.0.1:1/api")
+    monkeypatch.setattr(prefect_connection, "configured_api_url", lambda: "http://127.0.0.1:1/api")
     answer = _invoke("prefect", "status")
     assert answer.exit_code == 1
     assert "does not answer" in answer.output
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(0.4, "0 s"), (59.4, "59 s"), (65, "1 min 05 s"), (3599.6, "1 h 00 min"), (7620, "2 h 07 min")],
-)
-def test_durations_are_read_by_people(seconds: float, words: str) -> None:
-    assert duration(seconds) == words
-
-
-def test_pace_counts_only_what_this_session_has_done(monkeypatch: pytest.MonkeyPatch) -> None:
-    clock = iter([100.0, 110.0])
-    monkeypatch.setattr(live.time, "monotonic", lambda: next(clock))
-    pace = Pace()
-    assert pace.describe(500, 1000) == "no shard done yet"
-    assert pace.describe(520, 1000) == "measuring the rate"
-    assert pace.describe(620, 1000) == "10.0 images/s, 38 s left"
-
-
-def test_an_evaluation_is_shown_beside_the_histogram(capsys: pytest.CaptureFixture[str]) -> None:
-    plain = {"accuracy": 0.812, "macro_f1": 0.8, "mcc": 0.7, "auc_ovr": 0.9, "ece": 0.1}
-    plain = plain | {"worst_group": {"group": "C03", "accuracy": 0.25}}
-    model = plain | {
-        "accuracy": 0.871, "worst_group": {"group": "C07", "accuracy": 0.5}, "coverage": 0.94, "mean_set_size": 1.3,
-        "abstention_rate": 0.12,
-    }  # fmt: skip
-    found = {
-        "protocols": {"cluster": {"models": {"leukoflow": model, "colour histogram": plain}}},
-        "segmentation": {"dice_nucleus_d1": 0.91},
-        "foreign": {"images": 53, "abstained_or_benign": 0.96},
-    }
-    show_evaluation(open_console(), found)
-    text = " ".join(capsys.readouterr().out.split())
-    for part in ("0.8710 0.8120", "C07 0.500 C03 0.250", "size 1.30", "12.0 %", "dice nucleus d1 0.91", "0.960 of 53"):
-        assert part in text
 
 
 @pytest.mark.parametrize("command", ["train", "evaluate"])

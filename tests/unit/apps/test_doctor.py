@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from harness import ROOT
 
-from leukoflow.apps import doctor, prefect_server
+from leukoflow.apps import doctor, prefect_connection, prefect_server
 from leukoflow.apps.doctor import (
     Check,
     check_cluster,
@@ -137,7 +137,7 @@ def test_a_configured_server_must_answer(monkeypatch: pytest.MonkeyPatch) -> Non
     check = _only(check_prefect(start=True))
     assert check.verdict == "fail"
     assert "PREFECT_API_URL" in check.remedy
-    monkeypatch.setattr(prefect_server, "require_server", lambda url: None)
+    monkeypatch.setattr(prefect_connection, "require_server", lambda url: None)
     assert _only(check_prefect(start=True)).verdict == "ok"
 
 
@@ -150,7 +150,7 @@ def test_a_server_of_its_own_is_started_and_stopped_again(monkeypatch: pytest.Mo
         def stop(self) -> None:
             stopped.append(self.home)
 
-    monkeypatch.setattr(prefect_server, "configured_api_url", lambda: None)
+    monkeypatch.setattr(prefect_connection, "configured_api_url", lambda: None)
     monkeypatch.setattr(prefect_server, "running_server", lambda: None)
     monkeypatch.setattr(prefect_server, "start_server", lambda keep: Server())
     assert "not tried" in _only(check_prefect(start=False)).found

@@ -20,14 +20,9 @@ from typing import Any
 
 import pytest
 
-from leukoflow.apps import prefect_server
-from leukoflow.apps.prefect_server import (
-    LocalServer,
-    PrefectServerError,
-    client_environment,
-    configured_api_url,
-    start_server,
-)
+from leukoflow.apps import prefect_connection, prefect_server
+from leukoflow.apps.prefect_connection import PrefectServerError, configured_api_url
+from leukoflow.apps.prefect_server import LocalServer, client_environment, start_server
 
 
 @pytest.fixture(autouse=True)
@@ -109,10 +104,10 @@ def healthy_url(tmp_path: Path) -> Iterator[str]:
 
 
 def test_health_is_asked_for(healthy_url: str) -> None:
-    assert prefect_server.is_healthy(healthy_url)
-    assert not prefect_server.is_healthy(healthy_url.removesuffix("/api"))
-    assert not prefect_server.is_healthy("http://127.0.0.1:1/api")
-    assert not prefect_server.is_healthy("not an address")
+    assert prefect_connection.is_healthy(healthy_url)
+    assert not prefect_connection.is_healthy(healthy_url.removesuffix("/api"))
+    assert not prefect_connection.is_healthy("http://127.0.0.1:1/api")
+    assert not prefect_connection.is_healthy("not an address")
 
 
 def test_a_state_file_without_a_living_server_is_not_believed(tmp_path: Path, healthy_url: str) -> None:
@@ -354,16 +349,16 @@ def guarded() -> Iterator[str]:
 
 
 def test_user_and_password_are_sent_to_a_server_that_asks(guarded: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert prefect_server.is_healthy(guarded)
-    with pytest.raises(prefect_server.PrefectServerError, match="asks for user and password: set PREFECT_API_AUTH"):
-        prefect_server.require_server(guarded)
+    assert prefect_connection.is_healthy(guarded)
+    with pytest.raises(prefect_connection.PrefectServerError, match="asks for user and password: set PREFECT_API_AUTH"):
+        prefect_connection.require_server(guarded)
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "night:wrong")
-    with pytest.raises(prefect_server.PrefectServerError, match="refuses user and password"):
-        prefect_server.require_server(guarded)
+    with pytest.raises(prefect_connection.PrefectServerError, match="refuses user and password"):
+        prefect_connection.require_server(guarded)
     monkeypatch.setenv("PREFECT_API_AUTH_STRING", "night:secret")
-    prefect_server.require_server(guarded)
-    with pytest.raises(prefect_server.PrefectServerError, match="which ends with /api"):
-        prefect_server.require_server(guarded.removesuffix("/api"))
+    prefect_connection.require_server(guarded)
+    with pytest.raises(prefect_connection.PrefectServerError, match="which ends with /api"):
+        prefect_connection.require_server(guarded.removesuffix("/api"))
 
 
 def test_user_and_password_may_be_in_the_profile(guarded: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -372,7 +367,7 @@ def test_user_and_password_may_be_in_the_profile(guarded: str, monkeypatch: pyte
     monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     monkeypatch.delenv("PREFECT_PROFILE", raising=False)
-    prefect_server.require_server(prefect_server.configured_api_url())
+    prefect_connection.require_server(prefect_connection.configured_api_url())
 
 
 def test_a_server_without_which_a_run_can_do_is_taken_away_where_it_stands(
@@ -383,10 +378,10 @@ def test_a_server_without_which_a_run_can_do_is_taken_away_where_it_stands(
     url = f"http://127.0.0.1:{prefect_server.free_port(0)}/api"
     monkeypatch.setenv("PREFECT_API_URL", url)
     with pytest.raises(PrefectServerError, match=r"does not answer: start that server, or unset PREFECT_API_URL so"):
-        prefect_server.require_server(url)
+        prefect_connection.require_server(url)
     (tmp_path / "profiles.toml").write_text(f'active = "site"\n[profiles.site]\nPREFECT_API_URL = "{url}"\n')
     with pytest.raises(PrefectServerError, match=r"does not answer: .*`prefect config unset PREFECT_API_URL`"):
-        prefect_server.require_server(url)
+        prefect_connection.require_server(url)
 
 
 def _certificate_error() -> ssl.SSLCertVerificationError:
@@ -410,7 +405,7 @@ def test_a_server_that_cannot_be_talked_to_says_why(
         raise error
 
     monkeypatch.setattr(prefect_server.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(prefect_server, "_open", refuse)
+    monkeypatch.setattr(prefect_connection, "_open", refuse)
     monkeypatch.setenv("PREFECT_API_SSL_CERT_FILE", "/etc/gone.pem")
     with pytest.raises(PrefectServerError, match=words):
-        prefect_server.require_server("https://night/api")
+        prefect_connection.require_server("https://night/api")

@@ -16,7 +16,7 @@ import pytest
 import yaml
 from harness import ROOT
 
-from infra.stack import PREFIX, WEB, _nginx, read_env_file
+from infra.configuration import PREFIX, WEB, find_nginx, read_env_file
 
 INFRA = ROOT / "infra"
 BIN = Path(sys.executable).parent
@@ -234,7 +234,7 @@ def test_units_are_hardened(unit: Path) -> None:
         assert "Restart=on-failure" in lines
 
 
-@pytest.mark.skipif(not _nginx(), reason="nginx is not installed")
+@pytest.mark.skipif(not find_nginx(), reason="nginx is not installed")
 @pytest.mark.parametrize("name", ["leukoflow.conf", "compose.conf"])
 def test_nginx_understands_its_files(name: str, tmp_path: Path) -> None:
     certificate(tmp_path)
@@ -250,7 +250,7 @@ def test_nginx_understands_its_files(name: str, tmp_path: Path) -> None:
     )
     (tmp_path / "nginx.conf").write_text(whole)
     (tmp_path / "logs").mkdir()
-    run(*_nginx(), "-t", "-p", tmp_path, "-c", tmp_path / "nginx.conf")
+    run(*find_nginx(), "-t", "-p", tmp_path, "-c", tmp_path / "nginx.conf")
 
 
 def certificate(folder: Path) -> None:

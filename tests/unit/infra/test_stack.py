@@ -16,9 +16,10 @@ import psutil
 import pytest
 from harness import until
 
-from infra import backup, stack
+from infra import backup
+from infra.configuration import SITE, make_secrets, read_env_file, write_private
 from infra.processes import MARK, STEP, Processes, StackError
-from infra.stack import Stack, read_env_file, write_private
+from infra.stack import Stack
 from leukoflow.apps.prefect_server import free_port
 from leukoflow.tasks.upkeep.audit import WEB_LOG
 
@@ -73,7 +74,7 @@ def test_a_process_id_that_was_given_to_somebody_else_is_not_ours(processes: Pro
 def test_what_an_interrupted_start_has_left_is_ended(tmp_path: Path) -> None:
     left = subprocess.Popen(SLEEP, env=os.environ | {MARK: str(tmp_path)}, start_new_session=True)
     try:
-        Stack(tmp_path)._clean_up()
+        Stack(tmp_path)._end_leftovers()
         assert not Stack(tmp_path).processes.strays()
     finally:
         left.kill()
@@ -85,7 +86,7 @@ def test_a_step_of_a_killed_start_is_ended_and_its_services_stay(tmp_path: Path)
     pid = found.processes.start("postgres", SLEEP, dict(os.environ))
     step = subprocess.Popen(SLEEP, env=os.environ | {MARK: str(tmp_path), STEP: str(tmp_path)})
     try:
-        Stack(tmp_path)._clean_up()
+        Stack(tmp_path)._end_leftovers()
         assert [p.pid for p in found.processes.strays()] == [pid]
     finally:
         step.kill()
@@ -94,12 +95,12 @@ def test_a_step_of_a_killed_start_is_ended_and_its_services_stay(tmp_path: Path)
 
 
 def test_secrets_are_made_once_and_for_their_owner_alone(tmp_path: Path) -> None:
-    first = stack._secrets(tmp_path / "secrets.env")
+    first = make_secrets(tmp_path / "secrets.env")
     assert stat.S_IMODE((tmp_path / "secrets.env").stat().st_mode) == 0o600
-    assert stack._secrets(tmp_path / "secrets.env") == first
+    assert make_secrets(tmp_path / "secrets.env") == first
     assert first["PREFECT_AUTH"].startswith("leukoflow:")
     assert len(set(first.values())) == len(first)
-    assert stack._secrets(tmp_path / "other.env")["POSTGRES_PASSWORD"] != first["POSTGRES_PASSWORD"]
+    assert make_secrets(tmp_path / "other.env")["POSTGRES_PASSWORD"] != first["POSTGRES_PASSWORD"]
     (tmp_path / "open.env").write_text("A=1\n")
     write_private(tmp_path / "open.env", "A=2\n")
     assert stat.S_IMODE((tmp_path / "open.env").stat().st_mode) == 0o600
@@ -115,7 +116,7 @@ def test_the_site_of_a_stack_is_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
     for name in [n for n in os.environ if n.startswith("LEUKOFLOW_")]:
         monkeypatch.delenv(name)
-    (tmp_path / "site.toml").write_text(stack._SITE)
+    (tmp_path / "site.toml").write_text(SITE)
     site = load_site(tmp_path / "site.toml")
     assert site.inbox == str(tmp_path / "inbox")
     assert site.out == str(tmp_path / "results")
@@ -142,11 +143,11 @@ def test_the_first_start_leaves_a_sample_although_the_web_application_has_begun_
 ) -> None:
     found = _with_folders(tmp_path, monkeypatch)
     (tmp_path / "results" / WEB_LOG).write_text("{}\n")
-    found._sample(lambda words: None)
+    found._leave_sample(lambda words: None)
     assert sorted(p.name for p in (tmp_path / "inbox").iterdir()) == ["smears.zip", "smears.zip.done"]
     for taken in (tmp_path / "inbox").iterdir():
         taken.unlink()
-    found._sample(lambda words: None)
+    found._leave_sample(lambda words: None)
     assert not any((tmp_path / "inbox").iterdir())  # once
 
 
@@ -155,7 +156,7 @@ def test_a_restored_stack_gets_no_sample(tmp_path: Path, monkeypatch: pytest.Mon
     found = _with_folders(tmp_path, monkeypatch)
     (tmp_path / "results" / there).parent.mkdir(parents=True)
     (tmp_path / "results" / there).write_text("{}")
-    found._sample(lambda words: None)
+    found._leave_sample(lambda words: None)
     assert not any((tmp_path / "inbox").iterdir())
 
 
@@ -176,7 +177,7 @@ def test_there_is_no_stack_before_it_was_started(tmp_path: Path) -> None:
 
 def test_one_command_at_a_time(tmp_path: Path) -> None:
     one, other = Stack(tmp_path), Stack(tmp_path)
-    with one._alone(), pytest.raises(StackError, match="another command"), other._alone():
+    with one._exclusively(), pytest.raises(StackError, match="another command"), other._exclusively():
         pass
 
 

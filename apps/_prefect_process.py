@@ -11,7 +11,7 @@ import sys
 
 
 def main(descriptor: int) -> None:
-    """Serves Prefect's API and dashboard on the listening socket with this file descriptor, until SIGTERM."""
+    """Serve Prefect's API and dashboard on the listening socket with this file descriptor, until SIGTERM."""
     import uvicorn
     from prefect.server.api.server import create_app
 

@@ -57,7 +57,7 @@ class AutomationsFile:
 
 
 def read_automations(path: Path, environment: Mapping[str, str] = os.environ) -> AutomationsFile:
-    """Reads the file. Raises ConfigError naming the file and what is wrong with it."""
+    """Read the file. Raises ConfigError naming the file and what is wrong with it."""
     try:
         table = yaml.safe_load(path.read_text(encoding="utf-8"))
         blocks = tuple(BlockSpec(b["name"], b["type"], b["wants"], b["data"]) for b in table.get("blocks", []))
@@ -86,10 +86,10 @@ def read_automations(path: Path, environment: Mapping[str, str] = os.environ) ->
 
 
 def apply_automations(path: Path, environment: Mapping[str, str] = os.environ) -> Applied:
-    """Makes the server of PREFECT_API_URL have what the file says; a second time it changes nothing.
+    """Make the server of PREFECT_API_URL have what the file says; a second time it changes nothing.
 
     An automation that somebody has paused in the dashboard stays paused. A block whose variable is not set is left as
-    the server has it; if it is not there either, nobody is told through it.
+    the server has it; if it is not there either, nobody is informed through it.
     """
     wanted = read_automations(path, environment)
     applied = Applied()
@@ -145,7 +145,7 @@ def _block_id(client: SyncPrefectClient, block: BlockSpec) -> str | None:
 
 
 def _core(path: Path, table: Mapping[str, Any], ids: Mapping[str, str]) -> AutomationCore:
-    """The automation as Prefect's client has it; actions through a block that is not there are left out."""
+    """Return the automation as Prefect's client has it; actions through a block that is not there are left out."""
     actions = []
     for action in table.get("actions", []):
         if "block" not in action:
@@ -165,7 +165,7 @@ def _comparable(automation: AutomationCore) -> dict[str, Any]:
 
 
 def _filled(value: Any, environment: Mapping[str, str]) -> Any:
-    """`value` with its ${VARIABLES} filled in, all the way down. A whole value that is a number becomes one."""
+    """Fill in the ${VARIABLES} of `value`, all the way down. A whole value that is a number becomes one."""
     if isinstance(value, dict):
         return {key: _filled(inner, environment) for key, inner in value.items()}
     if isinstance(value, list):

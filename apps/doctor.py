@@ -51,7 +51,7 @@ class Check:
 
 
 def diagnose(out: str | None, bundle: str, cluster: str | None, start_prefect: bool) -> list[Check]:
-    """All checks, in the order in which a run needs what they look at. A check that breaks is a failed check."""
+    """Run all checks, in the order in which a run needs what they look at. A check that breaks is a failed check."""
     steps: list[tuple[str, Callable[[], Iterator[Check]]]] = [
         ("python", check_python),
         ("packages", check_packages),
@@ -78,12 +78,12 @@ def diagnose(out: str | None, bundle: str, cluster: str | None, start_prefect: b
 
 
 def check_python() -> Iterator[Check]:
-    """Which interpreter this is; the installation itself sees to its version."""
+    """Say which interpreter this is; the installation itself sees to its version."""
     yield Check("python", "ok", f"{platform.python_version()} at {sys.executable}")
 
 
 def check_packages() -> Iterator[Check]:
-    """Installed versions against the range that is known to work."""
+    """Compare installed versions with the range that is known to work."""
     wrong = 0
     for name, (low, high) in _TESTED.items():
         try:
@@ -116,7 +116,7 @@ def _within(found: str, low: str, high: str) -> bool:
 
 
 def check_machine() -> Iterator[Check]:
-    """Cores and memory of this machine."""
+    """Look at cores and memory of this machine."""
     import psutil
 
     from leukoflow.cluster.host import cores
@@ -132,7 +132,7 @@ def check_machine() -> Iterator[Check]:
 
 
 def check_gpu() -> Iterator[Check]:
-    """What PyTorch can compute on."""
+    """Say what PyTorch can compute on."""
     import torch
 
     if torch.cuda.is_available():
@@ -150,7 +150,7 @@ def check_gpu() -> Iterator[Check]:
 
 
 def check_bundle(name: str) -> Iterator[Check]:
-    """The bundle loads, and its weights are those that its digest names."""
+    """Check that the bundle loads, and that its weights are those that its digest names."""
     from leukoflow.models.bundle import load_bundle
     from leukoflow.models.registry import VARIABLE, is_reference, opened
 
@@ -163,7 +163,7 @@ def check_bundle(name: str) -> Iterator[Check]:
 
 
 def check_decoding() -> Iterator[Check]:
-    """The disposable decoding process starts and decodes."""
+    """Check that the disposable decoding process starts and decodes."""
     import cv2
     import numpy as np
 
@@ -182,7 +182,7 @@ def check_decoding() -> Iterator[Check]:
 
 
 def check_patient_key() -> Iterator[Check]:
-    """The key that makes pseudonyms resists guessing; its check value tells whether two machines have the same."""
+    """Check that the key of pseudonyms resists guessing; its check value says whether two machines have the same."""
     from leukoflow.tasks.intake.patient_key import (
         KEY_COMMAND,
         KEY_RULE,
@@ -204,7 +204,7 @@ def check_patient_key() -> Iterator[Check]:
 
 
 def check_prefect(start: bool) -> Iterator[Check]:
-    """The Prefect server that a run would use answers, or one can be started."""
+    """Check that the Prefect server that a run would use answers, or that one can be started."""
     from leukoflow.apps.prefect_connection import PrefectServerError, configured_api_url, require_server
     from leukoflow.apps.prefect_server import default_home, running_server, start_server
 
@@ -228,7 +228,7 @@ def check_prefect(start: bool) -> Iterator[Check]:
 
 
 def check_cluster(address: str) -> Iterator[Check]:
-    """Something listens at the scheduler's address, or workers can be asked for; a run then checks their code."""
+    """Check that something listens at the scheduler's address, or that workers can be asked for."""
     if address in ("local", "slurm", "kubernetes"):
         yield _check_started(address)
         return
@@ -255,7 +255,7 @@ def check_cluster(address: str) -> Iterator[Check]:
 
 
 def _check_started(kind: str) -> Check:
-    """What it takes to start workers of that kind from here."""
+    """Check what it takes to start workers of that kind from here."""
     import importlib.util
     import shutil
 
@@ -268,7 +268,7 @@ def _check_started(kind: str) -> Check:
 
 
 def check_storage(out: str) -> Iterator[Check]:
-    """The destination takes writes, refuses to create a key twice, and has room."""
+    """Check that the destination takes writes, refuses to create a key twice, and has room."""
     from leukoflow.storage.base import Storage, is_full
 
     storage = Storage(out)
@@ -311,7 +311,7 @@ def check_storage(out: str) -> Iterator[Check]:
 
 
 def _check_store(storage: Storage, out: str) -> Iterator[Check]:
-    """What else a run does on an object store: copies, listings, deletions, and looking for unfinished uploads."""
+    """Check what else a run does on an object store: copies, listings, deletions, looking for unfinished uploads."""
     place = f"_doctor-{uuid.uuid4().hex[:8]}"
     try:
         storage.write(f"{place}/aside/parts/a", b"1")
@@ -336,7 +336,7 @@ def _check_store(storage: Storage, out: str) -> Iterator[Check]:
 
 
 def _halves(message: str) -> tuple[str, str]:
-    """What was found and the remedy, as our messages separate them."""
+    """Return what was found and the remedy, as our messages separate them."""
     found, _, remedy = message.partition("; ")
     return found, remedy
 

@@ -58,14 +58,14 @@ class LocalServer:
         return self.home / _LOG
 
     def stop(self) -> None:
-        """Ends the server if this process started it and it is not to be kept; otherwise does nothing."""
+        """End the server if this process started it and it is not to be kept; otherwise do nothing."""
         if self.process is not None and not self.keep:
             _terminate(self.process.pid, self.process)
             _forget(self.home, self.pid)
 
 
 def default_home() -> Path:
-    """Where the server keeps its database: `LEUKOFLOW_PREFECT_HOME`, else below the user's state directory."""
+    """Return where the server keeps its database: `LEUKOFLOW_PREFECT_HOME`, else below the user's state directory."""
     if chosen := os.environ.get("LEUKOFLOW_PREFECT_HOME"):
         return Path(chosen).expanduser().absolute()
     state = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
@@ -73,7 +73,7 @@ def default_home() -> Path:
 
 
 def client_environment(server: LocalServer | None) -> dict[str, str]:
-    """Variables that a process must have before it imports Prefect, so that it uses `server` and tells nobody about it.
+    """Return the variables that a process must have before it imports Prefect, so that it uses `server` quietly.
 
     With None the user's own server is used, and only analytics and the noise on the console are switched off (the log
     still goes to the server and to the run's own file).
@@ -101,7 +101,7 @@ def client_environment(server: LocalServer | None) -> dict[str, str]:
 
 
 def _is_of(home: Path, api_url: str) -> bool:
-    """Whether the server at `api_url` is the one of this home, and not another that was quicker to take the port."""
+    """Return whether the server at `api_url` is that of this home, and not another that took the port before."""
     try:
         return bool(json.loads(ask(f"{api_url}/admin/settings") or b"{}").get("home") == str(home))
     except (ValueError, AttributeError):
@@ -109,14 +109,14 @@ def _is_of(home: Path, api_url: str) -> bool:
 
 
 def running_server(home: Path | None = None) -> LocalServer | None:
-    """The kept server of this home, if it lives and answers."""
+    """Return the kept server of this home, if it lives and answers."""
     home = home or default_home()
     server = _recorded(home)
     return server if server is not None and server.keep and _is_of(home, server.url) else None
 
 
 def start_server(keep: bool, home: Path | None = None) -> LocalServer:
-    """A server that answers: the kept one of this home if there is one, otherwise a new one.
+    """Return a server that answers: the kept one of this home if there is one, otherwise a new one.
 
     Call it from the main thread: the kernel ties a server that is not kept to the thread that started it. Raises
     PrefectServerError with the last lines of the server's log.
@@ -144,7 +144,7 @@ def start_server(keep: bool, home: Path | None = None) -> LocalServer:
 
 
 def stop(home: Path | None = None) -> bool:
-    """Stops the kept server of this home; false if none is running."""
+    """Stop the kept server of this home; false if none is running."""
     home = home or default_home()
     server = _recorded(home)
     if server is None:
@@ -162,7 +162,7 @@ def stop(home: Path | None = None) -> bool:
 
 
 def _free_place(home: Path, only_first: bool) -> tuple[Path, int, int]:
-    """The first home of `home`, `home/parallel-1`, ... without a server, its number, and its lock's file descriptor.
+    """Return the first of `home`, `home/parallel-1`, ... without a server, its number, and its lock's file descriptor.
 
     Two servers never share a SQLite database; a run beside another one gets a place of its own.
     """
@@ -190,7 +190,7 @@ def _free_place(home: Path, only_first: bool) -> tuple[Path, int, int]:
 
 
 def _take_lock(lock: int) -> bool:
-    """Takes a home's lock. Tried a few times, since whoever looks whether it is taken holds it for a moment."""
+    """Take a home's lock. Tried a few times, since a look whether it is taken holds it for a moment."""
     for attempt in range(_LOCK_TRIES):
         if attempt:
             time.sleep(_LOCK_PAUSE)
@@ -229,7 +229,7 @@ def _start_in(home: Path, lock: int, keep: bool, port: int) -> LocalServer:
 
 
 def _listen(preferred: int) -> socket.socket:
-    """A socket that listens on the loopback address, at `preferred` if nobody else does, else at any free port."""
+    """Open a socket that listens on the loopback address, at `preferred` if nobody else does, else at any free port."""
     for port in (preferred, 0):
         try:
             return socket.create_server(("127.0.0.1", port), backlog=2048)
@@ -270,7 +270,7 @@ def _spawn(home: Path, lock: int, listening: socket.socket, keep: bool) -> subpr
 
 
 def free_port(preferred: int) -> int:
-    """`preferred` if nobody listens there on the loopback address, else any free one."""
+    """Return `preferred` if nobody listens there on the loopback address, else any free port."""
     for port in (preferred, 0):
         with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -290,13 +290,13 @@ def _record(server: LocalServer) -> None:
 
 
 def _recorded(home: Path) -> LocalServer | None:
-    """The server that holds this home's lock, from its start on; it may not answer yet."""
+    """Return the server that holds this home's lock, from its start on; it may not answer yet."""
     server = _noted(home)
     return server if server is not None and _is_locked(home) else None
 
 
 def _noted(home: Path) -> LocalServer | None:
-    """The server of which this home has a note, whether it lives or not."""
+    """Return the server of which this home has a note, whether it lives or not."""
     try:
         state = json.loads((home / _STATE).read_text(encoding="utf-8"))
         return LocalServer(str(state["url"]), int(state["pid"]), home, bool(state["keep"]))
@@ -305,7 +305,7 @@ def _noted(home: Path) -> LocalServer | None:
 
 
 def _forget(home: Path, pid: int) -> None:
-    """Removes the note of a server that has ended, and not that of another which has started meanwhile."""
+    """Remove the note of a server that has ended, and not that of another which has started meanwhile."""
     server = _noted(home)
     if server is not None and server.pid == pid:
         (home / _STATE).unlink(missing_ok=True)
@@ -326,7 +326,7 @@ def _is_locked(home: Path) -> bool:
 
 
 def _terminate(pid: int, process: subprocess.Popen[bytes] | None, patience: float = 8.0) -> None:
-    """SIGTERM, and SIGKILL when that is not heeded."""
+    """Send SIGTERM, and SIGKILL when that is not heeded."""
     for sig in (signal.SIGTERM, signal.SIGKILL):
         try:
             os.kill(pid, sig)

@@ -1,7 +1,7 @@
 """The worklist of a run of 100,000 fields: opening, filtering, sorting, turning pages, a patient's course.
 
 The run is written with the product's own schemas, shard by shard, without any image. Everything is measured in a
-process of its own that has read none of it; wall and processor seconds are told, since machines are shared.
+process of its own that has read none of it; wall and processor seconds are reported, since machines are shared.
 
 By hand: `python -m benchmarks.bench_worklist [FIELDS]`.
 """
@@ -209,10 +209,10 @@ def measure(out: str) -> None:
 
 @pytest.mark.timeout(1200)
 def test_a_large_worklist(tmp_path: Path) -> None:
-    print(f"\n{told(tmp_path, FIELDS)}")
+    print(f"\n{measure(tmp_path, FIELDS)}")
 
 
-def told(folder: Path, fields: int) -> str:
+def measure(folder: Path, fields: int) -> str:
     """Writes a run and measures it in another process."""
     write_run(folder, fields)
     code = f"from benchmarks.bench_worklist import measure; measure({str(folder)!r})"
@@ -222,4 +222,4 @@ def told(folder: Path, fields: int) -> str:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
-        print(told(Path(made), int(sys.argv[1]) if len(sys.argv) > 1 else FIELDS))
+        print(measure(Path(made), int(sys.argv[1]) if len(sys.argv) > 1 else FIELDS))

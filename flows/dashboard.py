@@ -1,4 +1,4 @@
-"""What Prefect is told of a run beside its task runs, so that the dashboard may be away without the night noticing.
+"""What Prefect learns of a run beside its task runs, so that the dashboard may be away without the night noticing.
 
 Everything here happens in a thread of its own that never waits long: progress and summary (artifacts), and the question
 whether somebody pressed Cancel. While the server does not answer, only the newest progress is kept, and the time is
@@ -40,7 +40,7 @@ _given_up = threading.Event()
 
 
 def _let_events_be_given_up() -> None:
-    """Has Prefect's events client drop what is left once `_given_up` is set: it would try ten seconds for each."""
+    """Have Prefect's events client drop what is left once `_given_up` is set: it would try ten seconds for each."""
     emit = PrefectEventsClient._emit
     if emit.__module__ == __name__:
         return
@@ -64,7 +64,7 @@ class Outage:
 class Dashboard:
     """A run's artifacts in Prefect, and the wish to cancel; use it as a context.
 
-    `wish` is set when Cancel was pressed, `complain` is told when an outage begins and ends.
+    `wish` is set when Cancel was pressed, `complain` is called when an outage begins and ends.
     """
 
     def __init__(
@@ -107,16 +107,16 @@ class Dashboard:
 
     @property
     def away(self) -> bool:
-        """Whether the server did not answer when it was asked last."""
+        """Return whether the server did not answer when it was asked last."""
         return bool(self.outages) and self.outages[-1].end is None
 
     def progress(self, percent: float, words: str) -> None:
-        """Shows how far the run is; only the newest word counts."""
+        """Show how far the run is; only the newest word counts."""
         with self._lock:
             self._progress = (percent, f"{self._run_id}: {words}")
 
     def summary(self, markdown: str, words: str) -> None:
-        """Shows what became of the run."""
+        """Show what became of the run."""
         with self._lock:
             self._summary = ArtifactCreate(
                 type="markdown", key="nightly-summary", description=words, data=markdown, flow_run_id=self._flow_run_id
@@ -139,7 +139,7 @@ class Dashboard:
         )
 
     def cancelled(self) -> bool:
-        """Whether Cancel was pressed, as of now; False when nobody can tell."""
+        """Return whether Cancel was pressed, as of now; False when nobody can tell."""
         try:
             with _client() as client:
                 return self._asked(client)
@@ -156,7 +156,7 @@ class Dashboard:
             time.sleep(1.0)
 
     def _once(self) -> bool:
-        """Says and asks what there is; whether the server took it."""
+        """Say and ask what there is; return whether the server took it."""
         with self._turn:  # the run's own thread asks too
             return self._exchange()
 
@@ -208,7 +208,7 @@ class Dashboard:
 
 @contextmanager
 def _client() -> Iterator[SyncPrefectClient]:
-    """A client that asks once and does not wait long; the thread asks again by itself."""
+    """Open a client that asks once and does not wait long; the thread asks again by itself."""
     with (
         temporary_settings({PREFECT_CLIENT_MAX_RETRIES: 0}),
         get_client(httpx_settings={"timeout": ANSWER_SECONDS}, sync_client=True) as client,

@@ -25,7 +25,7 @@ POLL_SECONDS = 5.0
 
 @contextmanager
 def watch_deadline(run: Run, stop: threading.Event, note: Callable[[str], None]) -> Iterator[None]:
-    """Watches the deadline of a run for the block. `note` gets the present forecast in words, empty when all is well.
+    """Watch the deadline of a run for the block. `note` gets the present forecast in words, empty when all is well.
 
     Where the settings say so, sets `stop` at the deadline, and the RunCancelledError that comes of it leaves the block
     as a DeadlineError.
@@ -68,7 +68,7 @@ class _Watch:
         self._warned = False
 
     def follow(self) -> None:
-        """Until the run is over or has handed over."""
+        """Watch until the run is over or has handed over."""
         passed = datetime.now(UTC) >= self.deadline
         while not passed and not self.over.is_set():
             try:
@@ -83,7 +83,7 @@ class _Watch:
             self.reached(may_stop=not passed)
 
     def look(self, progress: RunProgress, moment: datetime, clock: float) -> None:
-        """Takes one reading, and warns when the run is late at the present rate."""
+        """Take one reading, and warn when the run is late at the present rate."""
         if self._began is None:
             self._began = progress.done
         if self._first is None:
@@ -118,7 +118,7 @@ class _Watch:
             )
 
     def reached(self, may_stop: bool) -> None:
-        """Hands over what is done, and stops the run where its settings say so: first, so that no shard is begun."""
+        """Hand over what is done, and stop the run where its settings say so: first, so that no shard is started."""
         if may_stop and self.run.config.at_deadline == "stop":
             self.stopped = True
             self.stop.set()

@@ -24,7 +24,7 @@ EventName = Literal[
 
 
 def emit(event: EventName, run_id: str, payload: Mapping[str, Any]) -> None:
-    """Sends an event about a run; an event that cannot be sent must not turn a finished night into a failed one.
+    """Send an event about a run; an event that cannot be sent must not turn a finished night into a failed one.
 
     The resource is `leukoflow.run.<run_id>`; inside a flow Prefect adds the flow run and its deployment as related
     resources. The payload holds figures and nothing that comes from a source.
@@ -44,7 +44,7 @@ def emit(event: EventName, run_id: str, payload: Mapping[str, Any]) -> None:
 def run_events(
     manifest: RunManifest, drifts: Sequence[GroupDrift], alerts: AlertSettings
 ) -> Iterator[tuple[EventName, dict[str, Any]]]:
-    """The events of a finished run with their payloads: that it has finished, and what calls somebody."""
+    """Yield the events of a finished run with their payloads: that it has finished, and what calls somebody."""
     m = manifest
     counts = {
         "members": m.members,
@@ -55,11 +55,11 @@ def run_events(
         "missing": m.missing,
     }
     shares = {f"{name}_share": round(counts[name] / max(1, m.members), 4) for name in ("abstained", "quarantined")}
-    told = worst(d for g in drifts for d in g.drifts)
+    furthest = worst(d for g in drifts for d in g.drifts)
     drift = {
-        "drift_level": told.level if told else "unknown",
-        "drift_quantity": told.quantity if told else None,
-        "drift_excess": round(told.excess, 4) if told and told.excess is not None else None,
+        "drift_level": furthest.level if furthest else "unknown",
+        "drift_quantity": furthest.quantity if furthest else None,
+        "drift_excess": round(furthest.excess, 4) if furthest and furthest.excess is not None else None,
     }
     labels = dict(zip((f"label_{c.lower()}" for c in CLASSES), m.labels, strict=True))
     yield "leukoflow.run.finished", {**counts, **shares, **labels, **drift, "exit_code": m.exit_code}
@@ -78,7 +78,7 @@ def run_events(
 
 
 def drift_rows(drifts: Sequence[GroupDrift]) -> list[dict[str, Any]]:
-    """One row for each quantity of all fields, and of those of sites and scanners what calls for a look."""
+    """Return a row for each quantity of all fields, and of those of sites and scanners what calls for a look."""
     return [
         {
             "fields of": "all" if g.kind == "all" else f"{g.kind} {g.name}",

@@ -18,7 +18,7 @@ from leukoflow.tasks.intake.open_run import bound_config
 
 @flow(name="leukoflow rerun", flow_run_name="rerun of {run_id}")
 def rerun(out: str, run_id: str) -> State[Any]:
-    """Takes a run up again with the settings that it was begun with; a finished and whole one returns at once.
+    """Take a run up again with the settings that it was started with; a finished and whole one returns at once.
 
     Args:
         out: the folder or s3:// prefix that holds the run.
@@ -33,7 +33,7 @@ def rerun(out: str, run_id: str) -> State[Any]:
 
 
 def rerun_config(out: str, run_id: str) -> RunConfig:
-    """The settings that a run was begun with, where it lies now; its deadline has passed or belongs to another night.
+    """Return the settings that a run was started with, where it lies now, without the deadline of that night.
 
     Raises StorageError when there is no such run, ConfigError when it did not keep its settings.
     """

@@ -16,7 +16,7 @@ from leukoflow.tasks.upkeep.retention import plan_retention, retain
 
 @flow(name="leukoflow retention")
 def retention(site: str | None = None, dry_run: bool = False) -> State[Any]:
-    """Deletes old runs of a site's output, as its table `retention` says; what was taken from the inbox stays known.
+    """Delete old runs of a site's output, as its table `retention` says; what was taken from the inbox stays known.
 
     Args:
         site: path of the site file; default: what LEUKOFLOW_SITE names.

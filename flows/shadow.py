@@ -28,7 +28,7 @@ def _run_name() -> str:
 def shadow(
     out: str, run_id: str | None, bundle: str, workers: int | None = None, cluster: str | None = None
 ) -> State[Any]:
-    """Screens what a finished run (by default the newest) has seen with a candidate bundle, at low priority.
+    """Screen what a finished run (by default the newest) has seen with a candidate bundle, at low priority.
 
     The run is `<run_id>-shadow-<digest>`; run again, it does only what is missing. `shadow.json` says what differs.
     """
@@ -52,7 +52,7 @@ def shadow(
 
 
 def _be_nice() -> None:
-    """Lets other processes of this machine go first; not to be taken back, so the flow has a process of its own."""
+    """Let other processes of this machine go first; not to be taken back, so the flow has a process of its own."""
     niceness = os.nice(0)
     if niceness < NICENESS:
         os.nice(NICENESS - niceness)

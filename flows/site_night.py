@@ -1,7 +1,7 @@
 """A site's night: finish what was cut off, take what has arrived, screen it, and say what is missing.
 
 The claim is what makes a night safe to kill: what was taken is written down, with run ids, before anything is done with
-it (`leukoflow/runs/ledger.py`). Whoever comes next finds claims without an outcome and does them first.
+it (`leukoflow/runs/ledger.py`). The next night finds claims without an outcome and does them first.
 """
 
 from __future__ import annotations
@@ -58,14 +58,14 @@ class NightReport:
 
 
 def _night_name() -> str:
-    """As the dashboard lists it, with the date on which the run was due."""
+    """Name the night as the dashboard lists it, with the date on which the run was due."""
     given = flow_run.parameters.get("date")
     return f"night of {given or (flow_run.scheduled_start_time or datetime.now(UTC)).astimezone().date()}"
 
 
 @flow(name="leukoflow night", flow_run_name=_night_name)
 def night(site: str | None = None, date: str | None = None) -> State[Any]:
-    """Screens what is complete in a site's inbox, once, and finishes earlier nights first.
+    """Screen what is complete in a site's inbox, once, and finish earlier nights first.
 
     Args:
         site: path of the site file; default: what LEUKOFLOW_SITE names.
@@ -107,7 +107,7 @@ def _date_of(site: Site, date: str | None) -> Date:
 
 
 def work_through(site: Site, evening: Date) -> NightReport:
-    """Does every claim that has no outcome, then takes what is complete and does that.
+    """Do every claim that has no outcome, then take what is complete and do that.
 
     A run that fails does not keep the others from being done. Raises RunCancelledError when it is asked to stop,
     SourceError and StorageError where inbox or ledger cannot be read.
@@ -143,7 +143,7 @@ def work_through(site: Site, evening: Date) -> NightReport:
 
 
 def _do_claim(site: Site, ledger: Ledger, head: ClaimHead, deadline: datetime | None) -> list[RunOutcome]:
-    """Does the runs of a claim; notes the outcome when all are settled."""
+    """Do the runs of a claim; note the outcome when all are settled."""
     log = get_run_logger()
     outcomes = []
     for run_id in head.runs:
@@ -190,7 +190,7 @@ def _outcome(manifest: RunManifest) -> RunOutcome:
 
 
 def _is_final(site: Site, error: object) -> bool:
-    """Whether no later night can do better: what was taken is unusable, or gone from an inbox that is there.
+    """Return whether no later night can do better: what was taken is unusable, or gone from an inbox that is there.
 
     What comes in its place has another identity, and is taken then.
     """
@@ -200,7 +200,7 @@ def _is_final(site: Site, error: object) -> bool:
 
 
 def run_config(site: Site, ledger: Ledger, head: ClaimHead, run_id: str, deadline: datetime | None) -> RunConfig:
-    """Settings of one run of a claim: the site's, and where the run was begun already, those that it was begun with."""
+    """Return the settings of a run of a claim: the site's, or those that the run was started with, where it was."""
     uri = ledger.uri(head.number)
     archive = read_selection(uri, run_id).archive
     config = site.run.model_copy(
@@ -225,7 +225,7 @@ def run_config(site: Site, ledger: Ledger, head: ClaimHead, run_id: str, deadlin
 
 
 def _wait_for_others(root: str) -> None:
-    """Returns when nobody works on the run; raises RunBusyError when somebody does.
+    """Return when nobody works on the run; raise RunBusyError when somebody does.
 
     The last sign of life of a process on another machine may be too fresh to tell: then the next one is waited for.
     """
@@ -252,7 +252,7 @@ def _again(site: Site) -> str:
 
 
 def in_words(report: NightReport) -> list[str]:
-    """What a night has done, with the remedies, line by line. Names no image and no slide."""
+    """Say what a night has done, with the remedies, line by line. Names no image and no slide."""
     lines = []
     if not report.runs:
         lines.append("nothing in the inbox was complete")
@@ -277,7 +277,7 @@ def in_words(report: NightReport) -> list[str]:
 
 
 def summary(site: Site, report: NightReport) -> str:
-    """The summary artifact, Markdown. Names of images and slides stay out of the dashboard: they may name patients."""
+    """Return the summary artifact, Markdown, without names of images and slides, which may name patients."""
     lines = [f"## Night of {report.night}, {site.name}", ""]
     if report.runs:
         lines += ["| run | exit code | images |", "|---|---:|---:|"]

@@ -38,7 +38,7 @@ FULL_MINUTES = 60.0  # wall clock of network training on two cores for which the
 
 
 def ablated(method: MethodSettings, without: Sequence[str]) -> MethodSettings:
-    """The settings with the named parts switched off. Raises ConfigError for an unknown name."""
+    """Return the settings with the named parts switched off. Raises ConfigError for an unknown name."""
     for name in without:
         if name not in SWITCHES:
             raise ConfigError(f"cannot leave out {name!r}; parts that can be: {', '.join(SWITCHES)}")
@@ -57,7 +57,7 @@ def train_config(
     teacher: str | None = None,
     limit: int | None = None,
 ) -> TrainConfig:
-    """Configuration of a training whose networks may take about `minutes` on two cores; fewer steps for less time."""
+    """Make the configuration of a training whose networks may take about `minutes` on two cores."""
     if minutes <= 0:
         raise ConfigError(f"training needs a positive number of minutes, got {minutes}")
     share = minutes / FULL_MINUTES
@@ -82,7 +82,7 @@ def train_config(
 
 @task(task_run_name="train {phase}", cache_policy=NO_CACHE, persist_result=False)
 def train_phase(phase: Phase, config: TrainConfig, data_dir: Path, work_dir: Path, device: str, threads: int) -> None:
-    """One phase in a process of its own, from its checkpoint where there is one.
+    """Train one phase in a process of its own, from its checkpoint where there is one.
 
     Two processes of one thread each get more from two cores than one process of two: these networks are small.
     """
@@ -96,7 +96,7 @@ def train_phase(phase: Phase, config: TrainConfig, data_dir: Path, work_dir: Pat
 
 @task(task_run_name="train classifier and write bundle", cache_policy=NO_CACHE, persist_result=False)
 def train_bundle(config: TrainConfig, data_dir: Path, work_dir: Path, out_dir: Path, name: str, command: str) -> str:
-    """Selection, classifier, calibration and the bundle; returns its digest."""
+    """Fit selection, classifier and calibration, and write the bundle; return its digest."""
     threads = torch.get_num_threads()
     # So small a network gets slower with more, and sums in another order.
     torch.set_num_threads(1)
@@ -128,7 +128,7 @@ def train(
     device: str = "auto",
     name: str | None = None,
 ) -> str:
-    """Trains a bundle into `out_dir` and returns its digest; the same call continues an interrupted training.
+    """Train a bundle into `out_dir` and return its digest; the same call continues an interrupted training.
 
     Args:
         data_dir: folder with the labelled fields and masked cells.

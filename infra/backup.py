@@ -33,7 +33,7 @@ class Backup:
 
 
 def create(dest: Path, url: str, out: Path | None, bundles: Path | None = None) -> tuple[Path, Backup]:
-    """Makes a backup below `dest` and returns its folder. `out` and `bundles` are None where a store keeps them.
+    """Make a backup below `dest` and return its folder. `out` and `bundles` are None where a store keeps them.
 
     Raises StackError; what was written by then is deleted.
     """
@@ -57,7 +57,7 @@ def create(dest: Path, url: str, out: Path | None, bundles: Path | None = None) 
 
 
 def read(folder: Path) -> Backup:
-    """A backup's record, after its dump was held against it. Raises StackError."""
+    """Return a backup's record, after its dump was held against it. Raises StackError."""
     try:
         table = json.loads((folder / _RECORD).read_text(encoding="utf-8"))
         backup = Backup(table["made_at"], table["dump_sha256"], dict(table["runs"]), tuple(table["unfinished"]))
@@ -69,7 +69,7 @@ def read(folder: Path) -> Backup:
 
 
 def put_back(folder: Path, url: str, out: Path | None, bundles: Path | None = None) -> Backup:
-    """Restores into an empty database and empty folders. Afterwards: migrations, then `leukoflow verify OUT`."""
+    """Restore into an empty database and empty folders. Afterwards: migrations, then `leukoflow verify OUT`."""
     backup = read(folder)
     for target in (out, bundles):
         if target is not None and target.is_dir() and any(target.iterdir()):
@@ -82,7 +82,7 @@ def put_back(folder: Path, url: str, out: Path | None, bundles: Path | None = No
 
 
 def _copy_results(out: Path, target: Path, earlier: Path | None) -> tuple[dict[str, str], tuple[str, ...]]:
-    """Finished runs, and everything in OUT that is no run: the ledger, the audit log."""
+    """Copy finished runs, and everything in OUT that is no run: the ledger, the audit log."""
     runs: dict[str, str] = {}
     unfinished = []
     target.mkdir()
@@ -124,7 +124,7 @@ def _sha256(path: Path) -> str:
 
 
 def _places() -> tuple[str, Path | None, Path | None]:
-    """Database, results and bundle registry of this host, as its services have them."""
+    """Return database, results and bundle registry of this host, as its services have them."""
     from leukoflow.core.site import load_site
 
     url = os.environ.get("PREFECT_SERVER_DATABASE_CONNECTION_URL")
@@ -139,7 +139,7 @@ def _registry() -> str | None:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m infra.backup create DEST`, `python -m infra.backup restore DEST/TIME`."""
+    """Run `python -m infra.backup create DEST` or `python -m infra.backup restore DEST/TIME`."""
     from leukoflow.core.errors import LeukoflowError
 
     try:

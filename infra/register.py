@@ -16,7 +16,7 @@ DEPLOYMENTS = ("nightly", "rerun", "train", "evaluate", "retention")
 
 
 def main(pool: str) -> None:
-    """Creates or updates everything. Raises CalledProcessError when `prefect deploy` fails."""
+    """Create or update everything. Raises CalledProcessError when `prefect deploy` fails."""
     from prefect.client.orchestration import get_client
     from prefect.client.schemas.actions import WorkPoolCreate
     from prefect.exceptions import ObjectNotFound

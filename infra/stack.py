@@ -36,7 +36,7 @@ class Report:
 
     @property
     def healthy(self) -> bool:
-        """Whether every service does its work."""
+        """Return whether every service does its work."""
         return all(ok for _, ok, _, _ in self.rows)
 
 
@@ -52,7 +52,7 @@ class Stack:
     # --- what people call ------------------------------------------------------------------------------------------
 
     def up(self, say: Callable[[str], None] = print) -> Report:
-        """Starts what does not run yet, waits until everything answers, deploys, and leaves a sample in the inbox.
+        """Start what does not run yet, wait until everything answers, deploy, and leave a sample in the inbox.
 
         Raises StackError naming the service, the end of its log and the remedy; what was started by then is stopped.
         """
@@ -66,14 +66,14 @@ class Stack:
                 raise
 
     def down(self) -> int:
-        """Stops everything, newest first; returns how many processes it took to end. Data stays."""
+        """Stop everything, newest first; return how many processes it took to end. Data stays."""
         if not self.folder.is_dir():
             return 0
         with self._exclusively():
             return self._down()
 
     def status(self) -> Report:
-        """What runs and does its work."""
+        """Report what runs and does its work."""
         if not (self.folder / "stack.json").is_file():
             raise StackError(f"there is no stack in {self.folder}; `make stack` starts one")
         self._load()
@@ -84,12 +84,12 @@ class Stack:
         return report
 
     def backup(self, dest: Path) -> Path:
-        """A backup of the running stack; returns its folder."""
+        """Make a backup of the running stack; return its folder."""
         self.status()
         return create(dest, self.config.postgres.url("prefect"), self.config.results)[0]
 
     def restore(self, source: Path) -> None:
-        """Fills a new stack from a backup; `up` then brings the database to the installed version and starts it.
+        """Fill a new stack from a backup; `up` then brings the database to the installed version and starts it.
 
         Passwords are not part of a backup: put the old `secrets.env` into the folder before, or new ones are made up
         (the patient key is among them).
@@ -147,21 +147,21 @@ class Stack:
         return self.status()
 
     def migrate(self) -> None:
-        """Brings Prefect's database to the version that is installed."""
+        """Bring Prefect's database to the version that is installed."""
         self.run(
             [sys.executable, "-m", "prefect", "server", "database", "upgrade", "--yes"],
             self.config.server_environment(),
         )
 
     def deploy(self) -> None:
-        """Work pool, deployments and automations as the checkout has them; what exists is updated."""
+        """Create work pool, deployments and automations as the checkout has them; what exists is updated."""
         passed = ("LEUKOFLOW_STACK_CRON", "LEUKOFLOW_WEBHOOK_URL", "LEUKOFLOW_EMAIL_URL")
         given = {name: os.environ[name] for name in passed if name in os.environ}
         given |= {"LEUKOFLOW_SILENCE_SECONDS": "120", "LEUKOFLOW_PENDING_SECONDS": "120"}  # all is near, nothing waits
         self.run([sys.executable, "-m", "infra.register", POOL], self.config.client_environment() | given)
 
     def run(self, command: list[str], environment: Mapping[str, str], seconds: float = 180) -> str:
-        """A command that ends by itself; returns what it printed. Raises StackError with its last lines."""
+        """Run a command that ends by itself; return what it printed. Raises StackError with its last lines."""
         marked = dict.fromkeys((MARK, STEP), str(self.folder))
         done = subprocess.run(
             command, env=self.config.base_environment() | dict(environment) | marked, cwd=ROOT, timeout=seconds,
@@ -190,7 +190,7 @@ class Stack:
             )
 
     def _leave_sample(self, say: Callable[[str], None]) -> None:
-        """A night's archive in the inbox, on the first start of a stack that was not restored from a backup."""
+        """Leave a night's archive in the inbox, on the first start of a stack that was not restored from a backup."""
         sample = self.folder / "sample"
         # The web application's log is neither a run nor an inbox.
         known = list_runs(str(self.config.results)) or (self.config.results / "inbox").exists()
@@ -214,7 +214,7 @@ class Stack:
     # --- down ------------------------------------------------------------------------------------------------------
 
     def _end_leftovers(self) -> None:
-        """Ends what a start that was killed has left: its steps, and our marks without a living record."""
+        """End what a start that was killed has left: its steps, and our marks without a living record."""
         _end_all(self.processes.strays(STEP))
         recorded = [p for name in self.processes.names() if (p := self.processes.find(name)) is not None]
         if not recorded:
@@ -264,7 +264,7 @@ def _end_all(processes: list[psutil.Process]) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    """`python -m infra.stack up | down | status | backup DEST | restore DEST/TIME`."""
+    """Run `python -m infra.stack up | down | status | backup DEST | restore DEST/TIME`."""
     from rich.console import Console
     from rich.table import Table
 

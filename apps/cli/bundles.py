@@ -43,7 +43,7 @@ Wanted = Annotated[str, typer.Argument(metavar="DIGEST|NAME", help="As `leukoflo
 
 
 def add_to(app: typer.Typer) -> None:
-    """Adds the commands of this module to the command line."""
+    """Add the commands of this module to the command line."""
     app.add_typer(bundles_app, name="bundles")
     for command in (shadow, rerun, correct):
         app.command()(command)
@@ -336,7 +336,7 @@ _SHOWN = 30
 
 
 def show_reproduction(console: Any, found: Any) -> None:
-    """What computing a run again has found."""
+    """Show what computing a run again has found."""
     compared = sum(n for _, n in found.values)
     console.print(
         f"{found.run_id}: {len(found.shards):,} of {found.of_shards:,} shards with {found.images:,} images computed "

@@ -36,12 +36,12 @@ class Commands(TyperGroup):
     """Exits with 1 for a command that cannot be understood, since 2 says that the source is unusable."""
 
     def make_context(self, *words: Any, **more: Any) -> Any:
-        """Reads the words before the command's name."""
+        """Read the words before the command's name."""
         with _usage_errors():
             return super().make_context(*words, **more)
 
     def invoke(self, ctx: Any) -> Any:
-        """Runs the command that the words name."""
+        """Run the command that the words name."""
         with _usage_errors():
             return super().invoke(ctx)
 
@@ -58,7 +58,7 @@ def _usage_errors() -> Iterator[None]:
 
 @contextmanager
 def reported(debug: bool = False) -> Iterator[None]:
-    """Turns an error into one line that names the thing and the remedy, and into the exit code of the design."""
+    """Turn an error into one line that names the thing and the remedy, and into the exit code of the design."""
     try:
         yield
     except (typer.Exit, typer.Abort):
@@ -83,7 +83,7 @@ def reported(debug: bool = False) -> Iterator[None]:
 
 
 def _system_trouble(error: OSError) -> str:
-    """What an operator can mend about an error of the system, with the remedy; empty for others."""
+    """Say what an operator can mend about an error of the system, with the remedy; empty for others."""
     from leukoflow.storage.base import is_full
 
     scratch = os.environ.get("TMPDIR") or "/tmp"
@@ -96,13 +96,13 @@ def _system_trouble(error: OSError) -> str:
 
 
 def _without_values(error: Exception) -> str:
-    """An unforeseen error in words; what a library says of values may name a patient, and is left out."""
+    """Say an unforeseen error; what a library says of values may name a patient, and is left out."""
     kind = type(error).__name__
     return kind if isinstance(error, QUOTING) or not str(error) else f"{kind}: {error}"
 
 
 def fail(message: str, code: int) -> NoReturn:
-    """Ends the command with one line on the standard error and an exit code."""
+    """End the command with one line on the standard error and an exit code."""
     from rich.console import Console
     from rich.text import Text
 
@@ -111,7 +111,7 @@ def fail(message: str, code: int) -> NoReturn:
 
 
 def execute(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
-    """Plans, finds or starts a Prefect server, runs the flow under a progress display, and shows the outcome."""
+    """Plan, find or start a Prefect server, run the flow under a progress display, and show the outcome."""
     from leukoflow.apps.cli.view.console import open_console
     from leukoflow.apps.cli.view.outcome import show_outcome
 
@@ -137,7 +137,7 @@ def execute(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
 
 
 def warn_of_another(console: Console, root: str) -> None:
-    """Says that a run is being worked on by another process, which does no harm and is of no use."""
+    """Say that a run is being worked on by another process, which does no harm and is of no use."""
     from leukoflow.runs.progress import ProgressReader
 
     reader = ProgressReader(root)
@@ -151,7 +151,7 @@ def warn_of_another(console: Console, root: str) -> None:
 
 
 def _carry_out(console: Console, opened: Run, settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
-    """Runs the flow of a run that was opened; shows and returns what has become of it. Raises LeukoflowError."""
+    """Run the flow of a run that was opened; show and return what has become of it. Raises LeukoflowError."""
     from leukoflow.apps.cli.view.live import live_progress, show_plan
     from leukoflow.apps.cli.view.outcome import show_outcome
     from leukoflow.runs.heart import beating
@@ -176,7 +176,7 @@ def _carry_out(console: Console, opened: Run, settings: RunConfig, keep_prefect:
         except Exception as error:
             if type(error).__module__.partition(".")[0] != "httpx" and "Failed to reach API" not in str(error):
                 raise
-            silent = error  # what Prefect was to be told last does not decide what became of the run
+            silent = error  # what Prefect was to learn last does not decide what became of the run
         manifest = read_manifest(Storage(opened.root))
     if silent is not None:
         _without_prefect(console, opened.root, silent)
@@ -192,18 +192,18 @@ def _carry_out(console: Console, opened: Run, settings: RunConfig, keep_prefect:
 
 
 def _well(state: Any) -> bool:
-    """Whether Prefect's last state is that of a run which ended as it should, or was cancelled too late."""
+    """Return whether Prefect's last state is that of a run which ended as it should, or was cancelled too late."""
     return bool(state.is_completed() or state.is_cancelled() or state.is_cancelling())
 
 
 def _without_prefect(console: Any, root: str, error: Exception) -> None:
-    """The run's own last word, when Prefect's server did not take it. Raises LeukoflowError unless it finished."""
+    """Say the run's own last word, which Prefect's server did not take. Raises LeukoflowError unless it finished."""
     from leukoflow.apps.prefect_connection import how_to_unset_server
     from leukoflow.core.errors import RunCancelledError
     from leukoflow.runs.progress import ProgressReader
 
     beat = ProgressReader(root).heartbeat()
-    state = beat.state if beat is not None and beat.pid == os.getpid() else "not begun"
+    state = beat.state if beat is not None and beat.pid == os.getpid() else "not started"
     words = beat.message if beat is not None else ""
     where = "the Prefect server does not answer, so its dashboard does not know how the run ended"
     if state == "finished":
@@ -221,7 +221,7 @@ def _without_prefect(console: Any, root: str, error: Exception) -> None:
 
 @contextmanager
 def prefect_api(keep: bool, debug: bool) -> Iterator[None]:
-    """A Prefect API for the block: the configured one, or a local server that ends with the block unless it is kept.
+    """Give the block a Prefect API: the configured one, or a local server that ends with it unless it is kept.
 
     To be entered from the main thread, before anything has imported Prefect, which reads its settings at import.
     """
@@ -255,7 +255,7 @@ def prefect_api(keep: bool, debug: bool) -> Iterator[None]:
 
 
 def use_configured_prefect(debug: bool) -> str | None:
-    """Points this process to the user's own Prefect API, and returns its address; None when there is none."""
+    """Point this process to the user's own Prefect API, and return its address; None when there is none."""
     from leukoflow.apps import prefect_connection, prefect_server
 
     if debug:
@@ -271,19 +271,19 @@ def use_configured_prefect(debug: bool) -> str | None:
 
 
 def require_named(option: str, value: str) -> None:
-    """Refuses an empty value, as an unset variable of a script gives: it would silently mean the current folder."""
+    """Refuse an empty value, as an unset variable of a script gives: it would silently mean the current folder."""
     if not value.strip():
         raise ConfigError(f"{option} is empty: name it (is a variable of a script not set?)")
 
 
 def root_of(out: str, run_id: str) -> str:
-    """Where a run lies. Raises what `reached` does."""
+    """Return where a run lies. Raises what `reached` does."""
     return f"{reached(out)}/{run_id}"
 
 
 @lru_cache(maxsize=4)
 def reached(out: str) -> str:
-    """`out` without a slash at its end. A store that cannot be used is reported at once, not after many retries."""
+    """Return `out` without a slash at its end. A store that cannot be used is reported at once, without retries."""
     from leukoflow.storage.base import Storage
 
     require_named("OUT", out)
@@ -292,7 +292,7 @@ def reached(out: str) -> str:
 
 
 def existing(out: str) -> str:
-    """As `reached`, for commands that would else make the folder. Raises ConfigError where there is none."""
+    """Return the same, for commands that would else make the folder. Raises ConfigError where there is none."""
     if "://" not in out and not Path(out).expanduser().is_dir():
         what = "is a file" if Path(out).expanduser().exists() else "does not exist"
         raise ConfigError(f"{out} {what}; name the folder that was given to `leukoflow run --out`")
@@ -300,7 +300,7 @@ def existing(out: str) -> str:
 
 
 def refuse_remote(**places: Path | None) -> None:
-    """Refuses s3:// where only the local disk will do; else a folder named `s3:` would be made."""
+    """Refuse s3:// where only the local disk will do; else a folder named `s3:` would be made."""
     for name, path in places.items():
         if path is not None and str(path).startswith("s3:/"):
             raise ConfigError(

@@ -12,7 +12,7 @@ from leukoflow.core.errors import ConfigError
 
 
 def add_to(app: typer.Typer) -> None:
-    """Adds the commands of this module to the command line."""
+    """Add the commands of this module to the command line."""
     for command in (export, labels):
         app.command()(command)
 

@@ -28,7 +28,7 @@ drift_app = typer.Typer(
 
 
 def add_to(app: typer.Typer) -> None:
-    """Adds the commands of this module to the command line."""
+    """Add the commands of this module to the command line."""
     app.add_typer(drift_app, name="drift")
     app.command()(metrics)
 
@@ -88,7 +88,7 @@ def drift_show(
 
 
 def _split(file: str) -> tuple[Storage, str]:
-    """Storage and key of a file that is named by path or address."""
+    """Return storage and key of a file that is named by path or address."""
     from leukoflow.storage.base import Storage
 
     folder, _, name = (file if "://" in file else str(Path(file).expanduser().absolute())).rpartition("/")
@@ -115,7 +115,7 @@ def _show_reference(console: Console, place: str, facts: DriftFacts) -> None:
 
 
 def report_nights(out: str, nights: int, to: str | None) -> None:
-    """Writes `nights.html` and `nights.json` of the last nights, in OUT or at `to`."""
+    """Write `nights.html` and `nights.json` of the last nights, in OUT or at `to`."""
     from leukoflow.apps.cli.view.console import open_console
     from leukoflow.storage.base import Storage
     from leukoflow.tasks.monitor.nights import gather, nights_json

@@ -50,5 +50,5 @@ def sample(
 
 
 def next_command(archive: Path, manifest: Path) -> str:
-    """The command that screens a sample, as the README has it."""
+    """Return the command that screens a sample, as the README has it."""
     return shlex.join(["leukoflow", "run", str(archive), "--out", "out", "--manifest", str(manifest)])

@@ -26,7 +26,7 @@ _SHOWN = 20
 
 
 def add_to(app: typer.Typer) -> None:
-    """Adds the commands of this module to the command line."""
+    """Add the commands of this module to the command line."""
     for command in (inbox, night):
         app.command()(command)
 

@@ -35,7 +35,7 @@ FromInput = Annotated[
 
 
 def add_to(app: typer.Typer) -> None:
-    """Adds the commands of this module to the command line."""
+    """Add the commands of this module to the command line."""
     app.command()(serve)
     app.add_typer(users_app, name="users")
 

@@ -35,7 +35,7 @@ log = logging.getLogger("leukoflow")
 class WorkerSetup(WorkerPlugin):
     """Readies a worker for a run, also one that joins later or was restarted: bounds its threads, loads its models.
 
-    `threads` is per process; 0 leaves that to whoever started the worker (environment variables of its own). `load` is
+    `threads` is per process; 0 leaves that to the worker's own environment variables. `load` is
     called on every worker with the run's `code`, or on those that offer a GPU where `gpu` is set. `state` is `loading`,
     `ready`, or what went wrong.
     """
@@ -49,7 +49,7 @@ class WorkerSetup(WorkerPlugin):
         self.state = "loading"
 
     async def setup(self, worker: Any) -> None:
-        """Called by Dask when the worker is there; tasks wait until it is through."""
+        """Ready the worker; called by Dask when it is there, and tasks wait until it is through."""
         if code_digest() != self.code:
             return  # it will be sent away
         import cv2
@@ -71,7 +71,7 @@ class WorkerSetup(WorkerPlugin):
 
 
 def _report(name: str, dask_worker: Any = None) -> tuple[str, str]:
-    """Runs on a worker: its code's digest, and the state of the plugin of that name."""
+    """Return, on a worker, its code's digest and the state of the plugin of that name."""
     plugin = dask_worker.plugins.get(name)
     return code_digest(), "absent" if plugin is None else plugin.state
 
@@ -89,7 +89,7 @@ class Cluster:
 
     Every second it sees who is there. Workers that joined are checked and, with other code or other models than the
     run's, sent away. A scheduler that was lost is connected to again. What stays lost for `lost_seconds` (the
-    scheduler, all workers, all GPUs) is lost for good: whoever waits for a result then gets a ClusterError.
+    scheduler, all workers, all GPUs) is lost for good: what waits for a result then gets a ClusterError.
     """
 
     def __init__(self, connect: Callable[[float], Client], settings: ClusterSettings, gpu: bool, threads: int) -> None:
@@ -108,15 +108,15 @@ class Cluster:
         self.crew = Crew()
         self.client = connect(settings.wait_seconds)
 
-    # --- for whoever uses it ---
+    # --- what a run calls ---
 
     def prepare_workers(self, load: Callable[[], None]) -> None:
-        """Has `load` called in all workers that will compute, now and whenever one joins; then begins to watch.
+        """Have `load` called in all workers that will compute, now and whenever one joins; then begin to watch.
 
         Raises what `load` raises, and ClusterError.
         """
         self._plugin = WorkerSetup(f"leukoflow-{self.client.id}", self._threads, self._gpu, load)
-        with _worker_went_away():
+        with _naming_lost_workers():
             self._scheduler = self._identity()["id"]
             self.client.register_plugin(self._plugin)
             self._look()
@@ -131,12 +131,12 @@ class Cluster:
         return max(1, IN_FLIGHT_PER_WORKER * (len(crew.gpu) + len(crew.cpu)))
 
     def check(self) -> None:
-        """Raises ClusterError once the cluster is lost for good."""
+        """Raise ClusterError once the cluster is lost for good."""
         if self._failure is not None:
             raise ClusterError(str(self._failure))
 
     def result(self, future: Any) -> Any:
-        """What a future computes. Raises that, AttemptError when it went with the connection, or ClusterError."""
+        """Return what a future computes. Raises its error, AttemptError after a lost connection, or ClusterError."""
         while True:
             try:
                 return future.result(timeout=5.0)
@@ -149,15 +149,15 @@ class Cluster:
                 raise AttemptError("the connection to the scheduler was lost") from None
 
     def settle(self) -> None:
-        """Waits until scheduler and workers have been seen in order from now on. Raises ClusterError."""
+        """Wait until scheduler and workers have been seen in order from now on. Raises ClusterError."""
         with self._news:
-            wanted = self._good_looks + 2  # the next one may have begun before
+            wanted = self._good_looks + 2  # the next one may have started before
             while self._good_looks < wanted:
                 self.check()
                 self._news.wait(LOOK_SECONDS)
 
     def close(self) -> None:
-        """Ends the watch and the connection; whoever still waits for something is told so."""
+        """End the watch and the connection; what still waits for a result gets an error."""
         self._over.set()
         if self._failure is None:
             self._failure = ClusterError("the run has ended")
@@ -205,10 +205,10 @@ class Cluster:
         with self._news:
             self._news.notify_all()
         with contextlib.suppress(Exception):
-            self.client.close(timeout=5)  # whoever waits for a result is told
+            self.client.close(timeout=5)  # what waits for a result gets an error
 
     def _look(self) -> str | None:
-        """Sees who is there and checks who is new; returns what is not in order. Raises when nobody answers."""
+        """See who is there and check who is new; return what is not in order. Raises when nobody answers."""
         assert self._plugin is not None
         if self.client.status == "closed":
             self.client = self._connect(ANSWER_SECONDS)
@@ -234,7 +234,7 @@ class Cluster:
         return None
 
     def _identity(self) -> dict[str, Any]:
-        """What the scheduler says about itself and its workers. Raises OSError or TimeoutError when it is not there."""
+        """Return what the scheduler says about itself and its workers. Raises OSError or TimeoutError without one."""
         client = self.client
         if client.status != "running" or client.scheduler is None:
             raise TimeoutError(client.status)
@@ -242,7 +242,7 @@ class Cluster:
         return cast(dict[str, Any], found)
 
     def _check(self, new: list[str]) -> None:
-        """Checks workers that joined: the same code, models loaded. Others are told to go and not to come back."""
+        """Check workers that joined: the same code, models loaded. Others are sent away for good."""
         assert self._plugin is not None
         found = self.client.run(_report, self._plugin.name, workers=new, on_error="return")
         mine, refused = code_digest(), []
@@ -268,7 +268,7 @@ class Cluster:
 
 @contextmanager
 def open_cluster(settings: ClusterSettings, gpu: bool = False) -> Iterator[Cluster]:
-    """A cluster whose workers run our code, are there, and offer what the run needs.
+    """Open a cluster whose workers run our code, are there, and offer what the run needs.
 
     Args:
         settings: where it comes from. A scheduler that somebody else starts should run with
@@ -306,11 +306,11 @@ def open_cluster(settings: ClusterSettings, gpu: bool = False) -> Iterator[Clust
                 f"({error}); start one with `dask scheduler`, or leave out --cluster for local workers"
             ) from None
         try:
-            with _worker_went_away():
+            with _naming_lost_workers():
                 _wait_for_workers(cluster.client, settings, count)
                 if gpu:
                     _require_gpu(cluster.client, settings)
-                _same_code(cluster.client)
+                _require_same_code(cluster.client)
             yield cluster
         finally:
             cluster.close()
@@ -318,7 +318,7 @@ def open_cluster(settings: ClusterSettings, gpu: bool = False) -> Iterator[Clust
 
 @contextmanager
 def _started(settings: ClusterSettings, gpu: bool, security: Any) -> Iterator[Any]:
-    """Dask's cluster object for workers that we start, None where somebody else does."""
+    """Start workers for the block and yield Dask's cluster object; None where somebody else starts them."""
     if "://" in settings.address:
         yield None
         return
@@ -341,7 +341,7 @@ def _started(settings: ClusterSettings, gpu: bool, security: Any) -> Iterator[An
 
 
 def _security(settings: ClusterSettings) -> Any:
-    """Dask's TLS settings, None for connections without. Raises ClusterError naming what is missing."""
+    """Return Dask's TLS settings, None for connections without. Raises ClusterError naming what is missing."""
     from distributed.security import Security
 
     tls = settings.tls
@@ -372,7 +372,7 @@ def _security(settings: ClusterSettings) -> Any:
 
 
 @contextmanager
-def _worker_went_away() -> Iterator[None]:
+def _naming_lost_workers() -> Iterator[None]:
     try:
         yield
     except (OSError, TimeoutError) as error:
@@ -380,7 +380,7 @@ def _worker_went_away() -> Iterator[None]:
 
 
 def _remedy(settings: ClusterSettings, gpu: bool = False) -> str:
-    """What brings workers back, or those with a GPU, by where they come from."""
+    """Say what brings workers back, or those with a GPU, by where they come from."""
     if settings.address == "local":
         device = "look at the GPUs with `nvidia-smi`, then " if gpu else ""
         return f"{device}run the same command again, with fewer --workers if the memory is short"
@@ -420,8 +420,8 @@ def _require_gpu(client: Any, settings: ClusterSettings) -> None:
     )
 
 
-def _same_code(client: Any) -> None:
-    """Workers with other code would write other numbers under this run's name: refuse them."""
+def _require_same_code(client: Any) -> None:
+    """Refuse workers with other code, which would write other numbers under this run's name."""
     try:
         found = client.run(code_digest)
     except OSError:

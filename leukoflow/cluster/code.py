@@ -12,7 +12,7 @@ import leukoflow
 
 @lru_cache(maxsize=1)
 def code_digest() -> str:
-    """Digest (16 hex digits) of the package's Python files as this process imports them.
+    """Return the digest (16 hex digits) of the package's Python files as this process imports them.
 
     In a checkout some of its folders are links, in an installation none is: both give the same digest.
     """

@@ -20,12 +20,12 @@ SOFTWARE = (
 
 
 def cores() -> int:
-    """Cores this process may use."""
+    """Count the cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def worker_environment(threads: int) -> dict[str, str]:
-    """What must be in a worker's environment before its process starts, in place of Dask's own choice.
+    """Return what must be in a worker's environment before its process starts, in place of Dask's own choice.
 
     Dask has freed memory go back to the system at once. Networks allocate and free their activations all the time, so
     that costs more page faults than arithmetic (measured: benchmarks/LOG.md). Blocks above 32 MB still go back.
@@ -36,7 +36,7 @@ def worker_environment(threads: int) -> dict[str, str]:
 
 
 def software() -> tuple[tuple[str, str], ...]:
-    """Versions of what computes a run."""
+    """Return the versions of what computes a run."""
     found = [("python", platform.python_version())]
     for name in SOFTWARE:
         try:
@@ -47,7 +47,7 @@ def software() -> tuple[tuple[str, str], ...]:
 
 
 def this_host() -> Host:
-    """The machine under this process, with the threads that torch has now."""
+    """Describe the machine under this process, with the threads that torch has now."""
     import torch
 
     names = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")
@@ -74,7 +74,7 @@ def this_host() -> Host:
 
 @lru_cache(maxsize=1)
 def _cpu() -> str:
-    """The processor's model, as the system tells it."""
+    """Return the processor's model, as the system names it."""
     try:
         with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
             for line in file:
@@ -88,7 +88,7 @@ def _cpu() -> str:
 
 @lru_cache(maxsize=1)
 def _blas() -> str:
-    """The BLAS that torch was built with, and its version where it tells."""
+    """Return the BLAS that torch was built with, and its version where it is known."""
     import torch
 
     lines = [line.strip(" -") for line in torch.__config__.show().splitlines()]
@@ -97,7 +97,7 @@ def _blas() -> str:
 
 
 def who() -> str:
-    """The user of this process and the machine's name, for logs of who did what."""
+    """Return the user of this process and the machine's name, for logs of who did what."""
     try:
         user = getpass.getuser()
     except (OSError, KeyError):  # a container's user without a name

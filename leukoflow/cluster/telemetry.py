@@ -1,4 +1,4 @@
-"""What worker processes tell about their stages: a message for the run's log, and figures on the worker's own /metrics.
+"""What worker processes report about their stages: messages for the run's log, figures on the worker's own /metrics.
 
 Messages travel as Dask events, so that they arrive from any machine without a log server. They name run, shard and
 stage, never an image.
@@ -26,7 +26,7 @@ _BUCKETS = (0.5, 1, 2, 5, 10, 30, 60, 120, 300, 900, 1800)
 
 @lru_cache(maxsize=1)
 def _figures() -> tuple[Any, Any]:
-    """Registered once per process, when the first stage runs; Dask serves the process's registry."""
+    """Register the figures, once per process, when the first stage runs; Dask serves the process's registry."""
     from prometheus_client import Counter, Histogram
 
     seconds, failures = WORKER_METRICS
@@ -38,7 +38,7 @@ def _figures() -> tuple[Any, Any]:
 
 @contextmanager
 def stage_telemetry(run_id: str, shard: str, stage: str) -> Iterator[None]:
-    """Tells that a stage of a shard begins here, and how it ends. Outside of a Dask worker only figures are kept."""
+    """Report that a stage of a shard begins here, and how it ends. Outside of a Dask worker only figures are kept."""
     seconds, failures = _figures()
     started = time.perf_counter()
     _send(run_id, shard, stage, logging.INFO, "started")
@@ -68,16 +68,16 @@ def _send(run_id: str, shard: str, stage: str, level: int, message: str) -> None
 
 @contextmanager
 def worker_messages(client: Any, run_id: str) -> Iterator[None]:
-    """Hands what workers tell about a run to the logger `leukoflow.workers` while the block runs."""
+    """Hand what workers report about a run to the logger `leukoflow.workers` while the block runs."""
     logger = logging.getLogger(WORKER_LOGGER)
 
     def handle(event: tuple[float, Any]) -> None:
-        told = event[1]
-        if told.get("run") != run_id:  # a cluster may work on several runs
+        said = event[1]
+        if said.get("run") != run_id:  # a cluster may work on several runs
             return
-        extra = {name: str(told[name]) for name in ("run", "shard", "stage", "worker")}
-        message = f"shard {told['shard']}: {told['stage']} {told['message']}"
-        logger.log(told["level"], message, extra=extra)
+        extra = {name: str(said[name]) for name in ("run", "shard", "stage", "worker")}
+        message = f"shard {said['shard']}: {said['stage']} {said['message']}"
+        logger.log(said["level"], message, extra=extra)
 
     client.subscribe_topic(TOPIC, handle)
     try:

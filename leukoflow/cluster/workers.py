@@ -33,7 +33,7 @@ STAYS = "stays-"
 
 
 def visible_gpus() -> list[str]:
-    """GPUs of this machine that torch sees, as CUDA_VISIBLE_DEVICES names them."""
+    """Return the GPUs of this machine that torch sees, as CUDA_VISIBLE_DEVICES names them."""
     import torch
 
     count = int(torch.cuda.device_count())
@@ -42,7 +42,7 @@ def visible_gpus() -> list[str]:
 
 
 def elsewhere_environment(threads: int) -> dict[str, str]:
-    """The same, and Dask's settings, for processes that somebody else starts for us: jobs and pods."""
+    """Return the same, and Dask's settings, for processes that somebody else starts for us: jobs and pods."""
     named = {"DASK_" + key.replace(".", "__").replace("-", "_").upper(): str(v) for key, v in OPTIONS.items()}
     return worker_environment(threads) | named
 
@@ -51,12 +51,12 @@ class Scaling(Adaptive):
     """Dask's scaling, but for workers that are to stay."""
 
     async def workers_to_close(self, target: int) -> list[str]:
-        """Names of workers that may go."""
+        """Return the names of workers that may go."""
         return [name for name in await super().workers_to_close(target) if not str(name).startswith(STAYS)]
 
 
 def scale(cluster: Any, settings: ClusterSettings, stay: int) -> None:
-    """Lets Dask scale between the settings' bounds; `stay` further workers are none of its business.
+    """Let Dask scale between the settings' bounds; `stay` further workers are none of its business.
 
     A worker comes when more than a second of work waits, and goes when it was not needed for half a minute.
     """
@@ -69,7 +69,7 @@ def scale(cluster: Any, settings: ClusterSettings, stay: int) -> None:
 
 
 def local_sizes(settings: ClusterSettings, gpu: bool) -> tuple[list[str], int, int]:
-    """GPUs to use, CPU workers at start, and how many processes there may be at most."""
+    """Return the GPUs to use, CPU workers at start, and how many processes there may be at most."""
     gpus = visible_gpus() if gpu else []
     if settings.gpu_workers:
         gpus = gpus[: settings.gpu_workers]
@@ -80,7 +80,7 @@ def local_sizes(settings: ClusterSettings, gpu: bool) -> tuple[list[str], int, i
 
 
 def local_cluster(settings: ClusterSettings, gpu: bool) -> Any:
-    """Worker processes on this machine; those with a GPU see one each and offer it as a resource."""
+    """Start worker processes on this machine; those with a GPU see one each and offer it as a resource."""
     from distributed import Nanny, Scheduler, SpecCluster
 
     gpus, start, most = local_sizes(settings, gpu)
@@ -88,7 +88,7 @@ def local_cluster(settings: ClusterSettings, gpu: bool) -> Any:
     if limit == "auto":
         limit = int(psutil.virtual_memory().total * 0.8 / most)
     common = {"nthreads": 1, "memory_limit": limit, "host": "127.0.0.1", "dashboard_address": None}
-    common["silence_logs"] = logging.CRITICAL  # what fails in a stage is raised in the flow, which tells it in words
+    common["silence_logs"] = logging.CRITICAL  # what fails in a stage is raised in the flow, which says it in words
     plain = {"cls": Nanny, "options": common | {"env": {"CUDA_VISIBLE_DEVICES": ""}}}
     workers: dict[Any, Any] = {
         f"{STAYS}gpu-{i}": {"cls": Nanny, "options": common | gpu_options(i, gpus)} for i in range(len(gpus))
@@ -102,7 +102,7 @@ def local_cluster(settings: ClusterSettings, gpu: bool) -> Any:
 
 
 def gpu_options(index: int, gpus: list[str]) -> dict[str, Any]:
-    """Options of the worker process for one GPU; dask-cuda, where it is installed, adds the cores that are near it."""
+    """Return the options of the worker of one GPU; dask-cuda, where installed, adds the cores that are near it."""
     options: dict[str, Any] = {"resources": {"GPU": 1}, "env": {"CUDA_VISIBLE_DEVICES": gpus[index]}}
     try:
         from dask_cuda.worker_spec import worker_spec
@@ -117,7 +117,7 @@ def gpu_options(index: int, gpus: list[str]) -> dict[str, Any]:
 
 
 def slurm_cluster(settings: ClusterSettings, gpu: bool, security: Any) -> Any:
-    """Workers as jobs of Slurm; the scheduler runs in this process. Raises ClusterError with the remedy."""
+    """Start workers as jobs of Slurm; the scheduler runs in this process. Raises ClusterError with the remedy."""
     try:
         from dask_jobqueue import SLURMCluster
     except ImportError:
@@ -145,7 +145,7 @@ def slurm_cluster(settings: ClusterSettings, gpu: bool, security: Any) -> Any:
 
 
 def slurm_job(settings: ClusterSettings, gpu: bool) -> dict[str, Any]:
-    """What a worker's job looks like, in dask-jobqueue's words: one process of one thread, and a GPU or none."""
+    """Describe a worker's job in dask-jobqueue's words: one process of one thread, and a GPU or none."""
     slurm = settings.slurm
     count = slurm.gpu_cores if gpu else slurm.cores
     exports = [f"export {name}={value}" for name, value in elsewhere_environment(count).items()]
@@ -171,7 +171,7 @@ def slurm_job(settings: ClusterSettings, gpu: bool) -> dict[str, Any]:
 
 
 def kubernetes_cluster(settings: ClusterSettings, gpu: bool) -> Any:
-    """Scheduler and workers as pods of the Dask operator. Raises ClusterError with the remedy."""
+    """Start scheduler and workers as pods of the Dask operator. Raises ClusterError with the remedy."""
     try:
         from dask_kubernetes.operator import KubeCluster
     except ImportError:
@@ -203,7 +203,7 @@ def kubernetes_cluster(settings: ClusterSettings, gpu: bool) -> Any:
 
 
 def kubernetes_spec(settings: ClusterSettings, gpu: bool) -> dict[str, Any]:
-    """The DaskCluster resource: the scheduler and the group of workers that may be scaled."""
+    """Return the DaskCluster resource: the scheduler and the group of workers that may be scaled."""
     from dask_kubernetes.operator.kubecluster.kubecluster import make_cluster_spec
 
     pods = settings.kubernetes
@@ -222,7 +222,7 @@ def kubernetes_spec(settings: ClusterSettings, gpu: bool) -> dict[str, Any]:
 
 
 def kubernetes_worker(settings: ClusterSettings, gpu: bool, count: int) -> dict[str, Any]:
-    """A group of `count` worker pods, with a GPU each or without."""
+    """Return a group of `count` worker pods, with a GPU each or without."""
     from dask_kubernetes.operator.kubecluster.kubecluster import make_worker_spec
 
     pods = settings.kubernetes
@@ -241,7 +241,7 @@ def kubernetes_worker(settings: ClusterSettings, gpu: bool, count: int) -> dict[
 
 
 def _whole_cores(text: str) -> int:
-    """Compute threads for a CPU quantity: `4`, `2.5` or `1500m`."""
+    """Return the compute threads for a CPU quantity: `4`, `2.5` or `1500m`."""
     try:
         return max(1, int(float(text[:-1]) / 1000 if text.endswith("m") else float(text)))
     except ValueError:
@@ -253,7 +253,7 @@ def _pod_environment(settings: ClusterSettings, threads: int) -> dict[str, str]:
 
 
 def _complete(pod: dict[str, Any], settings: ClusterSettings, gpu: bool) -> None:
-    """Adds to a pod what the operator's helpers have no argument for."""
+    """Add to a pod what the operator's helpers have no argument for."""
     pods = settings.kubernetes
     (container,) = pod["containers"]
     # The program as `command`, or an image with an entry point of its own would take it for an argument.

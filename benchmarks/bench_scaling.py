@@ -206,15 +206,15 @@ def pipeline(source: Path, bundle: str, folder: Path) -> None:
     from leukoflow.cluster.cluster import open_cluster
     from leukoflow.cluster.code import code_digest
     from leukoflow.core.config import ClusterSettings, load_config
-    from leukoflow.flows import run as nightly
-    from leukoflow.tasks.inference.worker import load_models
+    from leukoflow.flows import shard_task
+    from leukoflow.tasks.inference.shard import ShardJob, load_models
     from leukoflow.tasks.intake.open_run import open_run
     from leukoflow.tasks.intake.plan import shards
     from leukoflow.tasks.store.job import ShardJob
 
     leukoflow.cluster.workers.visible_gpus = lambda: ["0"]  # type: ignore[assignment]
     for stage in (prepare, segment, extract, classify):
-        setattr(nightly, stage.__name__, stage)
+        setattr(shard_task, stage.__name__, stage)
     config = load_config(source=str(source), out=str(folder / "out"), bundle=bundle, shard_size=SIZE, device="cpu")
     run = open_run(config)
     with open_cluster(ClusterSettings(workers=1), gpu=True) as cluster:
@@ -225,7 +225,7 @@ def pipeline(source: Path, bundle: str, folder: Path) -> None:
                 run.root, run.run_id, run.source, shard, "a", bundle, run.bundle.digest, "cuda", code_digest(),
                 config.limits, (),
             )  # fmt: skip
-            nightly._chain(cluster, job, ())
+            shard_task.run_chain(cluster, job, ())
 
         with ThreadPoolExecutor(cluster.in_flight) as pool:
             list(pool.map(one, shards(run.summary)))

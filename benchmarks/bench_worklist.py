@@ -209,11 +209,11 @@ def measure(out: str) -> None:
 
 @pytest.mark.timeout(1200)
 def test_a_large_worklist(tmp_path: Path) -> None:
-    print(f"\n{measure(tmp_path, FIELDS)}")
+    print(f"\n{write_and_measure(tmp_path, FIELDS)}")
 
 
-def measure(folder: Path, fields: int) -> str:
-    """Writes a run and measures it in another process."""
+def write_and_measure(folder: Path, fields: int) -> str:
+    """Write a run and measure it in another process."""
     write_run(folder, fields)
     code = f"from benchmarks.bench_worklist import measure; measure({str(folder)!r})"
     done = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
@@ -222,4 +222,4 @@ def measure(folder: Path, fields: int) -> str:
 
 if __name__ == "__main__":
     with tempfile.TemporaryDirectory() as made:
-        print(measure(Path(made), int(sys.argv[1]) if len(sys.argv) > 1 else FIELDS))
+        print(write_and_measure(Path(made), int(sys.argv[1]) if len(sys.argv) > 1 else FIELDS))

@@ -159,7 +159,7 @@ def _attempt(work: Work, shard: Shard) -> ShardReceipt | None:
         else:
             job = replace(job, culprits=known)
     try:
-        receipt = _run_chain(work.cluster, job, tuple(done), SHADOW_PRIORITY if work.run.config.shadow_of else 0)
+        receipt = run_chain(work.cluster, job, tuple(done), SHADOW_PRIORITY if work.run.config.shadow_of else 0)
     except AttemptError:
         return None
     except ClusterError:  # a worker with other code that has just joined, and will be sent away
@@ -174,7 +174,7 @@ def _attempt(work: Work, shard: Shard) -> ShardReceipt | None:
     return receipt
 
 
-def _run_chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...], priority: int = 0) -> ShardReceipt:
+def run_chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...], priority: int = 0) -> ShardReceipt:
     """Run the shard's chain of Dask tasks, block after block; only the receipt comes back here.
 
     Where GPUs compute, images are read and normalised by the workers without one, while there are some: a GPU that

@@ -14,7 +14,7 @@ from harness import until
 
 from leukoflow.cluster.cluster import Cluster, open_cluster
 from leukoflow.core.config import ClusterSettings
-from leukoflow.flows import run as nightly
+from leukoflow.flows import shard_task
 from leukoflow.runs.records import Shard
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(180)]
@@ -24,11 +24,12 @@ SHARDS = 8
 def went(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[str, float, float]]]:
     """Address, begin and end of each stage of all shards, which go through the run's own chain."""
     for name in ("prepare", "next_of", "segment", "trail_of", "extract", "classify"):
-        monkeypatch.setattr(nightly, name, getattr(on_workers, name))
+        monkeypatch.setattr(shard_task, name, getattr(on_workers, name))
 
     def one(ordinal: int) -> Any:
         shard = Shard(ordinal, ordinal * 64, 64)
-        return nightly._chain(cluster, SimpleNamespace(root=str(folder), shard=shard, attempt="a", device="cuda"), ())  # type: ignore[arg-type]
+        job: Any = SimpleNamespace(root=str(folder), shard=shard, attempt="a", device="cuda")
+        return shard_task.run_chain(cluster, job, ())
 
     with ThreadPoolExecutor(cluster.in_flight) as pool:
         assert len(list(pool.map(one, range(SHARDS)))) == SHARDS

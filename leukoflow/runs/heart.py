@@ -13,6 +13,7 @@ from typing import Literal
 
 from leukoflow.core.codec import dumps
 from leukoflow.core.errors import QUOTING, LeukoflowError, RunCancelledError, place_of, words_of
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.progress import HEARTBEAT_SECONDS, Heartbeat, now
 from leukoflow.runs.runlog import log_once
 from leukoflow.storage.base import Storage
@@ -98,7 +99,7 @@ class Heart:
     def _write(self, beat: Heartbeat) -> None:
         with self._lock:
             last = self._last
-            self.storage.write("heartbeat.json", dumps(last or beat))
+            self.storage.write(RunKey.HEARTBEAT, dumps(last or beat))
             self._said = last is not None
 
     def _try_write(self) -> None:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 
 from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import SourceError, StorageError, words_of
+from leukoflow.runs.layout import LedgerKey, OutKey
 from leukoflow.runs.records import Source, SourceKind
 from leukoflow.sources.members import Entry, identify, survey, unaltered
 from leukoflow.storage.base import Storage
@@ -92,24 +93,24 @@ class Ledger:
     """The claims of one site below one output folder or prefix."""
 
     def __init__(self, out: str, site: str) -> None:
-        self.storage = Storage(out).child(f"inbox/{site}")
+        self.storage = Storage(out).child(OutKey.ledger(site))
         self._read: list[tuple[ClaimHead, pa.Table]] = []
 
     def uri(self, number: int) -> str:
         """Where a claim lies."""
-        return self.storage.uri(_key(number))
+        return self.storage.uri(LedgerKey.claim(number))
 
     def read(self) -> Taken:
         """Everything that was taken so far. Raises StorageError where a claim is absent or damaged."""
         while True:
             number = len(self._read) + 1
             try:
-                data = self.storage.read(_key(number))
+                data = self.storage.read(LedgerKey.claim(number))
             except FileNotFoundError:
                 break
             self._read.append(_decode(data, self.uri(number)))
-        names = self.storage.names("claims")
-        if len(names) > len(self._read) and f"{len(self._read) + 1:05d}.parquet" not in names:
+        names = self.storage.names(LedgerKey.CLAIMS)
+        if len(names) > len(self._read) and LedgerKey.claim(len(self._read) + 1).rpartition("/")[2] not in names:
             raise StorageError(
                 f"{self.uri(len(self._read) + 1)} is absent, and there are later claims: the ledger lost a part; "
                 "restore it from a backup, since without it images would be taken twice"
@@ -139,12 +140,12 @@ class Ledger:
             if made is None:
                 return None
             head, table = made
-            if self.storage.create(_key(head.number), encode(head, table)):
+            if self.storage.create(LedgerKey.claim(head.number), encode(head, table)):
                 return head
 
     def outcome(self, number: int) -> ClaimOutcome | None:
         """What became of a claim; None while something is to be done."""
-        key = f"outcomes/{number:05d}.json"
+        key = LedgerKey.outcome(number)
         try:
             return loads(ClaimOutcome, self.storage.read(key), self.storage.uri(key))
         except FileNotFoundError:
@@ -152,11 +153,7 @@ class Ledger:
 
     def settle(self, outcome: ClaimOutcome) -> None:
         """Notes that nothing is left to be done of a claim."""
-        self.storage.write(f"outcomes/{outcome.number:05d}.json", dumps(outcome))
-
-
-def _key(number: int) -> str:
-    return f"claims/{number:05d}.parquet"
+        self.storage.write(LedgerKey.outcome(outcome.number), dumps(outcome))
 
 
 def encode(head: ClaimHead, table: pa.Table) -> bytes:

@@ -13,6 +13,8 @@ import psutil
 
 from leukoflow.core.codec import loads
 from leukoflow.core.errors import StorageError
+from leukoflow.runs.layout import OutKey, RunKey, Stage
+from leukoflow.runs.receipts import Counts, RunTotals
 from leukoflow.runs.records import Marker, RunManifest, ShardReceipt
 from leukoflow.storage.base import Storage
 
@@ -76,11 +78,7 @@ class RunProgress:
     message: str
     dashboard: str
     members: int
-    done: int
-    predicted: int
-    abstained: int
-    rejected: int
-    quarantined: int
+    counts: Counts  # of the shards that are committed
     shards: int
     shards_done: int
     started_at: str
@@ -90,6 +88,11 @@ class RunProgress:
     shadow_of: str | None = None
     phase: str = ""  # what a running run does or waits for, and a killed one did
     exit_code: int | None = None  # of a run that failed or was stopped
+
+    @property
+    def done(self) -> int:
+        """Images that are accounted for."""
+        return self.counts.accounted
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,19 +124,13 @@ class ProgressReader:
         self._receipts: dict[str, ShardReceipt] = {}
 
     def read(self) -> RunProgress:
-        """The progress as of now. Raises StorageError when there is no run at this root."""
+        """Return the progress as of now. Raises StorageError when there is no run at this root."""
         binding = self.binding()
-        present = set(self.storage.names("markers/predictions"))
-        for name in present - self._receipts.keys():
-            try:
-                marker = loads(Marker, self.storage.read(f"markers/predictions/{name}"), name)
-            except FileNotFoundError:
-                continue
-            if marker.receipt is not None:
-                self._receipts[name] = marker.receipt
-        receipts = [r for name, r in self._receipts.items() if name in present]
+        receipts = self.receipts()
         beat = self.heartbeat()
-        failures = tuple((name.removesuffix(".json"), self._failure(name)) for name in self.storage.names("failures"))
+        failures = tuple(
+            (RunKey.shard_of_json(name), self._failure(name)) for name in self.storage.names(RunKey.FAILURES)
+        )
         state = self.state(beat)
         return RunProgress(
             run_id=binding.run_id,
@@ -141,11 +138,7 @@ class ProgressReader:
             message=_words(state, beat),
             dashboard=beat.dashboard if beat else "",
             members=binding.members,
-            done=sum(r.rows for r in receipts),
-            predicted=sum(r.predicted for r in receipts),
-            abstained=sum(r.abstained for r in receipts),
-            rejected=sum(r.rejected for r in receipts),
-            quarantined=sum(r.quarantined for r in receipts),
+            counts=RunTotals.of(receipts).counts,
             shards=binding.shards,
             shards_done=len(receipts),
             started_at=binding.started_at,
@@ -157,10 +150,22 @@ class ProgressReader:
             exit_code=beat.exit_code if beat and state == beat.state else None,
         )
 
+    def receipts(self) -> list[ShardReceipt]:
+        """Return the receipts of the shards that are committed now, by the shards' names."""
+        listed = self.storage.names(RunKey.markers(Stage.PREDICTIONS))
+        for name in set(listed) - self._receipts.keys():
+            try:
+                marker = loads(Marker, self.storage.read(f"{RunKey.markers(Stage.PREDICTIONS)}/{name}"), name)
+            except FileNotFoundError:
+                continue
+            if marker.receipt is not None:
+                self._receipts[name] = marker.receipt
+        return [self._receipts[name] for name in listed if name in self._receipts]
+
     def binding(self) -> RunBinding:
         """What the run id stands for. Raises StorageError when there is no run at this root."""
         try:
-            return loads(RunBinding, self.storage.read("run.json"), self.storage.uri("run.json"))
+            return loads(RunBinding, self.storage.read(RunKey.BINDING), self.storage.uri(RunKey.BINDING))
         except (FileNotFoundError, NotADirectoryError):
             raise StorageError(
                 f"{self.storage.root} holds no run (no run.json); list the runs with `leukoflow status OUT`"
@@ -172,14 +177,14 @@ class ProgressReader:
 
     def _failure(self, name: str) -> str:
         try:
-            return str(json.loads(self.storage.read(f"failures/{name}"))["message"])
+            return str(json.loads(self.storage.read(f"{RunKey.FAILURES}/{name}"))["message"])
         except (FileNotFoundError, ValueError, KeyError):
             return "cleared meanwhile"
 
     def heartbeat(self) -> Heartbeat | None:
         """The last sign of life, None while there is none."""
         try:
-            return loads(Heartbeat, self.storage.read("heartbeat.json"), "heartbeat.json")
+            return loads(Heartbeat, self.storage.read(RunKey.HEARTBEAT), RunKey.HEARTBEAT)
         except (FileNotFoundError, StorageError):
             return None
 
@@ -228,10 +233,10 @@ def read_state(root: str) -> RunState:
 def read_manifest(storage: Storage) -> RunManifest | None:
     """The manifest of a finished run; None while there is none."""
     try:
-        data = storage.read("manifest.json")
+        data = storage.read(RunKey.MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         return None
-    return loads(RunManifest, data, storage.uri("manifest.json"))
+    return loads(RunManifest, data, storage.uri(RunKey.MANIFEST))
 
 
 def list_runs(out: str) -> list[str]:
@@ -240,7 +245,7 @@ def list_runs(out: str) -> list[str]:
     found = []
     for name in storage.names(""):
         try:
-            storage.read(f"{name}/run.json")
+            storage.read(OutKey.of_run(name, RunKey.BINDING))
         except (FileNotFoundError, NotADirectoryError, IsADirectoryError, OSError):
             continue
         found.append(name)

@@ -7,6 +7,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from leukoflow.runs.receipts import Counts, StageTiming
+
 CLASSES: tuple[str, str, str, str] = ("Benign", "Early", "Pre", "Pro")
 """Class order everywhere: labels on disk, logits, probability columns."""
 
@@ -142,13 +144,8 @@ class Quality:
     reasons: tuple[str, ...] = ()  # why the field is rejected
 
 
-@dataclass(frozen=True, slots=True)
-class StageTiming:
-    """Wall seconds of one stage over one shard, and how many images it served."""
-
-    stage: str
-    seconds: float
-    images: int
+FileRef = tuple[str, int, str]
+"""A committed file: its key below the run, its bytes, and their SHA-256."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +156,7 @@ class PartRef:
     shard: str
     attempt: str
     key: str  # content address: what the part was made from
-    files: tuple[tuple[str, int, str], ...]  # (path below the run, bytes, sha256)
+    files: tuple[FileRef, ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,9 +176,21 @@ class ShardReceipt:
     resumed: tuple[str, ...] = field(default=())  # stages whose stored part was used
 
     @property
+    def counts(self) -> Counts:
+        """Return the shard's numbers in the one shape that all code uses."""
+        return Counts(
+            predicted=self.predicted,
+            abstained=self.abstained,
+            rejected=self.rejected,
+            quarantined=self.quarantined,
+            cells=self.cells,
+            labels=self.labels,
+        )
+
+    @property
     def rows(self) -> int:
         """Rows written for this shard: must equal the shard's count."""
-        return self.predicted + self.abstained + self.rejected + self.quarantined
+        return self.counts.accounted
 
 
 @dataclass(frozen=True, slots=True)
@@ -242,13 +251,26 @@ class RunManifest:
     timings: tuple[StageTiming, ...]  # summed over shards
     slowest: tuple[tuple[str, float], ...]  # (shard, seconds)
     parts: tuple[PartRef, ...]
-    tables: tuple[tuple[str, int, str], ...]  # (path below the run, bytes, sha256) of plan, slides, duplicates, missing
+    tables: tuple[FileRef, ...]  # plan, slides, duplicates, missing
     software: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = field(default=())  # what the numbers do not say, for people
     hosts: tuple[Host, ...] = field(default=())  # the kinds of machines that computed parts
     config: str = ""  # all settings of the session that finished the run, as canonical JSON
     bundle_reference: str = ""  # as it was asked for, where a registry told which bundle that is
     shadow_of: str | None = None  # the run that this one only accompanies: not the night's result
+
+    @property
+    def counts(self) -> Counts:
+        """Return the run's numbers in the one shape that all code uses."""
+        return Counts(
+            predicted=self.predicted,
+            abstained=self.abstained,
+            rejected=self.rejected,
+            quarantined=self.quarantined,
+            missing=self.missing,
+            cells=self.cells,
+            labels=self.labels,
+        )
 
     @property
     def exit_code(self) -> int:

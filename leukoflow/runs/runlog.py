@@ -16,6 +16,7 @@ from typing import Any
 
 from leukoflow.cluster.telemetry import WORKER_LOGGER
 from leukoflow.core.errors import StorageError, words_of
+from leukoflow.runs.layout import RunKey
 from leukoflow.storage.base import Storage
 
 LOGGERS = ("leukoflow", "prefect.flow_runs", "prefect.task_runs")
@@ -85,7 +86,7 @@ def run_log(root: str, run_id: str) -> Iterator[None]:
     workers.
     """
     storage = Storage(root)
-    name = f"logs/run-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}"
+    name = RunKey.log(f"run-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
     ours, workers = logging.getLogger("leukoflow"), logging.getLogger(WORKER_LOGGER)
     plain = PlainLines("%(asctime)s %(levelname)-7s %(message)s")
     with ExitStack() as stack:

@@ -21,6 +21,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from leukoflow.core.errors import ConfigError, StorageError
+from leukoflow.runs.layout import OutKey, RunKey, Stage
 from leukoflow.runs.progress import now, read_manifest
 from leukoflow.runs.records import CLASSES, RunManifest
 from leukoflow.storage.base import Storage
@@ -43,10 +44,10 @@ _CLUSTERS = 64  # slides are drawn again as a whole; more of them than this shar
 _BLOCK = 16  # neighbouring fields that count as one slide where nothing says which slide a field is of
 _GROUPS = 40  # pairs of site and scanner that are told apart
 
-NAME = "drift.json"
+NAME = RunKey.DRIFT
 """A run's summary, beside its manifest; and a bundle's reference, beside its `bundle.json`."""
 
-BASELINE = "_baseline/drift.json"
+BASELINE = OutKey.BASELINE
 """The reference of an output folder."""
 
 Level = Literal["few", "none", "watch", "act"]
@@ -320,15 +321,13 @@ def facts_of(storage: Storage, predictions: str, shards: Iterable[int]) -> pa.Ta
     """Rows of one file of the predictions with what drift looks at: quality from `fields/`, averages of the cells."""
     rows = _read(storage, predictions, _FROM_PREDICTIONS)
     facts = pa.concat_tables(
-        [_read(storage, f"fields/part-{shard_name(s)}.parquet", ("foreground", *_FROM_FIELDS)) for s in shards]
+        [_read(storage, RunKey.part(RunKey.FIELDS, shard_name(s)), ("foreground", *_FROM_FIELDS)) for s in shards]
     )
     if len(facts) != len(rows):
         raise StorageError(f"{storage.uri(predictions)} and its fields/ do not belong together; run `leukoflow verify`")
     for name in _FROM_FIELDS:
         rows = rows.append_column(name, facts[name])
-    cells = _read(
-        storage, predictions.replace("predictions/", "cells/", 1), ("image_key", "nucleus_area_px", "nc_ratio")
-    )
+    cells = _read(storage, RunKey.in_table(predictions, RunKey.CELLS), ("image_key", "nucleus_area_px", "nc_ratio"))
     ratios = cells["nc_ratio"].cast(pa.float64()).to_numpy()
     seen = pa.array(ratios, pa.float64(), mask=~is_measured(ratios))  # a mask without cytoplasm tells no ratio
     cells = cells.append_column("nc_ratio_measured", seen)
@@ -359,13 +358,13 @@ def run_facts(root: str, run_id: str, manifest: RunManifest | None, bundle_diges
 
 def _rows(storage: Storage, manifest: RunManifest | None) -> Iterator[pa.Table]:
     if manifest is not None:
-        for file in table_files(manifest.parts, "predictions"):
+        for file in table_files(manifest.parts, RunKey.PREDICTIONS):
             yield facts_of(storage, file.key, file.shards)
         return
-    for name in storage.names("markers/predictions"):
-        shard = name.removesuffix(".json")
+    for name in storage.names(RunKey.markers(Stage.PREDICTIONS)):
+        shard = RunKey.shard_of_json(name)
         try:
-            yield facts_of(storage, f"predictions/part-{shard}.parquet", (int(shard),))
+            yield facts_of(storage, RunKey.part(RunKey.PREDICTIONS, shard), (int(shard),))
         except FileNotFoundError:  # committed, but not moved to its place yet
             continue
 

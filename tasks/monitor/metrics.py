@@ -18,7 +18,9 @@ from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
 
 from leukoflow.core.errors import ConfigError, LeukoflowError
+from leukoflow.runs.layout import RunKey, Stage
 from leukoflow.runs.progress import ProgressReader, RunBinding, list_runs
+from leukoflow.runs.receipts import Counts
 from leukoflow.runs.records import CLASSES
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.monitor.drift import NAME, Drift, compare, facts_from, find_reference
@@ -128,9 +130,9 @@ class RunsCollector(Collector):
                 unreadable += 1
         states = Counter(r.state for r in runs)
         yield _gauge("leukoflow_runs", {s: states[s] for s in STATES})
-        yield _gauge("leukoflow_members", {s: sum(getattr(r, s) for r in runs) for s in STATUSES})
+        yield _gauge("leukoflow_members", _by_status(sum((r.counts for r in runs), Counts())))
         live = [r for r in runs if r.state == "running"]
-        members = {s: sum(getattr(r, s) for r in live) for s in STATUSES}
+        members = _by_status(sum((r.counts for r in live), Counts()))
         yield _gauge("leukoflow_running_members", members | {"open": sum(r.members - r.done for r in live)})
         yield _gauge("leukoflow_running_shards", {s: shards[s] for s in ("done", "failed", "open")})
         done, seconds, left = running
@@ -157,7 +159,7 @@ class RunsCollector(Collector):
         """A run's facts and its last sign of life."""
         root = f"{self.out}/{run_id}"
         try:
-            stamp = Storage(root).stamp("manifest.json")
+            stamp = Storage(root).stamp(RunKey.MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
             stamp = ""
         if stamp and self._finished.get(run_id, ("",))[0] == stamp:
@@ -173,7 +175,7 @@ class RunsCollector(Collector):
     def _follow(self, run_id: str, facts: RunFacts, running: list[float], shards: Counter[str]) -> None:
         reader = self._readers.setdefault(run_id, ProgressReader(f"{self.out}/{run_id}"))
         binding: RunBinding = reader.binding()
-        done = len(reader.storage.names("markers/predictions"))
+        done = len(reader.storage.names(RunKey.markers(Stage.PREDICTIONS)))
         shards.update(done=done, failed=facts.failed_shards, open=binding.shards - done - facts.failed_shards)
         at, before = self._first.setdefault(run_id, (time.time(), facts.done))
         running[0] += facts.done - before
@@ -186,10 +188,10 @@ class RunsCollector(Collector):
             yield from (_gauge(n, None) for n in (*names, "leukoflow_last_success_timestamp_seconds"))
             return
         end = _seconds(run.finished_at or "")
-        values = {
-            "leukoflow_last_run_members": {s: getattr(run, s) for s in (*STATUSES, "missing")},
-            "leukoflow_last_run_share": {s: getattr(run, s) / run.done if run.done else 0.0 for s in SHARES},
-            "leukoflow_last_run_labels": dict(zip(CLASSES, run.labels, strict=True)),
+        values: dict[str, dict[str, float]] = {
+            "leukoflow_last_run_members": _by_status(run.counts) | {"missing": run.counts.missing},
+            "leukoflow_last_run_share": {s: getattr(run.counts, s) / run.done if run.done else 0.0 for s in SHARES},
+            "leukoflow_last_run_labels": dict(zip(CLASSES, run.counts.labels, strict=True)),
             "leukoflow_last_run_stage_seconds": {t.stage: t.seconds for t in run.timings},
         }
         for name, value in values.items():
@@ -224,6 +226,10 @@ class RunsCollector(Collector):
 
 def _seconds(moment: str) -> float:
     return datetime.fromisoformat(moment).timestamp()
+
+
+def _by_status(counts: Counts) -> dict[str, float]:
+    return {status: getattr(counts, status) for status in STATUSES}
 
 
 def _family(metric: Metric) -> GaugeMetricFamily:

@@ -7,20 +7,21 @@ on its way and on runs that were stopped.
 from __future__ import annotations
 
 import json
-from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from datetime import date, datetime, timedelta, tzinfo
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
-from leukoflow.core.codec import loads
 from leukoflow.core.errors import LeukoflowError, words_of
 from leukoflow.models.bundle import load_bundle
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.progress import ProgressReader, list_runs, now
-from leukoflow.runs.records import Marker, RunManifest, ShardReceipt, StageTiming, read_reasons
+from leukoflow.runs.receipts import Counts, RunTotals, StageTiming
+from leukoflow.runs.records import RunManifest, read_reasons
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.monitor.drift import (
     ACT,
@@ -49,7 +50,7 @@ LEVELS: tuple[Level, ...] = ("few", "none", "watch", "act")
 
 @dataclass(frozen=True, slots=True)
 class RunFacts:
-    """One run, finished or not: `members` is what was planned, the four statuses what is committed."""
+    """One run, finished or not: `members` is what was planned, `counts` what is committed."""
 
     run_id: str
     night: date
@@ -57,13 +58,8 @@ class RunFacts:
     started_at: str
     finished_at: str | None
     members: int
-    predicted: int
-    abstained: int
-    rejected: int
-    quarantined: int
-    missing: int
+    counts: Counts
     truncated: bool
-    labels: tuple[int, int, int, int]
     reasons: tuple[tuple[str, int], ...]
     timings: tuple[StageTiming, ...]
     processed: int
@@ -75,7 +71,7 @@ class RunFacts:
     @property
     def done(self) -> int:
         """Members that are accounted for."""
-        return self.predicted + self.abstained + self.rejected + self.quarantined
+        return self.counts.accounted
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,8 +92,15 @@ class Night:
     runs: tuple[RunFacts, ...]
     drift: tuple[GroupDrift, ...]
 
+    @property
+    def counts(self) -> Counts:
+        """Return what became of the images of all runs."""
+        return sum((run.counts for run in self.runs), Counts())
+
     def total(self, name: str) -> int:
-        """Sum over the runs of one of their numbers."""
+        """Sum one of the runs' numbers: `members`, `done`, `processed`, a status, or `missing`."""
+        if name in (*STATUSES, "missing"):
+            return int(getattr(self.counts, name))
         return sum(getattr(run, name) for run in self.runs)
 
     def share(self, name: str) -> float | None:
@@ -108,7 +111,7 @@ class Night:
     @property
     def labels(self) -> tuple[int, ...]:
         """Predicted fields of each label."""
-        return tuple(sum(column) for column in zip(*(run.labels for run in self.runs), strict=True))
+        return self.counts.labels
 
     @property
     def images_per_second(self) -> float | None:
@@ -218,13 +221,11 @@ def read_run(root: str, zone: tzinfo | None = None) -> RunFacts:
     if manifest is not None:
         return _from_manifest(manifest, night_of(binding.started_at, zone), _labels(reader.storage, manifest))
     progress = reader.read()
-    receipts = [m.receipt for m in _markers(reader.storage) if m.receipt is not None]
-    reasons = Counter[str]()
-    for receipt in receipts:
-        reasons.update(dict(receipt.reasons))
-    labels = np.array([r.labels for r in receipts], np.int64).reshape(-1, 4).sum(0).tolist()
-    if sum(labels) != sum(r.predicted for r in receipts):  # of schema 1, which counted abstained fields as well
-        labels = list(_counted(reader.storage, (f"predictions/part-{r.shard.name}.parquet" for r in receipts)))
+    totals = RunTotals.of(reader.receipts())
+    counts = totals.counts
+    if sum(counts.labels) != counts.predicted:  # of schema 1, which counted abstained fields as well
+        keys = (RunKey.part(RunKey.PREDICTIONS, shard) for shard, _ in totals.shards)
+        counts = replace(counts, labels=_counted(reader.storage, keys))
     return RunFacts(
         run_id=binding.run_id,
         night=night_of(binding.started_at, zone),
@@ -232,15 +233,10 @@ def read_run(root: str, zone: tzinfo | None = None) -> RunFacts:
         started_at=binding.started_at,
         finished_at=None,
         members=progress.members,
-        predicted=progress.predicted,
-        abstained=progress.abstained,
-        rejected=progress.rejected,
-        quarantined=progress.quarantined,
-        missing=0,
+        counts=counts,
         truncated=False,
-        labels=(labels[0], labels[1], labels[2], labels[3]),
-        reasons=read_reasons(reasons.most_common()),
-        timings=_timings(receipts),
+        reasons=read_reasons(totals.reasons.most_common()),
+        timings=totals.timings,
         processed=0,
         processing_seconds=0.0,
         failed_shards=len(progress.failed_shards),
@@ -253,7 +249,7 @@ def _labels(storage: Storage, m: RunManifest) -> tuple[int, int, int, int]:
     """Labels of the predicted fields alone, whichever version of leukoflow has counted them."""
     if m.schema_version >= 2:
         return m.labels
-    return _counted(storage, (f.key for f in table_files(m.parts, "predictions")))
+    return _counted(storage, (f.key for f in table_files(m.parts, RunKey.PREDICTIONS)))
 
 
 def _counted(storage: Storage, keys: Iterable[str]) -> tuple[int, int, int, int]:
@@ -272,13 +268,8 @@ def _from_manifest(m: RunManifest, night: date, labels: tuple[int, int, int, int
         started_at=m.started_at,
         finished_at=m.finished_at,
         members=m.members,
-        predicted=m.predicted,
-        abstained=m.abstained,
-        rejected=m.rejected,
-        quarantined=m.quarantined,
-        missing=m.missing,
+        counts=replace(m.counts, labels=labels),
         truncated=m.source_truncated is not None,
-        labels=labels,
         reasons=read_reasons(m.reasons),
         timings=m.timings,
         processed=m.processed,
@@ -287,22 +278,6 @@ def _from_manifest(m: RunManifest, night: date, labels: tuple[int, int, int, int
         bundle=m.bundle,
         bundle_digest=m.bundle_digest,
     )
-
-
-def _markers(storage: Storage) -> Iterable[Marker]:
-    for name in storage.names("markers/predictions"):
-        try:
-            yield loads(Marker, storage.read(f"markers/predictions/{name}"), name)
-        except FileNotFoundError:  # taken back meanwhile, since a part was altered
-            continue
-
-
-def _timings(receipts: Iterable[ShardReceipt]) -> tuple[StageTiming, ...]:
-    sums: dict[str, StageTiming] = {}
-    for timing in (t for receipt in receipts for t in receipt.timings):
-        old = sums.get(timing.stage, StageTiming(timing.stage, 0.0, 0))
-        sums[timing.stage] = replace(old, seconds=old.seconds + timing.seconds, images=old.images + timing.images)
-    return tuple(sums.values())
 
 
 def _drift_facts(root: str, run: RunFacts, notes: list[str]) -> DriftFacts | None:
@@ -369,11 +344,25 @@ def _kinds(facts: Sequence[DriftFacts]) -> list[tuple[str, str]]:
 
 def nights_json(found: Nights) -> bytes:
     """The same facts for programs, UTF-8 JSON."""
-    body = asdict(found) | {
+    body: dict[str, Any] = asdict(found) | {
         "thresholds": {"watch": WATCH, "act": ACT, "chance": CHANCE, "fields": MIN_FIELDS, "slides": MIN_SLIDES}
     }
     for night, shown in zip(body["nights"], found.nights, strict=True):
+        night["runs"] = [_flat(run) for run in night["runs"]]
         night["level"], night["balanced"] = shown.level, shown.balanced
         night["images_per_second"] = shown.images_per_second
         night["judged"], night["comparisons"] = shown.comparisons
     return (json.dumps(body, ensure_ascii=False, separators=(",", ":"), default=str) + "\n").encode()
+
+
+def _flat(run: dict[str, Any]) -> dict[str, Any]:
+    """Return a run as `nights.json` has it: its counts are fields among the others, and cells are left out."""
+    flat: dict[str, Any] = {}
+    for name, value in run.items():
+        if name == "counts":
+            flat |= {counted: value[counted] for counted in (*STATUSES, "missing")}
+        else:
+            flat[name] = value
+        if name == "truncated":
+            flat["labels"] = run["counts"]["labels"]
+    return flat

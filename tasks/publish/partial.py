@@ -12,6 +12,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from leukoflow.runs.layout import RunKey, Stage
 from leukoflow.runs.progress import ProgressReader, RunProgress, now
 from leukoflow.runs.schema import SLIDES
 from leukoflow.storage.base import Storage
@@ -19,7 +20,7 @@ from leukoflow.tasks.publish.publish import RANKED, rank_slides
 from leukoflow.tasks.report.run_report import build_report
 from leukoflow.tasks.store.slides import slide_of
 
-FOLDER = "partial"
+FOLDER = RunKey.PARTIAL
 """Holds what an unfinished run has handed over; it goes when the run is finished."""
 
 PARTIAL_SLIDES = SLIDES.append(pa.field("n_planned", pa.int32(), nullable=False))
@@ -61,16 +62,16 @@ def hand_over(root: str) -> RunProgress:
     words = f"{progress.done} of {progress.members} images of run {progress.run_id}, as of {now()}; not a final result"
     sink = io.BytesIO()
     pq.write_table(table.replace_schema_metadata({LABEL: words}), sink, compression="zstd", use_dictionary=False)
-    storage.write(f"{FOLDER}/slides.parquet", sink.getvalue())
-    storage.write(f"{FOLDER}/report.html", build_report(root, None).encode())
+    storage.write(RunKey.PARTIAL_SLIDES, sink.getvalue())
+    storage.write(RunKey.PARTIAL_REPORT, build_report(root, None).encode())
     return progress
 
 
 def _committed_rows(storage: Storage) -> Iterator[dict[str, Any]]:
-    for name in storage.names("markers/predictions"):
-        shard = name.removesuffix(".json")
+    for name in storage.names(RunKey.markers(Stage.PREDICTIONS)):
+        shard = RunKey.shard_of_json(name)
         try:
-            with storage.open(f"predictions/part-{shard}.parquet") as file:
+            with storage.open(RunKey.part(RunKey.PREDICTIONS, shard)) as file:
                 yield from pq.read_table(file, columns=list(RANKED)).to_pylist()
         except FileNotFoundError:
             continue  # committed, but not moved to its place yet
@@ -79,7 +80,7 @@ def _committed_rows(storage: Storage) -> Iterator[dict[str, Any]]:
 def _planned(storage: Storage) -> Counter[tuple[str, str]]:
     """Images of each slide in the plan."""
     found: Counter[tuple[str, str]] = Counter()
-    with storage.open("plan.parquet") as file:
+    with storage.open(RunKey.PLAN) as file:
         for batch in pq.ParquetFile(file).iter_batches(columns=["slide_id", "image_key"]):
             found.update(slide_of(row["slide_id"], row["image_key"]) for row in batch.to_pylist())
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,10 @@ from numpy.typing import NDArray
 from leukoflow.cluster.host import software
 from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import ReconciliationError
+from leukoflow.runs.layout import RunKey, Stage
 from leukoflow.runs.progress import now, read_manifest
-from leukoflow.runs.records import CLASSES, Host, Marker, PartRef, RunManifest, ShardReceipt, StageTiming, Status
+from leukoflow.runs.receipts import RunTotals
+from leukoflow.runs.records import CLASSES, Host, PartRef, RunManifest, ShardReceipt, Status
 from leukoflow.runs.schema import DUPLICATES, SCHEMA_VERSION, SLIDES
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.inference.shard import ACTIVATIONS, STAGES, open_plan, read_marker
@@ -31,8 +33,6 @@ RANKED = (
     "prob_pre", "prob_pro",
 )  # fmt: skip
 """Columns of the predictions that the ranking of the slides looks at."""
-SLOWEST = 10
-REASONS = 50
 NAMED = 5
 
 
@@ -62,46 +62,27 @@ def publish(
     storage = Storage(run.root)
     if (theirs := read_manifest(storage)) is not None:
         return theirs
-    markers = list(_markers(run, storage))
-    receipts = [m.receipt for m in markers if m.receipt is not None]
-    totals = Counter[str]()
-    for receipt in receipts:
-        totals.update(
-            predicted=receipt.predicted,
-            abstained=receipt.abstained,
-            rejected=receipt.rejected,
-            quarantined=receipt.quarantined,
-            cells=receipt.cells,
-        )
+    totals = RunTotals.of(_receipts(run, storage))
     slides, conflicts, rows, guessed = _read_tables(run, storage)
     expected = run.summary.members
-    counted = sum(totals[s] for s in Status)
+    counted = totals.counts.accounted
     if not rows == counted == expected:
         raise ReconciliationError(
             f"run {run.run_id}: {expected} members, {rows} rows, {counted} accounted for; nothing is published. "
-            f"Run the same command again; if it stays, delete {storage.uri('markers')} and rerun"
+            f"Run the same command again; if it stays, delete {storage.uri(RunKey.MARKERS)} and rerun"
         )
     if (theirs := read_manifest(storage)) is not None:  # looked at again, since the tables take their time
         return theirs
-    tables = [_table(storage, "slides.parquet", slides)]
+    tables = [_table(storage, RunKey.SLIDES, slides)]
     if len(conflicts):
-        tables.append(_table(storage, "duplicates.parquet", conflicts))
+        tables.append(_table(storage, RunKey.DUPLICATES, conflicts))
     else:
-        storage.delete("duplicates.parquet")
-    tables.append(storage.digest("plan.parquet"))
+        storage.delete(RunKey.DUPLICATES)
+    tables.append(storage.digest(RunKey.PLAN))
     if run.summary.missing:
-        tables.append(storage.digest("missing.parquet"))
-    reasons = Counter[str]()
-    labels = np.zeros(4, np.int64)
-    stages: dict[str, StageTiming] = {}
-    for receipt in receipts:
-        reasons.update(dict(receipt.reasons))
-        labels += np.array(receipt.labels)
-        for t in receipt.timings:
-            old = stages.get(t.stage, StageTiming(t.stage, 0.0, 0))
-            stages[t.stage] = StageTiming(t.stage, old.seconds + t.seconds, old.images + t.images)
+        tables.append(storage.digest(RunKey.MISSING))
     parts = tuple(_parts(run, storage))
-    slowest = sorted(((r.shard.name, r.seconds) for r in receipts), key=lambda item: -item[1])[:SLOWEST]
+    counts = totals.counts
     manifest = RunManifest(
         run_id=run.run_id,
         schema_version=SCHEMA_VERSION,
@@ -118,18 +99,18 @@ def publish(
         processing_seconds=processing_seconds,
         processed=processed,
         members=expected,
-        predicted=totals["predicted"],
-        abstained=totals["abstained"],
-        rejected=totals["rejected"],
-        quarantined=totals["quarantined"],
+        predicted=counts.predicted,
+        abstained=counts.abstained,
+        rejected=counts.rejected,
+        quarantined=counts.quarantined,
         missing=run.summary.missing,
         ignored=run.summary.ignored,
-        cells=totals["cells"],
-        labels=(int(labels[0]), int(labels[1]), int(labels[2]), int(labels[3])),
-        reasons=tuple(reasons.most_common(REASONS)),
+        cells=counts.cells,
+        labels=counts.labels,
+        reasons=totals.frequent_reasons,
         conflicts=len(conflicts),
-        timings=tuple(stages.values()),
-        slowest=tuple(slowest),
+        timings=totals.timings,
+        slowest=totals.slowest,
         parts=parts,
         tables=tuple(tables),
         software=software(),
@@ -144,20 +125,20 @@ def publish(
         bundle_reference=run.binding.bundle_reference,
         shadow_of=run.binding.shadow_of,
     )
-    if not storage.create("manifest.json", dumps(manifest)) and (theirs := read_manifest(storage)) is not None:
+    if not storage.create(RunKey.MANIFEST, dumps(manifest)) and (theirs := read_manifest(storage)) is not None:
         return theirs
     return manifest
 
 
-def _markers(run: Run, storage: Storage) -> Iterator[Marker]:
-    """The last stage's marker of every shard, in order."""
+def _receipts(run: Run, storage: Storage) -> Iterator[ShardReceipt]:
+    """Yield the receipt of every shard, in the order of the plan."""
     for shard in shards(run.summary):
-        marker = read_marker(storage, "predictions", shard)
+        marker = read_marker(storage, Stage.PREDICTIONS, shard)
         if marker is None or marker.receipt is None:
             raise ReconciliationError(
                 f"run {run.run_id}: shard {shard.name} is not committed; run the same command again"
             )
-        yield marker
+        yield marker.receipt
 
 
 def _parts(run: Run, storage: Storage) -> Iterator[PartRef]:
@@ -173,8 +154,8 @@ def _parts(run: Run, storage: Storage) -> Iterator[PartRef]:
 
 def _hosts(storage: Storage) -> tuple[Host, ...]:
     """The kinds of machines that have committed parts of this run, in all its sessions."""
-    names = storage.names("hosts")
-    return tuple(loads(Host, storage.read(f"hosts/{name}"), storage.uri(f"hosts/{name}")) for name in names)
+    names = storage.names(RunKey.HOSTS)
+    return tuple(loads(Host, storage.read(RunKey.host(name)), storage.uri(RunKey.host(name))) for name in names)
 
 
 def _notes(run: Run, parts: Sequence[PartRef]) -> tuple[str, ...]:
@@ -245,7 +226,7 @@ def hash_patient(patient_id: str) -> int:
 
 
 def _read_part(storage: Storage, shard: str, columns: Sequence[str] | None = None) -> pa.Table:
-    with storage.open(f"predictions/part-{shard}.parquet") as file:
+    with storage.open(RunKey.part(RunKey.PREDICTIONS, shard)) as file:
         return pq.read_table(file, columns=list(columns) if columns else None)
 
 
@@ -352,8 +333,3 @@ def _slides_table(slides: dict[str, _Slide]) -> pa.Table:
     for rank, row in enumerate(rows, 1):
         row["rank"] = rank
     return pa.Table.from_pylist(rows, SLIDES)
-
-
-def receipts_of(run: Run) -> list[ShardReceipt]:
-    """Receipts of all shards, in order."""
-    return [replace(m.receipt) for m in _markers(run, Storage(run.root)) if m.receipt is not None]

@@ -11,7 +11,6 @@ import hashlib
 import io
 import json
 import os
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
@@ -20,9 +19,10 @@ import pyarrow.parquet as pq
 
 from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import StorageError
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.lock import held
 from leukoflow.runs.progress import read_manifest
-from leukoflow.runs.records import Marker, PartRef, RunManifest
+from leukoflow.runs.records import FileRef, Marker, PartRef, RunManifest
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.store.tables import (
     MERGED_STAGE,
@@ -36,10 +36,8 @@ from leukoflow.tasks.store.tables import (
     stream,
 )
 
-FileRef = tuple[str, int, str]
 FILE_BYTES = 256 << 20
 ROW_GROUP = 65_536
-LOCK = "compact.lock"
 _SHARDS_KEY = "leukoflow.shards"
 
 
@@ -64,7 +62,7 @@ def groups_of(parts: Sequence[PartRef], file_bytes: int = FILE_BYTES) -> list[li
     groups: list[list[PartRef]] = []
     sizes: dict[str, int] = {}
     for part in sorted(parts, key=lambda p: span(p).start):
-        mine = {_folder(key): size for key, size, _ in part.files}
+        mine = {RunKey.top(key): size for key, size, _ in part.files}
         grown = {folder: sizes.get(folder, 0) + size for folder, size in mine.items()}
         if not groups or max(grown.values(), default=0) > file_bytes:
             groups.append([])
@@ -79,14 +77,10 @@ def merged_name(group: Sequence[PartRef]) -> str:
     return f"{shard_name(span(group[0]).start)}-{shard_name(span(group[-1]).stop - 1)}"
 
 
-def _folder(key: str) -> str:
-    return key.split("/")[0]
-
-
 def _check_names(parts: Iterable[PartRef]) -> None:
     """Only tables can be merged: each part one Parquet file per folder."""
     for part in parts:
-        if any(key != f"{_folder(key)}/part-{part.shard}.parquet" for key, _, _ in part.files):
+        if any(key != RunKey.part(RunKey.top(key), part.shard) for key, _, _ in part.files):
             raise StorageError(
                 f"part {part.shard} of stage {part.stage} holds other things than tables ({part.files[0][0]}, ...); "
                 "compact the run with the version of leukoflow that made it"
@@ -105,7 +99,7 @@ def compact_run(
     run is then as it was.
     """
     storage, _ = finished(root)
-    with held(storage, LOCK, "compacting"):
+    with held(storage, RunKey.LOCK, "compacting"):
         storage, manifest = finished(root)
         storage.sweep_attempts("compact")
         old = [part for part in manifest.parts if part.stage == MERGED_STAGE]
@@ -133,7 +127,7 @@ def _merge(
     storage: Storage, manifest: RunManifest, groups: Sequence[Sequence[PartRef]], report: Callable[[int, int], None]
 ) -> RunManifest:
     """Writes the merged parts and brings them into force; returns the manifest that lists them."""
-    prefix = f"_attempts/compact-{uuid.uuid4().hex[:8]}"
+    prefix = RunKey.new_attempt("compact")
     total = sum(size for group in groups for part in group for _, size, _ in part.files)
     done = 0
     report(0, total)
@@ -141,9 +135,9 @@ def _merge(
         merged: list[PartRef] = []
         for group in groups:
             name, files = merged_name(group), []
-            for folder in dict.fromkeys(_folder(key) for part in group for key, _, _ in part.files):
-                sources = [file for part in group for file in part.files if _folder(file[0]) == folder]
-                key = f"{folder}/part-{name}.parquet"
+            for folder in dict.fromkeys(RunKey.top(key) for part in group for key, _, _ in part.files):
+                sources = [file for part in group for file in part.files if RunKey.top(file[0]) == folder]
+                key = RunKey.part(folder, name)
                 _write(storage, f"{prefix}/{key}", sources, [part.shard for part in group])
                 files.append(storage.child(prefix).digest(key))
                 done += sum(size for _, size, _ in sources)
@@ -159,10 +153,10 @@ def _merge(
         new = replace(manifest, parts=_replaced(manifest.parts, merged))
         if read_manifest(storage) != manifest:
             raise StorageError(
-                f"{storage.uri('manifest.json')} was changed by somebody else meanwhile; the run is as they left it: "
+                f"{storage.uri(RunKey.MANIFEST)} was changed by somebody else meanwhile; the run is as they left it: "
                 "give the same command again"
             )
-        storage.write("manifest.json", dumps(new))
+        storage.write(RunKey.MANIFEST, dumps(new))
         return new
     finally:
         storage.sweep_attempts("compact")
@@ -176,7 +170,7 @@ def _replaced(parts: Sequence[PartRef], merged: Sequence[PartRef]) -> tuple[Part
 
 
 def _marker(storage: Storage, ordinal: int) -> Marker:
-    key = f"markers/{MERGED_STAGE}/{shard_name(ordinal)}.json"
+    key = RunKey.marker(MERGED_STAGE, shard_name(ordinal))
     try:
         return loads(Marker, storage.read(key), storage.uri(key))
     except FileNotFoundError:
@@ -248,7 +242,7 @@ def expand_run(storage: Storage, manifest: RunManifest) -> None:
     A shard's rows are put back only where its file comes out with the very bytes that its marker names. The others are
     done anew by whoever repairs the run, from the features that are stored.
     """
-    prefix = f"_attempts/expand-{uuid.uuid4().hex[:8]}"
+    prefix = RunKey.new_attempt("expand")
     for part in manifest.parts:
         if not is_merged(part):
             continue
@@ -270,7 +264,7 @@ def _take_apart(storage: Storage, file: FileRef, part: PartRef, prefix: str) -> 
     with storage.open(file[0]) as source:
         stored = (pq.read_metadata(source).metadata or {}).get(_SHARDS_KEY.encode(), b"[]")
     counts = [(str(s), int(n)) for s, n in json.loads(stored)]
-    wanted = [(f"{_folder(file[0])}/part-{shard}.parquet", n) for shard, n in counts]
+    wanted = [(RunKey.part(RunKey.top(file[0]), shard), n) for shard, n in counts]
     with storage.open(file[0]) as source:
         schema = _as_written(pq.read_schema(source))
     pieces = regroup(stream(storage, [file[0]]), (n for _, n in wanted))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -15,6 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from leukoflow.core.errors import StorageError, words_of
+from leukoflow.runs.layout import RunKey, Stage
 from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.records import CLASSES, PartRef, RunManifest, Shard, Status
 from leukoflow.storage.base import Storage
@@ -23,13 +23,11 @@ BATCH_ROWS = 8192
 THREADS = 4
 _WINDOW = 256
 
-MERGED_STAGE = "predictions"
+MERGED_STAGE = Stage.PREDICTIONS
 """The stage whose parts are merged by compacting; they are Parquet and nothing else."""
 
-INTENT = "amend.json"
+INTENT = RunKey.INTENT
 """Lies in a run while a patient is erased from it or corrected in it: nobody repairs the run before that is done."""
-
-_PART_NAME = re.compile(r"part-[0-9]+(-[0-9]+)?\.parquet")
 
 S = TypeVar("S")
 T = TypeVar("T")
@@ -81,13 +79,13 @@ def leftovers(storage: Storage, manifest: RunManifest) -> list[str]:
     These are merged files that never came into force, or the shards' own files after merged ones have.
     """
     known = {key for part in manifest.parts for key, _, _ in part.files}
-    folders = sorted({key.split("/")[0] for p in manifest.parts if p.stage == MERGED_STAGE for key, _, _ in p.files})
+    folders = sorted({RunKey.top(key) for p in manifest.parts if p.stage == MERGED_STAGE for key, _, _ in p.files})
     compacted = any(is_merged(part) for part in manifest.parts)
     found = []
     for folder in folders:
         for name in storage.names(folder):
-            match = _PART_NAME.fullmatch(name)
-            if match and f"{folder}/{name}" not in known and (match[1] or compacted):
+            shard = RunKey.shard_of_part(name)
+            if shard and f"{folder}/{name}" not in known and ("-" in shard or compacted):
                 found.append(f"{folder}/{name}")
     return found
 
@@ -171,12 +169,12 @@ def finished(root: str) -> tuple[Storage, RunManifest]:
     if manifest is not None:
         if manifest.shard_size < 1 or manifest.members < 0:
             raise StorageError(
-                f"{storage.uri('manifest.json')} is damaged; delete it and give the run's command again, which "
+                f"{storage.uri(RunKey.MANIFEST)} is damaged; delete it and give the run's command again, which "
                 "publishes it anew"
             )
         return storage, manifest
     out, _, run_id = root.rstrip("/").rpartition("/")
-    if storage.exists("run.json"):
+    if storage.exists(RunKey.BINDING):
         raise StorageError(
             f"run {run_id} is not finished (it has no manifest.json); `leukoflow status {out or '.'} {run_id}` tells "
             "how far it is and how to finish it"

@@ -17,14 +17,14 @@ from pydantic import TypeAdapter, ValidationError
 
 from leukoflow.cluster.host import who
 from leukoflow.core.errors import StorageError
+from leukoflow.runs.layout import OutKey
 from leukoflow.runs.progress import now
 from leukoflow.storage.base import Storage
 
-LOG = "audit.jsonl"
-WEB_LOG = "web-audit.jsonl"
+LOG = OutKey.AUDIT
+WEB_LOG = OutKey.WEB_AUDIT
 """Who saw what in the web application; the same form, written by `apps.web.trail`."""
 
-LOCK = "audit.lock"
 NOTHING = "0" * 64
 """What the first line names as the digest of the line before it."""
 

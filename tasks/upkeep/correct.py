@@ -13,7 +13,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from leukoflow.core.errors import ConfigError
-from leukoflow.tasks.upkeep.amend import Amended, Amendment, amend_runs, salted
+from leukoflow.tasks.upkeep.amend import amend_runs
+from leukoflow.tasks.upkeep.amendment import Amended, Amendment, salted
 
 
 @dataclass(frozen=True, slots=True)

@@ -25,6 +25,7 @@ from pydantic import ValidationError
 from leukoflow.core.codec import loads
 from leukoflow.core.config import RunConfig
 from leukoflow.core.errors import ConfigError, StorageError
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.progress import RunBinding
 from leukoflow.runs.records import RunManifest, Status, read_reason
 from leukoflow.storage.base import Storage
@@ -286,7 +287,7 @@ def diff_runs(
 
 def outcomes(storage: Storage, manifest: RunManifest) -> Iterator[Outcome]:
     """The outcomes of a run in plan order."""
-    for table in stream(storage, (f.key for f in table_files(manifest.parts, "predictions")), COLUMNS):
+    for table in stream(storage, (f.key for f in table_files(manifest.parts, RunKey.PREDICTIONS)), COLUMNS):
         yield from map(outcome_of, table.to_pylist())
 
 
@@ -294,7 +295,7 @@ def same_order(storage_a: Storage, a: RunManifest, storage_b: Storage, b: RunMan
     """Whether both runs list the same image keys in the same order."""
     if a.members != b.members:
         return False
-    digests = [{key: sha256 for key, _, sha256 in m.tables}.get("plan.parquet") for m in (a, b)]
+    digests = [{key: sha256 for key, _, sha256 in m.tables}.get(RunKey.PLAN) for m in (a, b)]
     if digests[0] is not None and digests[0] == digests[1]:
         return True
     counts = [min(BATCH_ROWS, a.members - first) for first in range(0, a.members, BATCH_ROWS)]
@@ -306,12 +307,12 @@ def same_order(storage_a: Storage, a: RunManifest, storage_b: Storage, b: RunMan
 
 
 def _keys(storage: Storage, manifest: RunManifest) -> Iterator[Any]:
-    return stream(storage, (f.key for f in table_files(manifest.parts, "predictions")), ["image_key"])
+    return stream(storage, (f.key for f in table_files(manifest.parts, RunKey.PREDICTIONS)), ["image_key"])
 
 
 def _command(storage: Storage) -> str:
     try:
-        binding = loads(RunBinding, storage.read("run.json"), "run.json")
+        binding = loads(RunBinding, storage.read(RunKey.BINDING), RunKey.BINDING)
     except (FileNotFoundError, StorageError):
         return ""
     try:  # the command itself may only name the run

@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from leukoflow.core.codec import loads
 from leukoflow.core.errors import ConfigError, LeukoflowError, StorageError, words_of
 from leukoflow.models.registry import Ledger, Registered, Registry
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.progress import RunBinding, list_runs
 from leukoflow.storage.base import Storage
 
@@ -57,7 +58,7 @@ def needed_bundles(outs: Sequence[str]) -> dict[str, str]:
         for name in names:
             storage = Storage(out).child(name)
             try:
-                binding = loads(RunBinding, storage.read("run.json"), storage.uri("run.json"))
+                binding = loads(RunBinding, storage.read(RunKey.BINDING), storage.uri(RunKey.BINDING))
             except LeukoflowError as error:
                 raise StorageError(
                     f"what bundle run {name} needs cannot be told ({words_of(error)}); mend or delete it first. "

@@ -9,11 +9,11 @@ from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 
 from leukoflow.core.errors import ConfigError, LeukoflowError, StorageError, words_of
+from leukoflow.runs.layout import OutKey, RunKey
 from leukoflow.runs.lock import held
 from leukoflow.runs.progress import RunState, list_runs, read_state
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.store.compact import LOCK as COMPACT_LOCK
-from leukoflow.tasks.upkeep.audit import LOCK, append
+from leukoflow.tasks.upkeep.audit import append
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,8 +149,9 @@ def _moment(state: RunState) -> datetime:
 def _hindrance(storage: Storage, run_id: str, state: RunState) -> str | None:
     if state.in_progress:
         return "in progress"
-    if storage.exists(f"{run_id}/{COMPACT_LOCK}"):
-        return f"being compacted, or a compaction was cut off: {storage.uri(f'{run_id}/{COMPACT_LOCK}')}"
+    lock = OutKey.of_run(run_id, RunKey.LOCK)
+    if storage.exists(lock):
+        return f"being compacted, or a compaction was cut off: {storage.uri(lock)}"
     return None
 
 
@@ -174,7 +175,7 @@ def retain(
     between, the next call goes on where this one was.
     """
     storage = Storage(out)
-    with held(storage, LOCK, "retention"):
+    with held(storage, OutKey.AUDIT_LOCK, "retention"):
         done = []
         for decision in plan_retention(out, keep_days, keep_last):
             final = decision
@@ -193,20 +194,20 @@ def _delete(storage: Storage, decision: Decision) -> None:
     """Deletes a run: the manifest first, so that nobody trusts what is left; `run.json` last, so that it is found."""
     run_id = decision.run_id
     try:
-        sha256 = hashlib.sha256(storage.read(f"{run_id}/manifest.json")).hexdigest()
+        sha256 = hashlib.sha256(storage.read(OutKey.of_run(run_id, RunKey.MANIFEST))).hexdigest()
     except FileNotFoundError:
         sha256 = None
     details = {"why": decision.why, "state": decision.state}
     details |= {"files": str(decision.files), "bytes": str(decision.bytes)}
     append(storage, "delete", run_id, sha256, details)
-    for name in ["manifest.json", *(n for n in storage.names(run_id) if n not in ("manifest.json", "run.json"))]:
+    for name in [RunKey.MANIFEST, *(n for n in storage.names(run_id) if n not in (RunKey.MANIFEST, RunKey.BINDING))]:
         storage.delete(f"{run_id}/{name}")
-    if left := [n for n in storage.names(run_id) if n != "run.json"]:
+    if left := [n for n in storage.names(run_id) if n != RunKey.BINDING]:
         raise StorageError(
             f"{storage.uri(run_id)} could not be deleted wholly ({', '.join(left)} stayed): check the permissions, "
             "then give the same command again"
         )
     storage.abort_uploads(run_id)
-    storage.delete(f"{run_id}/run.json")
+    storage.delete(OutKey.of_run(run_id, RunKey.BINDING))
     storage.delete(run_id)
     append(storage, "deleted", run_id, sha256)

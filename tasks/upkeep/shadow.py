@@ -16,13 +16,14 @@ from leukoflow.core.config import RunConfig, load_config
 from leukoflow.core.errors import ConfigError, LeukoflowError
 from leukoflow.models.bundle import load_bundle
 from leukoflow.models.registry import is_reference, opened
+from leukoflow.runs.layout import OutKey, RunKey
 from leukoflow.runs.progress import RunBinding, list_runs, now, read_manifest, read_state
 from leukoflow.runs.records import CLASSES, RunManifest
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.intake.open_run import shadow_id
 from leukoflow.tasks.upkeep.diff import RunDiff, diff_runs
 
-SUMMARY = "shadow.json"
+SUMMARY = RunKey.SHADOW
 _NOT_TAKEN = (
     "source", "out", "run_id", "bundle", "bundles", "manifest", "manifest_sha256", "reuse", "shadow_of", "device",
     "cluster", "deadline", "at_deadline", "urgent",
@@ -118,7 +119,7 @@ def shadow_config(
     run_id = run_id or newest_run(out)
     main = Storage(out).child(run_id)
     try:
-        binding = loads(RunBinding, main.read("run.json"), main.uri("run.json"))
+        binding = loads(RunBinding, main.read(RunKey.BINDING), main.uri(RunKey.BINDING))
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"there is no run {run_id} in {out}") from None
     if not binding.config:
@@ -156,7 +157,10 @@ def compare(out: str, run_id: str) -> ShadowSummary:
     if shadow is None or shadow.shadow_of is None:
         raise ConfigError(f"run {run_id} is no finished shadow run")
     found = diff_runs(storage.uri(shadow.shadow_of), storage.uri(run_id))
-    digests = [hashlib.sha256(storage.read(f"{name}/manifest.json")).hexdigest() for name in (shadow.shadow_of, run_id)]
+    digests = [
+        hashlib.sha256(storage.read(OutKey.of_run(name, RunKey.MANIFEST))).hexdigest()
+        for name in (shadow.shadow_of, run_id)
+    ]
     summary = summarise(found, shadow, (digests[0], digests[1]))
-    storage.write(f"{run_id}/{SUMMARY}", dumps(summary))
+    storage.write(OutKey.of_run(run_id, RunKey.SHADOW), dumps(summary))
     return summary

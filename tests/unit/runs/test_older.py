@@ -80,8 +80,8 @@ def test_a_new_run_counts_answers_alone(night: Run, copy: Path) -> None:
 def test_the_nights_and_metrics_count_the_answers_of_an_old_run(old: Path) -> None:
     m = manifest_of(old)
     found = read_run(str(old), UTC)
-    assert found.labels == answered(old) != m.labels
-    assert sum(found.labels) == found.predicted == m.predicted
+    assert found.counts.labels == answered(old) != m.labels
+    assert sum(found.counts.labels) == found.counts.predicted == m.predicted
     reasons = dict(found.reasons)
     assert reasons["out of distribution"] >= ABSTAINED
     assert "foreign" not in reasons

@@ -50,7 +50,7 @@ def test_counts_are_those_of_committed_shards(storage: Storage) -> None:
     beat(storage)
     p = read_progress(storage.root)
     assert (p.state, p.members, p.shards, p.done, p.shards_done) == ("running", 40, 3, 24, 2)
-    assert (p.predicted, p.abstained, p.rejected, p.quarantined) == (18, 2, 2, 2)
+    assert (p.counts.predicted, p.counts.abstained, p.counts.rejected, p.counts.quarantined) == (18, 2, 2, 2)
     assert p.failed_shards == (("00001", "the disk is full"),)
     assert (p.command, p.dashboard) == ("leukoflow run in.zip", "http://here")
 

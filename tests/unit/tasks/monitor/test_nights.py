@@ -66,8 +66,8 @@ def test_runs_of_a_night_are_added_up(out: str) -> None:
 def test_an_unfinished_run_counts_with_what_it_has_committed(out: str) -> None:
     last = seen(out).nights[-1]
     (run,) = last.runs
-    assert (run.state, run.members, run.done, run.quarantined, run.failed_shards) == ("killed", 96, 32, 2, 1)
-    assert run.labels == (8, 6, 4, 2)
+    assert (run.state, run.members, run.done, run.counts.quarantined, run.failed_shards) == ("killed", 96, 32, 2, 1)
+    assert run.counts.labels == (8, 6, 4, 2)
     assert not last.balanced
     assert last.images_per_second is None
 

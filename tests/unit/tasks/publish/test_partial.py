@@ -17,6 +17,7 @@ import leukoflow.flows.deadline
 from leukoflow.core.config import RunConfig, UrgentSettings, load_config
 from leukoflow.core.errors import ConfigError, DeadlineError, RunCancelledError
 from leukoflow.runs.progress import RunProgress, read_progress
+from leukoflow.runs.receipts import Counts
 from leukoflow.runs.records import PlanSummary, Source, SourceKind
 from leukoflow.tasks.intake.open_run import Run
 from leukoflow.tasks.intake.plan import urgent_first
@@ -27,7 +28,7 @@ NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 def progress(done: int, members: int = 1000) -> RunProgress:
     return RunProgress(
-        "r", "running", "", "", members, done, done, 0, 0, 0, 10, 1, NOON.isoformat(), NOON.isoformat(), (), "again"
+        "r", "running", "", "", members, Counts(predicted=done), 10, 1, NOON.isoformat(), NOON.isoformat(), (), "again"
     )
 
 

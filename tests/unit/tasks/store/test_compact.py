@@ -18,6 +18,7 @@ import leukoflow.tasks.store.compact
 from leukoflow.apps.cli.main import app
 from leukoflow.core.codec import dumps
 from leukoflow.core.errors import StorageError
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.lock import LockHolder, held
 from leukoflow.runs.progress import now, read_manifest
 from leukoflow.runs.records import PartRef, RunManifest
@@ -25,7 +26,7 @@ from leukoflow.storage.base import Storage
 from leukoflow.tasks.intake.open_run import Run, open_run
 from leukoflow.tasks.publish.publish import publish
 from leukoflow.tasks.report.run_report import build_report
-from leukoflow.tasks.store.compact import FILE_BYTES, LOCK, compact_run, groups_of, merged_name
+from leukoflow.tasks.store.compact import FILE_BYTES, compact_run, groups_of, merged_name
 from leukoflow.tasks.store.tables import stream, table_files
 from leukoflow.tasks.upkeep.diff import diff_runs
 from leukoflow.tasks.upkeep.verify import verify_run
@@ -184,7 +185,7 @@ def test_wherever_it_is_cut_off_the_run_is_readable_and_finished_by_the_same_com
             crash_at(patch, step)
             with pytest.raises(Crash):
                 compact_run(str(root))
-        lock = root / LOCK
+        lock = root / RunKey.LOCK
         if lock.exists():  # its holder, this process, lives; a dead one's lock is taken over
             lock.write_bytes(dumps(LockHolder(2**22 + 1, os.uname().nodename, now(), "compacting")))
         for name in wanted:
@@ -238,16 +239,19 @@ def test_a_manifest_that_changes_meanwhile_stays(copy: Path, monkeypatch: pytest
 
 def test_of_two_at_once_one_waits_for_people(copy: Path) -> None:
     storage = Storage(str(copy))
-    with held(storage, LOCK, "compacting"), pytest.raises(StorageError, match="is held for compacting by process"):
+    with (
+        held(storage, RunKey.LOCK, "compacting"),
+        pytest.raises(StorageError, match="is held for compacting by process"),
+    ):
         compact_run(str(copy))
-    assert not (copy / LOCK).exists()
-    (copy / LOCK).write_bytes(dumps(LockHolder(1, "another-host", now(), "compacting")))
+    assert not (copy / RunKey.LOCK).exists()
+    (copy / RunKey.LOCK).write_bytes(dumps(LockHolder(1, "another-host", now(), "compacting")))
     with pytest.raises(StorageError, match=r"on another-host.*delete that file if the process is gone"):
         compact_run(str(copy))
-    (copy / LOCK).write_text("{")
+    (copy / RunKey.LOCK).write_text("{")
     with pytest.raises(StorageError, match="damaged"):
         compact_run(str(copy))
-    (copy / LOCK).write_bytes(dumps(LockHolder(2**22 + 1, os.uname().nodename, now(), "compacting")))
+    (copy / RunKey.LOCK).write_bytes(dumps(LockHolder(2**22 + 1, os.uname().nodename, now(), "compacting")))
     assert compact_run(str(copy)).files_after == 2
 
 

@@ -22,9 +22,10 @@ from leukoflow.tasks.inference.shard import adopt_stages
 from leukoflow.tasks.intake.open_run import Run, open_run
 from leukoflow.tasks.intake.patient_key import pseudonym
 from leukoflow.tasks.store.compact import compact_run
-from leukoflow.tasks.upkeep.amend import patient_name, rows_of
+from leukoflow.tasks.upkeep.amendment import rows_of
 from leukoflow.tasks.upkeep.audit import LOG, verify_log
 from leukoflow.tasks.upkeep.erase import erase_patient
+from leukoflow.tasks.upkeep.patients import patient_name
 from leukoflow.tasks.upkeep.verify import verify_run
 
 KEY = b"a key that only these tests have"

@@ -32,17 +32,12 @@ from leukoflow.storage.base import Storage
 from leukoflow.tasks.intake.open_run import Run
 from leukoflow.tasks.intake.patient_key import pseudonym
 from leukoflow.tasks.store.compact import compact_run
+from leukoflow.tasks.upkeep.checks import as_written
 from leukoflow.tasks.upkeep.correct import correct_patient
 from leukoflow.tasks.upkeep.erase import erase_patient
-from leukoflow.tasks.upkeep.reproduce import (
-    Reproduction,
-    compare_arrays,
-    compare_columns,
-    environment_differences,
-    reproduce_run,
-    sample,
-)
-from leukoflow.tasks.upkeep.verify import as_written, verify_run
+from leukoflow.tasks.upkeep.recompute import compare_arrays, compare_columns
+from leukoflow.tasks.upkeep.reproduce import Reproduction, environment_differences, reproduce_run, sample
+from leukoflow.tasks.upkeep.verify import verify_run
 
 KEY = b"a key that only these tests have"
 

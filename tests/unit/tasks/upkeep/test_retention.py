@@ -17,11 +17,12 @@ from typer.testing import CliRunner
 from leukoflow.apps.cli.main import app
 from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import ConfigError, StorageError
+from leukoflow.runs.layout import OutKey
 from leukoflow.runs.lock import held
 from leukoflow.runs.progress import Heartbeat, RunBinding, now, read_manifest, read_state
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.intake.open_run import Run, bound_config, open_run
-from leukoflow.tasks.upkeep.audit import LOCK, LOG, verify_log
+from leukoflow.tasks.upkeep.audit import LOG, verify_log
 from leukoflow.tasks.upkeep.retention import Candidate, decide, plan_retention, retain
 
 MOMENT = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -187,9 +188,9 @@ def test_cut_off_anywhere_the_next_call_finishes(night: Run, tmp_path: Path, mon
         calls = []
 
         def delete(self: Storage, key: str, calls: list[str] = calls, step: int = step) -> None:
-            if len(calls) >= step and key != LOCK:
+            if len(calls) >= step and key != OutKey.AUDIT_LOCK:
                 raise Crash
-            calls.extend([key] if key != LOCK else [])
+            calls.extend([key] if key != OutKey.AUDIT_LOCK else [])
             original(self, key)
 
         with monkeypatch.context() as patch:
@@ -219,7 +220,10 @@ def test_links_locks_and_nothing_at_all(night: Run, copy: Path, tmp_path: Path) 
     root = clone(night, out, "locked", 100)
     (root / "compact.lock").touch()
     assert {d.run_id: d.delete for d in plan_retention(str(out), 0, 0)} == {"linked": False, "locked": False}
-    with held(Storage(str(out)), LOCK, "retention"), pytest.raises(StorageError, match="held for retention"):
+    with (
+        held(Storage(str(out)), OutKey.AUDIT_LOCK, "retention"),
+        pytest.raises(StorageError, match="held for retention"),
+    ):
         retain(str(out), 0, 0)
     with pytest.raises(ConfigError, match="holds no run"):
         plan_retention(str(tmp_path / "nothing"), 0, 0)

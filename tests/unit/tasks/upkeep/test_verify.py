@@ -21,7 +21,8 @@ from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.records import Marker, PartRef, RunManifest
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.intake.open_run import Run
-from leukoflow.tasks.upkeep.verify import LISTED, Verification, as_written, verify_run
+from leukoflow.tasks.upkeep.checks import as_written
+from leukoflow.tasks.upkeep.verify import LISTED, Verification, verify_run
 
 SHARD = "00001"
 FORGED = "00002"  # the one with rows that have no diagnosis
@@ -189,7 +190,10 @@ def rewrite(root: Path, change: Callable[[RunManifest], RunManifest]) -> None:
     ("change", "what"),
     [
         (lambda m: replace(m, predicted=m.predicted + 1), "do not balance"),
-        (lambda m: replace(m, predicted=m.predicted - 1, rejected=m.rejected + 1), "labels are not as many"),
+        (
+            lambda m: replace(m, predicted=m.predicted - 1, rejected=m.rejected + 1),
+            "number of its labels",
+        ),
         (lambda m: replace(m, cells=m.cells + 1), "cells is"),
         (lambda m: replace(m, labels=m.labels[::-1]), "labels are"),
         (lambda m: replace(m, reasons=()), "reasons"),
@@ -286,9 +290,9 @@ def everywhere(column: str, value: Any) -> Callable[[pa.Table], pa.Table]:
         ("predictions", everywhere("label", "Pro"), "null"),
         ("predictions", lambda t: put(t, "label", [x and "Pro" for x in t["label"].to_pylist()]), "rows add up"),
         ("predictions", lambda t: t.drop_columns(["ood_score"]), "columns are not"),
-        ("predictions", everywhere("n_cells", 1), "cells are not as many"),
+        ("predictions", everywhere("n_cells", 1), "does not have the cells that"),
         ("cells", lambda t: t.slice(1), "rows instead of"),
-        ("cells", lambda t: pa.concat_tables([t.slice(1), t.slice(0, 1)]), "cells are not as many"),
+        ("cells", lambda t: pa.concat_tables([t.slice(1), t.slice(0, 1)]), "does not have the cells that"),
         ("fields", lambda t: t.slice(1), "5 rows instead of 6"),
     ],
 )  # fmt: skip

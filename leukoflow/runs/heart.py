@@ -40,27 +40,27 @@ class Heart:
         self._thread = threading.Thread(target=self._beat, name="leukoflow-heart", daemon=True)
 
     def start(self) -> None:
-        """Writes the first beat, then one every few seconds. Raises StorageError where none can be written."""
+        """Write the first beat, then one every few seconds. Raises StorageError where none can be written."""
         self._write(self._now())
         self._thread.start()
 
     def phase(self, words: str) -> None:
-        """What the run does from now on, as in "starting 2 workers"; written at once."""
+        """Say what the run does from now on, as in "starting 2 workers"; written at once."""
         self._phase = words
         self._try_write()
 
     def note(self, words: str) -> None:
-        """What `leukoflow status` says of a running run beside its phase, from the next beat on."""
+        """Set what `leukoflow status` says of a running run beside its phase, from the next beat on."""
         self._note = words
 
     def say(self, state: State, message: str, exit_code: int) -> None:
-        """The last word; the first one that is said stays. Later beats do not change it."""
+        """Say the last word; the first one that is said stays. Later beats do not change it."""
         if self._last is None:
             self._last = self._now(state, message, exit_code)
             self._try_write()
 
     def ended_by(self, error: BaseException) -> None:
-        """Says what an error that ends the run means."""
+        """Say what an error that ends the run means."""
         if isinstance(error, RunCancelledError):
             self.say("cancelled", str(error), error.exit_code)
         elif isinstance(error, KeyboardInterrupt):
@@ -74,7 +74,7 @@ class Heart:
             self.say("failed", f"{what} while {self._phase}{said}", 1)
 
     def stop(self) -> None:
-        """Ends the beats; without a last word the run is taken for one whose process is gone, once it is."""
+        """End the beats; without a last word the run is taken for one whose process is gone, once it is."""
         self._over.set()
         if self._thread.ident is not None:
             self._thread.join(timeout=30)
@@ -116,7 +116,7 @@ class Heart:
 
 @contextmanager
 def beating(root: str, phase: str) -> Iterator[Heart]:
-    """Keeps a run's heart beating for the block; an error that ends the block becomes the run's last word.
+    """Keep a run's heart beating for the block; an error that ends the block becomes the run's last word.
 
     Inside of another such block of this process for the same run, that one's heart is used and goes on beating.
     """

@@ -97,11 +97,11 @@ class Ledger:
         self._read: list[tuple[ClaimHead, pa.Table]] = []
 
     def uri(self, number: int) -> str:
-        """Where a claim lies."""
+        """Return where a claim lies."""
         return self.storage.uri(LedgerKey.claim(number))
 
     def read(self) -> Taken:
-        """Everything that was taken so far. Raises StorageError where a claim is absent or damaged."""
+        """Read everything that was taken so far. Raises StorageError where a claim is absent or damaged."""
         while True:
             number = len(self._read) + 1
             try:
@@ -126,12 +126,12 @@ class Ledger:
         )
 
     def archives(self) -> frozenset[str]:
-        """Items that were taken as archives, as far as `read` has read."""
+        """Return the items that were taken as archives, as far as `read` has read."""
         tables = [t.filter(pc.equal(t["kind"], "archive")) for _, t in self._read]
         return frozenset(i for t in tables for i in t["item"].to_pylist())
 
     def append(self, make: Callable[[Taken], tuple[ClaimHead, pa.Table] | None]) -> ClaimHead | None:
-        """Adds the claim that `make` returns, given what is taken already; None when it returns none.
+        """Add the claim that `make` returns, given what is taken already; None when it returns none.
 
         `make` is called again when another process has added a claim in between.
         """
@@ -144,7 +144,7 @@ class Ledger:
                 return head
 
     def outcome(self, number: int) -> ClaimOutcome | None:
-        """What became of a claim; None while something is to be done."""
+        """Read what became of a claim; None while something is to be done."""
         key = LedgerKey.outcome(number)
         try:
             return loads(ClaimOutcome, self.storage.read(key), self.storage.uri(key))
@@ -152,12 +152,12 @@ class Ledger:
             return None
 
     def settle(self, outcome: ClaimOutcome) -> None:
-        """Notes that nothing is left to be done of a claim."""
+        """Note that nothing is left to be done of a claim."""
         self.storage.write(LedgerKey.outcome(outcome.number), dumps(outcome))
 
 
 def encode(head: ClaimHead, table: pa.Table) -> bytes:
-    """The bytes of a claim's file."""
+    """Return the bytes of a claim's file."""
     sink = io.BytesIO()
     stamped = table.cast(CLAIM).replace_schema_metadata({_HEAD: json.dumps(asdict(head))})
     pq.write_table(stamped, sink, compression="zstd", use_dictionary=False)
@@ -201,17 +201,17 @@ class Selection:
         return digest.hexdigest()
 
     def entries(self) -> Iterator[Entry]:
-        """What was taken, in the order of the plan."""
+        """Yield what was taken, in the order of the plan."""
         for batch in self.table.to_batches():
             for r in batch.to_pylist():
                 yield Entry(r["image_key"], r["locator"], r["size_bytes"], r["identity"], 0.0, r["refusal"])
 
     def expected_items(self) -> frozenset[str]:
-        """Items taken for the first time: what the manifest names in these and is not there counts as missing."""
+        """Return the items taken for the first time: what the manifest names in these is missing if it is not there."""
         return frozenset(self.table.filter(pc.invert(self.table["supplement"]))["item"].to_pylist())
 
     def source(self, uri: str) -> Source:
-        """The source of the run, given where it lies.
+        """Return the source of the run, given where it lies.
 
         Single files that are gone or have changed become rows that say so. Raises SourceError where an archive is
         another one by now, or the inbox is empty, which looks more like a mount that is missing.
@@ -227,7 +227,7 @@ class Selection:
 
 
 def read_selection(uri: str, run_id: str | None) -> Selection:
-    """What a claim has taken for a run. Raises StorageError where there is no such claim, or it has no such run."""
+    """Read what a claim has taken for a run. Raises StorageError where the claim is absent, or has no such run."""
     folder, _, name = uri.rpartition("/")
     try:
         _, table = _decode(Storage(folder).read(name), uri)

@@ -26,7 +26,7 @@ class LockHolder:
 
 @contextmanager
 def held(storage: Storage, key: str, purpose: str) -> Iterator[None]:
-    """Holds the lock file `key` for the block. Raises StorageError naming the holder when somebody else has it.
+    """Hold the lock file `key` for the block. Raises StorageError naming the holder when somebody else has it.
 
     The lock of a process of this machine that has died is taken over; one of another machine is left to people, since
     nobody can tell from here whether it lives.
@@ -52,7 +52,7 @@ def held(storage: Storage, key: str, purpose: str) -> Iterator[None]:
 
 
 def _clear(storage: Storage, key: str, dead: LockHolder, mine: bytes) -> None:
-    """Removes the lock of a process that has died. One at a time does so, lest it removes the lock of the one before.
+    """Remove the lock of a process that has died. One at a time does so, lest it removes the lock of the one before.
 
     Raises StorageError when another process is at it.
     """

@@ -1,4 +1,4 @@
-"""How far a run is, told from what it has committed: the same answer for a live, a killed and a finished run."""
+"""Read how far a run is from what it has committed: the same answer for a live, a killed and a finished run."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class RunBinding:
     plan_sha256: str = ""  # of plan.parquet as it was frozen
     reuse: str | None = None  # the run whose stages this one takes over; retention keeps it
     config: str = ""  # all settings, as canonical JSON
-    bundle_reference: str = ""  # as it was asked for, where a registry told which bundle that is
+    bundle_reference: str = ""  # as it was asked for, where a registry said which bundle that is
     shadow_of: str | None = None  # the run that this one only accompanies: not the night's result
     patient_key_check: str = ""  # of the key that made its pseudonyms; empty without patients, and in older runs
 
@@ -101,7 +101,7 @@ class RunState:
 
     run_id: str
     state: State
-    in_progress: bool  # or may be: a beat so fresh that its process cannot be ruled out, a run that has just begun
+    in_progress: bool  # or may be: a beat so fresh that its process cannot be ruled out, a run that has just started
     last_activity: str
     reuse: str | None
     shadow_of: str | None = None
@@ -112,7 +112,7 @@ BEGINNING_SECONDS = 3600.0
 
 
 def now() -> str:
-    """The time in UTC, ISO 8601, whole seconds."""
+    """Return the time in UTC, ISO 8601, whole seconds."""
     return datetime.now(UTC).isoformat(timespec="seconds")
 
 
@@ -163,16 +163,16 @@ class ProgressReader:
         return [self._receipts[name] for name in listed if name in self._receipts]
 
     def binding(self) -> RunBinding:
-        """What the run id stands for. Raises StorageError when there is no run at this root."""
+        """Read what the run id stands for. Raises StorageError when there is no run at this root."""
         try:
-            return loads(RunBinding, self.storage.read(RunKey.BINDING), self.storage.uri(RunKey.BINDING))
+            return read_binding(self.storage)
         except (FileNotFoundError, NotADirectoryError):
             raise StorageError(
                 f"{self.storage.root} holds no run (no run.json); list the runs with `leukoflow status OUT`"
             ) from None
 
     def manifest(self) -> RunManifest | None:
-        """The finished run's manifest, or None."""
+        """Read the finished run's manifest; None while there is none."""
         return read_manifest(self.storage)
 
     def _failure(self, name: str) -> str:
@@ -182,14 +182,14 @@ class ProgressReader:
             return "cleared meanwhile"
 
     def heartbeat(self) -> Heartbeat | None:
-        """The last sign of life, None while there is none."""
+        """Read the last sign of life; None while there is none."""
         try:
             return loads(Heartbeat, self.storage.read(RunKey.HEARTBEAT), RunKey.HEARTBEAT)
         except (FileNotFoundError, StorageError):
             return None
 
     def state(self, beat: Heartbeat | None) -> State:
-        """What the run is up to, given its last sign of life."""
+        """Say what the run is up to, given its last sign of life."""
         if self.manifest() is not None:
             return "finished"
         if beat is None:
@@ -203,12 +203,12 @@ class ProgressReader:
 
 
 def read_progress(root: str) -> RunProgress:
-    """One look at a run's progress."""
+    """Look at a run's progress once."""
     return ProgressReader(root).read()
 
 
 def read_state(root: str) -> RunState:
-    """What a run is up to. Raises StorageError when there is no run at this root, or its records are damaged."""
+    """Say what a run is up to. Raises StorageError when there is no run at this root, or its records are damaged."""
     reader = ProgressReader(root)
     binding = reader.binding()
     beat, manifest = reader.heartbeat(), reader.manifest()
@@ -230,8 +230,13 @@ def read_state(root: str) -> RunState:
     )
 
 
+def read_binding(storage: Storage) -> RunBinding:
+    """Read `run.json`. Raises FileNotFoundError where there is none, StorageError where it is damaged."""
+    return loads(RunBinding, storage.read(RunKey.BINDING), storage.uri(RunKey.BINDING))
+
+
 def read_manifest(storage: Storage) -> RunManifest | None:
-    """The manifest of a finished run; None while there is none."""
+    """Read the manifest of a finished run; None while there is none."""
     try:
         data = storage.read(RunKey.MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
@@ -240,7 +245,7 @@ def read_manifest(storage: Storage) -> RunManifest | None:
 
 
 def list_runs(out: str) -> list[str]:
-    """Run ids below an output folder or prefix."""
+    """List the run ids below an output folder or prefix."""
     storage = Storage(out)
     found = []
     for name in storage.names(""):
@@ -253,7 +258,7 @@ def list_runs(out: str) -> list[str]:
 
 
 def _words(state: State, beat: Heartbeat | None) -> str:
-    """What is to be said about a state: the run's own last word, or what can be told from its silence."""
+    """Say what a state means: the run's own last word, or what its silence means."""
     if beat is None:
         return "" if state == "finished" else "it has never given a sign of life, or its heartbeat.json is damaged"
     if state != "killed":
@@ -263,7 +268,7 @@ def _words(state: State, beat: Heartbeat | None) -> str:
 
 
 def _alive(beat: Heartbeat) -> bool:
-    """Whether the process of this machine that wrote a beat lives; a younger one of the same number is another."""
+    """Say whether the process of this machine that wrote a beat lives; a younger one of the same number is another."""
     try:
         born = float(psutil.Process(beat.pid).create_time())
         return born < datetime.fromisoformat(beat.at).timestamp() + CLOCK_SECONDS

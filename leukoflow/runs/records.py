@@ -256,7 +256,7 @@ class RunManifest:
     notes: tuple[str, ...] = field(default=())  # what the numbers do not say, for people
     hosts: tuple[Host, ...] = field(default=())  # the kinds of machines that computed parts
     config: str = ""  # all settings of the session that finished the run, as canonical JSON
-    bundle_reference: str = ""  # as it was asked for, where a registry told which bundle that is
+    bundle_reference: str = ""  # as it was asked for, where a registry said which bundle that is
     shadow_of: str | None = None  # the run that this one only accompanies: not the night's result
 
     @property

@@ -1,4 +1,4 @@
-"""A run's own log, beside its data: plain text for whoever comes in the morning, and JSON lines for programs."""
+"""A run's own log, beside its data: plain text for people in the morning, and JSON lines for programs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class JsonLines(logging.Formatter):
         self.run_id = run_id
 
     def format(self, record: logging.LogRecord) -> str:
-        """The line, without its end."""
+        """Return the line, without its end."""
         message = record.getMessage()
         shard = getattr(record, "shard", None)
         if shard is None:  # Prefect's own words about a task run, such as that it will be tried again
@@ -57,7 +57,7 @@ class PlainLines(logging.Formatter):
     """Lines for people; of an exception where it was raised, and not what a library says of the values."""
 
     def formatException(self, ei: Any) -> str:
-        """The frames, and what may be passed on."""
+        """Return the frames, and what may be passed on."""
         return "".join([*traceback.format_tb(ei[2]), _kind_and_words(ei[1])])
 
 
@@ -70,17 +70,17 @@ class _LogFile(logging.FileHandler):
     """A log on a full disk loses lines; that must not put a traceback for each of them on the terminal."""
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Nothing: what fills the disk is told by those who need it."""
+        """Do nothing: those who need the disk say that it is full."""
 
     def close(self) -> None:
-        """Closes the file; what could not be written is lost."""
+        """Close the file; what could not be written is lost."""
         with suppress(OSError):
             super().close()
 
 
 @contextmanager
 def run_log(root: str, run_id: str) -> Iterator[None]:
-    """Keeps what the flow, its tasks and the workers log in `logs/`, two files for each time the run was taken up.
+    """Keep what the flow, its tasks and the workers log in `logs/`, two files for each time the run was taken up.
 
     `.log` has what the flow and its tasks say and the workers' warnings; `.jsonl` has that and every stage of the
     workers.
@@ -118,7 +118,7 @@ def run_log(root: str, run_id: str) -> Iterator[None]:
 
 
 def log_once(root: str, message: str) -> None:
-    """Writes one error into a log of its own, unless the run's log is open in this process and has it already.
+    """Write one error into a log of its own, unless the run's log is open in this process and has it already.
 
     What goes wrong before a run's log is open would else be in no log. A log that cannot be written is passed over: the
     error itself counts.
@@ -138,7 +138,7 @@ class _Relay(logging.Handler):
         self.handler = handler
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Hands one record on."""
+        """Hand one record on."""
         self.handler.handle(record)
 
 

@@ -56,7 +56,7 @@ Counts = NDArray[np.int64]
 
 @dataclass(frozen=True, slots=True)
 class Quantity:
-    """One thing that may drift, with its grid. What is told `of_image` does not depend on the bundle."""
+    """One thing that may drift, with its grid. What is `of_image` does not depend on the bundle."""
 
     name: str
     title: str

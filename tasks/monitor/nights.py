@@ -1,4 +1,7 @@
-"""What became of the last nights: the facts of all runs of an output folder by night.
+"""Gather what became of the last nights: the facts of all runs of an output folder by night.
+
+A night here is looked back at: `Night` is what the runs that began in it have come to. A site's night as it happens,
+which takes from an inbox, is `flows/site_night.py`.
 
 Reads manifests, markers and each run's drift summary; no pixels, no names of images, no patients. Works while a run is
 on its way and on runs that were stopped.
@@ -19,7 +22,7 @@ import pyarrow as pa
 from leukoflow.core.errors import LeukoflowError, words_of
 from leukoflow.models.bundle import load_bundle
 from leukoflow.runs.layout import RunKey
-from leukoflow.runs.progress import ProgressReader, list_runs, now
+from leukoflow.runs.progress import ProgressReader, list_runs, now, read_manifest
 from leukoflow.runs.receipts import Counts, RunTotals, StageTiming
 from leukoflow.runs.records import RunManifest, read_reasons
 from leukoflow.storage.base import Storage
@@ -157,7 +160,7 @@ class Nights:
 
 
 def night_of(started_at: str, zone: tzinfo | None = None) -> date:
-    """The day on which the night of a moment begins: from noon to noon, in `zone` or this machine's time."""
+    """Return the day on which the night of a moment begins: from noon to noon, in `zone` or this machine's time."""
     return (datetime.fromisoformat(started_at).astimezone(zone) - timedelta(hours=12)).date()
 
 
@@ -168,26 +171,26 @@ def gather(
     zone: tzinfo | None = None,
     report: Callable[[str], None] = lambda run_id: None,
 ) -> Nights:
-    """The facts of the last nights on which something ran; `report` is told each run that is read.
+    """Gather the facts of the last nights on which something ran; `report` is called with each run that is read.
 
     A finished run's drift summary is kept beside it, so that the next call need not read its tables again. A run that
     cannot be read becomes a note. Raises ConfigError where `baseline` names no reference.
     """
     notes: list[str] = []
-    begun: dict[str, str] = {}
+    started: dict[str, str] = {}
     for run_id in list_runs(out):
         try:
             binding = ProgressReader(f"{out.rstrip('/')}/{run_id}").binding()
             if binding.shadow_of is not None:  # it saw what another run has reported
                 continue
-            begun[run_id] = binding.started_at
-            night_of(begun[run_id], zone)
+            started[run_id] = binding.started_at
+            night_of(started[run_id], zone)
         except (LeukoflowError, ValueError) as error:
-            begun.pop(run_id, None)
+            started.pop(run_id, None)
             notes.append(f"run {run_id} cannot be read ({type(error).__name__}) and is left out")
-    shown = sorted({night_of(at, zone) for at in begun.values()})[-nights:]
+    shown = sorted({night_of(at, zone) for at in started.values()})[-nights:]
     found: list[tuple[RunFacts, DriftFacts | None]] = []
-    for run_id, at in sorted(begun.items(), key=lambda item: (item[1], item[0])):
+    for run_id, at in sorted(started.items(), key=lambda item: (item[1], item[0])):
         if not shown or night_of(at, zone) < shown[0] - WEEK:
             continue
         report(run_id)
@@ -215,7 +218,7 @@ def gather(
 
 
 def read_run(root: str, zone: tzinfo | None = None) -> RunFacts:
-    """A run's numbers from its manifest, or while there is none from its markers. Raises StorageError."""
+    """Read a run's numbers from its manifest, or while there is none from its markers. Raises StorageError."""
     reader = ProgressReader(root)
     binding, manifest = reader.binding(), reader.manifest()
     if manifest is not None:
@@ -246,14 +249,14 @@ def read_run(root: str, zone: tzinfo | None = None) -> RunFacts:
 
 
 def _labels(storage: Storage, m: RunManifest) -> tuple[int, int, int, int]:
-    """Labels of the predicted fields alone, whichever version of leukoflow has counted them."""
+    """Return the labels of the predicted fields alone, whichever version of leukoflow has counted them."""
     if m.schema_version >= 2:
         return m.labels
     return _counted(storage, (f.key for f in table_files(m.parts, RunKey.PREDICTIONS)))
 
 
 def _counted(storage: Storage, keys: Iterable[str]) -> tuple[int, int, int, int]:
-    """Labels of the predicted fields from the tables themselves; zeros where these cannot be read."""
+    """Count the labels of the predicted fields from the tables themselves; zeros where these cannot be read."""
     try:
         return answered_labels(storage, keys)
     except (LeukoflowError, OSError, pa.ArrowException):
@@ -281,9 +284,9 @@ def _from_manifest(m: RunManifest, night: date, labels: tuple[int, int, int, int
 
 
 def _drift_facts(root: str, run: RunFacts, notes: list[str]) -> DriftFacts | None:
-    """A run's drift summary; None, with a note, where its tables cannot be read."""
+    """Read a run's drift summary; None, with a note, where its tables cannot be read."""
     storage = Storage(root)
-    manifest = ProgressReader(root).manifest()
+    manifest = read_manifest(storage)
     try:
         if manifest is None:
             return run_facts(root, run.run_id, None, run.bundle_digest)
@@ -298,7 +301,7 @@ def _drift_facts(root: str, run: RunFacts, notes: list[str]) -> DriftFacts | Non
 
 
 def bundle_dir(name: str) -> str:
-    """Where a bundle lies; a place without a reference where it is not on this machine."""
+    """Return where a bundle lies; a place without a reference where it is not on this machine."""
     try:
         return str(load_bundle(name).path)
     except LeukoflowError:
@@ -317,7 +320,7 @@ def _night(day: date, found: Sequence[tuple[RunFacts, DriftFacts | None]], refer
 
 
 def compare_groups(mine: Sequence[DriftFacts], others: Sequence[DriftFacts], against: str) -> tuple[GroupDrift, ...]:
-    """All fields of some runs, then those of each site and scanner, against the same of others.
+    """Compare all fields of some runs, then those of each site and scanner, against the same of others.
 
     A site that the others do not know is compared with all of them. Where bundles differ, only what does not depend on
     them is.
@@ -335,7 +338,7 @@ def compare_groups(mine: Sequence[DriftFacts], others: Sequence[DriftFacts], aga
 
 
 def _kinds(facts: Sequence[DriftFacts]) -> list[tuple[str, str]]:
-    """All fields, then every site and scanner that the fields name."""
+    """List all fields, then every site and scanner that the fields name."""
     groups = [g for f in facts for g in f.groups]
     sites = sorted({g.site for g in groups if g.site})
     scanners = sorted({g.scanner for g in groups if g.scanner})
@@ -343,7 +346,7 @@ def _kinds(facts: Sequence[DriftFacts]) -> list[tuple[str, str]]:
 
 
 def nights_json(found: Nights) -> bytes:
-    """The same facts for programs, UTF-8 JSON."""
+    """Return the same facts for programs, UTF-8 JSON."""
     body: dict[str, Any] = asdict(found) | {
         "thresholds": {"watch": WATCH, "act": ACT, "chance": CHANCE, "fields": MIN_FIELDS, "slides": MIN_SLIDES}
     }

@@ -1,4 +1,4 @@
-"""The deadline: will a run make it at the present rate, and what it hands over when it does not."""
+"""Forecast whether a run meets its deadline at the present rate, and hand over what there is when it does not."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from leukoflow.runs.layout import RunKey, Stage
 from leukoflow.runs.progress import ProgressReader, RunProgress, now
 from leukoflow.runs.schema import SLIDES
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.publish.publish import RANKED, rank_slides
+from leukoflow.tasks.publish.ranking import RANKED, rank_slides
 from leukoflow.tasks.report.run_report import build_report
 from leukoflow.tasks.store.slides import slide_of
 
@@ -44,14 +44,14 @@ class Pace:
 
 
 def lateness(progress: RunProgress, pace: Pace, deadline: datetime, moment: datetime) -> timedelta | None:
-    """How long after its deadline a run will end at this pace; negative before it, None while nothing can be said."""
+    """Return how long after its deadline a run will end at this pace; negative before it, None while unknown."""
     if pace.rate == 0.0:
         return None
     return moment + timedelta(seconds=(progress.members - progress.done) / pace.rate) - deadline
 
 
 def hand_over(root: str) -> RunProgress:
-    """Writes `partial/slides.parquet` and `partial/report.html` from what the run at `root` has committed."""
+    """Write `partial/slides.parquet` and `partial/report.html` from what the run at `root` has committed."""
     reader = ProgressReader(root)
     storage = reader.storage
     progress = reader.read()
@@ -78,7 +78,7 @@ def _committed_rows(storage: Storage) -> Iterator[dict[str, Any]]:
 
 
 def _planned(storage: Storage) -> Counter[tuple[str, str]]:
-    """Images of each slide in the plan."""
+    """Count the images of each slide in the plan."""
     found: Counter[tuple[str, str]] = Counter()
     with storage.open(RunKey.PLAN) as file:
         for batch in pq.ParquetFile(file).iter_batches(columns=["slide_id", "image_key"]):

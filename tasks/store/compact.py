@@ -1,4 +1,4 @@
-"""Compacting a finished run: the many Parquet parts of its predictions become few large ones, with the same rows.
+"""Compact a finished run: the many Parquet parts of its predictions become few large ones, with the same rows.
 
 What is in force is what the manifest lists. The merged files are written aside, held against the old ones row by row,
 moved beside them, and come into force in the moment that the manifest is replaced; then the old ones are deleted. A
@@ -58,7 +58,7 @@ class Compaction:
 
 
 def groups_of(parts: Sequence[PartRef], file_bytes: int = FILE_BYTES) -> list[list[PartRef]]:
-    """Parts in plan order, in groups whose largest table stays within `file_bytes`; a larger part stands alone."""
+    """Put parts in plan order into groups whose largest table stays within `file_bytes`; a larger part stands alone."""
     groups: list[list[PartRef]] = []
     sizes: dict[str, int] = {}
     for part in sorted(parts, key=lambda p: span(p).start):
@@ -73,12 +73,12 @@ def groups_of(parts: Sequence[PartRef], file_bytes: int = FILE_BYTES) -> list[li
 
 
 def merged_name(group: Sequence[PartRef]) -> str:
-    """Name of a merged part: its first and its last shard."""
+    """Return the name of a merged part: its first and its last shard."""
     return f"{shard_name(span(group[0]).start)}-{shard_name(span(group[-1]).stop - 1)}"
 
 
 def _check_names(parts: Iterable[PartRef]) -> None:
-    """Only tables can be merged: each part one Parquet file per folder."""
+    """Check that only tables are to be merged: each part one Parquet file per folder."""
     for part in parts:
         if any(key != RunKey.part(RunKey.top(key), part.shard) for key, _, _ in part.files):
             raise StorageError(
@@ -93,7 +93,7 @@ def _check_names(parts: Iterable[PartRef]) -> None:
 def compact_run(
     root: str, file_bytes: int = FILE_BYTES, report: Callable[[int, int], None] = lambda done, total: None
 ) -> Compaction:
-    """Merges the parts of a finished run's predictions and cells. Doing it again finishes what was cut off, or nothing.
+    """Merge the parts of a finished run's predictions and cells. Doing it again finishes what was cut off, or nothing.
 
     Raises StorageError where the run is not finished, somebody else is at it, or a part is not what was committed; the
     run is then as it was.
@@ -126,7 +126,7 @@ def compact_run(
 def _merge(
     storage: Storage, manifest: RunManifest, groups: Sequence[Sequence[PartRef]], report: Callable[[int, int], None]
 ) -> RunManifest:
-    """Writes the merged parts and brings them into force; returns the manifest that lists them."""
+    """Write the merged parts and bring them into force; return the manifest that lists them."""
     prefix = RunKey.new_attempt("compact")
     total = sum(size for group in groups for part in group for _, size, _ in part.files)
     done = 0
@@ -163,7 +163,7 @@ def _merge(
 
 
 def _replaced(parts: Sequence[PartRef], merged: Sequence[PartRef]) -> tuple[PartRef, ...]:
-    """The parts of a manifest with the merged ones, in the order of the shards they begin with."""
+    """Return the parts of a manifest with the merged ones, in the order of the shards they begin with."""
     kept = [part for part in parts if part.stage != MERGED_STAGE]
     order = {stage: i for i, stage in enumerate(dict.fromkeys(part.stage for part in parts))}
     return tuple(sorted([*kept, *merged], key=lambda part: (span(part).start, order[part.stage])))
@@ -178,7 +178,7 @@ def _marker(storage: Storage, ordinal: int) -> Marker:
 
 
 def _write(storage: Storage, key: str, sources: Sequence[FileRef], shards: Sequence[str]) -> None:
-    """One merged file: every source is held against its digest before its rows are taken over, and they against these.
+    """Write one merged file: each source is held against its digest before its rows are taken, and they against these.
 
     The rows of each shard are counted in the file's metadata, so that the file can be taken apart again.
     """
@@ -214,7 +214,7 @@ def _write(storage: Storage, key: str, sources: Sequence[FileRef], shards: Seque
 
 
 def _read(storage: Storage, file: FileRef) -> pa.Table:
-    """A part whose bytes are what was committed."""
+    """Read a part, whose bytes must be what was committed."""
     key, size, sha256 = file
     try:
         data = storage.read(key)
@@ -228,7 +228,7 @@ def _read(storage: Storage, file: FileRef) -> pa.Table:
 
 
 def shard_counts_of(metadata: pq.FileMetaData) -> list[tuple[int, int]] | None:
-    """Ordinal and number of rows of the shards in a merged file, in order; None for a shard's own file."""
+    """Return ordinal and number of rows of the shards in a merged file, in order; None for a shard's own file."""
     stored = (metadata.metadata or {}).get(_SHARDS_KEY.encode())
     return None if stored is None else [(int(shard), int(n)) for shard, n in json.loads(stored)]
 
@@ -237,10 +237,10 @@ def shard_counts_of(metadata: pq.FileMetaData) -> list[tuple[int, int]] | None:
 
 
 def expand_run(storage: Storage, manifest: RunManifest) -> None:
-    """Takes merged parts apart into those of the shards, for a run that is about to be repaired.
+    """Take merged parts apart into those of the shards, for a run that is about to be repaired.
 
     A shard's rows are put back only where its file comes out with the very bytes that its marker names. The others are
-    done anew by whoever repairs the run, from the features that are stored.
+    done again when the run is repaired, from the features that are stored.
     """
     prefix = RunKey.new_attempt("expand")
     for part in manifest.parts:
@@ -255,7 +255,7 @@ def expand_run(storage: Storage, manifest: RunManifest) -> None:
 
 
 def _as_written(schema: pa.Schema) -> pa.Schema:
-    """The schema with which a stage wrote its part: Parquet names the entries of lists otherwise than Arrow does."""
+    """Return the schema with which a stage wrote its part: Parquet names entries of lists otherwise than Arrow does."""
     types = [pa.list_(f.type.value_type) if pa.types.is_list(f.type) else f.type for f in schema]
     return pa.schema([pa.field(f.name, t, f.nullable) for f, t in zip(schema, types, strict=True)])
 

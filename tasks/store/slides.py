@@ -1,4 +1,4 @@
-"""What a slide is, and how urgent its fields make it: the definitions that the run's tables and the worklist share."""
+"""Define what a slide is, and how urgent its fields make it, for the run's tables and the worklist alike."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ MALIGNANT = slice(1, 4)
 
 
 def slide_of(slide_id: str | None, image_key: str) -> tuple[str, str]:
-    """(grouping, slide) of an image: what the manifest says, else the folder it lies in."""
+    """Return (grouping, slide) of an image: what the manifest says, else the folder it lies in."""
     return ("folder", image_key.rpartition("/")[0] or ".") if slide_id is None else ("manifest", slide_id)
 
 
 def urgency_of(malignant: Any, predicted: Any) -> Any:
-    """Expected share of malignant fields, shrunk towards one half where few speak.
+    """Return the expected share of malignant fields, shrunk towards one half where few speak.
 
     `malignant` is the sum of the predicted fields' malignant probabilities, `predicted` their number; arrays of both do
     as well. A slide on which nothing could be predicted has urgency one half: nobody may take silence for health.
@@ -29,7 +29,7 @@ def urgency_of(malignant: Any, predicted: Any) -> Any:
 
 
 def mean_malignant_probability(sums: Any, answered: Any) -> Any:
-    """Mean over answered fields of P(Early) + P(Pre) + P(Pro), each field counting once, however many cells it has.
+    """Return the mean over answered fields of P(Early) + P(Pre) + P(Pro), each counting once, however many its cells.
 
     It is `malignant_score` in `slides.parquet`. No differential count: no cell is diagnosed by itself.
 
@@ -44,7 +44,7 @@ NAMED = 3  # runs or slides of a label that a remark names
 
 
 def disagreement(found: Iterable[tuple[str, str | None, int]]) -> str:
-    """What to say where runs, or slides, of one patient were given different labels; empty where they agree.
+    """Say where runs, or slides, of one patient were given different labels; empty where they agree.
 
     `found` has a run's or slide's name, its label (None where nothing was predicted), and its predicted fields.
     """
@@ -68,7 +68,7 @@ def disagreement(found: Iterable[tuple[str, str | None, int]]) -> str:
 
 
 def patients_in_disagreement(slides: Iterable[dict[str, Any]]) -> dict[str, str]:
-    """Patients whose slides have different labels, each with the remark; `slides` are rows of `slides.parquet`."""
+    """List patients whose slides have different labels, each with the remark; `slides` are rows of `slides.parquet`."""
     by_patient: dict[str, list[tuple[str, str | None, int]]] = {}
     for s in slides:
         if s["patient_id"] is not None:

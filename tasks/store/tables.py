@@ -1,4 +1,4 @@
-"""Reading the tables of a finished run in plan order and piece by piece, whether its parts are merged or not."""
+"""Read the tables of a finished run in plan order and piece by piece, whether its parts are merged or not."""
 
 from __future__ import annotations
 
@@ -42,12 +42,12 @@ class TableFile:
 
 
 def shard_name(ordinal: int) -> str:
-    """Name of a shard in file names and markers."""
+    """Return the name of a shard in file names and markers."""
     return Shard(ordinal, 0, 0).name
 
 
 def span(part: PartRef) -> range:
-    """Ordinals of the shards that a part holds: one, or as many as were merged (`00000-00063`)."""
+    """Return the ordinals of the shards that a part holds: one, or as many as were merged (`00000-00063`)."""
     first, _, last = part.shard.partition("-")
     try:
         return range(int(first), int(last or first) + 1)
@@ -58,23 +58,23 @@ def span(part: PartRef) -> range:
 
 
 def is_merged(part: PartRef) -> bool:
-    """Whether compacting wrote this part."""
+    """Say whether compacting wrote this part."""
     return "-" in part.shard
 
 
 def merged_key(keys: Iterable[str]) -> str:
-    """Content address of a merged part: those of its shards' parts, in order."""
+    """Return the content address of a merged part: those of its shards' parts, in order."""
     return hashlib.sha256("\n".join(keys).encode()).hexdigest()
 
 
 def shard_counts(manifest: RunManifest) -> list[int]:
-    """Number of members of every shard."""
+    """Return the number of members of every shard."""
     size, members = manifest.shard_size, manifest.members
     return [min(size, members - first) for first in range(0, members, size)]
 
 
 def leftovers(storage: Storage, manifest: RunManifest) -> list[str]:
-    """Files that an interrupted compaction wrote or replaced, and which the manifest does not list.
+    """List the files that an interrupted compaction wrote or replaced, and which the manifest does not list.
 
     These are merged files that never came into force, or the shards' own files after merged ones have.
     """
@@ -91,7 +91,7 @@ def leftovers(storage: Storage, manifest: RunManifest) -> list[str]:
 
 
 def table_files(parts: Iterable[PartRef], folder: str) -> tuple[TableFile, ...]:
-    """The files of one table (`predictions`, `cells`, `fields`) in plan order."""
+    """List the files of one table (`predictions`, `cells`, `fields`) in plan order."""
     found = [
         TableFile(key, span(part))
         for part in parts
@@ -102,7 +102,7 @@ def table_files(parts: Iterable[PartRef], folder: str) -> tuple[TableFile, ...]:
 
 
 def stream(storage: Storage, keys: Iterable[str], columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-    """The rows of Parquet files, one after the other, a bounded number at a time.
+    """Yield the rows of Parquet files, one after the other, a bounded number at a time.
 
     Raises StorageError naming the file that is gone or cannot be read.
     """
@@ -124,7 +124,7 @@ def stream(storage: Storage, keys: Iterable[str], columns: Sequence[str] | None 
 
 
 def regroup(tables: Iterable[pa.Table], counts: Iterable[int]) -> Iterator[pa.Table | None]:
-    """Cuts a stream of rows into tables of so many rows each; the last ones are short where rows are wanting.
+    """Cut a stream of rows into tables of so many rows each; the last ones are short where rows are wanting.
 
     An empty group is None when no row has been seen at all, since then there is no schema.
     """
@@ -144,7 +144,7 @@ def regroup(tables: Iterable[pa.Table], counts: Iterable[int]) -> Iterator[pa.Ta
 
 
 def in_order(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
-    """`map` in a few threads, in order, with a bounded number of items on their way."""
+    """Map in a few threads, in order, with a bounded number of items on their way."""
     source = iter(items)
     with ThreadPoolExecutor(max_workers=THREADS) as pool:
         while window := list(islice(source, _WINDOW)):
@@ -162,7 +162,7 @@ def check_intent(storage: Storage) -> None:
 
 
 def finished(root: str) -> tuple[Storage, RunManifest]:
-    """A finished run. Raises StorageError where there is no run, or one that is not finished."""
+    """Open a finished run. Raises StorageError where there is no run, or one that is not finished."""
     storage = Storage(root)
     check_intent(storage)
     manifest = read_manifest(storage)
@@ -170,7 +170,7 @@ def finished(root: str) -> tuple[Storage, RunManifest]:
         if manifest.shard_size < 1 or manifest.members < 0:
             raise StorageError(
                 f"{storage.uri(RunKey.MANIFEST)} is damaged; delete it and give the run's command again, which "
-                "publishes it anew"
+                "publishes it again"
             )
         return storage, manifest
     out, _, run_id = root.rstrip("/").rpartition("/")
@@ -183,7 +183,7 @@ def finished(root: str) -> tuple[Storage, RunManifest]:
 
 
 def answered_labels(storage: Storage, keys: Iterable[str]) -> tuple[int, int, int, int]:
-    """Labels of the predicted rows of some files of `predictions/`, in the order of CLASSES.
+    """Count the labels of the predicted rows of some files of `predictions/`, in the order of CLASSES.
 
     For runs of schema 1, whose manifests and receipts count the labels of abstained rows as well.
     """

@@ -18,7 +18,7 @@ from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import ConfigError, LeukoflowError, StorageError, words_of
 from leukoflow.runs.layout import OutKey, RunKey
 from leukoflow.runs.lock import held
-from leukoflow.runs.progress import RunBinding, list_runs, read_manifest, read_state
+from leukoflow.runs.progress import list_runs, read_binding, read_manifest, read_state
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.intake.patient_key import PATIENT_KEY, check_value
 from leukoflow.tasks.upkeep.amendment import Amended, Amendment, Intent
@@ -27,7 +27,7 @@ from leukoflow.tasks.upkeep.draft import Draft
 
 
 def amend_runs(out: str, amendment: Amendment, dry_run: bool = False, key: bytes | None = None) -> tuple[Amended, ...]:
-    """Changes all runs of an output folder; returns what was done to those that are concerned.
+    """Change all runs of an output folder; return what was done to those that are concerned.
 
     `key` is the one that made the pseudonyms of the amendment, where that is known. Raises StorageError before anything
     is changed where a run that may be concerned is not finished or damaged, ConfigError where one has another key.
@@ -69,7 +69,7 @@ def _sha256(data: bytes) -> str:
 
 
 def _look(run: Storage, name: str, amendment: Amendment, check: str) -> Amended | None:
-    """How a run is concerned; None for nothing. Raises StorageError where that cannot be told or mended."""
+    """Say how a run is concerned; None where it is not. Raises StorageError where that is not known."""
     try:
         state = read_state(run.root)
         with run.open(RunKey.PLAN) as file:
@@ -78,10 +78,10 @@ def _look(run: Storage, name: str, amendment: Amendment, check: str) -> Amended 
         if run.exists(RunKey.MISSING):
             with run.open(RunKey.MISSING) as file:
                 missing = _count(pq.ParquetFile(file), amendment)
-        theirs = loads(RunBinding, run.read(RunKey.BINDING), run.uri(RunKey.BINDING)).patient_key_check
+        theirs = read_binding(run).patient_key_check
     except (LeukoflowError, OSError, pa.ArrowException) as error:
         raise StorageError(
-            f"run {name}: whether it knows the patient cannot be told ({words_of(error)}); mend or delete it first. "
+            f"run {name} cannot be searched for the patient ({words_of(error)}); mend or delete it first. "
             "Nothing was changed"
         ) from None
     if not images and not missing:
@@ -109,7 +109,7 @@ def _count(table: pq.ParquetFile, amendment: Amendment) -> int:
 
 
 def _amend(run: Storage, amendment: Amendment) -> int:
-    """Writes everything aside, leaves the note, and brings it into force; returns the number of files rewritten."""
+    """Write everything aside, leave the note, and bring it into force; return the number of files rewritten."""
     manifest = read_manifest(run)
     assert manifest is not None
     draft = Draft(run, manifest, RunKey.new_attempt("amend"), amendment)
@@ -120,7 +120,7 @@ def _amend(run: Storage, amendment: Amendment) -> int:
 
 
 def _apply(run: Storage) -> None:
-    """Brings what was written aside into force; doing it again after a crash is harmless."""
+    """Bring what was written aside into force; doing it again after a crash is harmless."""
     intent = loads(Intent, run.read(RunKey.INTENT), run.uri(RunKey.INTENT))
     run.promote(intent.prefix, intent.parts)
     for key in intent.stale:
@@ -129,7 +129,7 @@ def _apply(run: Storage) -> None:
         raise StorageError(f"{run.root}: changed parts could not be put in place; give the same command again")
     for key, _, _ in intent.books:
         run.write(key, run.read(f"{intent.prefix}/{key}"))
-    run.delete(RunKey.REPORT)  # it shows slides and pixels; `leukoflow report` builds it anew
+    run.delete(RunKey.REPORT)  # it shows slides and pixels; `leukoflow report` builds it again
     run.delete(RunKey.INTENT)
     run.sweep_attempts("moving")  # what a crash has left there is what was to be changed
     run.sweep_attempts("amend")

@@ -66,29 +66,29 @@ class Amendment(ABC):
 
     @abstractmethod
     def concerned(self, table: pa.Table) -> pa.ChunkedArray:
-        """Which rows are concerned, of a table that has `patient_id` and `slide_id`."""
+        """Say which rows are concerned, of a table that has `patient_id` and `slide_id`."""
 
     @abstractmethod
     def changed(self, table: pa.Table) -> pa.Table:
-        """The same rows of a table that has `patient_id`; those that are concerned changed."""
+        """Return the same rows of a table that has `patient_id`; those that are concerned changed."""
 
     @abstractmethod
     def key(self, key: str) -> str:
-        """Content address of a part that was changed, given that of the part before."""
+        """Return the content address of a part that was changed, given that of the part before."""
 
     @abstractmethod
     def details(self) -> dict[str, str]:
-        """What the audit log tells of it; neither patients nor slides by name."""
+        """Return what the audit log says of it; neither patients nor slides by name."""
 
 
 def salted(name: str) -> str:
-    """A salt, and the SHA-256 of salt and name: whoever knows the name can find it in the log, nobody else."""
+    """Return a salt, and the SHA-256 of salt and name: only people who know the name can find it in the log."""
     salt = secrets.token_hex(8)
     return f"{salt}:{hashlib.sha256((salt + name).encode()).hexdigest()}"
 
 
 def blank_cells(table: pa.Table, keys: Sequence[str]) -> pa.Table:
-    """The same rows of `cells/`; those of the images say nothing but that there was a cell."""
+    """Return the same rows of `cells/`; those of the images say nothing but that there was a cell."""
     theirs = pc.is_in(table["image_key"], pa.array(keys, pa.string()))
     for i, field in enumerate(table.schema):
         if field.name not in _KEPT_CELL_COLUMNS:
@@ -98,7 +98,7 @@ def blank_cells(table: pa.Table, keys: Sequence[str]) -> pa.Table:
 
 
 def rows_of(top: str, name: str, length: int, tiles: int, cells: int) -> str | None:
-    """Whether an array's rows are tiles or cells; None where they say nothing of an image. Raises StorageError."""
+    """Say whether an array's rows are tiles or cells; None where they say nothing of an image. Raises StorageError."""
     if name in _GEOMETRY or name.endswith("_offsets"):
         return None
     if known := _ROWS_ARE.get((top, name)):

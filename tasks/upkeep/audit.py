@@ -53,14 +53,14 @@ class AuditVerdict:
 
 
 def line_of(entry: AuditEntry) -> bytes:
-    """A line of the log, with its own digest and without the line feed."""
+    """Return a line of the log, with its own digest and without the line feed."""
     body = json.dumps(asdict(entry), ensure_ascii=False, sort_keys=True, separators=(",", ":"))
     seal = hashlib.sha256(body.encode()).hexdigest()
     return f'{body[:-1]},"sha256":"{seal}"}}'.encode()
 
 
 def check_log(data: bytes, previous: str = NOTHING, before: int = 0) -> AuditVerdict:
-    """Looks through a log, or what follows its first `before` lines, of which the last has the digest `previous`."""
+    """Look through a log, or what follows its first `before` lines, of which the last has the digest `previous`."""
     problems: list[str] = []
     lines = data.split(b"\n")
     if lines[-1]:
@@ -87,7 +87,7 @@ def _entry(line: bytes) -> AuditEntry | None:
 
 
 def verify_log(out: str, name: str = LOG) -> AuditVerdict | None:
-    """Looks through a log of an output folder; None where there is none."""
+    """Look through a log of an output folder; None where there is none."""
     try:
         return check_log(Storage(out).read(name))
     except (FileNotFoundError, NotADirectoryError):
@@ -97,7 +97,7 @@ def verify_log(out: str, name: str = LOG) -> AuditVerdict | None:
 def append(
     storage: Storage, action: str, run_id: str, manifest_sha256: str | None, details: Mapping[str, str] | None = None
 ) -> AuditEntry:
-    """Adds an entry; whoever calls holds the lock. Raises StorageError where the log was tampered with."""
+    """Add an entry; the caller holds the lock. Raises StorageError where the log was tampered with."""
     try:
         data = storage.read(LOG)
     except FileNotFoundError:
@@ -106,7 +106,7 @@ def append(
     if verdict.problems:
         raise StorageError(
             f"{storage.uri(LOG)} was tampered with ({verdict.problems[0]}), and nothing is done without a log: find "
-            "out what happened, then move the file aside, and a new log is begun"
+            "out what happened, then move the file aside, and a new log is started"
         )
     entry = AuditEntry(
         number=verdict.entries + 1,

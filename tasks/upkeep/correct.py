@@ -1,7 +1,7 @@
-"""Correcting to whom images belong, in all runs of an output folder: a patient or a slide was assigned wrongly.
+"""Correct to whom images belong, in all runs of an output folder: a patient or a slide was assigned wrongly.
 
-Plan, predictions and missing images name the right patient; slides are ranked anew, and identical images under more
-than one patient are looked for anew. What was computed from pixels stays as it is.
+Plan, predictions and missing images name the right patient; slides are ranked again, and identical images under more
+than one patient are looked for again. What was computed from pixels stays as it is.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class Correction(Amendment):
     doing, done = "correct", "corrected"
 
     def concerned(self, table: pa.Table) -> pa.ChunkedArray:
-        """Rows of the patient and slide that name another patient than the right one, or none."""
+        """Select the rows of the patient and slide that name another patient than the right one, or none."""
         theirs = pc.fill_null(pc.not_equal(table["patient_id"], self.to), True)
         for name, value in (("patient_id", self.patient), ("slide_id", self.slide)):
             if value is not None:
@@ -35,17 +35,17 @@ class Correction(Amendment):
         return theirs
 
     def changed(self, table: pa.Table) -> pa.Table:
-        """The same rows, with the right patient."""
+        """Return the same rows, with the right patient."""
         i = table.schema.get_field_index("patient_id")
         right = pc.if_else(self.concerned(table), pa.scalar(self.to, pa.string()), table["patient_id"])
         return table.set_column(i, table.schema.field(i), right)
 
     def key(self, key: str) -> str:
-        """One that no run looks for: predictions carry the patient."""
+        """Return one that no run looks for: predictions carry the patient."""
         return hashlib.sha256(f"corrected {key}".encode()).hexdigest()
 
     def details(self) -> dict[str, str]:
-        """Patients and slide, salted and hashed."""
+        """Return patients and slide, salted and hashed."""
         named = (("patient", self.patient), ("slide", self.slide), ("to", self.to))
         return {name: salted(value) for name, value in named if value is not None}
 
@@ -58,7 +58,7 @@ def correct_patient(
     dry_run: bool = False,
     key: bytes | None = None,
 ) -> tuple[Amended, ...]:
-    """Assigns the images of a patient, or of a slide, to the patient `to` in all runs.
+    """Assign the images of a patient, or of a slide, to the patient `to` in all runs.
 
     Patients are pseudonyms, by `key` where that is known. Returns what was done to the runs that are concerned. Raises
     ConfigError where nothing says which images are meant, or a run that is concerned has pseudonyms by another key;

@@ -20,11 +20,11 @@ from numpy.typing import NDArray
 from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import StorageError
 from leukoflow.runs.layout import RunKey
-from leukoflow.runs.progress import RunBinding
+from leukoflow.runs.progress import read_binding
 from leukoflow.runs.records import FileRef, Marker, PartRef, RunManifest
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.intake.plan import rewrite_plan
-from leukoflow.tasks.publish.publish import find_conflicts, rank_slides
+from leukoflow.tasks.publish.ranking import find_conflicts, rank_slides
 from leukoflow.tasks.review.verdicts import Target, slide_target, without
 from leukoflow.tasks.store.slides import slide_of
 from leukoflow.tasks.store.tables import MERGED_STAGE, is_merged, merged_key, shard_name, span, stream, table_files
@@ -46,7 +46,7 @@ class Draft:
         self.places: dict[int, list[tuple[int, int]]] = {}  # of shards: first and last tile of each image
 
     def write(self) -> Intent:
-        """Writes all of them. Raises StorageError where something is not what was committed."""
+        """Write all of them. Raises StorageError where something is not what was committed."""
         self._find()
         files = {f[0]: f for part in self.manifest.parts for f in part.files} | {f[0]: f for f in self.manifest.tables}
         changes: list[tuple[str, Callable[[pa.Table], pa.Table]]] = [("predictions", self.amendment.changed)]
@@ -70,7 +70,7 @@ class Draft:
         self._slides()
         if not self.amendment.blanks:
             self._duplicates(files)
-        self._verdicts()  # late: whoever gave a verdict while the lock was taken has finished by now
+        self._verdicts()  # late: anyone who gave a verdict while the lock was taken has finished by now
         self._markers_and_manifest()
         return Intent(
             self.amendment.done, self.prefix, tuple(self.parts.values()), tuple(self.books.values()), tuple(self.stale)
@@ -105,7 +105,7 @@ class Draft:
         self.books[key] = self._digest(key)
 
     def _table(self, key: str, change: Callable[[pa.Table], pa.Table]) -> None:
-        """A table with the same row groups and metadata, its rows changed."""
+        """Write a table with the same row groups and metadata, its rows changed."""
         with self.run.open(key) as source, self.run.writer(f"{self.prefix}/{key}") as sink:
             reader = pq.ParquetFile(source)
             schema = reader.schema_arrow
@@ -114,7 +114,7 @@ class Draft:
                     writer.write_table(change(reader.read_row_group(i)).combine_chunks())
 
     def _groups(self, part: PartRef) -> None:
-        """Copies a shard's Zarr groups and blanks the tiles and cells that are concerned in them."""
+        """Copy a shard's Zarr groups and blank the tiles and cells that are concerned in them."""
         stored = [f for f in part.files if RunKey.is_store(RunKey.top(f[0]))]
         for top in dict.fromkeys(RunKey.top(f[0]) for f in stored):
             mine = [f for f in stored if f[0].startswith(f"{top}/")]
@@ -154,7 +154,7 @@ class Draft:
         self._summary(RunKey.SLIDES, rank_slides(row for piece in self._rows() for row in piece.to_pylist()))
 
     def _rows(self, columns: Sequence[str] | None = None) -> Iterator[pa.Table]:
-        """The predictions as they will be."""
+        """Yield the predictions as they will be."""
         keys = [f.key for f in table_files(self.manifest.parts, RunKey.PREDICTIONS)]
         return stream(self.run, (f"{self.prefix}/{key}" if key in self.parts else key for key in keys), columns)
 
@@ -164,7 +164,7 @@ class Draft:
         self._put(key, sink.getvalue())
 
     def _duplicates(self, files: dict[str, FileRef]) -> None:
-        """Which images are now found under more than one patient; there may be more of them, fewer, or none."""
+        """List which images are now found under more than one patient; there may be more of them, fewer, or none."""
         found = find_conflicts(self._rows)
         self.conflicts = len(found)
         if len(found):
@@ -173,12 +173,12 @@ class Draft:
             self.stale.append(RunKey.DUPLICATES)
 
     def _verdicts(self) -> None:
-        """What people said of the images, and of slides that they are on, goes with the patient."""
+        """Remove what people said of the images, and of slides that they are on: it goes with the patient."""
         for key, data in without(self.run, self.targets) if self.amendment.blanks else ():
             self._put(key, data)
 
     def _markers_and_manifest(self) -> None:
-        """The books, with the digests of what was written; parts that were changed get keys that nothing else has."""
+        """Write the books, with the digests of what was written; changed parts get keys that nothing else has."""
         renewed: dict[str, str] = {}
         parts = []
         for part in self.manifest.parts:
@@ -203,14 +203,14 @@ class Draft:
         known = {f[0]: f for f in self.manifest.tables} | self.books
         summaries = [key for key in listed if key.endswith(".parquet") and "/" not in key and key not in self.stale]
         tables = tuple(known[key] for key in summaries)
-        binding = loads(RunBinding, self.run.read(RunKey.BINDING), self.run.uri(RunKey.BINDING))
+        binding = read_binding(self.run)
         self._put(RunKey.BINDING, dumps(replace(binding, plan_sha256=self.books[RunKey.PLAN][2])))
         self._put(
             RunKey.MANIFEST, dumps(replace(self.manifest, parts=tuple(parts), tables=tables, conflicts=self.conflicts))
         )
 
     def _files(self, part: PartRef) -> tuple[FileRef, ...]:
-        """A part's files: the new ones where there are such, the others as they were."""
+        """Return a part's files: the new ones where there are such, the others as they were."""
         gone = set(self.stale)
         groups = {"/".join(key.split("/")[:2]) + "/" for key, _, _ in part.files if RunKey.is_store(RunKey.top(key))}
         found = {f[0]: self.parts.get(f[0], f) for f in part.files if f[0] not in gone}

@@ -1,4 +1,4 @@
-"""Erasing a patient from all runs of an output folder, so that every image stays accounted for.
+"""Erase a patient from all runs of an output folder, so that every image stays accounted for.
 
 The patient's rows stay, without slide, patient and further manifest columns; cells, masks and features of the images
 are blanked; plan, slides, duplicates and missing images forget the patient as well.
@@ -20,7 +20,7 @@ IDENTIFYING = ("slide_id", "patient_id")
 
 
 def without_identity(table: pa.Table, patient: str) -> pa.Table:
-    """The same rows; those of the patient without patient, slide and further manifest columns."""
+    """Return the same rows; those of the patient without patient, slide and further manifest columns."""
     theirs = pc.fill_null(pc.equal(table["patient_id"], patient), False)
     for i, field in enumerate(table.schema):
         if field.name in IDENTIFYING or field.name.startswith(META_PREFIX):
@@ -30,7 +30,7 @@ def without_identity(table: pa.Table, patient: str) -> pa.Table:
 
 
 def erased_key(key: str) -> str:
-    """Content address of a part that is no longer what it was made from, so that no run takes it for that."""
+    """Return the content address of a part that was blanked, so that no run takes it for what it was."""
     return hashlib.sha256(f"erased {key}".encode()).hexdigest()
 
 
@@ -42,24 +42,24 @@ class Erasure(Amendment):
     doing, done, blanks = "erase", "erased", True
 
     def concerned(self, table: pa.Table) -> pa.ChunkedArray:
-        """The patient's rows."""
+        """Select the patient's rows."""
         return pc.fill_null(pc.equal(table["patient_id"], self.patient), False)
 
     def changed(self, table: pa.Table) -> pa.Table:
-        """The same rows; those of the patient without identity."""
+        """Return the same rows; those of the patient without identity."""
         return without_identity(table, self.patient)
 
     def key(self, key: str) -> str:
-        """One that no run looks for."""
+        """Return one that no run looks for."""
         return erased_key(key)
 
     def details(self) -> dict[str, str]:
-        """The patient, salted and hashed."""
+        """Return the patient, salted and hashed."""
         return {"patient": salted(self.patient)}
 
 
 def erase_patient(out: str, patient: str, dry_run: bool = False) -> tuple[Amended, ...]:
-    """Erases a patient (a pseudonym) from all runs; returns what was done to those that know the patient.
+    """Erase a patient (a pseudonym) from all runs; return what was done to those that know the patient.
 
     Raises StorageError before anything is changed where a run that may know the patient is not finished or damaged.
     """

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from leukoflow.core.codec import loads
 from leukoflow.core.errors import ConfigError
 from leukoflow.runs.layout import OutKey, RunKey
-from leukoflow.runs.progress import RunBinding, list_runs
+from leukoflow.runs.progress import list_runs, read_binding
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.intake.patient_key import PATIENT_KEY, check_value, pseudonyms
 
@@ -16,7 +15,7 @@ _PSEUDONYM = re.compile(r"p_[0-9a-f]{32}")
 
 
 def patient_names(patient: str, key: bytes | None) -> tuple[str, ...]:
-    """The pseudonyms of a patient, who is given as such or as in the manifest. Raises ConfigError without the key.
+    """Return the pseudonyms of a patient, given as such or as in the manifest. Raises ConfigError without the key.
 
     There are two where blanks were typed around the id: runs of older versions took them for a part of it.
     """
@@ -31,12 +30,12 @@ def patient_names(patient: str, key: bytes | None) -> tuple[str, ...]:
 
 
 def patient_name(patient: str, key: bytes | None) -> str:
-    """The pseudonym of a patient, who is given as such or as in the manifest. Raises ConfigError without the key."""
+    """Return the pseudonym of a patient, given as such or as in the manifest. Raises ConfigError without the key."""
     return patient_names(patient, key)[0]
 
 
 def runs_of_other_keys(out: str, patient: str, key: bytes | None, runs: Sequence[str] | None = None) -> tuple[str, ...]:
-    """Runs (by default all) whose patients have pseudonyms by another key, so that this patient is not found there.
+    """List runs (by default of all) whose patients have pseudonyms by another key: this patient is not found there.
 
     Empty where the patient is given as a pseudonym. Runs of older versions do not say what key they were made with.
     Raises ConfigError where every run that says it says another one.
@@ -47,7 +46,7 @@ def runs_of_other_keys(out: str, patient: str, key: bytes | None, runs: Sequence
     for name in list_runs(out) if runs is None else runs:
         if storage.exists(OutKey.of_run(name, RunKey.BINDING)):
             run = storage.child(name)
-            checks[name] = loads(RunBinding, run.read(RunKey.BINDING), run.uri(RunKey.BINDING)).patient_key_check
+            checks[name] = read_binding(run).patient_key_check
     others = tuple(name for name, check in checks.items() if check not in ("", check_value(key)))
     if others and not any(check == check_value(key) for check in checks.values()):
         raise ConfigError(
@@ -58,7 +57,7 @@ def runs_of_other_keys(out: str, patient: str, key: bytes | None, runs: Sequence
 
 
 def other_keys_in_words(others: Sequence[str]) -> str:
-    """What is to be done about runs in which a patient could not be looked for."""
+    """Say what is to be done about runs in which a patient could not be looked for."""
     return (
         f"not looked for in {_named(others)}: made with another patient key. Set {PATIENT_KEY} to that one, and give "
         "the same command again"

@@ -1,4 +1,4 @@
-"""Which bundles of a registry may go: none that is approved or could be gone back to, none that a run still needs."""
+"""Decide which bundles of a registry may go: none that is approved, that a rollback may need, or that a run needs."""
 
 from __future__ import annotations
 
@@ -6,16 +6,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-from leukoflow.core.codec import loads
 from leukoflow.core.errors import ConfigError, LeukoflowError, StorageError, words_of
 from leukoflow.models.registry import Ledger, Registered, Registry
-from leukoflow.runs.layout import RunKey
-from leukoflow.runs.progress import RunBinding, list_runs
+from leukoflow.runs.progress import list_runs, read_binding
 from leukoflow.storage.base import Storage
 
 
 @dataclass(frozen=True, slots=True)
-class Verdict:
+class BundleDecision:
     """What is to become of a bundle, and why."""
 
     bundle: Registered
@@ -23,29 +21,29 @@ class Verdict:
     why: str
 
 
-def decide(ledger: Ledger, needed: Mapping[str, str], keep_days: float, moment: datetime) -> tuple[Verdict, ...]:
-    """What is to become of every bundle that is there; `needed` maps the digests that runs need to one of these."""
+def decide(ledger: Ledger, needed: Mapping[str, str], keep_days: float, moment: datetime) -> tuple[BundleDecision, ...]:
+    """Decide what is to become of every bundle; `needed` maps the digests that runs need to one of these runs."""
     found = []
     for bundle in ledger.bundles:
         if bundle.state == "removed":
             continue
         days = (moment - datetime.fromisoformat(bundle.changed_at)).total_seconds() / 86400
         if bundle.digest == ledger.approved:
-            verdict = Verdict(bundle, False, "it is approved")
+            decision = BundleDecision(bundle, False, "it is approved")
         elif bundle.digest in ledger.approvals[-2:]:
-            verdict = Verdict(bundle, False, "a rollback goes back to it")
+            decision = BundleDecision(bundle, False, "a rollback goes back to it")
         elif bundle.digest in needed:
-            verdict = Verdict(bundle, False, f"run {needed[bundle.digest]} needs it")
+            decision = BundleDecision(bundle, False, f"run {needed[bundle.digest]} needs it")
         elif days < keep_days:
-            verdict = Verdict(bundle, False, f"{bundle.state} within {keep_days:g} days")
+            decision = BundleDecision(bundle, False, f"{bundle.state} within {keep_days:g} days")
         else:
-            verdict = Verdict(bundle, True, f"{bundle.state} for {days:.0f} days, and no run needs it")
-        found.append(verdict)
+            decision = BundleDecision(bundle, True, f"{bundle.state} for {days:.0f} days, and no run needs it")
+        found.append(decision)
     return tuple(found)
 
 
 def needed_bundles(outs: Sequence[str]) -> dict[str, str]:
-    """Digests of the bundles that the runs of output folders were made with, each with one of those runs.
+    """List the digests of the bundles that the runs of output folders were made with, each with one of those runs.
 
     Raises ConfigError for a folder without a run, StorageError where a run's records cannot be read: what it needs is
     not known then.
@@ -58,10 +56,10 @@ def needed_bundles(outs: Sequence[str]) -> dict[str, str]:
         for name in names:
             storage = Storage(out).child(name)
             try:
-                binding = loads(RunBinding, storage.read(RunKey.BINDING), storage.uri(RunKey.BINDING))
+                binding = read_binding(storage)
             except LeukoflowError as error:
                 raise StorageError(
-                    f"what bundle run {name} needs cannot be told ({words_of(error)}); mend or delete it first. "
+                    f"what bundle run {name} needs is not known ({words_of(error)}); mend or delete it first. "
                     "Nothing was removed"
                 ) from None
             found.setdefault(binding.bundle_digest, f"{out.rstrip('/')}/{name}")
@@ -70,11 +68,11 @@ def needed_bundles(outs: Sequence[str]) -> dict[str, str]:
 
 def prune(
     registry: Registry, outs: Sequence[str], keep_days: float, by: str, dry_run: bool = False
-) -> tuple[Verdict, ...]:
-    """Removes bundles that nothing needs, and returns what has become of every one. The history tells of each."""
+) -> tuple[BundleDecision, ...]:
+    """Remove bundles that nothing needs, and return what has become of every one. The history tells of each."""
     if not outs:
         raise ConfigError("name every folder or prefix that holds runs (--out), so that no bundle of theirs goes")
-    verdicts = decide(registry.ledger(), needed_bundles(outs), keep_days, datetime.now(UTC))
+    decisions = decide(registry.ledger(), needed_bundles(outs), keep_days, datetime.now(UTC))
     if not dry_run:
-        registry.prune([(v.bundle.digest, v.why) for v in verdicts if v.remove], by)
-    return verdicts
+        registry.prune([(v.bundle.digest, v.why) for v in decisions if v.remove], by)
+    return decisions

@@ -24,13 +24,12 @@ import pyarrow.parquet as pq
 
 from leukoflow.cluster.code import code_digest
 from leukoflow.cluster.host import cores
-from leukoflow.core.codec import loads
 from leukoflow.core.config import LimitSettings
 from leukoflow.core.errors import BundleError, ConfigError, ShardError, SourceError, words_of
 from leukoflow.models.bundle import Bundle, load_bundle
 from leukoflow.models.registry import Registry
 from leukoflow.runs.layout import RunKey
-from leukoflow.runs.progress import RunBinding
+from leukoflow.runs.progress import read_binding
 from leukoflow.runs.records import Host, RunManifest, Shard, Source
 from leukoflow.sources.members import identify, spool
 from leukoflow.storage.base import Storage
@@ -235,7 +234,7 @@ def _has_gpu() -> bool:
 
 def _limits(storage: Storage) -> tuple[LimitSettings, list[str]]:
     """Read the limits that the run was made with, as far as it recorded them."""
-    recorded = loads(RunBinding, storage.read(RunKey.BINDING), storage.uri(RunKey.BINDING)).config
+    recorded = read_binding(storage).config
     if not recorded:
         return LimitSettings(), ["the run did not record its settings; limits are taken to be the usual ones"]
     try:

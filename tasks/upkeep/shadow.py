@@ -11,13 +11,13 @@ import json
 import shlex
 from dataclasses import dataclass
 
-from leukoflow.core.codec import dumps, loads
+from leukoflow.core.codec import dumps
 from leukoflow.core.config import RunConfig, load_config
 from leukoflow.core.errors import ConfigError, LeukoflowError
 from leukoflow.models.bundle import load_bundle
 from leukoflow.models.registry import is_reference, opened
 from leukoflow.runs.layout import OutKey, RunKey
-from leukoflow.runs.progress import RunBinding, list_runs, now, read_manifest, read_state
+from leukoflow.runs.progress import RunBinding, list_runs, now, read_binding, read_manifest, read_state
 from leukoflow.runs.records import CLASSES, RunManifest
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.intake.open_run import shadow_id
@@ -119,7 +119,7 @@ def shadow_config(
     run_id = run_id or newest_run(out)
     main = Storage(out).child(run_id)
     try:
-        binding = loads(RunBinding, main.read(RunKey.BINDING), main.uri(RunKey.BINDING))
+        binding = read_binding(main)
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"there is no run {run_id} in {out}") from None
     if not binding.config:

@@ -89,7 +89,7 @@ def test_the_nights_and_metrics_count_the_answers_of_an_old_run(old: Path) -> No
     for name, n in zip(CLASSES, answered(old), strict=True):
         assert f'leukoflow_last_run_labels{{label="{name}"}} {n}.0' in lines
     (old / "manifest.json").unlink()  # unfinished: from the receipts of its shards
-    assert read_run(str(old), UTC).labels == answered(old)
+    assert read_run(str(old), UTC).counts.labels == answered(old)
 
 
 def test_the_report_of_an_old_run(old: Path) -> None:

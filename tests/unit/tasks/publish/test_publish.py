@@ -23,7 +23,8 @@ from leukoflow.storage.base import Storage
 from leukoflow.tasks.inference.shard import ShardJob, classify, extract, marker_key, prepare, segment
 from leukoflow.tasks.intake.open_run import Run, open_run
 from leukoflow.tasks.intake.plan import shards
-from leukoflow.tasks.publish.publish import _count, _Slide, _slides_table, publish
+from leukoflow.tasks.publish.publish import publish
+from leukoflow.tasks.publish.ranking import rank_slides
 
 
 @pytest.fixture(scope="module")
@@ -156,10 +157,7 @@ def field(slide: str | None, status: str = "predicted", malignant: float = 0.5, 
 
 
 def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    slides: dict[str, _Slide] = {}
-    for row in rows:
-        _count(slides, row)
-    table = _slides_table(slides)
+    table = rank_slides(rows)
     assert table.schema.equals(SLIDES)
     return table.to_pylist()
 

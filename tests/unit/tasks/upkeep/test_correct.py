@@ -19,7 +19,7 @@ from leukoflow.runs.progress import read_manifest
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.intake.open_run import Run, open_run
 from leukoflow.tasks.intake.patient_key import pseudonym
-from leukoflow.tasks.publish.publish import rank_slides
+from leukoflow.tasks.publish.ranking import rank_slides
 from leukoflow.tasks.store.compact import compact_run
 from leukoflow.tasks.upkeep.audit import LOG, verify_log
 from leukoflow.tasks.upkeep.correct import correct_patient

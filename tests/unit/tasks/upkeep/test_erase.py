@@ -223,7 +223,7 @@ def test_runs_that_are_not_finished_or_damaged_stop_it_before_anything_is_change
     with pytest.raises(StorageError, match=r"second knows the patient and is not finished .*Nothing was changed"):
         erase_patient(str(out), MARY)
     (out / "second" / "plan.parquet").write_bytes(b"?")
-    with pytest.raises(StorageError, match="run second: whether it knows the patient cannot be told"):
+    with pytest.raises(StorageError, match="run second cannot be searched for the patient"):
         erase_patient(str(out), MARY)
     shutil.rmtree(out / "second")
     assert holds(copy, [MARY])

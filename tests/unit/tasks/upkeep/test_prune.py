@@ -95,7 +95,7 @@ def test_what_a_run_needs_must_be_known(registry: Registry, tmp_path: Path) -> N
     with pytest.raises(ConfigError, match="holds no run"):
         prune(registry, [str(out), str(tmp_path / "typo")], 0, "ana")
     (out / "night" / "run.json").write_text("{")
-    with pytest.raises(StorageError, match="what bundle run night needs cannot be told"):
+    with pytest.raises(StorageError, match="what bundle run night needs is not known"):
         prune(registry, [str(out)], 0, "ana")
     assert len(registry.storage.names("bundles")) == 5
 

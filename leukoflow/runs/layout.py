@@ -38,7 +38,7 @@ class RunKey:
     SLIDES: Final = "slides.parquet"
     DUPLICATES: Final = "duplicates.parquet"
     REPORT: Final = "report.html"
-    DRIFT: Final = "drift.json"
+    DRIFT: Final = "drift.json"  # of a bundle, too: the reference beside its bundle.json
     MANIFEST: Final = "manifest.json"
     SHADOW: Final = "shadow.json"
 
@@ -53,7 +53,7 @@ class RunKey:
     ACTIVATIONS: Final = "activations.zarr"
     STORES: Final = (MASKS, FEATURES, ACTIVATIONS)
 
-    # what an unfinished run hands over at its deadline
+    # what an unfinished run hands over at its deadline; it goes when the run is finished
     PARTIAL: Final = "partial"
     PARTIAL_SLIDES: Final = "partial/slides.parquet"
     PARTIAL_REPORT: Final = "partial/report.html"
@@ -68,7 +68,9 @@ class RunKey:
     FAILURES: Final = "failures"
     HEARTBEAT: Final = "heartbeat.json"
     LOCK: Final = "compact.lock"  # held while the run's files are compacted, erased from or corrected
-    INTENT: Final = "amend.json"  # there while an erasure or a correction comes into force
+    INTENT: Final = (
+        "amend.json"  # there while an erasure or a correction comes into force: nobody repairs the run before
+    )
 
     FILES: Final = (
         BINDING, PLAN, MISSING, SLIDES, DUPLICATES, REPORT, DRIFT, MANIFEST, SHADOW, HEARTBEAT, LOCK, INTENT,
@@ -170,10 +172,10 @@ class OutKey:
 
     NIGHTS_PAGE: Final = "nights.html"
     NIGHTS: Final = "nights.json"
-    BASELINE: Final = "_baseline/drift.json"
+    BASELINE: Final = "_baseline/drift.json"  # what the drift of the folder's runs is measured against
     AUDIT: Final = "audit.jsonl"
     AUDIT_LOCK: Final = "audit.lock"
-    WEB_AUDIT: Final = "web-audit.jsonl"
+    WEB_AUDIT: Final = "web-audit.jsonl"  # who saw what in the web application, in the form of the audit log
     INBOX: Final = "inbox"
 
     RESERVED: Final = (INBOX, NIGHTS_PAGE, NIGHTS, AUDIT, AUDIT_LOCK, WEB_AUDIT)

@@ -44,12 +44,6 @@ _CLUSTERS = 64  # slides are drawn again as a whole; more of them than this shar
 _BLOCK = 16  # neighbouring fields that count as one slide where nothing says which slide a field is of
 _GROUPS = 40  # pairs of site and scanner that are told apart
 
-NAME = RunKey.DRIFT
-"""A run's summary, beside its manifest; and a bundle's reference, beside its `bundle.json`."""
-
-BASELINE = OutKey.BASELINE
-"""The reference of an output folder."""
-
 Level = Literal["few", "none", "watch", "act"]
 Counts = NDArray[np.int64]
 
@@ -373,7 +367,7 @@ def stored_facts(root: str, manifest: RunManifest) -> DriftFacts:
     """The summary of a finished run: the one it has left, or a new one where that is absent or another run's."""
     storage = Storage(root)
     try:
-        found = facts_from(storage.read(NAME), storage.uri(NAME))
+        found = facts_from(storage.read(RunKey.DRIFT), storage.uri(RunKey.DRIFT))
         if found.runs == (manifest.run_id,) and found.bundle_digest == manifest.bundle_digest:
             return found
     except (FileNotFoundError, StorageError):
@@ -490,7 +484,7 @@ def find_reference(out: str, bundle_dir: str, setting: str | None = None) -> tup
             raise ConfigError(
                 f"drift reference {setting} does not exist; `leukoflow drift reference` makes one"
             ) from None
-    for root, key in ((bundle_dir, NAME), (out, BASELINE)):
+    for root, key in ((bundle_dir, RunKey.DRIFT), (out, OutKey.BASELINE)):
         storage = Storage(root)
         try:
             return facts_from(storage.read(key), storage.uri(key)), storage.uri(key)

@@ -23,7 +23,7 @@ from leukoflow.runs.progress import ProgressReader, RunBinding, list_runs
 from leukoflow.runs.receipts import Counts
 from leukoflow.runs.records import CLASSES
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.monitor.drift import NAME, Drift, compare, facts_from, find_reference
+from leukoflow.tasks.monitor.drift import Drift, compare, facts_from, find_reference
 from leukoflow.tasks.monitor.nights import LEVELS, STATUSES, RunFacts, bundle_dir, read_run
 
 FRESH_SECONDS = 10.0
@@ -214,9 +214,9 @@ class RunsCollector(Collector):
             storage = Storage(f"{self.out}/{run.run_id}")
             if found is None:
                 return ()
-            key = (run.run_id, storage.stamp(NAME), found[1], found[0].made_at)
+            key = (run.run_id, storage.stamp(RunKey.DRIFT), found[1], found[0].made_at)
             if self._drift[0] != key:
-                mine = facts_from(storage.read(NAME), NAME)
+                mine = facts_from(storage.read(RunKey.DRIFT), RunKey.DRIFT)
                 other = mine.bundle_digest != found[0].bundle_digest
                 self._drift = (key, compare(mine.counts(), found[0].counts(), image_only=other))
         except (LeukoflowError, OSError):

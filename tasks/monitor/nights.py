@@ -31,7 +31,6 @@ from leukoflow.tasks.monitor.drift import (
     CHANCE,
     MIN_FIELDS,
     MIN_SLIDES,
-    NAME,
     WATCH,
     Drift,
     DriftFacts,
@@ -294,9 +293,9 @@ def _drift_facts(root: str, run: RunFacts, notes: list[str]) -> DriftFacts | Non
     except (LeukoflowError, OSError) as error:
         notes.append(f"run {run.run_id}: its drift is not known, since its tables cannot be read ({words_of(error)})")
         return None
-    if not storage.exists(NAME):
+    if not storage.exists(RunKey.DRIFT):
         with suppress(LeukoflowError, OSError):  # who may only read OUT still gets the page
-            storage.write(NAME, facts_bytes(facts))
+            storage.write(RunKey.DRIFT, facts_bytes(facts))
     return facts
 
 

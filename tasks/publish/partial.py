@@ -20,9 +20,6 @@ from leukoflow.tasks.publish.ranking import RANKED, rank_slides
 from leukoflow.tasks.report.run_report import build_report
 from leukoflow.tasks.store.slides import slide_of
 
-FOLDER = RunKey.PARTIAL
-"""Holds what an unfinished run has handed over; it goes when the run is finished."""
-
 PARTIAL_SLIDES = SLIDES.append(pa.field("n_planned", pa.int32(), nullable=False))
 """As SLIDES, over the images that are done so far, and how many images of the slide there are in all."""
 

@@ -26,9 +26,6 @@ _WINDOW = 256
 MERGED_STAGE = Stage.PREDICTIONS
 """The stage whose parts are merged by compacting; they are Parquet and nothing else."""
 
-INTENT = RunKey.INTENT
-"""Lies in a run while a patient is erased from it or corrected in it: nobody repairs the run before that is done."""
-
 S = TypeVar("S")
 T = TypeVar("T")
 
@@ -153,7 +150,7 @@ def in_order(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
 
 def check_intent(storage: Storage) -> None:
     """Raises StorageError where erasing or correcting a patient was cut off: what is there is half old, half new."""
-    if storage.exists(INTENT):
+    if storage.exists(RunKey.INTENT):
         out = storage.root.rpartition("/")[0]
         raise StorageError(
             f"{storage.root}: erasing or correcting a patient is under way or was cut off; finish it with the same "

@@ -21,10 +21,6 @@ from leukoflow.runs.layout import OutKey
 from leukoflow.runs.progress import now
 from leukoflow.storage.base import Storage
 
-LOG = OutKey.AUDIT
-WEB_LOG = OutKey.WEB_AUDIT
-"""Who saw what in the web application; the same form, written by `apps.web.trail`."""
-
 NOTHING = "0" * 64
 """What the first line names as the digest of the line before it."""
 
@@ -86,7 +82,7 @@ def _entry(line: bytes) -> AuditEntry | None:
         return None
 
 
-def verify_log(out: str, name: str = LOG) -> AuditVerdict | None:
+def verify_log(out: str, name: str = OutKey.AUDIT) -> AuditVerdict | None:
     """Look through a log of an output folder; None where there is none."""
     try:
         return check_log(Storage(out).read(name))
@@ -99,14 +95,14 @@ def append(
 ) -> AuditEntry:
     """Add an entry; the caller holds the lock. Raises StorageError where the log was tampered with."""
     try:
-        data = storage.read(LOG)
+        data = storage.read(OutKey.AUDIT)
     except FileNotFoundError:
         data = b""
     verdict = check_log(data)
     if verdict.problems:
         raise StorageError(
-            f"{storage.uri(LOG)} was tampered with ({verdict.problems[0]}), and nothing is done without a log: find "
-            "out what happened, then move the file aside, and a new log is started"
+            f"{storage.uri(OutKey.AUDIT)} was tampered with ({verdict.problems[0]}), and nothing is done without a log: "
+            "find out what happened, then move the file aside, and a new log is started"
         )
     entry = AuditEntry(
         number=verdict.entries + 1,
@@ -118,5 +114,5 @@ def append(
         details=tuple((details or {}).items()),
         previous=verdict.head,
     )
-    storage.write(LOG, data + line_of(entry) + b"\n")  # whole or not at all, so that no line is ever torn
+    storage.write(OutKey.AUDIT, data + line_of(entry) + b"\n")  # whole or not at all, so that no line is ever torn
     return entry

@@ -23,7 +23,6 @@ from leukoflow.storage.base import Storage
 from leukoflow.tasks.intake.open_run import shadow_id
 from leukoflow.tasks.upkeep.diff import RunDiff, diff_runs
 
-SUMMARY = RunKey.SHADOW
 _NOT_TAKEN = (
     "source", "out", "run_id", "bundle", "bundles", "manifest", "manifest_sha256", "reuse", "shadow_of", "device",
     "cluster", "deadline", "at_deadline", "urgent",

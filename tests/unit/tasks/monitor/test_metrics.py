@@ -23,10 +23,11 @@ from prometheus_client.parser import text_string_to_metric_families
 from leukoflow.cluster.telemetry import WORKER_METRICS, told
 from leukoflow.core.codec import dumps
 from leukoflow.core.errors import ConfigError
+from leukoflow.runs.layout import OutKey
 from leukoflow.runs.progress import Heartbeat, now
 from leukoflow.runs.records import Marker, PartRef, Shard, ShardReceipt
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.monitor.drift import BASELINE, facts_bytes
+from leukoflow.tasks.monitor.drift import facts_bytes
 from leukoflow.tasks.monitor.metrics import METRICS, RunsCollector, exposition, metrics_endpoint
 
 DASK = {"dask_scheduler_workers"}
@@ -38,7 +39,7 @@ def out(tmp_path: Path) -> str:
     for day in (1, 2, 3):
         put(place, f"Ottoline-{day}", day, shift=4.0 if day == 3 else 0.0, missing=day)
     put(place, "died", 4, finished=False)
-    Storage(place).write(BASELINE, facts_bytes(facts("Ottoline-1", 1)))
+    Storage(place).write(OutKey.BASELINE, facts_bytes(facts("Ottoline-1", 1)))
     return place
 
 

@@ -17,9 +17,10 @@ from typer.testing import CliRunner
 from leukoflow.apps.cli.main import app
 from leukoflow.core.codec import dumps
 from leukoflow.core.errors import ConfigError, StorageError
+from leukoflow.runs.layout import OutKey
 from leukoflow.runs.progress import now
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.monitor.drift import BASELINE, QUANTITIES, DriftFacts, Group, facts_bytes
+from leukoflow.tasks.monitor.drift import QUANTITIES, DriftFacts, Group, facts_bytes
 from leukoflow.tasks.monitor.nights import Nights, gather, night_of, nights_json
 from leukoflow.tasks.report.nights_report import nights_page
 
@@ -33,7 +34,9 @@ def out(tmp_path: Path) -> str:
     put(place, "second-5", 5, quarantined=10)
     put(place, "died", 6, finished=False)
     reference = facts("night-1", 1)
-    Storage(place).write(BASELINE, facts_bytes(replace(reference, groups=(*reference.groups, *facts("n", 2).groups))))
+    Storage(place).write(
+        OutKey.BASELINE, facts_bytes(replace(reference, groups=(*reference.groups, *facts("n", 2).groups)))
+    )
     return place
 
 
@@ -118,7 +121,7 @@ def test_what_cannot_be_read_becomes_a_note(out: str) -> None:
     assert [str(n.night)[-1] for n in found.nights if n.runs] == ["1", "3", "4", "5", "6"]
     assert any("run night-2 cannot be read" in note for note in found.notes)
     assert any("run broken cannot be read" in note for note in found.notes)
-    Storage(out).delete(BASELINE)
+    Storage(out).delete(OutKey.BASELINE)
     assert any("no drift reference" in note for note in seen(out).notes)
 
 

@@ -15,13 +15,14 @@ from typer.testing import CliRunner
 
 from leukoflow.apps.cli.main import app
 from leukoflow.core.errors import ConfigError, StorageError
+from leukoflow.runs.layout import OutKey
 from leukoflow.runs.progress import read_manifest
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.intake.open_run import Run, open_run
 from leukoflow.tasks.intake.patient_key import pseudonym
 from leukoflow.tasks.publish.ranking import rank_slides
 from leukoflow.tasks.store.compact import compact_run
-from leukoflow.tasks.upkeep.audit import LOG, verify_log
+from leukoflow.tasks.upkeep.audit import verify_log
 from leukoflow.tasks.upkeep.correct import correct_patient
 from leukoflow.tasks.upkeep.erase import erase_patient
 from leukoflow.tasks.upkeep.verify import verify_run
@@ -95,7 +96,7 @@ def test_all_runs_missing_images_and_what_follows(night: Run, copy: Path, monkey
     found = correct_patient(str(out), RUTH, JANE)
     assert [(f.run_id, f.missing) for f in found] == [("night", 1), ("second", 1)]
     assert pq.read_table(copy / "missing.parquet")["patient_id"].to_pylist() == [RUTH]
-    text = (out / LOG).read_text()
+    text = (out / OutKey.AUDIT).read_text()
     assert not any(word in text for word in (JANE, RUTH, "jane", "ruth"))
     entries = [json.loads(line) for line in text.splitlines()]
     assert [e["action"] for e in entries] == ["correct", "corrected"] * 2

@@ -16,6 +16,7 @@ from typer.testing import CliRunner
 
 from leukoflow.apps.cli.main import app
 from leukoflow.core.errors import ConfigError, StorageError
+from leukoflow.runs.layout import OutKey
 from leukoflow.runs.progress import read_manifest
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.inference.shard import adopt_stages
@@ -23,7 +24,7 @@ from leukoflow.tasks.intake.open_run import Run, open_run
 from leukoflow.tasks.intake.patient_key import pseudonym
 from leukoflow.tasks.store.compact import compact_run
 from leukoflow.tasks.upkeep.amendment import rows_of
-from leukoflow.tasks.upkeep.audit import LOG, verify_log
+from leukoflow.tasks.upkeep.audit import verify_log
 from leukoflow.tasks.upkeep.erase import erase_patient
 from leukoflow.tasks.upkeep.patients import patient_name
 from leukoflow.tasks.upkeep.verify import verify_run
@@ -123,7 +124,7 @@ def test_the_log_does_not_name_the_patient(copy: Path) -> None:
     manifest = read_manifest(Storage(str(copy)))
     shutil.copytree(copy, copy.parent / "second")
     erase_patient(str(copy.parent), MARY)
-    text = (copy.parent / LOG).read_text()
+    text = (copy.parent / OutKey.AUDIT).read_text()
     assert MARY not in text
     assert "mary" not in text
     entries = [json.loads(line) for line in text.splitlines()]

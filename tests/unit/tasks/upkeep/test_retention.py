@@ -22,7 +22,7 @@ from leukoflow.runs.lock import held
 from leukoflow.runs.progress import Heartbeat, RunBinding, now, read_manifest, read_state
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.intake.open_run import Run, bound_config, open_run
-from leukoflow.tasks.upkeep.audit import LOG, verify_log
+from leukoflow.tasks.upkeep.audit import verify_log
 from leukoflow.tasks.upkeep.retention import Candidate, decide, plan_retention, retain
 
 MOMENT = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -127,12 +127,12 @@ def test_runs_go_and_the_log_tells(night: Run, out: Path) -> None:
     assert why["base"] == "run user reuses it"
     assert "cannot be read" in why["torn"]
     assert why["old"] == "finished, not active for 100 days"
-    assert not (out / LOG).exists()
+    assert not (out / OutKey.AUDIT).exists()
     sha256 = hashlib.sha256((out / "old" / "manifest.json").read_bytes()).hexdigest()
     done = retain(str(out), 30, 0)
     assert [(d.run_id, d.delete, d.why, d.bytes) for d in done] == [(d.run_id, d.delete, d.why, d.bytes) for d in dry]
-    assert sorted(p.name for p in out.iterdir()) == [LOG, "base", "busy", "notes", "torn", "user", "young"]
-    entries = [json.loads(line) for line in (out / LOG).read_text().splitlines()]
+    assert sorted(p.name for p in out.iterdir()) == [OutKey.AUDIT, "base", "busy", "notes", "torn", "user", "young"]
+    entries = [json.loads(line) for line in (out / OutKey.AUDIT).read_text().splitlines()]
     assert [(e["action"], e["run_id"]) for e in entries] == [
         ("delete", "old"), ("deleted", "old"), ("delete", "killed"), ("deleted", "killed"),
     ]  # fmt: skip
@@ -263,7 +263,7 @@ def test_the_command_says_what_goes_and_verify_checks_the_log(out: Path) -> None
         shutil.rmtree(out / name)
     log = invoke("verify", str(out))
     assert (log.exit_code, "4 entries" in log.output) == (0, True), log.output
-    (out / LOG).write_bytes((out / LOG).read_bytes().replace(b"killed", b"saved_"))
+    (out / OutKey.AUDIT).write_bytes((out / OutKey.AUDIT).read_bytes().replace(b"killed", b"saved_"))
     log = invoke("verify", str(out))
     assert log.exit_code == 1
     assert "audit log was tampered with" in log.output

@@ -68,9 +68,7 @@ class RunKey:
     FAILURES: Final = "failures"
     HEARTBEAT: Final = "heartbeat.json"
     LOCK: Final = "compact.lock"  # held while the run's files are compacted, erased from or corrected
-    INTENT: Final = (
-        "amend.json"  # there while an erasure or a correction comes into force: nobody repairs the run before
-    )
+    INTENT: Final = "amend.json"  # there while an erasure or a correction comes into force; no repair before that
 
     FILES: Final = (
         BINDING, PLAN, MISSING, SLIDES, DUPLICATES, REPORT, DRIFT, MANIFEST, SHADOW, HEARTBEAT, LOCK, INTENT,

@@ -101,8 +101,8 @@ def append(
     verdict = check_log(data)
     if verdict.problems:
         raise StorageError(
-            f"{storage.uri(OutKey.AUDIT)} was tampered with ({verdict.problems[0]}), and nothing is done without a log: "
-            "find out what happened, then move the file aside, and a new log is started"
+            f"{storage.uri(OutKey.AUDIT)} was tampered with ({verdict.problems[0]}), and nothing is done without a "
+            "log: find out what happened, then move the file aside, and a new log is started"
         )
     entry = AuditEntry(
         number=verdict.entries + 1,

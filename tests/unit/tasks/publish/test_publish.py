@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -18,13 +17,11 @@ from leukoflow.core.errors import ReconciliationError
 from leukoflow.models.bundle import random_bundle
 from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.records import Shard
-from leukoflow.runs.schema import SLIDES
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.inference.shard import ShardJob, classify, extract, marker_key, prepare, segment
 from leukoflow.tasks.intake.open_run import Run, open_run
 from leukoflow.tasks.intake.plan import shards
 from leukoflow.tasks.publish.publish import publish
-from leukoflow.tasks.publish.ranking import rank_slides
 
 
 @pytest.fixture(scope="module")
@@ -141,63 +138,6 @@ def test_remarks_on_the_source_are_notes_of_the_run(made: Callable[[Path], Run],
     manifest = publish(odd, 1.0, 2.0, 20)
     assert manifest.notes == ("the tar archive has a volume label",)
     assert manifest.exit_code == 3  # as without: members are quarantined, none is missing
-
-
-# --- slides ----------------------------------------------------------------------------------------------------------
-
-
-def field(slide: str | None, status: str = "predicted", malignant: float = 0.5, key: str = "f/1.jpg") -> dict[str, Any]:
-    p: list[float | None] = [1 - malignant, malignant, 0.0, 0.0] if status == "predicted" else [None] * 4
-    names = ("prob_benign", "prob_early", "prob_pre", "prob_pro")
-    return {
-        "run_id": "night",
-        "image_key": key, "slide_id": slide, "patient_id": None, "site": None, "status": status, "n_cells": 4,
-        **dict(zip(names, p, strict=True)),
-    }  # fmt: skip
-
-
-def ranked(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    table = rank_slides(rows)
-    assert table.schema.equals(SLIDES)
-    return table.to_pylist()
-
-
-def test_slides_are_ranked_by_urgency() -> None:
-    rows = [field("calm", malignant=0.1)] * 8 + [field("ill", malignant=0.9)] * 8 + [field("blurred", "rejected")] * 3
-    found = ranked(rows)
-    assert {s["run_id"] for s in found} == {"night"}
-    assert [(s["rank"], s["slide_id"]) for s in found] == [(1, "ill"), (2, "blurred"), (3, "calm")]
-    ill, blurred, calm = found
-    assert ill["urgency"] == pytest.approx((8 * 0.9 + 1) / 10)
-    assert blurred["urgency"] == 0.5  # silence is no health
-    assert (blurred["label"], blurred["n_rejected"], blurred["n_images"]) == (None, 3, 3)
-    assert (calm["label"], ill["label"]) == ("Benign", "Early")
-    assert (ill["n_malignant"], calm["n_malignant"], ill["n_cells"]) == (8, 0, 32)
-
-
-def test_few_fields_speak_less_loudly_than_many() -> None:
-    found = ranked([field("one", malignant=0.95)] + [field("many", malignant=0.9)] * 20)
-    assert [s["slide_id"] for s in found] == ["many", "one"]
-
-
-def test_without_a_manifest_folders_are_slides() -> None:
-    found = ranked([field(None, key="a/b/1.jpg"), field(None, key="a/b/2.jpg"), field(None, key="3.jpg"), field("a/b")])
-    assert {(s["slide_id"], s["grouping"]): s["n_images"] for s in found} == {
-        ("a/b", "folder"): 2, (".", "folder"): 1, ("a/b", "manifest"): 1,
-    }  # fmt: skip
-
-
-def test_the_most_suspicious_field_is_named() -> None:
-    found = ranked([field("s", malignant=m, key=f"{m}.jpg") for m in (0.2, 0.8, 0.4)])
-    assert (found[0]["top_image_key"], found[0]["top_confidence"]) == ("0.8.jpg", pytest.approx(0.8))
-    assert np.isclose(found[0]["malignant_score"], 1.4 / 3)
-
-
-def test_a_slide_has_the_patient_that_any_of_its_fields_names() -> None:
-    named = {**field("S1"), "patient_id": "p_7", "site": "north"}
-    for rows in ([field("S1"), named], [named, field("S1")]):
-        (slide,) = ranked(rows)
-        assert (slide["slide_id"], slide["patient_id"], slide["site"], slide["n_images"]) == ("S1", "p_7", "north", 2)
 
 
 @pytest.mark.parametrize("when", ["before", "amid", "at last"])

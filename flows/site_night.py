@@ -1,7 +1,8 @@
 """A site's night: finish what was cut off, take what has arrived, screen it, and say what is missing.
 
 The claim is what makes a night safe to kill: what was taken is written down, with run ids, before anything is done with
-it (`leukoflow/runs/ledger.py`). The next night finds claims without an outcome and does them first.
+it (`leukoflow/runs/ledger.py`). Whoever comes next finds claims without an outcome and does them first. What became of
+nights, looked back at over all runs of an output folder, is `tasks/monitor/nights.py`.
 """
 
 from __future__ import annotations

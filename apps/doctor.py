@@ -269,9 +269,10 @@ def _check_started(kind: str) -> Check:
 
 def check_storage(out: str) -> Iterator[Check]:
     """Check that the destination takes writes, refuses to create a key twice, and has room."""
-    from leukoflow.storage.base import Storage, is_full
+    from leukoflow.storage.local import is_full
+    from leukoflow.storage.opening import open_storage
 
-    storage = Storage(out)
+    storage = open_storage(out)
     existed = not storage.is_local or Path(storage.root).exists()
     key = f"_doctor-{uuid.uuid4().hex[:8]}"
     remedy = "choose another --out, or correct its permissions"

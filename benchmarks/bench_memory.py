@@ -52,7 +52,7 @@ def large_archive(path: Path, images: int, side: int = 8000) -> None:
 def measure(source: Path, bundle: str, out: str) -> tuple[dict[str, float], float, float]:
     """Peak resident megabytes by kind of process, processing seconds and start-up seconds of one run."""
     from leukoflow.runs.progress import list_runs, read_manifest
-    from leukoflow.storage.base import Storage
+    from leukoflow.storage.opening import open_storage
 
     command = [
         sys.executable,
@@ -84,7 +84,7 @@ def measure(source: Path, bundle: str, out: str) -> tuple[dict[str, float], floa
                 continue
         time.sleep(0.2)
     (run,) = [r for r in list_runs(out) if r.startswith(source.stem)]
-    manifest = read_manifest(Storage(out).child(run))
+    manifest = read_manifest(open_storage(out).child(run))
     if manifest is None:
         raise SystemExit(f"the run over {source} did not finish: {log.read_text()[-2000:]}")
     return peaks, manifest.processing_seconds, manifest.startup_seconds

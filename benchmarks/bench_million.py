@@ -168,9 +168,9 @@ def main() -> None:
         print("not finished; the same command goes on")
         return
     from leukoflow.runs.progress import read_manifest
-    from leukoflow.storage.base import Storage
+    from leukoflow.storage.opening import open_storage
 
-    manifest = read_manifest(Storage(str(folder / "out" / "million")))
+    manifest = read_manifest(open_storage(str(folder / "out" / "million")))
     if manifest is None:
         raise SystemExit(f"the run failed; see {folder / 'log'}")
     print(

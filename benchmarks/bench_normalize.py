@@ -16,7 +16,8 @@ import pytest
 from numpy.typing import NDArray
 
 from leukoflow.core.method import NormalizeSettings
-from leukoflow.tasks.imaging.normalize import mask_overlays, normalize
+from leukoflow.tasks.imaging.normalize import normalize
+from leukoflow.tasks.imaging.overlays import mask_overlays
 
 REINHARD_CLAHE = NormalizeSettings(mask_overlays=False, multiscale=False)
 

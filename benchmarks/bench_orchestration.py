@@ -34,7 +34,7 @@ def plain_worker(
     from leukoflow.core.config import LimitSettings
     from leukoflow.models.bundle import load_bundle
     from leukoflow.runs.records import Shard
-    from leukoflow.sources.members import identify
+    from leukoflow.sources.identify import identify
     from leukoflow.tasks.inference.chain import diagnose_block, load_networks
     from leukoflow.tasks.inference.stages import prepare
     from leukoflow.tasks.inference.worker import open_plan
@@ -92,7 +92,7 @@ def plain(source: str, bundle: str, members: int, size: int = SHARD, processes: 
 def whole(source: str, bundle: str, size: int = SHARD, workers: int = 2) -> float:
     """Seconds that the run itself reports for its processing."""
     from leukoflow.runs.progress import list_runs, read_manifest
-    from leukoflow.storage.base import Storage
+    from leukoflow.storage.opening import open_storage
 
     with tempfile.TemporaryDirectory() as out:
         command = [sys.executable, "-m", "leukoflow", "run", source, "--out", out, "--bundle", bundle]
@@ -101,7 +101,7 @@ def whole(source: str, bundle: str, size: int = SHARD, workers: int = 2) -> floa
         subprocess.run(command, check=False, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         elapsed = time.perf_counter() - started
         (run,) = list_runs(out)
-        manifest = read_manifest(Storage(out).child(run))
+        manifest = read_manifest(open_storage(out).child(run))
         if manifest is None:
             raise SystemExit("the run did not finish")
         print(
@@ -120,7 +120,7 @@ def main() -> None:
     parser.add_argument("source")
     parser.add_argument("--bundle", default="pocket")
     options = parser.parse_args()
-    from leukoflow.sources.members import identify
+    from leukoflow.sources.identify import identify
     from leukoflow.tasks.intake.plan import plan
 
     with tempfile.TemporaryDirectory() as scratch:

@@ -17,8 +17,9 @@ from pathlib import Path
 
 import pytest
 
-from leukoflow.sources.members import identify
-from leukoflow.tasks.intake.plan import plan, read_summary
+from leukoflow.sources.identify import identify
+from leukoflow.tasks.intake.plan import plan
+from leukoflow.tasks.intake.plan_file import read_summary
 
 MEMBERS = 1_000_000
 DATA = b"\xff\xd8\xff" + b"0123456789" * 10

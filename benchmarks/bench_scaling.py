@@ -150,9 +150,9 @@ def storage(source: Path, bundle: str, size: int, count: int, milliseconds: floa
             done = subprocess.run(command, env=words, check=False, capture_output=True, text=True)
             os.environ["AWS_ENDPOINT_URL"] = near
             from leukoflow.runs.progress import read_manifest
-            from leukoflow.storage.base import Storage
+            from leukoflow.storage.opening import open_storage
 
-            manifest = read_manifest(Storage(f"s3://lab/out/{name}"))
+            manifest = read_manifest(open_storage(f"s3://lab/out/{name}"))
             if manifest is None:
                 raise SystemExit(done.stdout[-2000:] + done.stderr[-2000:])
             stages = ", ".join(f"{t.stage} {t.seconds:.1f} s" for t in manifest.timings)
@@ -207,9 +207,9 @@ def pipeline(source: Path, bundle: str, folder: Path) -> None:
     from leukoflow.cluster.code import code_digest
     from leukoflow.core.config import ClusterSettings, load_config
     from leukoflow.flows import shard_task
-    from leukoflow.tasks.inference.shard import ShardJob, load_models
+    from leukoflow.tasks.inference.worker import load_models
     from leukoflow.tasks.intake.open_run import open_run
-    from leukoflow.tasks.intake.plan import shards
+    from leukoflow.tasks.intake.plan_file import shards
     from leukoflow.tasks.store.job import ShardJob
 
     leukoflow.cluster.workers.visible_gpus = lambda: ["0"]  # type: ignore[assignment]

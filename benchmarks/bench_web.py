@@ -88,7 +88,7 @@ def parity(folder: Path, fields: int, bundle: str, run: Path | None, threads: in
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from leukoflow.apps.web.engine import Engine
+    from leukoflow.apps.web.engine.engine import Engine
     from leukoflow.core.config import LimitSettings
 
     if run is None:
@@ -160,7 +160,7 @@ def serve(folder: Path, bundle: str, users: int) -> None:
     from argon2 import PasswordHasher
 
     from leukoflow.apps.web.app import create_app
-    from leukoflow.apps.web.engine import Engine
+    from leukoflow.apps.web.engine.engine import Engine
     from leukoflow.apps.web.settings import Rates, WebSettings
     from leukoflow.core.config import LimitSettings
 
@@ -274,7 +274,7 @@ def latency(folder: Path, images: int, bundle: str, threads: int) -> None:
     """Prints how long one field takes, one after the other, once all is warm."""
     import httpx
 
-    from leukoflow.apps.web.engine import Engine
+    from leukoflow.apps.web.engine.engine import Engine
     from leukoflow.core.config import LimitSettings
 
     fields = list(contents(archive(folder, images)).values())[:images]

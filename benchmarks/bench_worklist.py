@@ -30,7 +30,7 @@ from leukoflow.core.codec import dumps
 from leukoflow.runs.progress import RunBinding
 from leukoflow.runs.records import CLASSES, PartRef, PlanSummary, RunManifest, Source, SourceKind, Status
 from leukoflow.runs.schema import CELLS, PREDICTIONS, SCHEMA_VERSION
-from leukoflow.tasks.intake.plan import plan_schema
+from leukoflow.tasks.intake.plan_file import plan_schema
 
 FIELDS = 100_000
 SHARD = 128  # the default, which makes most files
@@ -153,8 +153,12 @@ def write_run(out: Path, fields: int) -> None:
 
 def measure(out: str) -> None:
     """Prints what each step costs, as `what: wall ms, processor ms`."""
-    from leukoflow.tasks.review.verdicts import Action, add_all
-    from leukoflow.tasks.review.worklist import Query, Review, Sort, list_runs, open_run_table, run_key_of, timeline
+    from leukoflow.tasks.review.keys import run_key_of
+    from leukoflow.tasks.review.query import Query, Review, Sort
+    from leukoflow.tasks.review.runs import list_runs, open_run_table
+    from leukoflow.tasks.review.timeline import timeline
+    from leukoflow.tasks.review.verdict_record import Action
+    from leukoflow.tasks.review.verdicts import add_all
 
     key = run_key_of(RUN)
     pa.array(["what the first list brings in"])  # pandas, where it is installed; a server has done so long before

@@ -11,16 +11,17 @@ from prefect.artifacts import create_markdown_artifact, create_table_artifact
 
 from leukoflow.core.errors import ConfigError, words_of
 from leukoflow.flows.events import drift_rows, emit, run_events
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.records import CLASSES, RunManifest
-from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import Run, command_about
-from leukoflow.tasks.monitor.drift import NAME as DRIFT
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import Run
+from leukoflow.tasks.intake.commands import command_about
 from leukoflow.tasks.monitor.drift import facts_bytes, find_reference, run_facts
 from leukoflow.tasks.monitor.metrics import RunsCollector, metrics_endpoint
 from leukoflow.tasks.monitor.nights import GroupDrift, compare_groups
-from leukoflow.tasks.report.page import share
+from leukoflow.tasks.report.numbers import share
 from leukoflow.tasks.report.run_report import build_report
-from leukoflow.tasks.review.worklist import run_key_of
+from leukoflow.tasks.review.keys import run_key_of
 
 
 @contextmanager
@@ -43,7 +44,7 @@ def serve_metrics(run: Run) -> Iterator[None]:
 def write_report(run: Run, manifest: RunManifest) -> None:
     """Write report.html. A report that fails must not turn a finished run into a failed one."""
     try:
-        Storage(run.root).write("report.html", build_report(run.root, manifest).encode())
+        open_storage(run.root).write(RunKey.REPORT, build_report(run.root, manifest).encode())
     except Exception as error:
         get_run_logger().warning(
             "the report could not be built (%s: %s); build it again with: %s",
@@ -59,7 +60,7 @@ def announce(run: Run, manifest: RunManifest, answers: bool) -> None:
     drifts: tuple[GroupDrift, ...] = ()
     try:
         facts = run_facts(run.root, run.run_id, manifest, manifest.bundle_digest)
-        Storage(run.root).write(DRIFT, facts_bytes(facts))
+        open_storage(run.root).write(RunKey.DRIFT, facts_bytes(facts))
         reference = find_reference(run.config.out, str(run.bundle.path), run.config.drift_reference)
         if reference is not None:
             drifts = compare_groups([facts], [reference[0]], "reference")
@@ -80,9 +81,9 @@ def announce(run: Run, manifest: RunManifest, answers: bool) -> None:
 
 def where_the_report_is(run: Run) -> str:
     """Say in Markdown how people come to the report: a browser follows no link from the dashboard to a file."""
-    file = f"File: `{Storage(run.root).uri('report.html')}`"
+    file = f"File: `{open_storage(run.root).uri(RunKey.REPORT)}`"
     if run.config.web_url is None:
-        command = shlex.join(["leukoflow", "serve", Storage(run.config.out).root])
+        command = shlex.join(["leukoflow", "serve", open_storage(run.config.out).root])
         return f"{file}\n\nIn the browser: `{command}`, then open run {run.run_id} there."
     page = f"{run.config.web_url.rstrip('/')}/runs/{run_key_of(run.run_id)}"
     return f"[{run.run_id} in the web application]({page})\n\n{file}"

@@ -15,9 +15,11 @@ from prefect.artifacts import create_markdown_artifact
 
 from leukoflow.core.errors import DeadlineError, RunCancelledError, words_of
 from leukoflow.flows.events import emit
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.progress import ProgressReader, RunProgress
-from leukoflow.tasks.intake.open_run import Run, command_about
-from leukoflow.tasks.publish.partial import FOLDER, Pace, hand_over, lateness
+from leukoflow.tasks.intake.binding import Run
+from leukoflow.tasks.intake.commands import command_about
+from leukoflow.tasks.publish.partial import Pace, hand_over, lateness
 
 POLL_SECONDS = 5.0
 """How often the watch looks at what is committed."""
@@ -47,7 +49,7 @@ def watch_deadline(run: Run, stop: threading.Event, note: Callable[[str], None])
         if watch.stopped:
             raise DeadlineError(
                 f"run {run.run_id} has reached its deadline ({watch.words}) and stops as its settings say; what is "
-                f"done is in {run.root}/{FOLDER}. The next night finishes it, or: {run.binding.command}"
+                f"done is in {run.root}/{RunKey.PARTIAL}. The next night finishes it, or: {run.binding.command}"
             ) from error
         raise
     finally:
@@ -131,7 +133,8 @@ class _Watch:
         self.note(words)
         self.log.warning("run %s: %s", self.run.run_id, words)
         self._artifact(
-            f"**Run {self.run.run_id} is unfinished.** {words}. Partial ranking and report: `{self.run.root}/{FOLDER}/`"
+            f"**Run {self.run.run_id} is unfinished.** {words}. Partial ranking and report: "
+            f"`{self.run.root}/{RunKey.PARTIAL}/`"
         )
 
     def _artifact(self, text: str) -> None:

@@ -16,13 +16,18 @@ from leukoflow.core.counts import count_of
 from leukoflow.core.errors import ClusterError, RunCancelledError, ShardError, StorageError
 from leukoflow.flows.dashboard import Dashboard
 from leukoflow.flows.shard_task import Work, is_worth_a_retry, process_shard, reason_of_failure
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.progress import now
 from leukoflow.runs.records import Shard, ShardReceipt
-from leukoflow.sources.members import spool
-from leukoflow.storage.base import Storage, is_full
-from leukoflow.tasks.inference.shard import committed, open_plan, planned, stage_keys
-from leukoflow.tasks.intake.open_run import Run, command_about, spooled
-from leukoflow.tasks.intake.plan import shards, urgent_first
+from leukoflow.sources.spool import spool
+from leukoflow.storage.local import is_full
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.inference.worker import open_plan, planned
+from leukoflow.tasks.intake.binding import Run
+from leukoflow.tasks.intake.commands import command_about
+from leukoflow.tasks.intake.open_run import spooled
+from leukoflow.tasks.intake.plan_file import shards, urgent_first
+from leukoflow.tasks.store.commit import committed, stage_keys
 
 
 class Dispatch:
@@ -91,7 +96,7 @@ class Dispatch:
         """Count what has become of a shard, and record why it has failed."""
         run, shard = self._work.run, self._on_the_way.pop(future)
         if spooled(run.source):
-            Storage(run.root).delete(self._work.spool_key(shard))
+            open_storage(run.root).delete(self._work.spool_key(shard))
         future.wait()  # takes over the final state; without it the server is asked, which may lag behind
         if future.state.is_completed():
             self._done += 1
@@ -146,7 +151,7 @@ class Dispatch:
 
 def pending_shards(run: Run) -> Iterator[Shard]:
     """Yield the shards that are not wholly committed, in order. What is there is checked in threads, ahead of them."""
-    storage = Storage(run.root)
+    storage = open_storage(run.root)
 
     def is_done(shard: Shard) -> bool:
         found = committed(storage, shard, stage_keys(run.bundle, planned(run.root, shard), run.device))
@@ -178,7 +183,7 @@ def unpack_ahead(work: Work, pending: Iterator[Shard]) -> Iterator[Shard]:
     if not spooled(run.source):
         yield from pending
         return
-    storage = Storage(run.root)
+    storage = open_storage(run.root)
 
     def sink(shard: Shard) -> BinaryIO:
         return storage.writer(work.spool_key(shard))
@@ -197,4 +202,4 @@ def unpack_ahead(work: Work, pending: Iterator[Shard]) -> Iterator[Shard]:
 def record_failure(run: Run, shard: Shard, message: str) -> None:
     """Write down in the run why a shard has failed, for `leukoflow status`."""
     body = json.dumps({"shard": shard.name, "message": message, "at": now()}, ensure_ascii=False)
-    Storage(run.root).write(f"failures/{shard.name}.json", body.encode())
+    open_storage(run.root).write(RunKey.failure(shard.name), body.encode())

@@ -15,7 +15,7 @@ from leukoflow.cluster.workers import local_sizes
 from leukoflow.core.config import ClusterSettings
 from leukoflow.core.counts import count_of
 from leukoflow.flows.dashboard import Dashboard
-from leukoflow.tasks.intake.open_run import Run
+from leukoflow.tasks.intake.binding import Run
 
 logger = logging.getLogger("leukoflow")
 

@@ -12,8 +12,8 @@ from leukoflow.core.config import RunConfig
 from leukoflow.core.errors import LeukoflowError
 from leukoflow.flows.run import screen
 from leukoflow.runs.progress import ProgressReader
-from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import bound_config
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import bound_config
 
 
 @flow(name="leukoflow rerun", flow_run_name="rerun of {run_id}")
@@ -37,6 +37,6 @@ def rerun_config(out: str, run_id: str) -> RunConfig:
 
     Raises StorageError when there is no such run, ConfigError when it did not keep its settings.
     """
-    storage = Storage(out)
+    storage = open_storage(out)
     config = bound_config(ProgressReader(storage.uri(run_id)).binding())
     return config.model_copy(update={"out": storage.root, "deadline": None})

@@ -31,12 +31,14 @@ from leukoflow.flows.dispatch import Dispatch, pending_shards
 from leukoflow.flows.life import describe_wait, drain_on_signals, open_dashboard
 from leukoflow.flows.shard_task import Work
 from leukoflow.runs.heart import Heart, beating
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.runlog import run_log
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.inference.shard import load_models
-from leukoflow.tasks.intake.open_run import Run, open_run, stem
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.inference.worker import load_models
+from leukoflow.tasks.intake.binding import Run, stem
+from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.intake.preflight import preflight
-from leukoflow.tasks.publish.partial import FOLDER as PARTIAL
 from leukoflow.tasks.publish.publish import publish
 
 STATE_NAMES = {0: "Completed", 3: "CompletedWithQuarantined", 4: "CompletedWithMissing"}
@@ -111,8 +113,8 @@ def _screen(run: Run) -> State[Any]:
                 done = _process_shards(run, stop, dashboard, heart)
             heart.phase("writing tables and manifest")
             manifest = publish(run, *done, notes=dashboard.notes())
-        clear_attempts(Storage(run.root))
-        Storage(run.root).delete(PARTIAL)
+        clear_attempts(open_storage(run.root))
+        open_storage(run.root).delete(RunKey.PARTIAL)
         write_report(run, manifest)
         if config.shadow_of is None:  # a shadow run is not the night's result
             dashboard.summary(summary(run, manifest), f"What became of {stem(config.source)}")
@@ -147,7 +149,7 @@ def _process_shards(run: Run, stop: threading.Event, dashboard: Dashboard, heart
             with worker_messages(cluster.client, run.run_id):
                 images = Dispatch(work, stop, dashboard).process(itertools.chain([first], pending))
         finally:
-            Storage(run.root).delete(work.spool)
+            open_storage(run.root).delete(work.spool)
     return started - born, time.time() - started, images
 
 
@@ -158,7 +160,7 @@ def _abort_uploads_at_the_end(run: Run) -> Iterator[None]:
         yield
     finally:
         try:
-            if count := Storage(run.root).abort_uploads():
+            if count := open_storage(run.root).abort_uploads():
                 get_run_logger().info("run %s: %s unfinished uploads were aborted", run.run_id, count)
         except LeukoflowError as error:  # not every store can list them; the operating guide has a rule for those
             get_run_logger().warning("unfinished uploads could not be looked for: %s", error)
@@ -166,7 +168,7 @@ def _abort_uploads_at_the_end(run: Run) -> Iterator[None]:
 
 def clear_attempts(storage: Storage) -> None:
     """Remove what attempts at shards have left; not what others are about to put in place in a finished run."""
-    for name in storage.names("_attempts"):
+    for name in storage.names(RunKey.ATTEMPTS):
         if not name.startswith(OF_OTHERS):
-            storage.delete(f"_attempts/{name}")
-    storage.prune("_attempts")
+            storage.delete(RunKey.attempt(name))
+    storage.prune(RunKey.ATTEMPTS)

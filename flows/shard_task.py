@@ -20,29 +20,18 @@ from prefect.client.schemas.objects import State
 from leukoflow.cluster.cluster import Cluster
 from leukoflow.cluster.code import code_digest
 from leukoflow.core.errors import QUOTING, AttemptError, ClusterError, LeukoflowError, ShardError, place_of
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.records import Shard, ShardReceipt
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.inference.bisect import find_culprits
-from leukoflow.tasks.inference.shard import (
-    ACTIVATIONS,
-    ShardJob,
-    adopt_stages,
-    attempt_prefix,
-    classify,
-    committed,
-    extract,
-    forget,
-    known_culprits,
-    next_of,
-    planned,
-    prepare,
-    recall,
-    segment,
-    stage_keys,
-    started_key,
-    trail_of,
-)
-from leukoflow.tasks.intake.open_run import Run, spooled
+from leukoflow.tasks.inference.stages import classify, extract, next_of, prepare, recall, segment, trail_of
+from leukoflow.tasks.inference.worker import planned
+from leukoflow.tasks.intake.binding import Run
+from leukoflow.tasks.intake.open_run import spooled
+from leukoflow.tasks.store.commit import ACTIVATIONS, adopt_stages, committed, forget, stage_keys
+from leukoflow.tasks.store.facts import known_culprits
+from leukoflow.tasks.store.job import ShardJob, attempt_prefix, started_key
 
 LOSSES = 20
 """How often a shard is started again because its worker died of something else, before that is taken for a fault."""
@@ -64,7 +53,7 @@ class Work:
     cluster: Cluster
     deaths: Counter[int] = field(default_factory=Counter)
     culprits: dict[int, tuple[tuple[int, str], ...]] = field(default_factory=dict)
-    spool: str = field(default_factory=lambda: f"_attempts/spool-{uuid.uuid4().hex[:8]}")
+    spool: str = field(default_factory=lambda: RunKey.new_attempt("spool"))
     """Where members of a compressed tar lie while their shard is processed; no other session writes there."""
 
     def spool_key(self, shard: Shard) -> str:
@@ -131,8 +120,8 @@ def process_shard(work: Work, shard: Shard) -> ShardReceipt:
             f"shard {shard.name}: {LOSSES} workers were lost before they began with it; something on the workers' "
             "machines ends them: look for the out-of-memory killer in the system's log, and use fewer --workers"
         )
-    storage = Storage(work.run.root)
-    storage.delete(f"failures/{shard.name}.json")
+    storage = open_storage(work.run.root)
+    storage.delete(RunKey.failure(shard.name))
     stages = ", ".join(f"{t.stage} {t.seconds:.1f} s" for t in receipt.timings)
     bare = "features" in receipt.resumed and ACTIVATIONS not in receipt.resumed
     log.info(
@@ -146,11 +135,11 @@ def process_shard(work: Work, shard: Shard) -> ShardReceipt:
 
 def _attempt(work: Work, shard: Shard) -> ShardReceipt | None:
     """Try what is missing of a shard; return None when it was lost through no fault of the shard."""
-    job, storage = work.job(shard), Storage(work.run.root)
+    job, storage = work.job(shard), open_storage(work.run.root)
     keys = stage_keys(work.run.bundle, planned(job.root, shard), job.device)
     done = committed(storage, shard, keys)
     if work.run.config.reuse:
-        done = adopt_stages(job, Storage(work.run.config.out).child(work.run.config.reuse), keys, done)
+        done = adopt_stages(job, open_storage(work.run.config.out).child(work.run.config.reuse), keys, done)
     if "masks" in done and "features" not in done:
         known = known_culprits(job)
         if set(job.culprits) - set(known):  # the masks were made before it was known what kills the next stage

@@ -39,10 +39,10 @@ from leukoflow.flows.run import STATE_NAMES, screen
 from leukoflow.runs.ledger import ClaimHead, ClaimOutcome, Ledger, RunOutcome, read_selection
 from leukoflow.runs.progress import HEARTBEAT_SECONDS, ProgressReader, now, read_manifest
 from leukoflow.runs.records import RunManifest
-from leukoflow.sources.members import survey
-from leukoflow.storage.base import Storage
+from leukoflow.sources.survey import survey
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import bound_config
 from leukoflow.tasks.intake.inbox import InboxView, look, take, write_missing
-from leukoflow.tasks.intake.open_run import bound_config
 
 SEVERITY = (1, 130, 2, 4, 3, 0)
 """Exit codes of runs, the worst first: that of a night is the worst of its runs'."""
@@ -169,7 +169,7 @@ def _do_claim(site: Site, ledger: Ledger, head: ClaimHead, deadline: datetime | 
 
 
 def _do_run(site: Site, ledger: Ledger, head: ClaimHead, run_id: str, deadline: datetime | None) -> RunOutcome:
-    storage = Storage(site.out).child(run_id)
+    storage = open_storage(site.out).child(run_id)
     config = run_config(site, ledger, head, run_id, deadline)
     _wait_for_others(storage.root)
     state = screen(config, f"site:{site.name}")
@@ -219,7 +219,7 @@ def run_config(site: Site, ledger: Ledger, head: ClaimHead, run_id: str, deadlin
         }
     )
     try:
-        binding = ProgressReader(Storage(site.out).child(run_id).root).binding()
+        binding = ProgressReader(open_storage(site.out).child(run_id).root).binding()
     except StorageError:
         return config
     return config.bound_as(bound_config(binding))

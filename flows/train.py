@@ -16,7 +16,7 @@ from prefect.task_runners import ThreadPoolTaskRunner
 
 from leukoflow.core.errors import ConfigError
 from leukoflow.core.method import MethodSettings
-from leukoflow.models.bundle import preset
+from leukoflow.models.presets import preset
 from leukoflow.tasks.training.classifier import make_bundle
 from leukoflow.tasks.training.data import Budget, TrainConfig, load_prepared, open_work
 from leukoflow.tasks.training.phases import Phase, run_phase

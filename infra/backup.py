@@ -18,6 +18,7 @@ from pathlib import Path
 
 from infra.postgres import dump, find_binaries, restore
 from infra.processes import StackError
+from leukoflow.runs.layout import RunKey
 
 _DUMP, _RESULTS, _BUNDLES, _RECORD = "prefect.dump", "results", "bundles", "backup.json"
 
@@ -87,19 +88,19 @@ def _copy_results(out: Path, target: Path, earlier: Path | None) -> tuple[dict[s
     unfinished = []
     target.mkdir()
     for entry in sorted(out.iterdir()):
-        if not (entry / "run.json").is_file():
+        if not (entry / RunKey.BINDING).is_file():
             if entry.is_dir():
                 shutil.copytree(entry, target / entry.name)
             else:
                 shutil.copy2(entry, target / entry.name)
             continue
-        if not (entry / "manifest.json").is_file():
+        if not (entry / RunKey.MANIFEST).is_file():
             unfinished.append(entry.name)
             continue
-        digest = _sha256(entry / "manifest.json")
+        digest = _sha256(entry / RunKey.MANIFEST)
         before = None if earlier is None else earlier / _RESULTS / entry.name
-        same = before is not None and (before / "manifest.json").is_file()
-        if same and before is not None and _sha256(before / "manifest.json") == digest:
+        same = before is not None and (before / RunKey.MANIFEST).is_file()
+        if same and before is not None and _sha256(before / RunKey.MANIFEST) == digest:
             shutil.copytree(before, target / entry.name, copy_function=os.link)
         else:
             shutil.copytree(entry, target / entry.name)

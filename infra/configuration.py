@@ -12,7 +12,7 @@ from pathlib import Path
 
 from infra.postgres import Postgres, find_binaries
 from leukoflow.apps.prefect_server import free_port
-from leukoflow.apps.web.accounts import Accounts
+from leukoflow.apps.web.gate.accounts import Accounts
 
 ROOT = Path(__file__).resolve().parent.parent
 PREFIX = "/prefect"

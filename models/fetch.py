@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 
 from leukoflow.core.errors import BundleError, StorageError
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 CACHE = "LEUKOFLOW_CACHE"
 
@@ -23,7 +23,7 @@ def cache_folder() -> Path:
 def read_remote(uri: str) -> bytes:
     """Read the `bundle.json` of a bundle at an `s3://` prefix. Raises BundleError where there is none."""
     try:
-        return Storage(uri).read("bundle.json")
+        return open_storage(uri).read("bundle.json")
     except FileNotFoundError:
         raise BundleError(f"no bundle {uri}: there is no {uri.rstrip('/')}/bundle.json") from None
     except StorageError as error:
@@ -36,7 +36,7 @@ def fetch(uri: str, document: bytes, names: list[str], target: Path) -> None:
     Of several processes that fetch the same bundle at the same time, one wins and the others find its folder. Whoever
     calls checks the digests. Raises BundleError where a file is absent or the store cannot be read.
     """
-    storage = Storage(uri)
+    storage = open_storage(uri)
     target.parent.mkdir(parents=True, exist_ok=True)
     draft = Path(tempfile.mkdtemp(prefix=".fetching-", dir=target.parent))
     try:

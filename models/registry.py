@@ -22,7 +22,7 @@ from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import BundleError, ConfigError, StorageError
 from leukoflow.models.bundle import BundleSpec, load_bundle, spec_digest
 from leukoflow.runs.progress import now
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 VARIABLE = "LEUKOFLOW_BUNDLES"
 APPROVED = "approved"
@@ -150,7 +150,7 @@ _FIGURES = ("accuracy", "macro_f1", "ece")
 
 
 def is_reference(bundle: str) -> bool:
-    """Say whether a setting `bundle` asks the registry: `approved`, or `registry:` with a name, digest or `approved`."""
+    """Say whether a setting `bundle` asks the registry: `approved`, or `registry:` with a name or digest."""
     return bundle == APPROVED or bundle.startswith(PREFIX)
 
 
@@ -167,7 +167,7 @@ class Registry:
     """The registry at a folder or `s3://` prefix."""
 
     def __init__(self, root: str) -> None:
-        self.storage = Storage(root)
+        self.storage = open_storage(root)
 
     # reading
 

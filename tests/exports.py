@@ -16,7 +16,10 @@ from fhir.resources.R4B.observation import Observation
 
 from leukoflow.tasks.intake.patient_key import pseudonym
 from leukoflow.tasks.review.export.stream import Format, Scope, export
-from leukoflow.tasks.review.worklist import RunTable, SlideLine, open_run_table, run_key_of
+from leukoflow.tasks.review.keys import run_key_of
+from leukoflow.tasks.review.lines import SlideLine
+from leukoflow.tasks.review.runs import open_run_table
+from leukoflow.tasks.review.table import RunTable
 
 KEY = b"a key that only these tests have"
 MARY, JANE = pseudonym("mary", KEY), pseudonym("jane", KEY)

@@ -27,21 +27,16 @@ from torch import nn
 from leukoflow.cluster.code import code_digest
 from leukoflow.core.config import RunConfig, load_config
 from leukoflow.models.bundle import Bundle, load_bundle, random_bundle, save_bundle, write_spec
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.imaging.synthetic import write_sample
-from leukoflow.tasks.inference.shard import (
-    ShardJob,
-    adopt_stages,
-    classify,
-    extract,
-    planned,
-    prepare,
-    segment,
-    stage_keys,
-)
-from leukoflow.tasks.intake.open_run import Run, open_run
-from leukoflow.tasks.intake.plan import shards
+from leukoflow.tasks.inference.stages import classify, extract, prepare, segment
+from leukoflow.tasks.inference.worker import planned
+from leukoflow.tasks.intake.binding import Run
+from leukoflow.tasks.intake.open_run import open_run
+from leukoflow.tasks.intake.plan_file import shards
 from leukoflow.tasks.publish.publish import publish
+from leukoflow.tasks.store.commit import adopt_stages, stage_keys
+from leukoflow.tasks.store.job import ShardJob
 
 ROOT = Path(__file__).resolve().parent.parent
 RUN_COLUMNS = ("run_id", "source_uri")
@@ -145,11 +140,11 @@ def finish_here(config: RunConfig) -> Run:
         done: dict[str, Any] = {}
         if config.reuse is not None:
             keys = stage_keys(run.bundle, planned(run.root, shard), run.device)
-            done = adopt_stages(job, Storage(config.out).child(config.reuse), keys, {})
+            done = adopt_stages(job, open_storage(config.out).child(config.reuse), keys, {})
         features = None if "features" in done else extract(job, segment(job, prepare(job, shard.first)))
         classify(job, features, tuple(done))
     publish(run, 1.0, 2.0, run.summary.members)
-    Storage(run.root).delete("_attempts")
+    open_storage(run.root).delete("_attempts")
     return run
 
 

@@ -8,8 +8,9 @@ import numpy as np
 
 from leukoflow.core.codec import dumps
 from leukoflow.runs.progress import Heartbeat, RunBinding, now
-from leukoflow.runs.records import Marker, PartRef, RunManifest, Shard, ShardReceipt, Source, SourceKind, StageTiming
-from leukoflow.storage.base import Storage
+from leukoflow.runs.receipts import StageTiming
+from leukoflow.runs.records import Marker, PartRef, RunManifest, Shard, ShardReceipt, Source, SourceKind
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.monitor.drift import QUANTITIES, DriftFacts, Group, facts_bytes
 
 BUNDLE = "no-such-bundle"
@@ -72,7 +73,7 @@ def facts(run_id: str, seed: int, shift: float = 0.0) -> DriftFacts:
 
 
 def put(out: str, run_id: str, day: int, shift: float = 0.0, finished: bool = True, **changes: int) -> None:
-    storage = Storage(f"{out}/{run_id}")
+    storage = open_storage(f"{out}/{run_id}")
     started = f"2026-03-{day:02d}T22:00:00+00:00"
     storage.write("run.json", dumps(binding(run_id, started)))
     if finished:

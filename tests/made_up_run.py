@@ -6,7 +6,8 @@ from dataclasses import replace
 from typing import Any
 
 from leukoflow.runs.progress import now
-from leukoflow.runs.records import PlanSummary, RunManifest, Source, SourceKind, StageTiming
+from leukoflow.runs.receipts import StageTiming
+from leukoflow.runs.records import PlanSummary, RunManifest, Source, SourceKind
 
 SUMMARY = PlanSummary(Source("smears.zip", SourceKind.ZIP, "1-2", 10), 100, 3, 0, None, 32, "d")
 

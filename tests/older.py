@@ -15,6 +15,7 @@ from leukoflow.core.codec import dumps, loads
 from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.records import CLASSES, Marker, PartRef
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 NEW, OLD = "out of distribution", "foreign"
 
@@ -25,7 +26,7 @@ def as_schema_1(root: Path, abstain: int = 0) -> None:
 
     So many predicted rows of the first shard become abstained ones for that reason first.
     """
-    storage = Storage(str(root))
+    storage = open_storage(str(root))
     manifest = read_manifest(storage)
     assert manifest is not None
     labels: Counter[str] = Counter()

@@ -23,6 +23,7 @@ from leukoflow.apps.cli.common import (
     use_configured_prefect,
 )
 from leukoflow.core.errors import ConfigError, LeukoflowError
+from leukoflow.runs.layout import RunKey
 
 bundles_app = typer.Typer(
     cls=Commands,
@@ -215,9 +216,9 @@ def shadow(
         use_configured_prefect(debug)
         from leukoflow.runs.heart import beating
         from leukoflow.runs.progress import read_manifest
-        from leukoflow.storage.base import Storage
+        from leukoflow.storage.opening import open_storage
         from leukoflow.tasks.intake.open_run import open_run
-        from leukoflow.tasks.upkeep.shadow import SUMMARY, ShadowSummary, shadow_config
+        from leukoflow.tasks.upkeep.shadow import ShadowSummary, shadow_config
 
         config = shadow_config(out, run_id, bundle, workers, cluster)
         with ExitStack() as life:
@@ -231,7 +232,7 @@ def shadow(
 
             with tags("leukoflow", "shadow", f"run:{opened.run_id}"):
                 state = flow(out, config.shadow_of, bundle, workers, cluster, return_state=True)
-        storage = Storage(opened.root)
+        storage = open_storage(opened.root)
         if not state.is_completed():
             outcome = state.result(raise_on_failure=False)
             if isinstance(outcome, BaseException):
@@ -240,7 +241,7 @@ def shadow(
             raise LeukoflowError(f"run {opened.run_id} ended without a manifest: {state.message or state.name}")
         from leukoflow.core.codec import loads
 
-        found = loads(ShadowSummary, storage.read(SUMMARY), storage.uri(SUMMARY))
+        found = loads(ShadowSummary, storage.read(RunKey.SHADOW), storage.uri(RunKey.SHADOW))
         slides = "1 slide is" if found.slides_moved == 1 else f"{found.slides_moved:,} slides are"
         console.print(
             f"{found.moved:,} of {found.images:,} images would get another label or status, {found.changed:,} differ "
@@ -399,8 +400,8 @@ def correct(
         from leukoflow.apps.cli.view.console import open_console
         from leukoflow.apps.cli.view.finished import show_amended
         from leukoflow.tasks.intake.patient_key import patient_key
-        from leukoflow.tasks.upkeep.amend import other_keys_in_words, patient_name, runs_of_other_keys
         from leukoflow.tasks.upkeep.correct import correct_patient
+        from leukoflow.tasks.upkeep.patients import other_keys_in_words, patient_name, runs_of_other_keys
 
         wrong, right = (patient, to) if to is not None else (None, patient if slide is not None else None)
         if right is None or (wrong is None and slide is None):

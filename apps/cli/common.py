@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from leukoflow.core.config import RunConfig
-    from leukoflow.tasks.intake.open_run import Run
+    from leukoflow.tasks.intake.binding import Run
 
 _USAGE = 1  # a mistyped command; 2 is taken by an unusable source
 Debug = Annotated[bool, typer.Option("--debug", help="Show Prefect's log and the traceback of an error.")]
@@ -84,7 +84,7 @@ def reported(debug: bool = False) -> Iterator[None]:
 
 def _system_trouble(error: OSError) -> str:
     """Say what an operator can mend about an error of the system, with the remedy; empty for others."""
-    from leukoflow.storage.base import is_full
+    from leukoflow.storage.local import is_full
 
     scratch = os.environ.get("TMPDIR") or "/tmp"
     if is_full(str(error)) or "No usable temporary directory" in str(error):  # one more look for it would fail as well
@@ -156,7 +156,7 @@ def _carry_out(console: Console, opened: Run, settings: RunConfig, keep_prefect:
     from leukoflow.apps.cli.view.outcome import show_outcome
     from leukoflow.runs.heart import beating
     from leukoflow.runs.progress import read_manifest
-    from leukoflow.storage.base import Storage
+    from leukoflow.storage.opening import open_storage
 
     show_plan(console, opened.run_id, opened.root, opened.summary)
     # What the flow will import takes its seconds on one core while the server starts on the other; Prefect itself must
@@ -177,7 +177,7 @@ def _carry_out(console: Console, opened: Run, settings: RunConfig, keep_prefect:
             if type(error).__module__.partition(".")[0] != "httpx" and "Failed to reach API" not in str(error):
                 raise
             silent = error  # what Prefect was to learn last does not decide what became of the run
-        manifest = read_manifest(Storage(opened.root))
+        manifest = read_manifest(open_storage(opened.root))
     if silent is not None:
         _without_prefect(console, opened.root, silent)
     elif state is not None and (manifest is None or not _well(state)):
@@ -284,10 +284,10 @@ def root_of(out: str, run_id: str) -> str:
 @lru_cache(maxsize=4)
 def reached(out: str) -> str:
     """Return `out` without a slash at its end. A store that cannot be used is reported at once, without retries."""
-    from leukoflow.storage.base import Storage
+    from leukoflow.storage.opening import open_storage
 
     require_named("OUT", out)
-    Storage(out).probe()
+    open_storage(out).probe()
     return out.rstrip("/")
 
 

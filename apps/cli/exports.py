@@ -39,12 +39,13 @@ def export(
         from leukoflow.apps.cli.view.console import open_console
         from leukoflow.core.counts import count_of
         from leukoflow.runs.progress import read_manifest
-        from leukoflow.storage.base import Storage
+        from leukoflow.storage.opening import open_storage
         from leukoflow.tasks.intake.patient_key import patient_key
-        from leukoflow.tasks.review.export import Format, Scope
-        from leukoflow.tasks.review.export import export as pieces
-        from leukoflow.tasks.review.worklist import open_run_named, patient_key_of
-        from leukoflow.tasks.upkeep.amend import patient_name, runs_of_other_keys
+        from leukoflow.tasks.review.export.stream import Format, Scope
+        from leukoflow.tasks.review.export.stream import export as pieces
+        from leukoflow.tasks.review.keys import patient_key_of
+        from leukoflow.tasks.review.runs import open_run_named
+        from leukoflow.tasks.upkeep.patients import patient_name, runs_of_other_keys
 
         kind = next((k for k in Format if to.name.endswith(k.suffix)), None)
         if kind is None:
@@ -68,7 +69,7 @@ def export(
         open_console().print(
             f"{count_of(rows, 'field')} of {run_id} in {to}", soft_wrap=True, highlight=False, markup=False
         )
-        if read_manifest(Storage(root_of(out, run_id))) is None:
+        if read_manifest(open_storage(root_of(out, run_id))) is None:
             open_console().print(
                 f"[yellow]{run_id} is not finished[/]: only what it has done so far is in the file", soft_wrap=True
             )
@@ -91,8 +92,8 @@ def labels(
     """
     with reported(debug):
         from leukoflow.apps.cli.view.console import open_console
-        from leukoflow.tasks.review.export import write_training_set
-        from leukoflow.tasks.review.worklist import run_key_of
+        from leukoflow.tasks.review.export.labels import write_training_set
+        from leukoflow.tasks.review.keys import run_key_of
 
         keys = None if not run_ids else [run_key_of(name) for name in run_ids]
         made = write_training_set(reached(out), to, keys)

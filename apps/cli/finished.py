@@ -21,6 +21,7 @@ from leukoflow.apps.cli.common import (
     use_configured_prefect,
 )
 from leukoflow.core.errors import ConfigError, LeukoflowError
+from leukoflow.runs.layout import OutKey
 
 
 def add_to(app: typer.Typer) -> None:
@@ -50,12 +51,12 @@ def verify(
         from leukoflow.apps.cli.view.console import open_console
         from leukoflow.apps.cli.view.finished import show_audit, show_broken, show_verification
         from leukoflow.apps.cli.view.live import bytes_progress
-        from leukoflow.tasks.upkeep.audit import LOG, WEB_LOG, verify_log
+        from leukoflow.tasks.upkeep.audit import verify_log
         from leukoflow.tasks.upkeep.verify import finished_runs, verify_run
 
         console = open_console()
         names, unfinished = ([run_id], []) if run_id is not None else finished_runs(existing(out))
-        logs = [(file, log) for file in (LOG, WEB_LOG) if (log := verify_log(out, file)) is not None]
+        logs = [(file, log) for file in (OutKey.AUDIT, OutKey.WEB_AUDIT) if (log := verify_log(out, file)) is not None]
         if not names and not unfinished and not logs:
             raise ConfigError(f"{out} holds no run; `leukoflow run SOURCE --out {shlex.quote(out)}` makes one")
         bad = 0
@@ -195,8 +196,8 @@ def erase(
         from leukoflow.apps.cli.view.console import open_console
         from leukoflow.apps.cli.view.finished import show_amended
         from leukoflow.tasks.intake.patient_key import patient_key
-        from leukoflow.tasks.upkeep.amend import other_keys_in_words, patient_names, runs_of_other_keys
         from leukoflow.tasks.upkeep.erase import erase_patient
+        from leukoflow.tasks.upkeep.patients import other_keys_in_words, patient_names, runs_of_other_keys
 
         console = open_console()
         existing(out)

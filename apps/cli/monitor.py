@@ -10,6 +10,7 @@ import typer
 
 from leukoflow.apps.cli.common import Commands, Debug, Out, reported
 from leukoflow.core.errors import ConfigError
+from leukoflow.runs.layout import OutKey
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -53,13 +54,13 @@ def drift_reference(
     """
     with reported(debug):
         from leukoflow.apps.cli.view.console import open_console
-        from leukoflow.storage.base import Storage
-        from leukoflow.tasks.monitor.drift import BASELINE, facts_bytes, merge_reference
+        from leukoflow.storage.opening import open_storage
+        from leukoflow.tasks.monitor.drift import facts_bytes, merge_reference
 
         console = open_console()
         with console.status("reading the runs", spinner="dots"):
             facts = merge_reference(out, run_ids)
-        place, key = _split(to) if to is not None else (Storage(out), BASELINE)
+        place, key = _split(to) if to is not None else (open_storage(out), OutKey.BASELINE)
         place.write(key, facts_bytes(facts))
         _show_reference(console, place.uri(key), facts)
 
@@ -89,10 +90,10 @@ def drift_show(
 
 def _split(file: str) -> tuple[Storage, str]:
     """Return storage and key of a file that is named by path or address."""
-    from leukoflow.storage.base import Storage
+    from leukoflow.storage.opening import open_storage
 
     folder, _, name = (file if "://" in file else str(Path(file).expanduser().absolute())).rpartition("/")
-    return Storage(folder or "/"), name
+    return open_storage(folder or "/"), name
 
 
 def _show_reference(console: Console, place: str, facts: DriftFacts) -> None:
@@ -117,7 +118,7 @@ def _show_reference(console: Console, place: str, facts: DriftFacts) -> None:
 def report_nights(out: str, nights: int, to: str | None) -> None:
     """Write `nights.html` and `nights.json` of the last nights, in OUT or at `to`."""
     from leukoflow.apps.cli.view.console import open_console
-    from leukoflow.storage.base import Storage
+    from leukoflow.storage.opening import open_storage
     from leukoflow.tasks.monitor.nights import gather, nights_json
     from leukoflow.tasks.report.nights_report import nights_page
 
@@ -125,7 +126,7 @@ def report_nights(out: str, nights: int, to: str | None) -> None:
     with console.status("reading the runs", spinner="dots") as status:
         found = gather(out, nights, report=lambda run_id: status.update(f"reading {run_id}"))
         html, facts = nights_page(found).encode(), nights_json(found)
-    place, key = _split(to) if to is not None else (Storage(out), "nights.html")
+    place, key = _split(to) if to is not None else (open_storage(out), OutKey.NIGHTS_PAGE)
     place.write(key, html)
     place.write(f"{key.removesuffix('.html')}.json", facts)
     last = found.nights[-1]

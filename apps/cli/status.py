@@ -9,6 +9,7 @@ import typer
 
 from leukoflow.apps.cli.common import Debug, Out, existing, reached, reported, root_of
 from leukoflow.core.errors import ConfigError, LeukoflowError
+from leukoflow.runs.layout import RunKey
 
 
 def add_to(app: typer.Typer) -> None:
@@ -90,5 +91,5 @@ def report(
         root = root_of(out, run_id)
         reader = ProgressReader(root)
         progress = reader.read()
-        reader.storage.write("report.html", build_report(root, reader.manifest()).encode())
-        open_console().print(f"{reader.storage.uri('report.html')}  ({progress.state})", soft_wrap=True)
+        reader.storage.write(RunKey.REPORT, build_report(root, reader.manifest()).encode())
+        open_console().print(f"{reader.storage.uri(RunKey.REPORT)}  ({progress.state})", soft_wrap=True)

@@ -15,7 +15,7 @@ from leukoflow.core.errors import ConfigError
 if TYPE_CHECKING:
     import socket
 
-    from leukoflow.apps.web.accounts import Accounts
+    from leukoflow.apps.web.gate.accounts import Accounts
     from leukoflow.apps.web.settings import WebSettings
 
 users_app = typer.Typer(
@@ -332,7 +332,7 @@ def users_revoke(
 
 
 def _accounts(users: Path | None) -> Accounts:
-    from leukoflow.apps.web.accounts import Accounts
+    from leukoflow.apps.web.gate.accounts import Accounts
     from leukoflow.apps.web.settings import checked_users_file
 
     refuse_remote(**{"--users": users})

@@ -13,24 +13,25 @@ from fastapi import APIRouter, Depends, Path, Query, Request
 from pydantic import BaseModel, ConfigDict, Field
 from starlette.responses import StreamingResponse
 
-from leukoflow.apps.web.guard import Principal, exporter, reviewer, saw, viewer
-from leukoflow.apps.web.live import STREAM, event, live
-from leukoflow.apps.web.problems import documented, finite
+from leukoflow.apps.web.api.live import STREAM, event, live
+from leukoflow.apps.web.api.problems import documented, finite
+from leukoflow.apps.web.gate.principals import Principal, exporter, reviewer, viewer
+from leukoflow.apps.web.gate.request import saw
 from leukoflow.runs.records import Status
 from leukoflow.tasks.imaging import cytoplasm
 from leukoflow.tasks.review import timeline as timelines
 from leukoflow.tasks.review import verdicts
 from leukoflow.tasks.review.agreement import Agreement
 from leukoflow.tasks.review.agreement import agreement as measure_agreement
-from leukoflow.tasks.review.export import Format, Scope
-from leukoflow.tasks.review.export import export as export_pieces
+from leukoflow.tasks.review.export.stream import Format, Scope
+from leukoflow.tasks.review.export.stream import export as export_pieces
 from leukoflow.tasks.review.lines import FieldLine, Page, PatientLine, Reconciliation, RunLine, SlideLine
 from leukoflow.tasks.review.query import MAX_PAGE, Review, Sort
 from leukoflow.tasks.review.query import Query as ListQuery
 from leukoflow.tasks.review.runs import list_runs, open_run_table
 from leukoflow.tasks.review.table import RunTable
 from leukoflow.tasks.review.timeline import Timeline
-from leukoflow.tasks.review.verdicts import Action, Standing
+from leukoflow.tasks.review.verdict_record import Action, Standing
 
 router = APIRouter(prefix="/api/v1", tags=["runs"])
 

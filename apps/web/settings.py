@@ -10,7 +10,7 @@ from pathlib import Path
 
 from leukoflow.core.config import LimitSettings
 from leukoflow.core.errors import ConfigError
-from leukoflow.tasks.upkeep.audit import WEB_LOG
+from leukoflow.runs.layout import OutKey
 
 ROLES = ("viewer", "reviewer", "admin")
 """Each includes the rights of the ones before it."""
@@ -86,8 +86,8 @@ class WebSettings:
         if self.audit_file is not None:
             return self.audit_file
         if self.out.startswith("s3://"):
-            return self.users_file.with_name(WEB_LOG)
-        return Path(self.out) / WEB_LOG
+            return self.users_file.with_name(OutKey.WEB_AUDIT)
+        return Path(self.out) / OutKey.WEB_AUDIT
 
 
 def default_users_file() -> Path:

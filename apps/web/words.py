@@ -17,8 +17,9 @@ from leukoflow.core.method import SegmentSettings
 from leukoflow.runs.records import CLASSES, Quality, Status
 from leukoflow.tasks.report import numbers
 from leukoflow.tasks.review import wording
+from leukoflow.tasks.review.confidence import Frequency
+from leukoflow.tasks.review.lines import Summary
 from leukoflow.tasks.review.wording import Scale
-from leukoflow.tasks.review.worklist import Frequency, Summary
 
 CLASS_NOTES = {
     "Benign": "haematogones",

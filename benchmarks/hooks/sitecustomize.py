@@ -23,7 +23,7 @@ SIDE = 8
 def _stages(module: Any) -> None:
     import numpy as np
 
-    from leukoflow.runs.records import StageTiming
+    from leukoflow.runs.receipts import StageTiming
     from leukoflow.tasks.imaging.cells import Cells, CellTable
     from leukoflow.tasks.imaging.classify import TileDiagnoses, pool_tiles
     from leukoflow.tasks.imaging.extract import Features

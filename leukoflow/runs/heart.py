@@ -16,7 +16,7 @@ from leukoflow.core.errors import QUOTING, LeukoflowError, RunCancelledError, pl
 from leukoflow.runs.layout import RunKey
 from leukoflow.runs.progress import HEARTBEAT_SECONDS, Heartbeat, now
 from leukoflow.runs.runlog import log_once
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 LAST_WORD_TRIES = 3
 RETRY_SECONDS = 2.0
@@ -30,7 +30,7 @@ class Heart:
     """Writes a run's heartbeat file, in a thread of its own, until `stop`."""
 
     def __init__(self, root: str, phase: str) -> None:
-        self.storage = Storage(root)
+        self.storage = open_storage(root)
         self.dashboard = ""
         self._phase, self._note = phase, ""
         self._last: Heartbeat | None = None
@@ -120,7 +120,7 @@ def beating(root: str, phase: str) -> Iterator[Heart]:
 
     Inside of another such block of this process for the same run, that one's heart is used and goes on beating.
     """
-    key = Storage(root).root
+    key = open_storage(root).root
     outer = _beating.get(key)
     heart = outer or Heart(root, phase)
     if outer is None:

@@ -23,8 +23,9 @@ from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import SourceError, StorageError, words_of
 from leukoflow.runs.layout import LedgerKey, OutKey
 from leukoflow.runs.records import Source, SourceKind
-from leukoflow.sources.members import Entry, identify, survey, unaltered
-from leukoflow.storage.base import Storage
+from leukoflow.sources.identify import identify
+from leukoflow.sources.survey import Entry, survey, unaltered
+from leukoflow.storage.opening import open_storage
 
 CLAIM = pa.schema(
     [
@@ -93,7 +94,7 @@ class Ledger:
     """The claims of one site below one output folder or prefix."""
 
     def __init__(self, out: str, site: str) -> None:
-        self.storage = Storage(out).child(OutKey.ledger(site))
+        self.storage = open_storage(out).child(OutKey.ledger(site))
         self._read: list[tuple[ClaimHead, pa.Table]] = []
 
     def uri(self, number: int) -> str:
@@ -230,7 +231,7 @@ def read_selection(uri: str, run_id: str | None) -> Selection:
     """Read what a claim has taken for a run. Raises StorageError where the claim is absent, or has no such run."""
     folder, _, name = uri.rpartition("/")
     try:
-        _, table = _decode(Storage(folder).read(name), uri)
+        _, table = _decode(open_storage(folder).read(name), uri)
     except FileNotFoundError:
         raise StorageError(f"{uri} does not exist: the run {run_id} takes its images from there; restore it") from None
     mine = table.filter(pc.equal(table["run_id"], run_id))

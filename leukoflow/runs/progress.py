@@ -17,6 +17,7 @@ from leukoflow.runs.layout import OutKey, RunKey, Stage
 from leukoflow.runs.receipts import Counts, RunTotals
 from leukoflow.runs.records import Marker, RunManifest, ShardReceipt
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 State = Literal["running", "finished", "cancelled", "failed", "killed", "unknown"]
 HEARTBEAT_SECONDS = 10.0
@@ -120,7 +121,7 @@ class ProgressReader:
     """Reads a run's progress again and again; markers that were read once are not read again."""
 
     def __init__(self, root: str) -> None:
-        self.storage = Storage(root)
+        self.storage = open_storage(root)
         self._receipts: dict[str, ShardReceipt] = {}
 
     def read(self) -> RunProgress:
@@ -246,7 +247,7 @@ def read_manifest(storage: Storage) -> RunManifest | None:
 
 def list_runs(out: str) -> list[str]:
     """List the run ids below an output folder or prefix."""
-    storage = Storage(out)
+    storage = open_storage(out)
     found = []
     for name in storage.names(""):
         try:

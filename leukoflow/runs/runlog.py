@@ -18,6 +18,7 @@ from leukoflow.cluster.telemetry import WORKER_LOGGER
 from leukoflow.core.errors import StorageError, words_of
 from leukoflow.runs.layout import RunKey
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 LOGGERS = ("leukoflow", "prefect.flow_runs", "prefect.task_runs")
 _open: list[str] = []
@@ -85,7 +86,7 @@ def run_log(root: str, run_id: str) -> Iterator[None]:
     `.log` has what the flow and its tasks say and the workers' warnings; `.jsonl` has that and every stage of the
     workers.
     """
-    storage = Storage(root)
+    storage = open_storage(root)
     name = RunKey.log(f"run-{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}")
     ours, workers = logging.getLogger("leukoflow"), logging.getLogger(WORKER_LOGGER)
     plain = PlainLines("%(asctime)s %(levelname)-7s %(message)s")
@@ -123,7 +124,7 @@ def log_once(root: str, message: str) -> None:
     What goes wrong before a run's log is open would else be in no log. A log that cannot be written is passed over: the
     error itself counts.
     """
-    storage = Storage(root)
+    storage = open_storage(root)
     if storage.root in _open:
         return
     with suppress(StorageError, OSError), run_log(root, storage.root.rpartition("/")[2]):

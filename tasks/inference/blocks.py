@@ -13,7 +13,8 @@ from numpy.typing import NDArray
 
 from leukoflow.core.geometry import FieldGeometry, field_geometry
 from leukoflow.core.method import MethodSettings
-from leukoflow.runs.records import StageTiming, Status
+from leukoflow.runs.receipts import StageTiming
+from leukoflow.runs.records import Status
 from leukoflow.tasks.decoding.ingest import Decoded
 from leukoflow.tasks.imaging.normalize import normalize
 from leukoflow.tasks.imaging.quality import assess

@@ -74,7 +74,7 @@ class TileView:
 
 
 @dataclass(frozen=True, slots=True)
-class Diagnosis:
+class Examination:
     """What one bundle says of one image.
 
     `reason` says why there is no answer, as in a run; `probabilities` and `prediction_set` are empty where nothing was
@@ -184,7 +184,7 @@ def examine(
     limits: LimitSettings,
     decoder: Decoder,
     announce: Callable[[str], None],
-) -> Diagnosis:
+) -> Examination:
     """Diagnose one image: everything that a run would write about it, and its pictures.
 
     Args:
@@ -207,7 +207,7 @@ def examine(
     return _examined(image, um_per_px, models, clock)
 
 
-def _examined(image: Decoded, um_per_px: float | None, models: Models, clock: _Clock) -> Diagnosis:
+def _examined(image: Decoded, um_per_px: float | None, models: Models, clock: _Clock) -> Examination:
     """Do all that follows decoding."""
     from leukoflow.tasks.inference.blocks import prepare_block, prepare_image
     from leukoflow.tasks.inference.chain import diagnose_block
@@ -263,7 +263,7 @@ def _diagnosis(
     cells: pa.Table | None = None,
     tiles: tuple[TileView, ...] = (),
     n_tiles: int = 0,
-) -> Diagnosis:
+) -> Examination:
     """Gather what is said of an image."""
     from leukoflow.tasks.inference.rows import outcome
 
@@ -272,7 +272,7 @@ def _diagnosis(
     if n_tiles > len(tiles):
         remarks = (*remarks, f"pictures of the {len(tiles)} of {n_tiles} tiles that were attended to most")
     assert image.sha256 is not None
-    return Diagnosis(
+    return Examination(
         sha256=image.sha256,
         bundle=models.name,
         bundle_digest=models.digest,

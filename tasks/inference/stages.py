@@ -19,9 +19,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from leukoflow.core.errors import ShardError
-from leukoflow.runs.records import CLASSES, ShardReceipt, StageTiming, Status
-from leukoflow.sources.members import Reader, open_reader
-from leukoflow.storage.base import Storage
+from leukoflow.runs.layout import RunKey
+from leukoflow.runs.receipts import StageTiming
+from leukoflow.runs.records import CLASSES, ShardReceipt, Status
+from leukoflow.sources.reading import Reader, open_reader
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.decoding.ingest import ingest
 from leukoflow.tasks.imaging.cells import Cells, CellTable
 from leukoflow.tasks.imaging.extract import Features
@@ -101,7 +103,7 @@ def _reader(job: ShardJob) -> Iterator[Reader]:
         with open_reader(job.source, member_bytes=bound) as reader:
             yield reader
         return
-    storage = Storage(job.root)
+    storage = open_storage(job.root)
     with tempfile.NamedTemporaryFile(prefix="leukoflow-spool-") as local:
         path = storage.uri(job.spool)
         if not storage.is_local:
@@ -130,7 +132,7 @@ def segment(job: ShardJob, block: Block, before: Trail | None = None) -> Segment
             write_masks(job, semantic, cells, block.to_source, before.rows, before.cells)
             if block.next == job.shard.first + job.shard.count:
                 write_facts(job, facts)
-                roots = (f"masks.zarr/{job.shard.name}", f"fields/part-{job.shard.name}.parquet")
+                roots = (RunKey.group(RunKey.MASKS, job.shard.name), RunKey.part(RunKey.FIELDS, job.shard.name))
                 commit(job, "masks", _keys(job)["masks"], roots)
         timing = StageTiming("segment", time.perf_counter() - started, len(block.facts))
         return Segmented(block, cells, replace(trail, timings=(*trail.timings, timing)))
@@ -190,8 +192,8 @@ def extract(job: ShardJob, segmented: Segmented, before: Trail | None = None) ->
             if block.next == job.shard.first + job.shard.count:
                 keys = _keys(job)
                 # Maps first: who finds the features committed does not come back for maps.
-                commit(job, ACTIVATIONS, keys[ACTIVATIONS], (f"activations.zarr/{job.shard.name}",))
-                commit(job, "features", keys["features"], (f"features.zarr/{job.shard.name}",))
+                commit(job, ACTIVATIONS, keys[ACTIVATIONS], (RunKey.group(RunKey.ACTIVATIONS, job.shard.name),))
+                commit(job, "features", keys["features"], (RunKey.group(RunKey.FEATURES, job.shard.name),))
         trail = segmented.trail
         timing = StageTiming("extract", time.perf_counter() - started, len(block.facts))
         mine = tuple(t for t in before.timings if t.stage == "extract")
@@ -224,12 +226,12 @@ def classify(job: ShardJob, trail: Trail | None, resumed: tuple[str, ...] = ()) 
         keys = [m.image_key for m, f in diagnosed for _ in range(f.n_tiles)]
         scales = [m.um_per_px for m, f in diagnosed for _ in range(f.n_tiles)]
         found_cells = cell_rows(table, offsets, keys, images, to_source, scales, job.run_id)
-        write_parquet(job, f"predictions/part-{job.shard.name}.parquet", rows)
-        write_parquet(job, f"cells/part-{job.shard.name}.parquet", found_cells)
+        write_parquet(job, RunKey.part(RunKey.PREDICTIONS, job.shard.name), rows)
+        write_parquet(job, RunKey.part(RunKey.CELLS, job.shard.name), found_cells)
         receipt = _receipt(job, rows, len(found_cells), trail, resumed, started)
         if receipt.rows != job.shard.count:
             raise ShardError(f"shard {job.shard.name}: {receipt.rows} rows for {job.shard.count} members")
-        roots = (f"predictions/part-{job.shard.name}.parquet", f"cells/part-{job.shard.name}.parquet")
+        roots = (RunKey.part(RunKey.PREDICTIONS, job.shard.name), RunKey.part(RunKey.CELLS, job.shard.name))
         marker = commit(job, "predictions", _keys(job)["predictions"], roots, receipt)
         return marker.receipt or receipt
 

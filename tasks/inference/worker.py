@@ -14,18 +14,19 @@ import pyarrow.parquet as pq
 from distributed import get_worker
 
 from leukoflow.cluster.code import code_digest
-from leukoflow.cluster.telemetry import told
+from leukoflow.cluster.telemetry import stage_telemetry as told
 from leukoflow.core.config import LimitSettings
 from leukoflow.core.errors import AttemptError, ClusterError, ShardError, StorageError
 from leukoflow.core.method import SegmentSettings
 from leukoflow.models.bundle import Bundle, load_bundle
 from leukoflow.models.hybrid_cn_nas import Readout
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.records import Member, Shard
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.decoding.ingest import Decoder
 from leukoflow.tasks.imaging.classify import readout
 from leukoflow.tasks.inference.rows import check_storable
-from leukoflow.tasks.intake.plan import read_shard
+from leukoflow.tasks.intake.plan_file import read_shard
 from leukoflow.tasks.store.job import ShardJob, attempt_prefix, started_key
 
 NOTE_SECONDS = 60.0
@@ -75,14 +76,14 @@ def decoder_of(limits: LimitSettings, settings: str) -> Decoder:
 
 def open_plan(root: str) -> pq.ParquetFile:
     """Open the frozen plan; its footer is read once per process. For one thread: others use `planned`."""
-    return _open_plan(root, Storage(root).stamp("plan.parquet"))
+    return _open_plan(root, open_storage(root).stamp(RunKey.PLAN))
 
 
 @lru_cache(maxsize=2)
 def _open_plan(root: str, stamp: str) -> pq.ParquetFile:
     """Open the plan; `stamp` changes with a run that was deleted and started again while this process lived on."""
-    storage = Storage(root)
-    return pq.ParquetFile(storage.uri("plan.parquet") if storage.is_local else storage.open("plan.parquet"))
+    storage = open_storage(root)
+    return pq.ParquetFile(storage.uri(RunKey.PLAN) if storage.is_local else storage.open(RunKey.PLAN))
 
 
 _plan_lock = threading.Lock()
@@ -118,7 +119,7 @@ def guarded(job: ShardJob, stage: str) -> Iterator[None]:
         raise ClusterError(
             f"this worker runs other code ({code_digest()}) than the flow ({job.code}); restart the workers"
         )
-    if (task := _current_task()) is not None and not Storage(job.root).create(started_key(job, task), b""):
+    if (task := _current_task()) is not None and not open_storage(job.root).create(started_key(job, task), b""):
         raise AttemptError(f"shard {job.shard.name}: results of its {stage} were lost with a worker")
     limit = job.limits.stage_seconds
 
@@ -131,7 +132,9 @@ def guarded(job: ShardJob, stage: str) -> Iterator[None]:
         last.daemon = True
         last.start()
         try:
-            Storage(job.root).write(f"{attempt_prefix(job.shard, job.attempt)}/timeout.json", json.dumps(note).encode())
+            open_storage(job.root).write(
+                f"{attempt_prefix(job.shard, job.attempt)}/timeout.json", json.dumps(note).encode()
+            )
         finally:  # also where no note can be written: the process must go
             os._exit(75)
 
@@ -150,8 +153,8 @@ def _sweep_up(job: ShardJob) -> None:
     """Remove the attempt if the run is finished: the task of a flow that was killed may end after another one's."""
     if job.only is not None:
         return
-    storage = Storage(job.root)
+    storage = open_storage(job.root)
     with suppress(StorageError):
-        if storage.exists("manifest.json"):
+        if storage.exists(RunKey.MANIFEST):
             storage.delete(attempt_prefix(job.shard, job.attempt))
-            storage.prune(f"_attempts/{job.shard.name}")
+            storage.prune(RunKey.attempt(job.shard.name))

@@ -12,13 +12,14 @@ from leukoflow.core.codec import loads
 from leukoflow.core.config import RunConfig, explain
 from leukoflow.core.errors import ConfigError
 from leukoflow.models.bundle import Bundle
+from leukoflow.runs.layout import OutKey, RunKey
 from leukoflow.runs.progress import RunBinding
 from leukoflow.runs.records import PlanSummary, RunManifest, Source
 from leukoflow.storage.base import Storage
 
 _RUN_ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _SHADOW_ID = re.compile(_RUN_ID.pattern + r"-shadow-[0-9a-f]{8}")
-_TAKEN = ("inbox", "nights.html", "nights.json", "audit.jsonl", "audit.lock", "web-audit.jsonl")
+_TAKEN = OutKey.RESERVED
 """What lies beside the runs of an output folder."""
 
 
@@ -42,7 +43,7 @@ class Run:
 def read_binding(storage: Storage) -> RunBinding | None:
     """Read `run.json` of a run; None where there is none."""
     try:
-        return loads(RunBinding, storage.read("run.json"), storage.uri("run.json"))
+        return loads(RunBinding, storage.read(RunKey.BINDING), storage.uri(RunKey.BINDING))
     except (FileNotFoundError, NotADirectoryError):
         return None
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from leukoflow.core.config import RunConfig
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.binding import Run
 
 _SAID: dict[str, Any] = dict.fromkeys(
@@ -42,7 +42,7 @@ def resume_command(config: RunConfig, run_id: str, bundle: str, planned: bool = 
 
 def command_about(run: Run, name: str) -> str:
     """Say how to give command `name` (`status`, `report`) about a run, from wherever it is given."""
-    return shlex.join(["leukoflow", name, Storage(run.config.out).root, run.run_id])
+    return shlex.join(["leukoflow", name, open_storage(run.config.out).root, run.run_id])
 
 
 def _is_relative(place: str | None) -> bool:

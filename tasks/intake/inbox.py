@@ -22,10 +22,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from leukoflow.core.site import ArrivalSettings, Site
+from leukoflow.runs.layout import LedgerKey
 from leukoflow.runs.ledger import CLAIM, ClaimHead, Ledger, Taken
 from leukoflow.runs.progress import now
 from leukoflow.sources.filenames import is_unfinished
-from leukoflow.sources.members import Entry, is_archive, survey
+from leukoflow.sources.survey import Entry, is_archive, survey
 from leukoflow.tasks.intake.binding import stem
 from leukoflow.tasks.intake.manifest import manifest_keys
 from leukoflow.tasks.intake.manifest_fetch import fetch_manifest
@@ -276,8 +277,8 @@ def _with_odd_archives_refused(site: Site, item: Item) -> Item:
 def write_missing(ledger: Ledger, missing: pa.Table) -> None:
     """Write `missing.parquet` in place of the one before; it is absent when nothing is missing."""
     if not len(missing):
-        ledger.storage.delete("missing.parquet")
+        ledger.storage.delete(LedgerKey.MISSING)
         return
     sink = io.BytesIO()
     pq.write_table(missing, sink, compression="zstd", use_dictionary=False)
-    ledger.storage.write("missing.parquet", sink.getvalue())
+    ledger.storage.write(LedgerKey.MISSING, sink.getvalue())

@@ -12,7 +12,8 @@ from pathlib import Path
 
 from leukoflow.core.config import RunConfig
 from leukoflow.core.errors import ConfigError, StorageError
-from leukoflow.storage.base import Storage
+from leukoflow.runs.layout import RunKey
+from leukoflow.storage.opening import open_storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +35,7 @@ def wanted_manifest(config: RunConfig) -> str | None:
     if config.shadow_of is not None:
         return None
     started = config.manifest_sha256 is not None and config.run_id is not None
-    if started and Storage(config.out).child(str(config.run_id)).exists("plan.parquet"):
+    if started and open_storage(config.out).child(str(config.run_id)).exists(RunKey.PLAN):
         return None
     return config.manifest
 
@@ -50,7 +51,7 @@ def fetch_manifest(path: str | None) -> Iterator[Path | FetchedFile | None]:
         copy = Path(scratch) / "manifest"
         try:
             with copy.open("wb") as file:
-                for piece in Storage(folder).pieces(name):
+                for piece in open_storage(folder).pieces(name):
                     file.write(piece)
         except FileNotFoundError:
             raise ConfigError(f"--manifest {path} does not exist: check bucket, key and endpoint") from None

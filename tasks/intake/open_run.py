@@ -17,11 +17,13 @@ from leukoflow.core.config import RunConfig
 from leukoflow.core.errors import BundleError, ConfigError, RunConflictError, StorageError
 from leukoflow.models.bundle import load_bundle
 from leukoflow.models.registry import APPROVED, opened, reference
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.ledger import Selection, read_selection
 from leukoflow.runs.progress import RunBinding, now, read_manifest
 from leukoflow.runs.records import PlanSummary, RunManifest, Source, SourceKind
-from leukoflow.sources.members import identify
+from leukoflow.sources.identify import identify
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.binding import Run, check_run_id, read_binding, shadow_id, stem
 from leukoflow.tasks.intake.commands import resume_command
 from leukoflow.tasks.intake.manifest_fetch import FetchedFile, digest_manifest, fetch_manifest, wanted_manifest
@@ -51,7 +53,7 @@ def open_run(config: RunConfig, started: Callable[[str], object] = lambda root: 
 def _open(config: RunConfig, manifest: Path | FetchedFile | None, started: Callable[[str], object]) -> Run:
     if config.run_id is not None:  # before anything that takes long, or can fail, is looked at
         check_run_id(config.run_id, config.shadow_of)
-    out = Storage(config.out)
+    out = open_storage(config.out)
     out.probe()
     asked = reference(config.bundle)
     bundle = None if asked else load_bundle(config.bundle)
@@ -101,7 +103,7 @@ def _open(config: RunConfig, manifest: Path | FetchedFile | None, started: Calla
         if bound is not None and main is None:
             _check_key(run_id, bound.patient_key_check)
     if bound is None:
-        for key in ("plan.parquet", "missing.parquet"):
+        for key in (RunKey.PLAN, RunKey.MISSING):
             storage.delete(key)  # of a source or manifest that nobody knows any more
         bound = RunBinding(
             run_id=run_id,
@@ -120,7 +122,7 @@ def _open(config: RunConfig, manifest: Path | FetchedFile | None, started: Calla
             bundle_reference=asked,
             shadow_of=config.shadow_of,
         )
-        storage.write("run.json", dumps(bound))
+        storage.write(RunKey.BINDING, dumps(bound))
     _check_plan(storage, bound)
     if main is not None:
         _take_plan(out.child(main.run_id), storage)
@@ -134,15 +136,15 @@ def _open(config: RunConfig, manifest: Path | FetchedFile | None, started: Calla
             members=summary.members,
             shards=summary.shards,
             shard_size=summary.shard_size,
-            plan_sha256=storage.digest("plan.parquet")[2],
+            plan_sha256=storage.digest(RunKey.PLAN)[2],
             patient_key_check=summary.patient_key_check,
             command=resume_command(config, run_id, bundle_uri, planned=True),
         )
-        storage.write("run.json", dumps(bound))
+        storage.write(RunKey.BINDING, dumps(bound))
     if config.reuse and config.reuse != bound.reuse:
         bound = replace(bound, reuse=config.reuse, command=resume_command(config, run_id, bundle_uri, planned=True))
-        storage.write("run.json", dumps(bound))
-    for group in ("masks.zarr", "features.zarr", "activations.zarr"):
+        storage.write(RunKey.BINDING, dumps(bound))
+    for group in RunKey.STORES:
         zarr.open_group(storage.zarr(group), mode="a")
     return Run(
         config, run_id, storage.root, fingerprint, source, summary, bundle, bundle_uri, device, bound,
@@ -221,7 +223,7 @@ def _accompanied(out: Storage, config: RunConfig, source: Source) -> RunBinding 
 
 def _take_plan(main: Storage, storage: Storage) -> None:
     """Give a shadow run the plan of the run that it accompanies, patients and all, whatever became of its manifest."""
-    for key in ("missing.parquet", "plan.parquet"):
+    for key in (RunKey.MISSING, RunKey.PLAN):
         if not storage.exists(key) and main.exists(key):
             storage.write(key, main.read(key))
 
@@ -229,12 +231,12 @@ def _take_plan(main: Storage, storage: Storage) -> None:
 def _check_plan(storage: Storage, bound: RunBinding) -> None:
     """Refuse a plan that was altered: it would mix up members. One that is gone is made again from the same source."""
     try:
-        _, _, found = storage.digest("plan.parquet")
+        _, _, found = storage.digest(RunKey.PLAN)
     except FileNotFoundError:
         return
     if bound.plan_sha256 not in ("", found):
         raise StorageError(
-            f"{storage.uri('plan.parquet')} was altered or is damaged; delete it and run the same command again: "
+            f"{storage.uri(RunKey.PLAN)} was altered or is damaged; delete it and run the same command again: "
             "it is planned again, and what is committed stays"
         )
 
@@ -295,7 +297,7 @@ def _frozen_plan(
 ) -> PlanSummary:
     """Return the plan that exists, else make one; it is published whole or not at all."""
     try:
-        with storage.open("plan.parquet") as file:
+        with storage.open(RunKey.PLAN) as file:
             return read_summary(file)
     except FileNotFoundError:
         pass
@@ -306,7 +308,7 @@ def _frozen_plan(
         )
     key = patient_key() if config.manifest else None  # nothing else names patients
     with tempfile.TemporaryDirectory(prefix="leukoflow-plan-") as scratch:
-        draft, missing = Path(scratch) / "plan.parquet", Path(scratch) / "missing.parquet"
+        draft, missing = Path(scratch) / RunKey.PLAN, Path(scratch) / RunKey.MISSING
         summary = plan(
             source,
             draft,
@@ -318,11 +320,11 @@ def _frozen_plan(
             member_bytes=config.limits.max_member_mb << 20,
             missing_out=missing,
             selection=selection,
-            remarks=_other_keys(Storage(config.out), key),
+            remarks=_other_keys(open_storage(config.out), key),
         )
         if missing.exists():
-            storage.write("missing.parquet", missing.read_bytes())
-        storage.write("plan.parquet", draft.read_bytes())
+            storage.write(RunKey.MISSING, missing.read_bytes())
+        storage.write(RunKey.PLAN, draft.read_bytes())
     return summary
 
 
@@ -337,7 +339,7 @@ def _finished(storage: Storage) -> RunManifest | None:
         check_intent(storage)
         if read_manifest(storage) == manifest:  # else it was compacted while its files were looked at
             expand_run(storage, manifest)
-            storage.delete("manifest.json")
+            storage.delete(RunKey.MANIFEST)
     return None
 
 

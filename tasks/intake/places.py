@@ -6,13 +6,15 @@ import os
 from pathlib import Path, PurePosixPath
 
 from leukoflow.core.errors import ConfigError
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.records import Source, SourceKind
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 
 def require_apart(source: Source, out: str) -> None:
     """Raise ConfigError for an output inside the source: it would change what the source is while it is read."""
-    storage = Storage(out)
+    storage = open_storage(out)
     if source.kind is not SourceKind.DIRECTORY or storage.is_local != ("://" not in source.uri):
         return
     inside = Path(source.uri).absolute() if storage.is_local else PurePosixPath(source.uri)
@@ -24,7 +26,7 @@ def require_apart(source: Source, out: str) -> None:
         return
     top = Path(storage.root)
     for folder in (Path(inside), *Path(inside).parents):
-        if folder != top and folder.is_relative_to(top) and (folder / "run.json").is_file():
+        if folder != top and folder.is_relative_to(top) and (folder / RunKey.BINDING).is_file():
             raise ConfigError(f"{source.uri} lies inside the results of run {folder.name}; name the images themselves")
 
 

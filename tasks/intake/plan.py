@@ -17,7 +17,8 @@ import pyarrow.parquet as pq
 from leukoflow.core.errors import ConfigError, SourceError
 from leukoflow.runs.ledger import Selection
 from leukoflow.runs.records import PlanSummary, Source
-from leukoflow.sources.members import DEFAULT_MEMBER_BYTES, Listing
+from leukoflow.sources.listing import Listing
+from leukoflow.sources.reading import DEFAULT_MEMBER_BYTES
 from leukoflow.tasks.intake.manifest import read_manifest
 from leukoflow.tasks.intake.manifest_file import PathLike
 from leukoflow.tasks.intake.manifest_join import Join, excuse, manifest_of, own_names

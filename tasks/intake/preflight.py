@@ -5,13 +5,14 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import uuid
 
 import psutil
 
 from leukoflow.core.counts import count_of
 from leukoflow.core.errors import PreflightError, StorageError
+from leukoflow.runs.layout import RunKey
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.binding import Run
 
 BYTES_PER_IMAGE = 120_000
@@ -22,7 +23,7 @@ WORKER_BYTES = 1200 << 20
 
 def preflight(run: Run, workers_here: int) -> None:
     """Check disk, memory and write access; raise PreflightError naming what is missing and the remedy."""
-    storage = Storage(run.root)
+    storage = open_storage(run.root)
     conditional_writes(storage)
     if storage.is_local:
         need = run.summary.members * BYTES_PER_IMAGE + FLOOR_BYTES
@@ -43,7 +44,7 @@ def preflight(run: Run, workers_here: int) -> None:
 
 def conditional_writes(storage: Storage) -> None:
     """Check write access, and that a key can be created only once: exactly-once rests on it. Raises PreflightError."""
-    key = f"_attempts/preflight-{uuid.uuid4().hex[:8]}"
+    key = RunKey.new_attempt("preflight")
     try:
         storage.probe()
         first, second = storage.create(key, b"first"), storage.create(key, b"second")

@@ -25,6 +25,7 @@ from leukoflow.runs.layout import OutKey, RunKey, Stage
 from leukoflow.runs.progress import now, read_manifest
 from leukoflow.runs.records import CLASSES, RunManifest
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.imaging.cytoplasm import is_measured
 from leukoflow.tasks.store.tables import shard_name, table_files
 
@@ -346,7 +347,7 @@ def _read(storage: Storage, key: str, columns: Sequence[str]) -> pa.Table:
 
 def run_facts(root: str, run_id: str, manifest: RunManifest | None, bundle_digest: str) -> DriftFacts:
     """The summary of a run, from its tables: of all its shards, or of those that are committed so far."""
-    storage = Storage(root)
+    storage = open_storage(root)
     return summarize(_rows(storage, manifest), (run_id,), bundle_digest)
 
 
@@ -365,7 +366,7 @@ def _rows(storage: Storage, manifest: RunManifest | None) -> Iterator[pa.Table]:
 
 def stored_facts(root: str, manifest: RunManifest) -> DriftFacts:
     """The summary of a finished run: the one it has left, or a new one where that is absent or another run's."""
-    storage = Storage(root)
+    storage = open_storage(root)
     try:
         found = facts_from(storage.read(RunKey.DRIFT), storage.uri(RunKey.DRIFT))
         if found.runs == (manifest.run_id,) and found.bundle_digest == manifest.bundle_digest:
@@ -454,7 +455,7 @@ def merge_reference(out: str, run_ids: Sequence[str]) -> DriftFacts:
     digests: dict[str, str] = {}
     for run_id in dict.fromkeys(run_ids):
         root = f"{out.rstrip('/')}/{run_id}"
-        manifest = read_manifest(Storage(root))
+        manifest = read_manifest(open_storage(root))
         if manifest is None:
             raise ConfigError(f"{root} is not a finished run; `leukoflow status {out}` lists them")
         digests[manifest.bundle_digest] = run_id
@@ -479,13 +480,15 @@ def find_reference(out: str, bundle_dir: str, setting: str | None = None) -> tup
     if setting is not None:
         folder, _, name = setting.rpartition("/")
         try:
-            return facts_from(Storage(folder or ("/" if setting.startswith("/") else ".")).read(name), setting), setting
+            return facts_from(
+                open_storage(folder or ("/" if setting.startswith("/") else ".")).read(name), setting
+            ), setting
         except FileNotFoundError:
             raise ConfigError(
                 f"drift reference {setting} does not exist; `leukoflow drift reference` makes one"
             ) from None
     for root, key in ((bundle_dir, RunKey.DRIFT), (out, OutKey.BASELINE)):
-        storage = Storage(root)
+        storage = open_storage(root)
         try:
             return facts_from(storage.read(key), storage.uri(key)), storage.uri(key)
         except (FileNotFoundError, NotADirectoryError):

@@ -22,7 +22,7 @@ from leukoflow.runs.layout import RunKey, Stage
 from leukoflow.runs.progress import ProgressReader, RunBinding, list_runs
 from leukoflow.runs.receipts import Counts
 from leukoflow.runs.records import CLASSES
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.monitor.drift import Drift, compare, facts_from, find_reference
 from leukoflow.tasks.monitor.nights import LEVELS, STATUSES, RunFacts, bundle_dir, read_run
 
@@ -159,7 +159,7 @@ class RunsCollector(Collector):
         """A run's facts and its last sign of life."""
         root = f"{self.out}/{run_id}"
         try:
-            stamp = Storage(root).stamp(RunKey.MANIFEST)
+            stamp = open_storage(root).stamp(RunKey.MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
             stamp = ""
         if stamp and self._finished.get(run_id, ("",))[0] == stamp:
@@ -211,7 +211,7 @@ class RunsCollector(Collector):
         """Against the reference, from the run's own summary; tables are never read for a scrape."""
         try:
             found = find_reference(self.out, bundle_dir(run.bundle))
-            storage = Storage(f"{self.out}/{run.run_id}")
+            storage = open_storage(f"{self.out}/{run.run_id}")
             if found is None:
                 return ()
             key = (run.run_id, storage.stamp(RunKey.DRIFT), found[1], found[0].made_at)

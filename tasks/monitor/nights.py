@@ -26,6 +26,7 @@ from leukoflow.runs.progress import ProgressReader, list_runs, now, read_manifes
 from leukoflow.runs.receipts import Counts, RunTotals, StageTiming
 from leukoflow.runs.records import RunManifest, read_reasons
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.monitor.drift import (
     ACT,
     CHANCE,
@@ -284,7 +285,7 @@ def _from_manifest(m: RunManifest, night: date, labels: tuple[int, int, int, int
 
 def _drift_facts(root: str, run: RunFacts, notes: list[str]) -> DriftFacts | None:
     """Read a run's drift summary; None, with a note, where its tables cannot be read."""
-    storage = Storage(root)
+    storage = open_storage(root)
     manifest = read_manifest(storage)
     try:
         if manifest is None:

@@ -17,11 +17,13 @@ from leukoflow.runs.receipts import RunTotals
 from leukoflow.runs.records import Host, PartRef, RunManifest, ShardReceipt, Status
 from leukoflow.runs.schema import SCHEMA_VERSION
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.inference.shard import ACTIVATIONS, STAGES, open_plan, read_marker
-from leukoflow.tasks.intake.open_run import Run
-from leukoflow.tasks.intake.plan import shards
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.inference.worker import open_plan
+from leukoflow.tasks.intake.binding import Run
+from leukoflow.tasks.intake.plan_file import shards
 from leukoflow.tasks.publish.ranking import CONFLICT_COLUMNS, Ranking, SharedImages, list_conflicts
 from leukoflow.tasks.review.wording import Scale, scale_note
+from leukoflow.tasks.store.commit import ACTIVATIONS, STAGES, read_marker
 
 NAMED = 5
 
@@ -34,7 +36,7 @@ def publish(
     `notes` are for people, beside those that the parts give rise to. Where another command has published the run
     meanwhile, its manifest stands and is returned: the run may have been compacted since, or changed by an erasure.
     """
-    storage = Storage(run.root)
+    storage = open_storage(run.root)
     if (theirs := read_manifest(storage)) is not None:
         return theirs
     totals = RunTotals.of(_receipts(run, storage))

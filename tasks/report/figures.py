@@ -13,10 +13,12 @@ import zarr
 from markupsafe import Markup
 
 from leukoflow.core.method import SegmentSettings
+from leukoflow.runs.layout import RunKey, Stage
 from leukoflow.runs.records import CLASSES
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.report.overlay import Heat, draw_field, heaviest_cells
-from leukoflow.tasks.review.field_view import Pixels, alpha_of, segment_settings
+from leukoflow.tasks.review.bundle_settings import alpha_of, segment_settings
+from leukoflow.tasks.review.pixels import Pixels
 from leukoflow.tasks.review.wording import Scale, reason_words, set_words
 
 _PROBABILITIES = ("prob_benign", "prob_early", "prob_pre", "prob_pro")
@@ -80,7 +82,9 @@ class Painter:
         try:
             cells = self._cells(row)
             tile = self._tile(row, cells)
-            group: Any = zarr.open_group(self.storage.zarr(f"masks.zarr/{row['shard']}", read_only=True), mode="r")
+            group: Any = zarr.open_group(
+                self.storage.zarr(RunKey.group(RunKey.MASKS, row["shard"]), read_only=True), mode="r"
+            )
             labels = np.asarray(group["cells"][tile], np.uint16)
             affine = np.asarray(group["to_source"][tile], np.float64)
         except Exception as error:
@@ -102,9 +106,11 @@ class Painter:
     def _heats(self, row: dict[str, Any], tile: int, masks: Any, cells: dict[int, dict[str, Any]]) -> list[Heat] | None:
         """Read the activation maps of a tile's heaviest cells; None where there are none to be had."""
         try:
-            self.storage.read(f"markers/activations/{row['shard']}.json")  # without it, what lies there means nothing
+            self.storage.read(
+                RunKey.marker(Stage.ACTIVATIONS, row["shard"])
+            )  # without it, what lies there means nothing
             group: Any = zarr.open_group(
-                self.storage.zarr(f"activations.zarr/{row['shard']}", read_only=True), mode="r"
+                self.storage.zarr(RunKey.group(RunKey.ACTIVATIONS, row["shard"]), read_only=True), mode="r"
             )
             maps = group["maps"]
             window, label = int(maps.attrs["window_px"]), list(maps.attrs["classes"]).index(row["label"])

@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 from numpy.typing import NDArray
 
 from leukoflow.core.method import SegmentSettings
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.records import RunManifest, read_reason
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.review.wording import Scale
@@ -63,7 +64,7 @@ class Survey:
 
 def part_keys(manifest: RunManifest | None, folder: str, shards: Iterable[str]) -> dict[str, str]:
     """Map each shard to the file that holds its rows of a table: one of its own, or a merged one."""
-    keys = {shard: f"{folder}/part-{shard}.parquet" for shard in shards}
+    keys = {shard: RunKey.part(folder, shard) for shard in shards}
     for file in table_files(manifest.parts if manifest else (), folder):
         keys |= {shard_name(ordinal): file.key for ordinal in file.shards}
     return keys

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import heapq
-from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from leukoflow.core.codec import loads
-from leukoflow.runs.progress import RunBinding, RunProgress
-from leukoflow.runs.records import Marker, RunManifest, ShardReceipt, SourceKind, StageTiming, read_reasons
+from leukoflow.runs.layout import RunKey, Stage
+from leukoflow.runs.progress import RunProgress, read_binding
+from leukoflow.runs.receipts import RunTotals, StageTiming
+from leukoflow.runs.records import Marker, RunManifest, ShardReceipt, SourceKind, read_reasons
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.plan import read_summary
+from leukoflow.tasks.intake.plan_file import read_summary
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,14 +53,14 @@ class Totals:
 
 def committed_shards(storage: Storage) -> list[str]:
     """List the names of the shards whose predictions are committed."""
-    return [name.removesuffix(".json") for name in storage.names("markers/predictions")]
+    return [RunKey.shard_of_json(name) for name in storage.names(RunKey.markers(Stage.PREDICTIONS))]
 
 
 def read_receipts(storage: Storage, shards: Iterable[str]) -> Iterator[ShardReceipt]:
     """Read the receipts of shards, leaving out what was taken back in the meantime since a part was altered."""
     for shard in shards:
         try:
-            marker = loads(Marker, storage.read(f"markers/predictions/{shard}.json"), f"marker of shard {shard}")
+            marker = loads(Marker, storage.read(RunKey.marker(Stage.PREDICTIONS, shard)), f"marker of shard {shard}")
         except FileNotFoundError:
             continue
         if marker.receipt is not None:
@@ -106,18 +106,10 @@ def totals_of_manifest(m: RunManifest) -> Totals:
 
 def totals_of_receipts(storage: Storage, progress: RunProgress, receipts: Sequence[ShardReceipt]) -> Totals:
     """Add up the numbers of an unfinished run from its plan, its progress and the receipts of its shards."""
-    binding = loads(RunBinding, storage.read("run.json"), storage.uri("run.json"))
-    with storage.open("plan.parquet") as file:
+    binding = read_binding(storage)
+    with storage.open(RunKey.PLAN) as file:
         summary = read_summary(file)
-    reasons: Counter[str] = Counter()
-    seconds: dict[str, float] = {}
-    images: Counter[str] = Counter()
-    for receipt in receipts:
-        reasons.update(dict(receipt.reasons))
-        for timing in receipt.timings:
-            seconds[timing.stage] = seconds.get(timing.stage, 0.0) + timing.seconds
-            images[timing.stage] += timing.images
-    slowest = heapq.nlargest(10, ((r.shard.name, r.seconds) for r in receipts), key=lambda s: s[1])
+    totals = RunTotals.of(receipts)
     return Totals(
         run_id=binding.run_id,
         source_uri=binding.source_uri,
@@ -129,19 +121,19 @@ def totals_of_receipts(storage: Storage, progress: RunProgress, receipts: Sequen
         finished_at=None,
         members=binding.members,
         counts=(
-            ("predicted", progress.predicted),
-            ("abstained", progress.abstained),
-            ("rejected", progress.rejected),
-            ("quarantined", progress.quarantined),
+            ("predicted", progress.counts.predicted),
+            ("abstained", progress.counts.abstained),
+            ("rejected", progress.counts.rejected),
+            ("quarantined", progress.counts.quarantined),
         ),
         missing=summary.missing,
         ignored=summary.ignored,
         truncated=summary.truncated,
         conflicts=0,
-        cells=sum(r.cells for r in receipts),
-        reasons=read_reasons(reasons.most_common(50)),
-        timings=tuple(StageTiming(stage, seconds[stage], images[stage]) for stage in seconds),
-        slowest=tuple(slowest),
+        cells=totals.counts.cells,
+        reasons=read_reasons(totals.frequent_reasons),
+        timings=totals.timings,
+        slowest=totals.slowest,
         startup_seconds=None,
         processing_seconds=None,
         processed=0,

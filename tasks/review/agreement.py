@@ -14,7 +14,7 @@ from leukoflow.tasks.review.kappa import kappa_of, no_kappa
 from leukoflow.tasks.review.public import INTERNAL, described
 from leukoflow.tasks.review.run_cache import cache_of
 from leukoflow.tasks.review.runs import list_runs
-from leukoflow.tasks.review.verdicts import Verdict
+from leukoflow.tasks.review.verdict_record import Verdict
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,10 @@ import numpy as np
 import pyarrow as pa
 
 from leukoflow.tasks.review.bundle_settings import segment_settings
+from leukoflow.tasks.review.frame import Ints
+from leukoflow.tasks.review.lines import FieldLine, PatientLine, SlideLine
+from leukoflow.tasks.review.table import RunTable
 from leukoflow.tasks.review.wording import RESEARCH_USE, SHADOW, Scale, answered_scale_note, sentence
-from leukoflow.tasks.review.worklist import FieldLine, Ints, PatientLine, RunTable, SlideLine
 
 _SIZES = ("width_px", "height_px", "um_per_px")
 

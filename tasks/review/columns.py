@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from leukoflow.core.errors import RunNotFoundError, StorageError, words_of
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.schema import PREDICTIONS
 from leukoflow.storage.base import Storage
 
@@ -73,5 +74,5 @@ def _read(reader: pq.ParquetFile, schema: pa.Schema) -> pa.Table:
 
 def read_plan_column(run: Storage, name: str) -> pa.ChunkedArray:
     """Read a column of the plan, one value for each image."""
-    with run.open("plan.parquet") as file:
+    with run.open(RunKey.PLAN) as file:
         return pq.ParquetFile(file).read(columns=[name])[name]

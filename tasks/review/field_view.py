@@ -15,6 +15,7 @@ import zarr
 from numpy.typing import NDArray
 
 from leukoflow.core.errors import LeukoflowError
+from leukoflow.runs.layout import RunKey, Stage
 from leukoflow.runs.records import CLASSES, Status
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.decoding.ingest import Decoded, Decoder
@@ -22,8 +23,8 @@ from leukoflow.tasks.imaging.normalize import normalize
 from leukoflow.tasks.inference.single import MAX_VIEWS, TileView
 from leukoflow.tasks.review.bundle_settings import method_of
 from leukoflow.tasks.review.pixels import Pixels, cut, shared_decoder
+from leukoflow.tasks.review.table import RunTable
 from leukoflow.tasks.review.wording import reason_words
-from leukoflow.tasks.review.worklist import RunTable
 
 ERASED = "the patient was erased from this run, and with the patient what was computed from the image"
 
@@ -104,7 +105,9 @@ def _with_masks(
 ) -> FieldView:
     shard = row["shard"]
     try:
-        masks: Any = zarr.open_group(table.storage.zarr(f"masks.zarr/{shard}", read_only=True), mode="r", zarr_format=3)
+        masks: Any = zarr.open_group(
+            table.storage.zarr(RunKey.group(RunKey.MASKS, shard), read_only=True), mode="r", zarr_format=3
+        )
         names = list(masks["cell_table"].attrs["columns"])
         first, count = int(row["zarr_index"]), int(row["n_tiles"])
         chosen = _chosen(cells, first, count)
@@ -142,8 +145,10 @@ def _chosen(cells: pa.Table, first: int, count: int) -> list[int]:
 def _maps(storage: Storage, shard: str) -> Any | None:
     """Return the array of a shard's activation maps; None where it has none."""
     try:
-        storage.read(f"markers/activations/{shard}.json")  # without it, what lies there means nothing
-        group: Any = zarr.open_group(storage.zarr(f"activations.zarr/{shard}", read_only=True), mode="r", zarr_format=3)
+        storage.read(RunKey.marker(Stage.ACTIVATIONS, shard))  # without it, what lies there means nothing
+        group: Any = zarr.open_group(
+            storage.zarr(RunKey.group(RunKey.ACTIVATIONS, shard), read_only=True), mode="r", zarr_format=3
+        )
         maps = group["maps"]
         return maps if list(maps.attrs["classes"]) == list(CLASSES) else None
     except Exception:  # maps are an extra: a field is shown without them

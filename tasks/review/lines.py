@@ -11,7 +11,7 @@ from typing import Generic, TypeVar
 from leukoflow.runs.records import CLASSES, Status
 from leukoflow.tasks.review.keys import NO_FOLDER, title_of
 from leukoflow.tasks.review.public import INTERNAL, described
-from leukoflow.tasks.review.verdicts import Standing, Verdict
+from leukoflow.tasks.review.verdict_record import Standing, Verdict
 from leukoflow.tasks.review.wording import MEAN_MALIGNANT_NOTE, SET_DESCRIPTION
 
 T = TypeVar("T")

@@ -9,10 +9,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from leukoflow.core.errors import LeukoflowError, StorageError
+from leukoflow.runs.layout import RunKey, Stage
 from leukoflow.runs.progress import ProgressReader, read_manifest
 from leukoflow.runs.schema import SCHEMA_VERSION
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.plan import read_summary
+from leukoflow.tasks.intake.plan_file import read_summary
 from leukoflow.tasks.review.columns import read_columns, read_plan_column, translate_read_errors
 from leukoflow.tasks.review.frame import COLUMNS, Frame
 from leukoflow.tasks.review.snapshot import Snapshot
@@ -34,7 +35,7 @@ def load_finished(run: Storage, run_id: str, stamp: str, patient: str | None = N
         )
     if manifest.shard_size < 1:
         raise StorageError(f"run {run_id}: its manifest is damaged; `leukoflow verify` tells what to do")
-    listed = table_files(manifest.parts, "predictions")
+    listed = table_files(manifest.parts, RunKey.PREDICTIONS)
     keys = [f.key for f in listed]
     where = None if patient is None else pc.field("patient_id") == patient
     table = read_columns(run, keys, COLUMNS, where)
@@ -76,7 +77,7 @@ def load_in_progress(run: Storage, run_id: str, reader: ProgressReader, before: 
     committed = sorted(
         (
             name.removesuffix(".json")
-            for name in run.names("markers/predictions")
+            for name in run.names(RunKey.markers(Stage.PREDICTIONS))
             if name.removesuffix(".json").isdecimal()
         ),
         key=int,
@@ -85,7 +86,7 @@ def load_in_progress(run: Storage, run_id: str, reader: ProgressReader, before: 
     found: dict[str, pa.Table] = {}
     for shard in committed:
         try:
-            found[shard] = pieces.get(shard) or read_columns(run, [f"predictions/part-{shard}.parquet"], COLUMNS)
+            found[shard] = pieces.get(shard) or read_columns(run, [RunKey.part(RunKey.PREDICTIONS, shard)], COLUMNS)
         except FileNotFoundError:
             continue  # committed, but not moved to its place yet
     stamp = ",".join(found)
@@ -94,14 +95,14 @@ def load_in_progress(run: Storage, run_id: str, reader: ProgressReader, before: 
         return before
     ignored, missing, truncated = 0, 0, None
     try:
-        with run.open("plan.parquet") as file:
+        with run.open(RunKey.PLAN) as file:
             summary = read_summary(file)
         ignored, missing, truncated = summary.ignored, summary.missing, summary.truncated
     except (FileNotFoundError, LeukoflowError, pa.ArrowException):
         pass  # it is being planned
     table = pa.concat_tables(found.values()) if found else read_columns(run, [], COLUMNS)
     ordinals = [np.arange(len(t), dtype=np.int64) + int(shard) * binding.shard_size for shard, t in found.items()]
-    files = {shard: f"predictions/part-{shard}.parquet" for shard in found}
+    files = {shard: RunKey.part(RunKey.PREDICTIONS, shard) for shard in found}
 
     def later(name: str) -> pa.ChunkedArray:
         with translate_read_errors(run_id):

@@ -18,8 +18,9 @@ from numpy.typing import NDArray
 
 from leukoflow.core.config import LimitSettings, RunConfig
 from leukoflow.core.errors import LeukoflowError
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.records import Member, SourceKind
-from leukoflow.sources.members import open_reader
+from leukoflow.sources.reading import open_reader
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.decoding.ingest import Decoded, Decoder
 from leukoflow.tasks.intake.plan_file import read_shard, read_summary
@@ -35,11 +36,11 @@ class Pixels:
         self._reader: Any = None
         self._decoder = decoder
         try:
-            source = read_summary(stack.enter_context(storage.open("plan.parquet"))).source
+            source = read_summary(stack.enter_context(storage.open(RunKey.PLAN))).source
             if source.kind is SourceKind.COMPRESSED_TAR:
                 self.note = "The source is a compressed archive, which is not unpacked again: only masks are shown."
                 return
-            self._plan = pq.ParquetFile(stack.enter_context(storage.open("plan.parquet")))
+            self._plan = pq.ParquetFile(stack.enter_context(storage.open(RunKey.PLAN)))
             self._reader = stack.enter_context(open_reader(source))
             if decoder is None:
                 self._decoder = stack.enter_context(Decoder(default_limits(), segment_settings(bundle)))

@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from leukoflow.core.errors import LeukoflowError, NotFoundError, RequestError
 from leukoflow.runs.records import CLASSES
 from leukoflow.tasks.review.pixels import Pixels, shared_decoder
-from leukoflow.tasks.review.worklist import RunTable, list_runs, open_run_table
+from leukoflow.tasks.review.runs import list_runs, open_run_table
+from leukoflow.tasks.review.table import RunTable
 
 REFERENCE_CONFIDENCE = 0.9
 REFERENCE_PX = 72

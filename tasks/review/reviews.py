@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 from leukoflow.tasks.review.frame import Frame, Ints, Mask
 from leukoflow.tasks.review.groups import Groups
 from leukoflow.tasks.review.query import Review
-from leukoflow.tasks.review.verdicts import Standing, Verdicts
+from leukoflow.tasks.review.verdict_record import Standing, Verdicts
 
 
 @dataclass(frozen=True, slots=True, eq=False)

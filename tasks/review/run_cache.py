@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 from leukoflow.runs.progress import ProgressReader
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.review.columns import READERS
 from leukoflow.tasks.review.lines import RunLine
 from leukoflow.tasks.review.snapshot import Snapshot
@@ -28,7 +28,7 @@ class RunCache:
 
     def __init__(self, out: str) -> None:
         self.out = out
-        self.storage = Storage(out)
+        self.storage = open_storage(out)
         self.lock = threading.RLock()
         self.names: dict[str, str] = {}  # run key to run id
         self.lines: dict[str, tuple[str, RunLine]] = {}  # with the manifest's stamp
@@ -81,6 +81,6 @@ _caches_lock = threading.Lock()
 
 def cache_of(out: str) -> RunCache:
     """Return the cache of an output folder or prefix, the same for all threads of this process."""
-    root = Storage(out).root
+    root = open_storage(out).root
     with _caches_lock:
         return _caches.setdefault(root, RunCache(root))

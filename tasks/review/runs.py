@@ -10,8 +10,9 @@ from typing import Any
 import pyarrow as pa
 
 from leukoflow.core.errors import LeukoflowError, RunBusyError, RunNotFoundError, words_of
+from leukoflow.runs.layout import OutKey, RunKey
 from leukoflow.runs.progress import list_runs as local_runs
-from leukoflow.tasks.intake.plan import read_summary
+from leukoflow.tasks.intake.plan_file import read_summary
 from leukoflow.tasks.review.columns import translate_read_errors
 from leukoflow.tasks.review.frame import STATUSES
 from leukoflow.tasks.review.keys import run_key_of
@@ -19,7 +20,6 @@ from leukoflow.tasks.review.lines import RunLine
 from leukoflow.tasks.review.loading import load_finished, load_in_progress
 from leukoflow.tasks.review.run_cache import RunCache, cache_of
 from leukoflow.tasks.review.table import RunTable
-from leukoflow.tasks.store.tables import INTENT
 
 # --- the list --------------------------------------------------------------------------------------------------------
 
@@ -41,7 +41,9 @@ def _run_ids(cache: RunCache) -> list[str]:
     if cache.storage.is_local:
         return local_runs(cache.out)
     found = cache.storage.names("")
-    there = cache.map_runs(lambda name: name in cache.lines or cache.storage.exists(f"{name}/run.json"), found)
+    there = cache.map_runs(
+        lambda name: name in cache.lines or cache.storage.exists(OutKey.of_run(name, RunKey.BINDING)), found
+    )
     return [name for name, is_run in zip(found, there, strict=True) if is_run]
 
 
@@ -50,13 +52,13 @@ def _line(cache: RunCache, run_id: str) -> RunLine | None:
     run = cache.storage.child(run_id)
     try:
         try:
-            stamp = run.stamp("manifest.json")
+            stamp = run.stamp(RunKey.MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
             return _line_in_progress(cache, run_id)
         kept = cache.lines.get(run_id)
         if kept is not None and kept[0] == stamp:
             return kept[1]
-        line = _line_of_manifest(run_id, json.loads(run.read("manifest.json")))
+        line = _line_of_manifest(run_id, json.loads(run.read(RunKey.MANIFEST)))
         cache.lines[run_id] = (stamp, line)
         return line
     except (FileNotFoundError, NotADirectoryError):
@@ -120,7 +122,7 @@ def _line_in_progress(cache: RunCache, run_id: str) -> RunLine:
     binding = reader.binding()
     kind, missing = "", 0
     try:
-        with reader.storage.open("plan.parquet") as file:
+        with reader.storage.open(RunKey.PLAN) as file:
             summary = read_summary(file)
         kind, missing = str(summary.source.kind), summary.missing
     except (FileNotFoundError, LeukoflowError, pa.ArrowException):
@@ -134,10 +136,10 @@ def _line_in_progress(cache: RunCache, run_id: str) -> RunLine:
         source_kind=kind,
         members=p.members,
         done=p.done,
-        predicted=p.predicted,
-        abstained=p.abstained,
-        rejected=p.rejected,
-        quarantined=p.quarantined,
+        predicted=p.counts.predicted,
+        abstained=p.counts.abstained,
+        rejected=p.counts.rejected,
+        quarantined=p.counts.quarantined,
         missing=missing,
         bundle=binding.bundle,
         bundle_digest=binding.bundle_digest,
@@ -182,14 +184,14 @@ def open_run(cache: RunCache, run_id: str) -> RunTable:
     run = cache.storage.child(run_id)
     with cache.lock_of(run_id):
         with translate_read_errors(run_id):
-            if run.exists(INTENT):
+            if run.exists(RunKey.INTENT):
                 raise RunBusyError(f"run {run_id} is being changed just now; look again in a minute")
-            if not run.exists("run.json"):
+            if not run.exists(RunKey.BINDING):
                 cache.forget(run_id)
                 raise FileNotFoundError
             snapshot = cache.snapshots.get(run_id)
             try:
-                stamp = run.stamp("manifest.json")
+                stamp = run.stamp(RunKey.MANIFEST)
             except (FileNotFoundError, NotADirectoryError):
                 snapshot = load_in_progress(run, run_id, cache.progress_reader(run_id), snapshot)
             else:

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from leukoflow.core.errors import NotFoundError
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.progress import RunProgress
 from leukoflow.runs.records import RunManifest
 from leukoflow.storage.base import Storage
@@ -22,7 +23,7 @@ from leukoflow.tasks.review.frame import Floats, Frame, Ints, encode_slides
 from leukoflow.tasks.review.groups import Groups
 from leukoflow.tasks.review.keys import patient_key_of, run_key_of, slide_key_of
 from leukoflow.tasks.review.reviews import Reviews
-from leukoflow.tasks.review.verdicts import Verdicts
+from leukoflow.tasks.review.verdict_record import Verdicts
 from leukoflow.tasks.store.slides import urgency_of
 
 
@@ -142,7 +143,7 @@ class Snapshot:
             return MissingImages(Counter(), Counter())
         with translate_read_errors(self.run_id):
             try:
-                with self.run.open("missing.parquet") as file:
+                with self.run.open(RunKey.MISSING) as file:
                     table = pq.ParquetFile(file).read(columns=["image_key", "slide_id", "patient_id"])
             except FileNotFoundError:  # all of it was erased, or the run is being planned
                 return MissingImages(Counter(), Counter())

@@ -15,9 +15,10 @@ import pyarrow.parquet as pq
 
 from leukoflow.core.errors import RequestError, StorageError
 from leukoflow.runs.progress import ProgressReader
+from leukoflow.runs.receipts import Counts
 from leukoflow.runs.records import CLASSES, Status, read_reason
 from leukoflow.runs.schema import CELLS, PREDICTIONS, as_cells
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.review.columns import translate_read_errors
 from leukoflow.tasks.review.frame import Ints, finite_or_none
 from leukoflow.tasks.review.keys import patient_key_of, run_key_of
@@ -25,7 +26,7 @@ from leukoflow.tasks.review.lines import FieldDetails, FieldLine, Page, PatientL
 from leukoflow.tasks.review.query import EVERYTHING, Query
 from leukoflow.tasks.review.selection import Selection
 from leukoflow.tasks.review.snapshot import Snapshot
-from leukoflow.tasks.review.verdicts import Action, Standing, Verdict, Verdicts, moment
+from leukoflow.tasks.review.verdict_record import Action, Standing, Verdict, Verdicts, moment
 from leukoflow.tasks.store.tables import shard_name
 
 T = TypeVar("T")
@@ -41,7 +42,7 @@ class RunTable:
     def __init__(self, out: str, run_id: str, snapshot: Snapshot, verdicts: Verdicts) -> None:
         self.out, self.run_id = out, run_id
         self.run_key = run_key_of(run_id)
-        self.storage = Storage(out).child(run_id)
+        self.storage = open_storage(out).child(run_id)
         self.manifest, self.progress = snapshot.manifest, snapshot.progress
         self.frame = snapshot.frame
         self.reviews = snapshot.reviews(verdicts)
@@ -99,21 +100,21 @@ class RunTable:
         """Return where every image is."""
         m, p, snapshot = self.manifest, self.progress, self._snapshot
         source: Any = m if m is not None else p
-        done = source.predicted + source.abstained + source.rejected + source.quarantined
+        counts: Counts = source.counts
         return Reconciliation(
             received=source.members,
-            predicted=source.predicted,
-            abstained=source.abstained,
-            rejected=source.rejected,
-            quarantined=source.quarantined,
-            waiting=source.members - done,
+            predicted=counts.predicted,
+            abstained=counts.abstained,
+            rejected=counts.rejected,
+            quarantined=counts.quarantined,
+            waiting=source.members - counts.accounted,
             missing=snapshot.missing,
             ignored=snapshot.ignored,
             truncated=snapshot.truncated,
             conflicts=m.conflicts if m is not None else 0,
             finished=m is not None,
             state="finished" if m is not None else source.state,
-            balanced=m is not None and done == m.members == len(self.frame),
+            balanced=m is not None and counts.accounted == m.members == len(self.frame),
             failed_shards=p.failed_shards if p is not None and m is None else (),
         )
 

@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from leukoflow.core.errors import LeukoflowError, NotFoundError
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.records import CLASSES
 from leukoflow.tasks.review.columns import read_plan_column, translate_read_errors
 from leukoflow.tasks.review.frame import Ints
@@ -22,7 +23,6 @@ from leukoflow.tasks.review.run_cache import RunCache, cache_of
 from leukoflow.tasks.review.runs import list_runs, open_run
 from leukoflow.tasks.review.table import RunTable
 from leukoflow.tasks.store.slides import disagreement
-from leukoflow.tasks.store.tables import INTENT
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,11 +153,11 @@ def _open_patient(cache: RunCache, run_id: str, patient: str) -> RunTable:
     run = cache.storage.child(run_id)
     with translate_read_errors(run_id):
         try:
-            stamp = run.stamp("manifest.json")
+            stamp = run.stamp(RunKey.MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
             return open_run(cache, run_id)
         held = cache.snapshots.get(run_id)
-        if (held is not None and held.stamp == stamp) or run.exists(INTENT):
+        if (held is not None and held.stamp == stamp) or run.exists(RunKey.INTENT):
             return open_run(cache, run_id)
         snapshot = load_finished(run, run_id, stamp, patient)
         return RunTable(cache.out, run_id, snapshot, cache.verdict_reader(run_id).read())
@@ -167,7 +167,7 @@ def _patients_of(cache: RunCache, run_id: str) -> Mapping[str, str]:
     """Return keys and pseudonyms of a run's patients, from its plan alone."""
     run = cache.storage.child(run_id)
     with translate_read_errors(run_id):
-        stamp = run.stamp("plan.parquet")
+        stamp = run.stamp(RunKey.PLAN)
         kept = cache.patients.get(run_id)
         if kept is not None and kept[0] == stamp:
             return kept[1]

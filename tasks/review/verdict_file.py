@@ -16,10 +16,11 @@ import pyarrow.parquet as pq
 
 from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import StorageError, words_of
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.schema import VERDICTS
 from leukoflow.tasks.review.verdict_record import Action, Verdict
 
-FOLDER = "verdicts"
+FOLDER = RunKey.VERDICTS
 _HEAD = b"leukoflow.verdicts"
 
 

@@ -16,254 +16,28 @@ from dataclasses import dataclass, field, replace
 
 from leukoflow.core.codec import loads
 from leukoflow.core.errors import LeukoflowError, RequestError, RunBusyError, RunNotFoundError, StorageError, words_of
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.lock import LockHolder
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.review.public import ALWAYS_PRESENT, INTERNAL
-from leukoflow.tasks.store.tables import INTENT, in_order
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.review.verdict_file import (
+    FOLDER,
+    Entry,
+    Seal,
+    decode,
+    encode,
+    key_of,
+    make_seal,
+    row_digest,
+    row_of,
+    verdict_of,
+)
+from leukoflow.tasks.review.verdict_record import NOTHING, Target, Verdict, Verdicts, check_verdict
+from leukoflow.tasks.store.tables import in_order
 
 _NAME = re.compile(r"([0-9]{5,})\.(parquet|json)")
-_LOCK = "compact.lock"  # erasing holds it as well
+_LOCK = RunKey.LOCK  # erasing holds it as well
 _ERASING = "erase"
-
-Target = tuple[str, str]
-"""What a verdict is about: (`image`, image key) or (`slide`, grouping and slide id joined by a colon)."""
-
-
-class Action(StrEnum):
-    """What somebody did."""
-
-    ACCEPT = "accept"
-    CORRECT = "correct"
-    WITHDRAW = "withdraw"
-    FLAG = "flag"
-    UNFLAG = "unflag"
-    COMMENT = "comment"
-
-
-@dataclass(frozen=True, slots=True)
-class Verdict:
-    """One act of one person on one field or slide, with the prediction that was on the screen.
-
-    `label` is that of a `correct`, or of the decision that a `withdraw` takes back; else null. `at` is ISO 8601 in UTC.
-    """
-
-    __pydantic_config__ = ALWAYS_PRESENT
-
-    run_id: str = field(metadata=INTERNAL)
-    action: Action
-    who: str
-    at: str
-    # Either `image_key` is given, or `slide_id` with its `grouping`.
-    image_key: str | None = field(default=None, metadata=INTERNAL)
-    slide_id: str | None = field(default=None, metadata=INTERNAL)
-    grouping: str | None = field(default=None, metadata=INTERNAL)
-    label: str | None = None
-    comment: str | None = None
-    seen_status: str | None = None
-    seen_label: str | None = None
-    seen_confidence: float | None = None
-    seen_bundle_digest: str | None = None
-
-    @property
-    def target(self) -> Target:
-        """What it is about."""
-        return ("image", self.image_key) if self.image_key is not None else slide_target(self.grouping, self.slide_id)
-
-    @property
-    def seen_answer(self) -> str | None:
-        """The label that the model answered with; None where it abstained, whatever was noted of its leaning."""
-        return None if self.seen_status == Status.ABSTAINED else self.seen_label
-
-    @property
-    def said(self) -> str | None:
-        """The label that the person stands for; None where none was given."""
-        if self.action is Action.ACCEPT:
-            return self.seen_label
-        return self.label if self.action is Action.CORRECT else None
-
-    @property
-    def agrees(self) -> bool:
-        """Whether it is a decision for what the model answered, by whichever key it was made."""
-        return self.said is not None and self.said == self.seen_answer
-
-    @property
-    def corrects(self) -> bool:
-        """Whether it is a decision for another label than the model answered."""
-        return self.said is not None and self.seen_answer not in (None, self.said)
-
-
-@dataclass(frozen=True, slots=True)
-class Standing:
-    """The current state of review: the decision that counts, if any, the flag and the last comment."""
-
-    __pydantic_config__ = ALWAYS_PRESENT
-
-    decision: Verdict | None = None  # the last accept or correct, unless it was withdrawn
-    flagged: bool = False
-    comment: str | None = None
-    verdicts: int = 0
-
-
-@dataclass(frozen=True, slots=True)
-class Verdicts:
-    """All verdicts of a run in their order."""
-
-    given: tuple[Verdict, ...] = ()
-    damaged: int = 0  # files that cannot be read; `leukoflow verify` names them
-    head: str = NOTHING  # digest of the last file's entry: differs when anything was added
-
-    def standings(self) -> dict[Target, Standing]:
-        """What holds by now of everything that has a verdict."""
-        found: dict[Target, Standing] = {}
-        for verdict in self.given:
-            found[verdict.target] = _after(found.get(verdict.target, Standing()), verdict)
-        return found
-
-    def of(self, target: Target) -> tuple[Verdict, ...]:
-        """Everything that was said of one field or slide, the first word first."""
-        return tuple(v for v in self.given if v.target == target)
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """What a file says of itself. `erased` counts the rows whose digests are here, but which were erased."""
-
-    number: int
-    previous: str
-    rows: tuple[str, ...]
-    erased: tuple[int, ...] = ()
-
-    @property
-    def digest(self) -> str:
-        """What the next file names: it does not change when rows are erased."""
-        body = json.dumps([self.number, self.previous, self.rows], separators=(",", ":"))
-        return hashlib.sha256(body.encode()).hexdigest()
-
-
-@dataclass(frozen=True, slots=True)
-class Seal:
-    """`00001.json`: the bytes of a file, so that one bit, or the loss of the last file, is found."""
-
-    number: int
-    entry: str
-    sha256: str
-    size: int
-
-
-def slide_target(grouping: str | None, slide_id: str | None) -> Target:
-    """A slide as the target of a verdict."""
-    return ("slide", f"{grouping}:{slide_id}")
-
-
-def moment() -> str:
-    """Now, in UTC, to the millisecond: two verdicts of one second keep their order."""
-    return datetime.now(UTC).isoformat(timespec="milliseconds")
-
-
-def _after(before: Standing, verdict: Verdict) -> Standing:
-    action = verdict.action
-    return Standing(
-        decision=_decided(before.decision, verdict),
-        flagged={Action.FLAG: True, Action.UNFLAG: False}.get(action, before.flagged),
-        comment=verdict.comment or before.comment,
-        verdicts=before.verdicts + 1,
-    )
-
-
-def _decided(before: Verdict | None, verdict: Verdict) -> Verdict | None:
-    if verdict.action in (Action.ACCEPT, Action.CORRECT):
-        return verdict
-    if verdict.action is Action.WITHDRAW and before is not None and before.said == verdict.label:
-        return None  # one that names another label was overtaken by a new decision, which stays
-    return before
-
-
-# --- one file --------------------------------------------------------------------------------------------------------
-
-
-def check_verdict(verdict: Verdict) -> None:
-    """Raises RequestError where a verdict says nothing, or something that there is not."""
-    if (verdict.image_key is None) == (verdict.slide_id is None or verdict.grouping is None):
-        raise RequestError("a verdict is about one field or about one slide: name either")
-    if verdict.action is Action.CORRECT and verdict.label not in CLASSES:
-        raise RequestError(f"a correction needs a label, one of {', '.join(CLASSES)}")
-    if verdict.action is Action.WITHDRAW and verdict.label not in CLASSES:
-        raise RequestError("there is no decision to withdraw here")
-    if verdict.action not in (Action.CORRECT, Action.WITHDRAW) and verdict.label is not None:
-        raise RequestError(f"only a correction has a label, not {verdict.action}")
-    if verdict.action is Action.CORRECT and verdict.seen_status == Status.QUARANTINED:
-        raise RequestError("no picture could be read here, so there is nothing to label: flag it or comment on it")
-    if verdict.action is Action.ACCEPT and verdict.seen_status == Status.ABSTAINED:
-        raise RequestError(
-            "the model abstained from this field, so there is no answer to accept: say which class it is, flag it or "
-            "comment on it"
-        )
-    if verdict.action is Action.ACCEPT and verdict.seen_label is None:
-        raise RequestError("there is no prediction to accept here: correct it, flag it or comment on it")
-    if verdict.action is Action.COMMENT and not (verdict.comment or "").strip():
-        raise RequestError("the comment is empty: write something, or take another action")
-    if len(verdict.comment or "") > COMMENT_CHARACTERS:
-        raise RequestError(f"a comment may have {COMMENT_CHARACTERS:,} characters: shorten it")
-    if not verdict.who.strip() or len(verdict.who) > WHO_CHARACTERS:
-        raise RequestError("whose verdict this is must be known")
-    for text in (verdict.comment, verdict.who):
-        if text is not None and not all(c.isprintable() or c in "\n\t" for c in text):
-            raise RequestError("a comment or a name holds characters that cannot be shown: type it again")
-    try:
-        if datetime.fromisoformat(verdict.at).utcoffset() is None:
-            raise ValueError
-    except ValueError:
-        raise RequestError(f"{verdict.at!r} is no time with its zone") from None
-
-
-def _row_of(verdict: Verdict) -> dict[str, Any]:
-    row = asdict(verdict) | {"action": str(verdict.action), "salt": secrets.token_hex(8)}
-    row["at"] = datetime.fromisoformat(verdict.at).astimezone(UTC)
-    return {name: row[name] for name in VERDICTS.names}
-
-
-def _verdict_of(row: Mapping[str, Any]) -> Verdict:
-    kept = {name: value for name, value in row.items() if name != "salt"}
-    kept["at"] = row["at"].astimezone(UTC).isoformat(timespec="milliseconds")
-    return Verdict(**(kept | {"action": Action(row["action"])}))
-
-
-def _row_digest(row: Mapping[str, Any]) -> str:
-    """SHA-256 of a row; its salt keeps anybody from finding out by trial what an erased row said."""
-    values = [row[name] for name in VERDICTS.names if name != "at"]
-    body = json.dumps([*values, row["at"].astimezone(UTC).isoformat(timespec="microseconds")], ensure_ascii=False)
-    return hashlib.sha256(body.encode()).hexdigest()
-
-
-def _encode(entry: Entry, rows: Sequence[Mapping[str, Any]]) -> bytes:
-    table = pa.Table.from_pylist([dict(row) for row in rows], VERDICTS)
-    sink = io.BytesIO()
-    stamped = table.replace_schema_metadata({_HEAD: json.dumps(asdict(entry), sort_keys=True)})
-    pq.write_table(stamped, sink, compression="zstd", use_dictionary=False)
-    return sink.getvalue()
-
-
-def _decode(data: bytes, uri: str) -> tuple[Entry, list[dict[str, Any]]]:
-    """Raises StorageError where the bytes are no file of verdicts."""
-    try:
-        table = pq.ParquetFile(io.BytesIO(data)).read()
-        head = (table.schema.metadata or {}).get(_HEAD)
-        if head is None or table.schema.names != VERDICTS.names:
-            raise StorageError(f"{uri} holds no verdicts; take it out of that folder")
-        return loads(Entry, head, uri), list(table.to_pylist())
-    except (pa.ArrowException, OSError, ValueError) as error:
-        raise StorageError(f"{uri} is damaged ({words_of(error)}); restore it from a backup") from None
-
-
-def _seal(data: bytes, entry: Entry) -> bytes:
-    return dumps(Seal(entry.number, entry.digest, hashlib.sha256(data).hexdigest(), len(data)))
-
-
-def _key(number: int, kind: str = "parquet") -> str:
-    return f"{FOLDER}/{number:05d}.{kind}"
-
-
-# --- a run -----------------------------------------------------------------------------------------------------------
 
 
 def add(out: str, verdict: Verdict) -> int:
@@ -282,7 +56,7 @@ def add_all(out: str, verdicts: Sequence[Verdict]) -> int:
     for verdict in verdicts:
         check_verdict(verdict)
     run_id = verdicts[0].run_id
-    run = Storage(out).child(run_id)
+    run = open_storage(out).child(run_id)
     _check_open(run, run_id)
     rows = [row_of(v) for v in verdicts]
     digests = tuple(map(row_digest, rows))
@@ -293,7 +67,7 @@ def add_all(out: str, verdicts: Sequence[Verdict]) -> int:
         if run.create(key_of(number), data):
             break
     run.create(key_of(number, "json"), make_seal(data, entry))
-    if not run.exists("run.json"):  # deleted in this very moment; nothing may stay behind
+    if not run.exists(RunKey.BINDING):  # deleted in this very moment; nothing may stay behind
         run.delete(FOLDER)
         run.prune(FOLDER)
         raise RunNotFoundError(f"run {run_id} was deleted meanwhile; the verdict was not kept")
@@ -302,9 +76,9 @@ def add_all(out: str, verdicts: Sequence[Verdict]) -> int:
 
 def _check_open(run: Storage, run_id: str) -> None:
     """Raise RunNotFoundError or RunBusyError for a run that takes no verdict now."""
-    if not _is_name(run_id) or not run.exists("run.json"):
+    if not _is_name(run_id) or not run.exists(RunKey.BINDING):
         raise RunNotFoundError(f"there is no run {run_id} (any more)")
-    busy = run.exists(INTENT)
+    busy = run.exists(RunKey.INTENT)
     if not busy:
         with suppress(FileNotFoundError, NotADirectoryError, StorageError):
             busy = loads(LockHolder, run.read(_LOCK), run.uri(_LOCK)).purpose == _ERASING
@@ -378,7 +152,7 @@ class VerdictReader:
 
     def _manifest(self) -> str:
         try:
-            return self.run.stamp("manifest.json")
+            return self.run.stamp(RunKey.MANIFEST)
         except (FileNotFoundError, NotADirectoryError):
             return ""
 
@@ -392,8 +166,8 @@ class VerdictReader:
 
 def read(out: str, run_id: str) -> Verdicts:
     """Read the verdicts of one run, in their order; empty where there are none. Raises RunNotFoundError."""
-    run = Storage(out).child(run_id)
-    if not _is_name(run_id) or not run.exists("run.json"):
+    run = open_storage(out).child(run_id)
+    if not _is_name(run_id) or not run.exists(RunKey.BINDING):
         raise RunNotFoundError(f"there is no run {run_id} (any more)")
     return VerdictReader(run).read()
 

@@ -15,16 +15,17 @@ from zarr.codecs import ZstdCodec
 
 from leukoflow.core.errors import StorageError
 from leukoflow.models.bundle import Bundle
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.records import Shard
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.imaging.cells import Cells, CellTable, concatenate
 from leukoflow.tasks.imaging.extract import Features
 from leukoflow.tasks.store.job import ShardJob, attempt_prefix
 
 ARRAYS = {
-    "masks.zarr": ("semantic", "cells", "to_source", "cell_table", "cell_offsets"),
-    "features.zarr": ("hybrid", "cells", "cell_offsets"),
-    "activations.zarr": ("maps",),
+    RunKey.MASKS: ("semantic", "cells", "to_source", "cell_table", "cell_offsets"),
+    RunKey.FEATURES: ("hybrid", "cells", "cell_offsets"),
+    RunKey.ACTIVATIONS: ("maps",),
 }
 """What a shard's group holds in each store."""
 
@@ -54,7 +55,7 @@ def write_masks(
     classes = {"classes": {"0": "background", "1": "cytoplasm", "2": "nucleus"}}
     columns = {"columns": [f.name for f in fields(CellTable)]}
     write_arrays(
-        attempt_group(job, "masks.zarr"),
+        attempt_group(job, RunKey.MASKS),
         ("semantic", tiles_before, semantic, (ZARR_CHUNK, *side), (ZARR_SHARD, *side), classes),
         ("cells", tiles_before, cells.labels, (ZARR_CHUNK, *side), (ZARR_SHARD, *side)),
         ("to_source", tiles_before, to_source, (4096, 2, 3)),
@@ -70,11 +71,11 @@ def write_features(
     tiles_before: int,
     cells_before: int,
 ) -> None:
-    """Write a block's features after those of earlier blocks; `columns` are (backbone, layer, dimension) of each part."""
+    """Write a block's features after earlier ones; `columns` are (backbone, layer, dimension) of each part."""
     width = features.cells.shape[1]
     names = {"columns": [{"backbone": b, "layer": layer, "dimension": d} for b, layer, d in columns]}
     write_arrays(
-        attempt_group(job, "features.zarr"),
+        attempt_group(job, RunKey.FEATURES),
         ("hybrid", tiles_before, features.field, (16, width), (512, width), names),
         ("cells", cells_before, features.cells, (64, width), (4096, width), names),
         ("cell_offsets", tiles_before, features.offsets + cells_before, (4096,)),
@@ -90,7 +91,7 @@ def write_maps(job: ShardJob, bundle: Bundle, maps: NDArray[np.float16], cells_b
         "classifier_digest": bundle.component_digest("classifier"),
     }
     chunks, shards = (64, *maps.shape[1:]), (4096, *maps.shape[1:])
-    write_rows(attempt_group(job, "activations.zarr"), "maps", cells_before, maps, chunks, shards, attributes)
+    write_rows(attempt_group(job, RunKey.ACTIVATIONS), "maps", cells_before, maps, chunks, shards, attributes)
 
 
 def read_cells(root: str, shard: Shard) -> tuple[CellTable, NDArray[np.int64], NDArray[np.float32]]:
@@ -99,7 +100,7 @@ def read_cells(root: str, shard: Shard) -> tuple[CellTable, NDArray[np.int64], N
     Returns:
         The table, offsets of each tile's rows, int64 [t + 1], and each tile's map to the source, float32 [t, 2, 3].
     """
-    group = stored_group(root, f"masks.zarr/{shard.name}")
+    group = stored_group(root, RunKey.group(RunKey.MASKS, shard.name))
     rows, offsets, to_source = read_arrays(group, "cell_table", "cell_offsets", "to_source")
     empty = concatenate([])
     columns = {f.name: rows[:, i].astype(getattr(empty, f.name).dtype) for i, f in enumerate(fields(CellTable))}
@@ -108,12 +109,12 @@ def read_cells(root: str, shard: Shard) -> tuple[CellTable, NDArray[np.int64], N
 
 def read_labels(root: str, shard: Shard, tiles: slice) -> NDArray[np.uint16]:
     """Read the committed labels of some tiles' cells, uint16 [t, S, S]."""
-    return np.asarray(array_of(stored_group(root, f"masks.zarr/{shard.name}"), "cells")[tiles], np.uint16)
+    return np.asarray(array_of(stored_group(root, RunKey.group(RunKey.MASKS, shard.name)), "cells")[tiles], np.uint16)
 
 
 def read_features(root: str, shard: Shard) -> tuple[NDArray[np.float32], NDArray[np.float32], NDArray[np.int64]]:
     """Read the committed features of a shard's tiles [t, D] and cells [m, D], and the cells' offsets [t + 1]."""
-    group = stored_group(root, f"features.zarr/{shard.name}")
+    group = stored_group(root, RunKey.group(RunKey.FEATURES, shard.name))
     field, cells, offsets = read_arrays(group, "hybrid", "cells", "cell_offsets")
     return field.astype(np.float32, copy=False), cells.astype(np.float32, copy=False), offsets
 
@@ -184,9 +185,9 @@ def _checked(group: zarr.Group, name: str, found: Any) -> zarr.Array[Any]:
 def attempt_group(job: ShardJob, name: str) -> zarr.Group:
     """Open or create the shard's group of one store below the attempt."""
     key = f"{attempt_prefix(job.shard, job.attempt)}/{name}/{job.shard.name}"
-    return zarr.open_group(Storage(job.root).zarr(key), mode="a", zarr_format=3)
+    return zarr.open_group(open_storage(job.root).zarr(key), mode="a", zarr_format=3)
 
 
 def stored_group(root: str, key: str) -> zarr.Group:
     """Open a committed group. Its format is given, or the store would be asked for the files of older formats, too."""
-    return zarr.open_group(Storage(root).zarr(key, read_only=True), mode="r", zarr_format=3)
+    return zarr.open_group(open_storage(root).zarr(key, read_only=True), mode="r", zarr_format=3)

@@ -18,14 +18,16 @@ from leukoflow.cluster.host import this_host
 from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import StorageError
 from leukoflow.models.bundle import Bundle
+from leukoflow.runs.layout import RunKey, Stage
 from leukoflow.runs.records import Marker, Member, PartRef, Shard, ShardReceipt
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.store.arrays import ARRAYS, arrays_of
 from leukoflow.tasks.store.job import ShardJob, attempt_prefix
 
-ACTIVATIONS = "activations"
+ACTIVATIONS = Stage.ACTIVATIONS
 """The stage that no other is made from: a shard may lack it and yet be whole. It is made while the pixels are there."""
-STAGES = ("masks", "features", ACTIVATIONS, "predictions")
+STAGES = (Stage.MASKS, Stage.FEATURES, Stage.ACTIVATIONS, Stage.PREDICTIONS)
 
 REVISIONS = {"masks": 4, "features": 1, ACTIVATIONS: 1, "predictions": 2}
 """Raised when a stage's code changes what it writes; part of every content key."""
@@ -53,7 +55,7 @@ def stage_keys(bundle: Bundle, members: Sequence[Member], device: str) -> dict[s
 
 def marker_key(stage: str, shard: Shard) -> str:
     """Return the key of a stage's marker."""
-    return f"markers/{stage}/{shard.name}.json"
+    return RunKey.marker(stage, shard.name)
 
 
 def read_marker(storage: Storage, stage: str, shard: Shard) -> Marker | None:
@@ -81,7 +83,7 @@ def committed(storage: Storage, shard: Shard, keys: dict[str, str]) -> dict[str,
         if stage == ACTIVATIONS:
             if marker is not None:
                 storage.delete(marker_key(stage, shard))
-                storage.delete(f"activations.zarr/{shard.name}")
+                storage.delete(RunKey.group(RunKey.ACTIVATIONS, shard.name))
             continue
         for later in STAGES[i:]:
             if read_marker(storage, later, shard) is not None:
@@ -109,7 +111,7 @@ def commit(job: ShardJob, stage: str, key: str, roots: Sequence[str], receipt: S
 
     When another attempt was first, its marker stands and this attempt's files are left for the clean-up.
     """
-    storage = Storage(job.root)
+    storage = open_storage(job.root)
     prefix = attempt_prefix(job.shard, job.attempt)
     attempt = storage.child(prefix)
     with ThreadPoolExecutor(len(roots)) as pool:
@@ -132,7 +134,7 @@ def commit(job: ShardJob, stage: str, key: str, roots: Sequence[str], receipt: S
 def _sign(root: str) -> None:
     """Leave a note in the run of what machine commits here, once per process; alike machines leave the same one."""
     note = dumps(this_host())
-    Storage(root).create(f"hosts/{hashlib.sha256(note).hexdigest()[:16]}.json", note)
+    open_storage(root).create(RunKey.host(f"{hashlib.sha256(note).hexdigest()[:16]}.json"), note)
 
 
 def digests_below(storage: Storage, root: str) -> list[tuple[str, int, str]]:
@@ -159,7 +161,7 @@ def digests_below(storage: Storage, root: str) -> list[tuple[str, int, str]]:
 
 def adopt_stages(job: ShardJob, other: Storage, keys: dict[str, str], done: dict[str, Marker]) -> dict[str, Marker]:
     """Take masks, features and activation maps from another run where they were made from the very same things."""
-    storage, found = Storage(job.root), dict(done)
+    storage, found = open_storage(job.root), dict(done)
     prefix = attempt_prefix(job.shard, job.attempt)
     for stage in ("masks", "features", ACTIVATIONS):
         if stage in found:

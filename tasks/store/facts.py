@@ -9,8 +9,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.records import DIED, Quality, Shard, Status
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.store.job import ShardJob, write_parquet
 
 
@@ -81,12 +82,12 @@ def write_facts(job: ShardJob, facts: Sequence[Fact]) -> None:
                 "zarr_index": f.zarr_index,
             }
         )
-    write_parquet(job, f"fields/part-{job.shard.name}.parquet", pa.Table.from_pylist(rows, FACTS))
+    write_parquet(job, RunKey.part(RunKey.FIELDS, job.shard.name), pa.Table.from_pylist(rows, FACTS))
 
 
 def read_facts(root: str, shard: Shard) -> list[Fact]:
     """Read the committed facts of a shard's members, in order."""
-    table = pq.read_table(io.BytesIO(Storage(root).read(f"fields/part-{shard.name}.parquet")), schema=FACTS)
+    table = pq.read_table(io.BytesIO(open_storage(root).read(RunKey.part(RunKey.FIELDS, shard.name))), schema=FACTS)
     out = []
     for r in table.to_pylist():
         quality = None

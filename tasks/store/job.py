@@ -9,8 +9,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from leukoflow.core.config import LimitSettings
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.records import Shard, Source
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,7 +36,7 @@ class ShardJob:
 
 def attempt_prefix(shard: Shard, attempt: str) -> str:
     """Return the key prefix below which an attempt writes; nobody else does."""
-    return f"_attempts/{shard.name}/{attempt}"
+    return RunKey.attempt(f"{shard.name}/{attempt}")
 
 
 def started_key(job: ShardJob, task: str) -> str:
@@ -51,4 +52,4 @@ def write_parquet(job: ShardJob, name: str, table: pa.Table) -> None:
     """Write one part, whole, below the attempt."""
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", use_dictionary=False, store_schema=True)
-    Storage(job.root).write(f"{attempt_prefix(job.shard, job.attempt)}/{name}", sink.getvalue())
+    open_storage(job.root).write(f"{attempt_prefix(job.shard, job.attempt)}/{name}", sink.getvalue())

@@ -18,6 +18,7 @@ from leukoflow.runs.layout import RunKey, Stage
 from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.records import CLASSES, PartRef, RunManifest, Shard, Status
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 BATCH_ROWS = 8192
 THREADS = 4
@@ -160,7 +161,7 @@ def check_intent(storage: Storage) -> None:
 
 def finished(root: str) -> tuple[Storage, RunManifest]:
     """Open a finished run. Raises StorageError where there is no run, or one that is not finished."""
-    storage = Storage(root)
+    storage = open_storage(root)
     check_intent(storage)
     manifest = read_manifest(storage)
     if manifest is not None:

@@ -22,20 +22,14 @@ from torch.nn import functional as F
 
 from leukoflow.core.method import MethodSettings
 from leukoflow.models.attention_classifier import AttentionClassifier, ClassifierSpec
-from leukoflow.models.bundle import (
-    Bundle,
-    BundleSpec,
-    Calibration,
-    Statistics,
-    Training,
-    enabled_backbones,
-    save_bundle,
-)
+from leukoflow.models.bundle import Bundle, BundleSpec, Calibration, Statistics, Training, save_bundle
 from leukoflow.models.hybrid_cn_nas import build_backbone
+from leukoflow.models.presets import enabled_backbones
 from leukoflow.runs.records import CLASSES
 from leukoflow.tasks.imaging.classify import Tokens, forward, ood_scores, softmax, standardize, tokens
+from leukoflow.tasks.imaging.extract import Features
 from leukoflow.tasks.training.data import Budget, Labels, Prepared, TrainConfig, balanced_weights, grouped_folds
-from leukoflow.tasks.training.features import Features, load_features, rows_of
+from leukoflow.tasks.training.features import load_features, rows_of
 from leukoflow.tasks.training.loop import run_steps
 from leukoflow.tasks.training.segmenter import load_segmenter
 from leukoflow.tasks.training.select import mrmr

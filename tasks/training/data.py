@@ -23,7 +23,8 @@ from leukoflow.core.method import MethodSettings, Settings
 from leukoflow.models.hybrid_cn_nas import BackboneSpec
 from leukoflow.models.presets import Preset, preset
 from leukoflow.runs.records import CLASSES
-from leukoflow.tasks.decoding.decode_child import RefusedError, check_image
+from leukoflow.tasks.decoding.decode import check_image
+from leukoflow.tasks.decoding.errors import RefusedError
 from leukoflow.tasks.imaging.cells import cell_table, crop_cells
 from leukoflow.tasks.imaging.normalize import normalize
 from leukoflow.tasks.imaging.overlays import mask_overlays

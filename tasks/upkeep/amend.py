@@ -20,6 +20,7 @@ from leukoflow.runs.layout import OutKey, RunKey
 from leukoflow.runs.lock import held
 from leukoflow.runs.progress import list_runs, read_binding, read_manifest, read_state
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.patient_key import PATIENT_KEY, check_value
 from leukoflow.tasks.upkeep.amendment import Amended, Amendment, Intent
 from leukoflow.tasks.upkeep.audit import append
@@ -33,7 +34,7 @@ def amend_runs(out: str, amendment: Amendment, dry_run: bool = False, key: bytes
     is changed where a run that may be concerned is not finished or damaged, ConfigError where one has another key.
     """
     check = check_value(key) if key else ""
-    storage = Storage(out)
+    storage = open_storage(out)
     names = list_runs(out)
     if not names:
         raise ConfigError(

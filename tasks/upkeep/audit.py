@@ -20,6 +20,7 @@ from leukoflow.core.errors import StorageError
 from leukoflow.runs.layout import OutKey
 from leukoflow.runs.progress import now
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 NOTHING = "0" * 64
 """What the first line names as the digest of the line before it."""
@@ -85,7 +86,7 @@ def _entry(line: bytes) -> AuditEntry | None:
 def verify_log(out: str, name: str = OutKey.AUDIT) -> AuditVerdict | None:
     """Look through a log of an output folder; None where there is none."""
     try:
-        return check_log(Storage(out).read(name))
+        return check_log(open_storage(out).read(name))
     except (FileNotFoundError, NotADirectoryError):
         return None
 

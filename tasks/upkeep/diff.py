@@ -29,7 +29,7 @@ from leukoflow.runs.layout import RunKey
 from leukoflow.runs.progress import RunBinding
 from leukoflow.runs.records import RunManifest, Status, read_reason
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import run_words
+from leukoflow.tasks.intake.commands import run_words
 from leukoflow.tasks.store.tables import BATCH_ROWS, finished, regroup, stream, table_files
 
 COLUMNS = (

@@ -23,9 +23,10 @@ from leukoflow.runs.layout import RunKey
 from leukoflow.runs.progress import read_binding
 from leukoflow.runs.records import FileRef, Marker, PartRef, RunManifest
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.plan import rewrite_plan
+from leukoflow.tasks.intake.plan_file import rewrite_plan
 from leukoflow.tasks.publish.ranking import find_conflicts, rank_slides
-from leukoflow.tasks.review.verdicts import Target, slide_target, without
+from leukoflow.tasks.review.verdict_record import Target, slide_target
+from leukoflow.tasks.review.verdicts import without
 from leukoflow.tasks.store.slides import slide_of
 from leukoflow.tasks.store.tables import MERGED_STAGE, is_merged, merged_key, shard_name, span, stream, table_files
 from leukoflow.tasks.upkeep.amendment import Amendment, Intent, blank_cells, rows_of

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from leukoflow.tasks.intake.manifest_file import META_PREFIX
+from leukoflow.tasks.intake.manifest import META_PREFIX
 from leukoflow.tasks.upkeep.amend import amend_runs
 from leukoflow.tasks.upkeep.amendment import Amended, Amendment, salted
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from leukoflow.core.errors import ConfigError
 from leukoflow.runs.layout import OutKey, RunKey
 from leukoflow.runs.progress import list_runs, read_binding
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.patient_key import PATIENT_KEY, check_value, pseudonyms
 
 _PSEUDONYM = re.compile(r"p_[0-9a-f]{32}")
@@ -42,7 +42,7 @@ def runs_of_other_keys(out: str, patient: str, key: bytes | None, runs: Sequence
     """
     if key is None or _PSEUDONYM.fullmatch(patient):
         return ()
-    storage, checks = Storage(out), {}
+    storage, checks = open_storage(out), {}
     for name in list_runs(out) if runs is None else runs:
         if storage.exists(OutKey.of_run(name, RunKey.BINDING)):
             run = storage.child(name)

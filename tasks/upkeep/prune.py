@@ -9,7 +9,7 @@ from datetime import UTC, datetime
 from leukoflow.core.errors import ConfigError, LeukoflowError, StorageError, words_of
 from leukoflow.models.registry import Ledger, Registered, Registry
 from leukoflow.runs.progress import list_runs, read_binding
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,7 +54,7 @@ def needed_bundles(outs: Sequence[str]) -> dict[str, str]:
         if not names:
             raise ConfigError(f"{out} holds no run; name the folders or prefixes that were given to `run --out`")
         for name in names:
-            storage = Storage(out).child(name)
+            storage = open_storage(out).child(name)
             try:
                 binding = read_binding(storage)
             except LeukoflowError as error:

@@ -20,23 +20,13 @@ from leukoflow.runs.layout import RunKey, Stage
 from leukoflow.runs.records import Host, read_reason
 from leukoflow.runs.schema import SINCE_2
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.inference.shard import (
-    STAGES,
-    ShardJob,
-    attempt_prefix,
-    classify,
-    extract,
-    marker_key,
-    opened_bundle,
-    planned,
-    prepare,
-    read_marker,
-    segment,
-    stage_keys,
-    trail_of,
-)
-from leukoflow.tasks.intake.manifest_file import META_PREFIX
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.inference.stages import classify, extract, prepare, segment, trail_of
+from leukoflow.tasks.inference.worker import opened_bundle, planned
+from leukoflow.tasks.intake.manifest import META_PREFIX
+from leukoflow.tasks.store.commit import STAGES, marker_key, read_marker, stage_keys
 from leukoflow.tasks.store.compact import shard_counts_of
+from leukoflow.tasks.store.job import ShardJob, attempt_prefix
 from leukoflow.tasks.upkeep.amendment import rows_of
 from leukoflow.tasks.upkeep.erase import erased_key
 
@@ -117,7 +107,7 @@ def reproduce_shard(job: ShardJob, root: str, files: Sequence[tuple[str, str]]) 
 
     `files` names the Parquet file of each table that has the shard's rows.
     """
-    scratch, stored = Storage(job.root), Storage(root)
+    scratch, stored = open_storage(job.root), open_storage(root)
     recompute(job)
     try:
         return _compare(job, scratch, stored, dict(files))

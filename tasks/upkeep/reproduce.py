@@ -31,16 +31,16 @@ from leukoflow.models.registry import Registry
 from leukoflow.runs.layout import RunKey
 from leukoflow.runs.progress import read_binding
 from leukoflow.runs.records import Host, RunManifest, Shard, Source
-from leukoflow.sources.members import identify, spool
+from leukoflow.sources.identify import identify
+from leukoflow.sources.spool import spool
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.inference.shard import (
-    ShardJob,
-    known_culprits,
-)
-from leukoflow.tasks.intake.manifest_file import META_PREFIX
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.manifest import META_PREFIX
 from leukoflow.tasks.intake.open_run import spooled
-from leukoflow.tasks.intake.plan import read_shard, read_summary
-from leukoflow.tasks.intake.plan import shards as shards_of
+from leukoflow.tasks.intake.plan_file import read_shard, read_summary
+from leukoflow.tasks.intake.plan_file import shards as shards_of
+from leukoflow.tasks.store.facts import known_culprits
+from leukoflow.tasks.store.job import ShardJob
 from leukoflow.tasks.store.tables import finished, table_files
 from leukoflow.tasks.upkeep.recompute import TABLES, Compared, Difference, reproduce_shard
 
@@ -261,7 +261,7 @@ def _jobs(
         metas = [n.removeprefix(META_PREFIX) for n in plan.schema_arrow.names if n.startswith(META_PREFIX)]
         wanted = [shard for shard in shards_of(summary) if shard.ordinal in set(chosen)]
         files = {name: {i: f.key for f in table_files(m.parts, name) for i in f.shards} for name in TABLES}
-        scratch = Storage(folder)
+        scratch = open_storage(folder)
 
         def key(shard: Shard) -> str:
             return f"spool/{shard.name}.bin"

@@ -13,6 +13,7 @@ from leukoflow.runs.layout import OutKey, RunKey
 from leukoflow.runs.lock import held
 from leukoflow.runs.progress import RunState, list_runs, read_state
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.upkeep.audit import append
 
 
@@ -122,7 +123,7 @@ def candidates(out: str) -> list[Candidate]:
 
 def look(out: str, run_id: str) -> Candidate:
     """One run, as it is now."""
-    storage = Storage(out)
+    storage = open_storage(out)
     if storage.is_local and os.path.islink(storage.uri(run_id)):
         return Candidate(run_id, "?", None, None, "it is a link to another place; delete it by hand")
     try:
@@ -157,7 +158,7 @@ def _hindrance(storage: Storage, run_id: str, state: RunState) -> str | None:
 
 def plan_retention(out: str, keep_days: float, keep_last: int) -> tuple[Decision, ...]:
     """What retention would do now, with the bytes of what would go."""
-    storage = Storage(out)
+    storage = open_storage(out)
     decided = decide(candidates(out), keep_days, keep_last, datetime.now(UTC))
     measured = []
     for decision in decided:
@@ -174,7 +175,7 @@ def retain(
     The audit log has an entry before and after each deletion. A run is looked at again right before it goes. Cut off in
     between, the next call goes on where this one was.
     """
-    storage = Storage(out)
+    storage = open_storage(out)
     with held(storage, OutKey.AUDIT_LOCK, "retention"):
         done = []
         for decision in plan_retention(out, keep_days, keep_last):

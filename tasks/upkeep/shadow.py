@@ -19,8 +19,8 @@ from leukoflow.models.registry import is_reference, opened
 from leukoflow.runs.layout import OutKey, RunKey
 from leukoflow.runs.progress import RunBinding, list_runs, now, read_binding, read_manifest, read_state
 from leukoflow.runs.records import CLASSES, RunManifest
-from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import shadow_id
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import shadow_id
 from leukoflow.tasks.upkeep.diff import RunDiff, diff_runs
 
 _NOT_TAKEN = (
@@ -116,7 +116,7 @@ def shadow_config(
     Raises ConfigError where the run did not record its settings, or is not there.
     """
     run_id = run_id or newest_run(out)
-    main = Storage(out).child(run_id)
+    main = open_storage(out).child(run_id)
     try:
         binding = read_binding(main)
     except (FileNotFoundError, NotADirectoryError):
@@ -151,7 +151,7 @@ def _by_hand(binding: RunBinding, out: str, bundle: str) -> str:
 
 def compare(out: str, run_id: str) -> ShadowSummary:
     """Compares a finished shadow run with its run and writes `shadow.json`. Raises StorageError where one is gone."""
-    storage = Storage(out)
+    storage = open_storage(out)
     shadow = read_manifest(storage.child(run_id))
     if shadow is None or shadow.shadow_of is None:
         raise ConfigError(f"run {run_id} is no finished shadow run")

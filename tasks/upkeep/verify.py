@@ -26,8 +26,9 @@ from leukoflow.runs.receipts import RunTotals
 from leukoflow.runs.records import FileRef, Marker, RunManifest, Shard
 from leukoflow.runs.schema import cells_schema, predictions_schema
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.manifest_file import META_PREFIX
-from leukoflow.tasks.intake.plan import read_summary
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.manifest import META_PREFIX
+from leukoflow.tasks.intake.plan_file import read_summary
 from leukoflow.tasks.review.verdicts import check_run
 from leukoflow.tasks.store.tables import (
     finished,
@@ -160,7 +161,7 @@ def verify_run(root: str, report: Report = lambda done, total: None) -> Verifica
 
 def finished_runs(out: str) -> tuple[list[str], list[str]]:
     """Return the ids of the runs below an output folder or prefix that have a manifest, and of those that have none."""
-    storage = Storage(out)
+    storage = open_storage(out)
     done, unfinished = [], []
     for name in storage.names(""):
         if storage.exists(OutKey.of_run(name, RunKey.MANIFEST)):

@@ -29,7 +29,7 @@ from harness import (
 )
 
 from leukoflow.runs.progress import read_manifest
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 KILLS = int(os.environ.get("LEUKOFLOW_CHAOS_KILLS", "4"))
 SEED = int(os.environ.get("LEUKOFLOW_CHAOS_SEED", "1"))
@@ -127,7 +127,7 @@ def test_kills_at_random_moments(kind: str, tmp_path: Path, capsys: pytest.Captu
     assert_same(tmp_path / "whole", root)
     rows = table(root, "predictions")["image_key"].to_pylist()
     assert rows == list(images)
-    manifest = read_manifest(Storage(str(root)))
+    manifest = read_manifest(open_storage(str(root)))
     assert manifest is not None
     assert manifest.members == IMAGES
     with capsys.disabled():

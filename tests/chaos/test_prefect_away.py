@@ -13,7 +13,7 @@ from chaos.world import World, healthy, kill
 from harness import Command, committed_shards, small_bundle, smears, table, until, write_zip
 
 from leukoflow.runs.progress import read_manifest
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 SHARDS = 8
@@ -53,7 +53,7 @@ def test_the_run_does_not_wait_for_it_and_its_record_is_made_up(seconds: int, tm
             assert command.wait(240) == 0, command.text()[-3000:]
         finally:
             command.end()
-        manifest = read_manifest(Storage(str(tmp_path / "night")))
+        manifest = read_manifest(open_storage(str(tmp_path / "night")))
         assert manifest is not None
         (note,) = manifest.notes
         assert "the Prefect server did not answer from" in note
@@ -89,7 +89,7 @@ def test_a_server_that_never_comes_back_is_told_and_costs_nothing(tmp_path: Path
         words = " ".join(command.text().split())
         assert "its dashboard does not know how the run ended; the results are complete" in words
         assert "Error logging to API" not in words
-        manifest = read_manifest(Storage(str(tmp_path / "night")))
+        manifest = read_manifest(open_storage(str(tmp_path / "night")))
         assert manifest is not None
         (note,) = manifest.notes
         assert "may lack states of shards and log lines since then" in note

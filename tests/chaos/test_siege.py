@@ -27,7 +27,7 @@ from harness import Command, assert_same, digests, screen_here, small_bundle, sm
 from leukoflow.core.codec import loads
 from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.records import Marker
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.upkeep.verify import verify_run
 
 SEED = int(os.environ.get("LEUKOFLOW_CHAOS_SEED", "1"))
@@ -175,7 +175,7 @@ def part_harmed(night: Night) -> int:
     """The flow dies, and before it is started again a committed file is gone or has another byte."""
     hit = kill(flow(night))
     night.running.process.wait()
-    storage = Storage(night.root)
+    storage = open_storage(night.root)
     stage = night.dice.choice(["masks", "features", "predictions"])
     shards = storage.names(f"markers/{stage}")
     if not hit or not shards:
@@ -272,7 +272,7 @@ def play(night: Night, kinds: Iterator[str], wanted: int) -> None:
 
 def check(night: Night, whole: Path, images: list[str], scratch: Path) -> Counter[str]:
     """Same rows and bytes as the undisturbed run in this process, nothing left behind; what was counted."""
-    storage = Storage(night.root)
+    storage = open_storage(night.root)
     verification = verify_run(night.root)
     assert verification.ok, verification.findings
     # the last task of a flow that was killed may still be at work
@@ -300,7 +300,7 @@ def place(kind: str, folder: Path) -> Iterator[Place]:
         with moto_server() as url, pytest.MonkeyPatch.context() as patch, FaultyProxy(url) as proxy:
             for name, value in s3_account(url).items():
                 patch.setenv(name, value)
-            Storage("s3://nights").fs.mkdir("nights")
+            open_storage("s3://nights").fs.mkdir("nights")
             yield Place("s3://nights", proxy=proxy)
         return
     disk = folder / "disk"
@@ -345,7 +345,7 @@ def siege(kind: str, runs: int, faults: int, folder: Path, seed: int, show: Call
             codes += night.codes
             seconds = time.monotonic() - night.began
             show(f"{night.run_id} on {kind}: {night.hit.total()} faults, all as undisturbed, {seconds:.0f} s")
-            Storage(here.out).delete(night.run_id)
+            open_storage(here.out).delete(night.run_id)
         restarts = sum(s.starts - 1 for s in world.services.values())
     left = world.strays()
     assert left == [], left

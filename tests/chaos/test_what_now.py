@@ -16,7 +16,7 @@ from faults import FaultyProxy, moto_server, s3_account
 from harness import ROOT, Command, committed_shards, small_bundle, smears, start, table, until, write_zip
 
 from leukoflow.runs.progress import read_progress
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 IMAGES = 96
@@ -137,7 +137,7 @@ def test_a_store_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monk
     with moto_server() as url, FaultyProxy(url) as proxy:
         for name, value in s3_account(url).items():
             monkeypatch.setenv(name, value)
-        storage = Storage("s3://nights")
+        storage = open_storage("s3://nights")
         storage.fs.mkdir("nights")
         away = {"AWS_ENDPOINT_URL": proxy.url, "AWS_MAX_ATTEMPTS": "2"}
         command = launch(bundle, source, "s3://nights", tmp_path / "log", 0.2, tmp_path, **away)

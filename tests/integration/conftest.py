@@ -15,7 +15,7 @@ from harness import small_bundle, smears, white, write_folder, write_tar, write_
 from leukoflow.models.bundle import Bundle
 from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.records import RunManifest
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 Screen = Callable[..., Any]
 
@@ -116,7 +116,7 @@ def screen(server: str, dask_address: str, bundle: Bundle) -> Screen:
 
 
 def manifest_of(root: Path | str) -> RunManifest:
-    found = read_manifest(Storage(str(root)))
+    found = read_manifest(open_storage(str(root)))
     assert found is not None
     return found
 

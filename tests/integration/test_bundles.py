@@ -15,7 +15,7 @@ from leukoflow.models.bundle import Bundle
 from leukoflow.models.registry import Registry
 from leukoflow.runs.progress import read_manifest, read_progress
 from leukoflow.runs.records import RunManifest
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.upkeep.diff import diff_runs
 from leukoflow.tasks.upkeep.reproduce import reproduce_run
 from leukoflow.tasks.upkeep.retention import plan_retention
@@ -26,7 +26,7 @@ pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 
 
 def manifest(root: Path | str) -> RunManifest:
-    found = read_manifest(Storage(str(root)))
+    found = read_manifest(open_storage(str(root)))
     assert found is not None
     return found
 

@@ -16,7 +16,7 @@ from harness import ROOT, smears, table, until, write_folder
 from leukoflow.models.bundle import Bundle
 from leukoflow.runs.ledger import Ledger
 from leukoflow.runs.progress import read_manifest
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
 FILE = ROOT / "deployments" / "prefect.yaml"
@@ -148,7 +148,7 @@ def test_a_cron_fires_the_night_and_the_next_one_finishes_what_was_killed(
     assert not (out / claim.name / "run.json").exists()
 
     until(lambda: ledger.outcome(1), 180, "the second firing finishes the claim of the first")
-    manifest = read_manifest(Storage(str(out / claim.name)))
+    manifest = read_manifest(open_storage(str(out / claim.name)))
     assert manifest is not None
     assert manifest.members == 16
     rows = table(out / claim.name, "predictions")

@@ -17,12 +17,17 @@ from leukoflow.models.bundle import Bundle
 from leukoflow.models.registry import Registry
 from leukoflow.runs.progress import read_manifest
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.intake.patient_key import pseudonym
 from leukoflow.tasks.report.run_report import build_report
 from leukoflow.tasks.review.field_view import view
-from leukoflow.tasks.review.verdicts import Action, add, check_run
-from leukoflow.tasks.review.worklist import Query, open_run_named, patient_key_of, timeline
+from leukoflow.tasks.review.keys import patient_key_of
+from leukoflow.tasks.review.query import Query
+from leukoflow.tasks.review.runs import open_run_named
+from leukoflow.tasks.review.timeline import timeline
+from leukoflow.tasks.review.verdict_record import Action
+from leukoflow.tasks.review.verdicts import add, check_run
 from leukoflow.tasks.store.compact import compact_run
 from leukoflow.tasks.upkeep.audit import verify_log
 from leukoflow.tasks.upkeep.correct import correct_patient
@@ -49,7 +54,7 @@ def local(bundle: Bundle, members: dict[str, bytes], tmp_path_factory: pytest.Te
 
 
 def upload(local: Any, name: str) -> Storage:
-    storage = Storage(f"s3://lab/out/{name}")
+    storage = open_storage(f"s3://lab/out/{name}")
     for key in digests(Path(local.root)):
         storage.write(key, (Path(local.root) / key).read_bytes())
     return storage
@@ -121,7 +126,7 @@ def test_compacting_on_the_store_survives_being_cut_off(
 
 def test_erasing_and_deleting_on_the_store(client: Any, local: Any) -> None:
     out, mary = "s3://lab/life", pseudonym("mary", b"a key that only these tests have")
-    storage = Storage(f"{out}/night")
+    storage = open_storage(f"{out}/night")
     for key in digests(Path(local.root)):
         storage.write(key, (Path(local.root) / key).read_bytes())
     [done] = erase_patient(out, mary)
@@ -133,7 +138,7 @@ def test_erasing_and_deleting_on_the_store(client: Any, local: Any) -> None:
     assert (patients.count(None), mary in patients) == (10, False)
     assert [d.delete for d in retain(out, 1, 0)] == [False]
     assert [d.delete for d in retain(out, 0, 0)] == [True]
-    assert Storage(out).files("") == ["audit.jsonl"]
+    assert open_storage(out).files("") == ["audit.jsonl"]
     log = verify_log(out)
     assert log is not None
     assert (log.entries, log.problems) == (4, ())
@@ -142,7 +147,7 @@ def test_erasing_and_deleting_on_the_store(client: Any, local: Any) -> None:
 def test_correcting_a_patient_on_the_store(client: Any, local: Any) -> None:
     out = "s3://lab/corrected"
     mary, ruth = (pseudonym(name, b"a key that only these tests have") for name in ("mary", "ruth"))
-    storage = Storage(f"{out}/night")
+    storage = open_storage(f"{out}/night")
     for key in digests(Path(local.root)):
         storage.write(key, (Path(local.root) / key).read_bytes())
     compact_run(storage.root)

@@ -16,7 +16,7 @@ from leukoflow.core.site import load_site
 from leukoflow.models.bundle import Bundle
 from leukoflow.runs.ledger import Ledger
 from leukoflow.runs.progress import read_manifest, read_progress
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.inbox import take
 from leukoflow.tasks.intake.open_run import open_run
 
@@ -238,7 +238,7 @@ def test_retention_of_a_site(place: Place, fields: list[bytes]) -> None:
     assert "holds no run yet" in retention(str(place.file), return_state=True).message
     write_folder(place.inbox, {"slide-a/1.jpg": fields[0]})
     assert place.night().is_completed()
-    manifest = read_manifest(Storage(str(place.out / "ward-2026-03-01")))
+    manifest = read_manifest(open_storage(str(place.out / "ward-2026-03-01")))
     assert manifest is not None
     with place.file.open("a") as file:
         file.write("\n[retention]\nkeep_days = 0\nkeep_last = 0\n")

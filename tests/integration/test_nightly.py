@@ -16,7 +16,7 @@ from harness import arrays, assert_same, digests, smears, table, tables, write_z
 
 from leukoflow.runs.progress import read_manifest, read_progress
 from leukoflow.runs.schema import CELLS, PREDICTIONS, SLIDES
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 KINDS = ("zip", "directory", "tar", "tgz")
@@ -38,7 +38,7 @@ def test_every_member_has_exactly_one_row(runs: dict[str, Path], kind: str, memb
     rows = table(root, "predictions")
     assert rows["image_key"].to_pylist() == list(members)
     status = Counter(rows["status"].to_pylist())
-    manifest = read_manifest(Storage(str(root)))
+    manifest = read_manifest(open_storage(str(root)))
     assert manifest is not None
     assert manifest.members == len(members) == sum(status.values())
     assert (manifest.predicted, manifest.abstained, manifest.rejected, manifest.quarantined) == tuple(
@@ -213,7 +213,7 @@ def test_patients_are_only_ever_pseudonyms(
     rows = table(root, "predictions").to_pylist()
     assert len({r["patient_id"] for r in rows}) == 2
     assert all(r["patient_id"].startswith("p_") for r in rows)
-    manifest = read_manifest(Storage(str(root)))
+    manifest = read_manifest(open_storage(str(root)))
     assert manifest is not None
     assert manifest.conflicts == 2
     remark = "patient_id has blanks, quotation marks or invisible characters around it in line 12: they are left out"

@@ -11,7 +11,7 @@ from harness import ROOT, Command, dotted, smears, start, table, write_zip
 
 from leukoflow.models.bundle import Bundle
 from leukoflow.runs.progress import read_manifest
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 pytestmark = [pytest.mark.integration, pytest.mark.chaos, pytest.mark.timeout(900)]
 HOOKS = ROOT / "tests" / "hooks"
@@ -59,7 +59,7 @@ def test_each_poisonous_image_is_quarantined_alone(poisoned: tuple[Path, dict[st
     assert decoder == "decoding it kills the decoder (SIGSEGV)"
     assert normalize == extract == "its processing kills the worker process: signal 9"
     assert forever == f"its processing kills the worker process: a stage ran longer than {STAGE_SECONDS:.0f} s"
-    manifest = read_manifest(Storage(str(folder / "ward")))
+    manifest = read_manifest(open_storage(str(folder / "ward")))
     assert manifest is not None
     assert manifest.quarantined == 4
     assert manifest.members == 49

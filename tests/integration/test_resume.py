@@ -22,8 +22,8 @@ from leukoflow.core.errors import RunConflictError
 from leukoflow.models.bundle import Bundle
 from leukoflow.runs.progress import read_manifest, read_progress
 from leukoflow.runs.records import Shard
-from leukoflow.storage.base import Storage
-from leukoflow.tasks.inference.shard import read_marker
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.store.commit import read_marker
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 SHARD = "00001"
@@ -121,7 +121,7 @@ def test_only_what_was_harmed_is_redone(
         return
     assert times(copy, SHARD) == before
     assert_same(base, copy, drop=())
-    marker = read_marker(Storage(str(copy)), "predictions", Shard(1, 16, 16))
+    marker = read_marker(open_storage(str(copy)), "predictions", Shard(1, 16, 16))
     assert marker is not None
     assert marker.receipt is not None
     most = ("masks", "features", "activations")
@@ -147,7 +147,7 @@ def test_activation_maps_that_were_harmed_cost_no_other_part(
     assert times(copy, "nothing") == before
     assert not maps.exists()
     assert_same(base, copy, drop=())
-    manifest = read_manifest(Storage(str(copy)))
+    manifest = read_manifest(open_storage(str(copy)))
     assert manifest is not None
     assert f"activation maps are absent for 1 of 3 shards ({SHARD})" in manifest.notes[0]
     assert [p.shard for p in manifest.parts if p.stage == "activations"] == ["00000", "00002"]
@@ -196,7 +196,7 @@ def test_a_new_classifier_takes_over_masks_and_features(
     assert screen(archives["zip"], copy.parent, "again", bundle=str(other.path), reuse="night").is_completed()
     assert screen(archives["zip"], tmp_path / "fresh", "again", bundle=str(other.path)).is_completed()
     root = copy.parent / "again"
-    manifest = read_manifest(Storage(str(root)))
+    manifest = read_manifest(open_storage(str(root)))
     assert manifest is not None
     assert {t.stage for t in manifest.timings} == {"classify"}
     assert "activation maps are absent for 3 of 3 shards" in manifest.notes[0]  # those there are show another evidence
@@ -204,7 +204,7 @@ def test_a_new_classifier_takes_over_masks_and_features(
     assert [p.name for p in (root / "activations.zarr").iterdir()] == ["zarr.json"]
     assert "These fields have no activation maps." in (root / "report.html").read_text()
     for i in range(3):
-        marker = read_marker(Storage(str(root)), "predictions", Shard(i, 0, 0))
+        marker = read_marker(open_storage(str(root)), "predictions", Shard(i, 0, 0))
         assert marker is not None
         assert marker.receipt is not None
         assert marker.receipt.resumed == ("masks", "features")
@@ -219,7 +219,7 @@ def test_the_same_classifier_takes_over_activation_maps_too(
 ) -> None:
     assert screen(archives["zip"], copy.parent, "twin", reuse="night").is_completed()
     root = copy.parent / "twin"
-    manifest = read_manifest(Storage(str(root)))
+    manifest = read_manifest(open_storage(str(root)))
     assert manifest is not None
     assert manifest.notes == ()
     assert {t.stage for t in manifest.timings} == {"classify"}

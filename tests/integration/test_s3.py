@@ -15,13 +15,14 @@ from leukoflow.core.errors import PreflightError
 from leukoflow.models.bundle import Bundle
 from leukoflow.runs.progress import read_manifest, read_progress
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.preflight import conditional_writes
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
 
 
 def test_create_is_granted_once(client: Any) -> None:
-    storage = Storage("s3://lab/create")
+    storage = open_storage("s3://lab/create")
     assert storage.create("markers/a.json", b"first")
     assert not storage.create("markers/a.json", b"second")
     assert storage.read("markers/a.json") == b"first"
@@ -36,17 +37,17 @@ def test_a_store_that_overwrites_is_refused(client: Any, monkeypatch: pytest.Mon
 
     monkeypatch.setattr(Storage, "create", careless)
     with pytest.raises(PreflightError, match="does not honour conditional writes"):
-        conditional_writes(Storage("s3://lab/careless"))
+        conditional_writes(open_storage("s3://lab/careless"))
 
 
 def test_the_verbs_of_storage(client: Any) -> None:
-    storage, other = Storage("s3://lab/one"), Storage("s3://lab/two")
+    storage, other = open_storage("s3://lab/one"), open_storage("s3://lab/two")
     with pytest.raises(FileNotFoundError):
         storage.read("absent")
     assert storage.names("nowhere") == []
     storage.delete("nowhere")
     storage.write("_attempts/00000/x/parts/a.bin", b"abc")
-    files = (Storage("s3://lab/one/_attempts/00000/x").digest("parts/a.bin"),)
+    files = (open_storage("s3://lab/one/_attempts/00000/x").digest("parts/a.bin"),)
     assert files[0][:2] == ("parts/a.bin", 3)
     assert not storage.intact(files)
     storage.promote("_attempts/00000/x", files)
@@ -81,7 +82,7 @@ def test_a_run_on_the_store(
     settings = account | {
         "PREFECT_API_URL": server, "EXTRA_PATH": str(ROOT / "tests" / "hooks"), "TEST_DELAY_SECONDS": "0.4",
     }  # fmt: skip
-    root = Storage("s3://lab/out/night")
+    root = open_storage("s3://lab/out/night")
     first = start(words, tmp_path / "first.log", **settings)
     try:
         # Six shards on two workers: when the first is through, some have not even been read.

@@ -17,8 +17,8 @@ from harness import assert_same, digests, screen_here, start, until, write_folde
 from leukoflow.core.errors import BundleError, ConfigError, StorageError
 from leukoflow.models.bundle import Bundle, load_bundle
 from leukoflow.runs.progress import read_manifest
-from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import Run
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.upkeep.verify import verify_run
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
@@ -80,7 +80,7 @@ def test_a_whole_night_in_bad_weather(
     words = ["run", "s3://lab/in/night", "--out", "s3://lab/out", "--run-id", "night", "--shard-size", "16"]
     words += ["--bundle", "s3://lab/bundles/small", "--manifest", "s3://lab/in/slides.csv", "--workers", "2"]
     settings = s3_account(proxy.url) | {"PREFECT_API_URL": server, "LEUKOFLOW_CACHE": str(cache.parent)}
-    place = Storage("s3://lab/out/night")
+    place = open_storage("s3://lab/out/night")
     first = start(words, tmp_path / "first.log", **settings)
     try:
         until(lambda: place.names("markers/masks"), 240, "a stage is committed", first)
@@ -135,7 +135,7 @@ def test_every_third_request_goes_wrong(
     proxy.set(rate=0.0)
     proxy.says = None
     time.sleep(4 * proxy.faults.seconds)
-    Storage(run.root).delete("_attempts")
+    open_storage(run.root).delete("_attempts")
     assert {"late", "lost", "cut_response", "cut_request", "truncate"} <= set(proxy.made())
     assert_same(fetched(client, f"out/bad-{seed}", tmp_path / "fetched"), Path(undisturbed.root), DROP)
     assert verify_run(run.root).findings == ()

@@ -24,7 +24,7 @@ from harness import assert_same, screen_here, until, write_zip
 from leukoflow.apps.doctor import check_storage
 from leukoflow.core.errors import PreflightError, StorageError
 from leukoflow.models.bundle import Bundle
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.preflight import conditional_writes
 from leukoflow.tasks.upkeep.verify import verify_run
 
@@ -101,7 +101,7 @@ def proxy(seaweed: tuple[str, Any], monkeypatch: pytest.MonkeyPatch, tmp_path: P
 
 
 def test_what_we_need_of_a_store(proxy: FaultyProxy, seaweed: tuple[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = Storage("s3://lab/verbs")
+    storage = open_storage("s3://lab/verbs")
     conditional_writes(storage)
     assert {c.verdict for c in check_storage("s3://lab/verbs")} == {"ok"}
     proxy.set(rate=0.2, kinds=("lost", "late", "error", "cut_request", "cut_response"), seconds=0.05)
@@ -127,7 +127,7 @@ def test_what_we_need_of_a_store(proxy: FaultyProxy, seaweed: tuple[str, Any], m
     assert storage.abort_uploads() >= 1
     assert unfinished(seaweed[1]) == []
     with pytest.raises(StorageError, match="bucket nowhere does not exist"):
-        Storage("s3://nowhere/x").probe()
+        open_storage("s3://nowhere/x").probe()
     monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "another")  # this one checks signatures
     with pytest.raises(StorageError, match="does not know these credentials"):
         storage.probe()
@@ -144,7 +144,7 @@ def test_a_night_on_it(
     proxy.set(rate=0.0)
     assert sum(proxy.made().values()) > 5
     assert verify_run(run.root).findings == ()
-    Storage(run.root).delete("_attempts")
+    open_storage(run.root).delete("_attempts")
     assert_same(fetched(seaweed[1], "out/night", tmp_path / "fetched"), Path(local.root), ("run_id", "source_uri"))
     assert unfinished(seaweed[1]) == []
 
@@ -161,6 +161,6 @@ def test_a_store_without_conditional_writes_is_refused(tmp_path: Path, monkeypat
         monkeypatch.setenv(name, value)
     with served([found, "-d", str(tmp_path), "-a", "127.0.0.1", "-p", str(port)], url, tmp_path / "log"):
         with pytest.raises(PreflightError, match=r"does not honour conditional writes.*If-None-Match"):
-            conditional_writes(Storage("s3://lab/out"))
+            conditional_writes(open_storage("s3://lab/out"))
         [check] = check_storage("s3://lab/out")
         assert (check.verdict, "conditional writes" in check.remedy) == ("fail", True)

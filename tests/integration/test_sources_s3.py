@@ -13,8 +13,12 @@ import pytest
 
 from leukoflow.core.errors import MemberError, SourceError
 from leukoflow.runs.records import SourceKind
-from leukoflow.sources.members import Listing, identify, open_reader, spool
-from leukoflow.tasks.intake.plan import plan, read_shard, shards
+from leukoflow.sources.identify import identify
+from leukoflow.sources.listing import Listing
+from leukoflow.sources.reading import open_reader
+from leukoflow.sources.spool import spool
+from leukoflow.tasks.intake.plan import plan
+from leukoflow.tasks.intake.plan_file import read_shard, shards
 
 pytestmark = pytest.mark.integration
 FILES = {f"fields/f{i:04}.jpg": bytes([i % 256]) * (100 + i) for i in range(60)}
@@ -27,7 +31,7 @@ def smears(client: Any) -> Any:
 
 
 def test_prefix(smears: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("leukoflow.sources.members._S3_PAGE", 25)  # more than one page
+    monkeypatch.setattr("leukoflow.sources.s3._S3_PAGE", 25)  # more than one page
     for name, data in {**FILES, "fields/": b"", "fields/Thumbs.db": b"litter"}.items():
         smears.put_object(Bucket="smears", Key=f"night/{name}", Body=data)
     smears.put_object(Bucket="smears", Key="night-2/other.jpg", Body=b"not ours")

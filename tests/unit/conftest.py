@@ -10,7 +10,7 @@ import pytest
 from harness import screen_here, small_bundle, smears, white, write_zip
 
 from leukoflow.models.bundle import Bundle
-from leukoflow.tasks.intake.open_run import Run
+from leukoflow.tasks.intake.binding import Run
 
 KEY = "a key that only these tests have"
 

@@ -22,7 +22,7 @@ from leukoflow.apps.web.engine.engine import EngineLoad
 from leukoflow.apps.web.engine.frames import BundleCard
 from leukoflow.apps.web.settings import Rates, WebSettings
 from leukoflow.runs.records import CLASSES, Quality, Status
-from leukoflow.tasks.inference.single import Diagnosis
+from leukoflow.tasks.inference.single import Examination
 
 PASSWORD = "a smear under the lamp"
 PEOPLE = {"vera": "viewer", "rita": "reviewer", "anna": "admin"}
@@ -55,7 +55,7 @@ class FakeEngine:
             await self.hold.wait()
         if self.error is not None:
             raise self.error
-        return Diagnosis(
+        return Examination(
             sha256=hashlib.sha256(data).hexdigest(), bundle=bundle or "pocket", bundle_digest="ab" * 32,
             status=Status.PREDICTED, reason=None, label="Early", probabilities=(0.1, 0.7, 0.1, 0.1),
             prediction_set=("Early",), ood=0.5, width_px=64, height_px=64,

@@ -24,7 +24,7 @@ from leukoflow.core.errors import BundleError
 from leukoflow.core.method import SegmentSettings
 from leukoflow.runs.records import CLASSES, Status
 from leukoflow.tasks.decoding.ingest import Decoder
-from leukoflow.tasks.inference.single import STAGES, Diagnosis, TileView
+from leukoflow.tasks.inference.single import STAGES, Examination, TileView
 
 DIES, FOREVER, GREEDY, ONCE, NONSENSE, FAULTY = ((13, 37, blue) for blue in range(200, 206))
 FOLDER = Path(os.environ.get("TEST_FOLDER", "/nowhere"))
@@ -50,9 +50,9 @@ def prepare(setup: Setup, say: Any) -> Any:
 
 def examine(
     data: bytes, um_per_px: float | None, models: Any, limits: LimitSettings, decoder: Decoder,
-    told: Callable[[str], None],
-) -> Diagnosis:  # fmt: skip
-    told("decode")
+    on_stage: Callable[[str], None],
+) -> Examination:  # fmt: skip
+    on_stage("decode")
     image = decoder.decode_one(data, um_per_px)
     tiles: tuple[TileView, ...] = ()
     if image.rgb is not None:
@@ -69,7 +69,7 @@ def examine(
             ),
         )  # fmt: skip
     found = image.rgb is not None
-    return Diagnosis(
+    return Examination(
         sha256=hashlib.sha256(data).hexdigest(), bundle=models.name, bundle_digest=models.digest,
         status=Status.PREDICTED if found else Status.QUARANTINED, reason=image.reason, label="Pre" if found else None,
         probabilities=(0.1, 0.1, 0.7, 0.1) if found else (), prediction_set=("Pre",) if found else (), ood=1.0,

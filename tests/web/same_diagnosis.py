@@ -5,12 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from leukoflow.tasks.inference.single import Finding
+from leukoflow.tasks.inference.single import Examination
 
 
-def same(one: Finding, other: Finding, rounding: float = 0.0) -> None:
+def same(one: Examination, other: Examination, rounding: float = 0.0) -> None:
     """Everything but the time it took; `rounding` allows for another number of threads in the networks and in BLAS."""
-    for name in Finding.__slots__:
+    for name in Examination.__slots__:
         mine, theirs = getattr(one, name), getattr(other, name)
         if name == "tiles":
             assert len(mine) == len(theirs)

@@ -29,7 +29,7 @@ from leukoflow.core.config import LimitSettings
 from leukoflow.core.errors import BundleError
 from leukoflow.runs.records import Status
 from leukoflow.tasks.decoding.ingest import Decoder
-from leukoflow.tasks.inference.single import STAGES, Diagnosis, TileView, examine, load_models
+from leukoflow.tasks.inference.single import STAGES, Examination, examine, load_models
 
 pytestmark = pytest.mark.timeout(300)
 T = TypeVar("T")
@@ -57,7 +57,7 @@ class Served:
     def do(self, what: Coroutine[Any, Any, T]) -> T:
         return asyncio.run_coroutine_threadsafe(what, self.loop).result(280)
 
-    def examine(self, data: bytes, who: str = "anna", **settings: Any) -> Diagnosis:
+    def examine(self, data: bytes, who: str = "anna", **settings: Any) -> Examination:
         return self.do(self.engine.examine(data, who=who, **settings))
 
     def restarts(self) -> int:
@@ -127,134 +127,6 @@ def workers() -> list[psutil.Process]:
 
 def gone(processes: list[psutil.Process], seconds: float = 10) -> bool:
     return not psutil.wait_procs(processes, timeout=seconds)[1]
-
-
-# --- the queue -------------------------------------------------------------------------------------------------------
-
-
-def test_persons_take_turns() -> None:
-    queue: FairQueue[str] = FairQueue(100, 50)
-    for i in range(4):
-        queue.put("anna", f"a{i}")
-    queue.put("bert", "b0")
-    assert queue.take() == "a0"
-    queue.put("cleo", "c0")
-    queue.put("bert", "b1")
-    taken = []
-    while (item := queue.take()) is not None:
-        taken.append(item)
-    assert taken == ["b0", "a1", "c0", "b1", "a2", "a3"]
-
-
-def test_the_queue_is_bounded_in_all_and_per_person() -> None:
-    queue: FairQueue[int] = FairQueue(3, 2)
-    for i, who in enumerate(["anna", "anna", "bert"]):
-        assert queue.full_for(who) is None
-        queue.put(who, i)
-    assert queue.full_for("anna") == "2 of your images are waiting already"
-    assert queue.full_for("cleo") == "3 images are waiting already"
-    assert queue.discard("anna", 1)
-    assert not queue.discard("anna", 1)
-    assert queue.full_for("cleo") is None
-    queue.put("bert", 9, again=True)
-    assert [queue.take() for _ in range(4)] == [0, 9, 2, None]
-
-
-# --- frames ----------------------------------------------------------------------------------------------------------
-
-
-@pytest.fixture(scope="module")
-def finding() -> Diagnosis:
-    """One with everything in it: two tiles, cells, and offsets that are not aligned."""
-    rng = np.random.default_rng(0)
-
-    def tile(height: int, width: int, cells: int) -> TileView:
-        return TileView(
-            rng.integers(0, 256, (height, width, 3), np.uint8), rng.integers(0, 256, (height, width, 3), np.uint8),
-            rng.integers(0, 3, (height, width), np.uint8), rng.integers(0, 9, (height, width), np.uint16),
-            rng.random((2, 3), np.float32), np.arange(cells, dtype=np.int32), rng.random(cells, np.float32),
-            rng.random(cells, np.float32), rng.random((cells, 4, 8, 8)).astype(np.float16), 44,
-        )  # fmt: skip
-
-    def column(field: pa.Field) -> pa.Array:
-        if field.name in ("run_id", "image_key"):
-            return pa.array([""] * 5)
-        return pa.array([0, 1, None if field.nullable else 1, 0, 1]).cast(field.type)  # no scale, no area
-
-    columns = [column(f) for f in CELLS]
-    return Diagnosis(
-        sha256="ab" * 32, bundle="one", bundle_digest="cd" * 32, status=Status.ABSTAINED, reason="ambiguous: é",
-        label="Early", probabilities=(0.1, 0.4, 0.3, 0.2), prediction_set=("Early", "Pre"), ood=1.25, width_px=300,
-        height_px=200, quality=Quality(1.5, 0.5, 0.0, 0.2, 0.1, 1.0, 0.5, 0.4, ("first of 2 pages",)),
-        remarks=("first of 2 pages",), cells=pa.Table.from_arrays(columns, schema=CELLS),
-        tiles=(tile(13, 17, 3), tile(11, 7, 0), tile(5, 5, 2)), seconds=(("decode", 0.5), ("segment", 0.25)),
-    )  # fmt: skip
-
-
-def parsed(pieces: list[Any]) -> tuple[Answer, bytes]:
-    whole = b"".join(pieces)
-    kind, words, length = header_of(whole[: HEADER.size])
-    record = record_of(kind, whole[HEADER.size : HEADER.size + words])
-    assert isinstance(record, Answer)
-    body = whole[HEADER.size + words :]
-    assert len(body) == length
-    return record, body
-
-
-def same(one: Diagnosis, other: Diagnosis, rounding: float = 0.0) -> None:
-    """Everything but the time it took; `rounding` allows for another number of threads in the networks and in BLAS."""
-    for name in Diagnosis.__slots__:
-        mine, theirs = getattr(one, name), getattr(other, name)
-        if name == "tiles":
-            assert len(mine) == len(theirs)
-            for a, b in zip(mine, theirs, strict=True):
-                for field in type(a).__slots__:
-                    x, y = np.asarray(getattr(a, field)), np.asarray(getattr(b, field))
-                    assert x.dtype == y.dtype
-                    assert np.allclose(x, y, rtol=0, atol=rounding * (x.dtype.kind == "f")), field
-        elif name == "seconds":
-            assert [s for s, _ in mine] == [s for s, _ in theirs]
-        elif name == "cells":
-            assert (mine is None) == (theirs is None)
-            assert mine is None or mine.drop_columns("attention").equals(theirs.drop_columns("attention"))
-            assert mine is None or np.allclose(mine["attention"], theirs["attention"], rtol=0, atol=rounding)
-        elif name in ("ood", "probabilities"):
-            assert mine == (theirs if not rounding else pytest.approx(theirs, rel=0, abs=rounding)), name
-        else:
-            assert mine == theirs, name
-
-
-def test_a_finding_passes_unaltered(finding: Diagnosis) -> None:
-    answer, body = parsed(finding_frame(7, finding))
-    assert answer.number == 7
-    same(finding_of(answer, body), finding)
-
-
-def test_bytes_that_the_shapes_do_not_account_for_are_refused(finding: Diagnosis) -> None:
-    answer, body = parsed(finding_frame(7, finding))
-    tile = answer.tiles[0]
-    for wrong in (
-        replace(answer, cells=1 << 30),
-        replace(answer, tiles=(replace(tile, height=1 << 31, width=1 << 31),)),
-        replace(answer, tiles=(replace(tile, cells=tile.cells + 1),)),
-        replace(answer, tiles=(*answer.tiles, TileShape(0, 0, 0, 0, 0))),
-        replace(answer, tiles=()),
-    ):
-        with pytest.raises(FrameError):
-            finding_of(wrong, body)
-    with pytest.raises(FrameError):
-        finding_of(answer, body[:-1])
-    with pytest.raises(FrameError):
-        finding_of(answer, body + b"x")
-
-
-def test_what_is_no_frame_is_refused() -> None:
-    for head in (HEADER.pack(200, 0, 0), HEADER.pack(1, 1 << 31, 0), HEADER.pack(1, 0, 1 << 60)):
-        with pytest.raises(FrameError):
-            header_of(head)
-    for words in (b"", b"{", b"[" * 100_000, b'{"number": "x"}', b"\x80\x04cos\nsystem\n."):
-        with pytest.raises(FrameError):
-            record_of(KINDS.index(Answer), words)
 
 
 # --- answers ---------------------------------------------------------------------------------------------------------

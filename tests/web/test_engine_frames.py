@@ -25,7 +25,7 @@ from leukoflow.apps.web.engine.frames import (
 )
 from leukoflow.runs.records import Quality, Status
 from leukoflow.runs.schema import CELLS
-from leukoflow.tasks.inference.single import Finding, TileView
+from leukoflow.tasks.inference.single import Examination, TileView
 
 # --- the queue -------------------------------------------------------------------------------------------------------
 
@@ -62,7 +62,7 @@ def test_the_queue_is_bounded_in_all_and_per_person() -> None:
 
 
 @pytest.fixture(scope="module")
-def diagnosis() -> Finding:
+def diagnosis() -> Examination:
     """One with everything in it: two tiles, cells, and offsets that are not aligned."""
     rng = np.random.default_rng(0)
 
@@ -80,7 +80,7 @@ def diagnosis() -> Finding:
         return pa.array([0, 1, None if field.nullable else 1, 0, 1]).cast(field.type)  # no scale, no area
 
     columns = [column(f) for f in CELLS]
-    return Finding(
+    return Examination(
         sha256="ab" * 32, bundle="one", bundle_digest="cd" * 32, status=Status.ABSTAINED, reason="ambiguous: é",
         label="Early", probabilities=(0.1, 0.4, 0.3, 0.2), prediction_set=("Early", "Pre"), ood=1.25, width_px=300,
         height_px=200, quality=Quality(1.5, 0.5, 0.0, 0.2, 0.1, 1.0, 0.5, 0.4, ("first of 2 pages",)),
@@ -99,13 +99,13 @@ def parsed(pieces: list[Any]) -> tuple[Answer, bytes]:
     return record, body
 
 
-def test_a_diagnosis_passes_unaltered(diagnosis: Finding) -> None:
+def test_a_diagnosis_passes_unaltered(diagnosis: Examination) -> None:
     answer, body = parsed(diagnosis_frame(7, diagnosis))
     assert answer.number == 7
     same(diagnosis_of(answer, body), diagnosis)
 
 
-def test_bytes_that_the_shapes_do_not_account_for_are_refused(diagnosis: Finding) -> None:
+def test_bytes_that_the_shapes_do_not_account_for_are_refused(diagnosis: Examination) -> None:
     answer, body = parsed(diagnosis_frame(7, diagnosis))
     tile = answer.tiles[0]
     for wrong in (

@@ -27,10 +27,13 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from leukoflow.apps.web.api import document
+from leukoflow.apps.web.api.openapi import document
 from leukoflow.runs.records import CLASSES
-from leukoflow.tasks.review.verdicts import Action, add
-from leukoflow.tasks.review.worklist import open_run_table, patient_key_of, run_key_of, timeline
+from leukoflow.tasks.review.keys import patient_key_of, run_key_of
+from leukoflow.tasks.review.runs import open_run_table
+from leukoflow.tasks.review.timeline import timeline
+from leukoflow.tasks.review.verdict_record import Action
+from leukoflow.tasks.review.verdicts import add
 
 API = "/api/v1"
 RUN = f"{API}/runs/{run_key_of('night')}"
@@ -269,7 +272,7 @@ def test_a_patients_page_says_where_runs_do_not_agree(place: World, monkeypatch:
     points = (course.points[0], replace(course.points[0], run_id="empty", summary=nothing))
     said = "Runs do not agree on this patient: Pro-B in a (3 fields); Early Pre-B in b (2 fields)."
     monkeypatch.setattr(
-        "leukoflow.tasks.review.worklist.timeline", lambda out, key: replace(course, points=points, remarks=(said,))
+        "leukoflow.tasks.review.timeline.timeline", lambda out, key: replace(course, points=points, remarks=(said,))
     )
     page = place.browser("rita").get(f"/patients/{patient}").text
     assert said in page

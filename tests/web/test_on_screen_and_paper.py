@@ -12,7 +12,9 @@ from test_accessibility import places, settled
 
 from leukoflow.apps.web.drawing import view_cache
 from leukoflow.runs.records import Status
-from leukoflow.tasks.review.worklist import Query, open_run_table, run_key_of
+from leukoflow.tasks.review.keys import run_key_of
+from leukoflow.tasks.review.query import Query
+from leukoflow.tasks.review.runs import open_run_table
 
 pytestmark = pytest.mark.timeout(180)
 WIDTHS = (1280, 820, 390)

@@ -14,9 +14,10 @@ from browser_world import RUN, Site, page_of, picture_shown, served, until
 
 from leukoflow.runs.records import Status
 from leukoflow.tasks.review import verdicts
-from leukoflow.tasks.review.verdicts import Action, Verdict
+from leukoflow.tasks.review.query import Query
+from leukoflow.tasks.review.runs import open_run_named
+from leukoflow.tasks.review.verdict_record import Action, Verdict
 from leukoflow.tasks.review.wording import class_name
-from leukoflow.tasks.review.worklist import Query, open_run_named
 
 pytestmark = pytest.mark.timeout(180)
 

@@ -12,11 +12,12 @@ from rich.text import Text
 
 from leukoflow.apps.cli.view.console import duration, facts_table, size
 from leukoflow.core.counts import count_of
+from leukoflow.runs.layout import OutKey
 from leukoflow.runs.records import CLASSES
 
 if TYPE_CHECKING:
     from leukoflow.tasks.store.compact import Compaction
-    from leukoflow.tasks.upkeep.amend import Amended
+    from leukoflow.tasks.upkeep.amendment import Amended
     from leukoflow.tasks.upkeep.audit import AuditVerdict
     from leukoflow.tasks.upkeep.diff import RunDiff
     from leukoflow.tasks.upkeep.retention import Decision
@@ -77,9 +78,9 @@ def show_compaction(target: Console, done: Compaction) -> None:
     target.print(Text.assemble((done.run_id, "bold green"), f" {words}"), soft_wrap=True)
 
 
-def show_audit(target: Console, out: str, log: AuditVerdict, name: str = "audit.jsonl") -> None:
+def show_audit(target: Console, out: str, log: AuditVerdict, name: str = OutKey.AUDIT) -> None:
     """Show whether an audit log is whole."""
-    title = "audit log" if name == "audit.jsonl" else "audit log of the web application"
+    title = "audit log" if name == OutKey.AUDIT else "audit log of the web application"
     if not log.problems and not log.entries:
         target.print(Text.assemble((title, "bold"), " is empty: nothing was looked at"), soft_wrap=True)
         return

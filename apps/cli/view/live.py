@@ -138,10 +138,10 @@ def _try_read(reader: object) -> RunProgress | None:
 def count_outcomes(p: RunProgress) -> str:
     """Say what has become of the images so far, without the outcomes that none has."""
     parts = (
-        (p.predicted, "predicted"),
-        (p.abstained, "abstained"),
-        (p.rejected, "rejected"),
-        (p.quarantined, "quarantined"),
+        (p.counts.predicted, "predicted"),
+        (p.counts.abstained, "abstained"),
+        (p.counts.rejected, "rejected"),
+        (p.counts.quarantined, "quarantined"),
     )
     return ", ".join(f"{n:,} {name}" for n, name in parts if n or name == "predicted")
 

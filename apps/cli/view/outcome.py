@@ -15,6 +15,7 @@ from rich.text import Text
 from leukoflow.apps.cli.view.console import age_of, duration, facts_table
 from leukoflow.apps.cli.view.live import count_outcomes
 from leukoflow.core.counts import count_of
+from leukoflow.runs.layout import RunKey, Stage
 from leukoflow.runs.records import CLASSES, read_reasons
 
 if TYPE_CHECKING:
@@ -26,7 +27,7 @@ _STATE_STYLE = {"running": "cyan", "finished": "green", "cancelled": "yellow", "
 
 def show_outcome(target: Console, root: str, manifest: RunManifest) -> None:
     """Show totals that reconcile, labels, pace, and where to look next."""
-    from leukoflow.tasks.report.page import share
+    from leukoflow.tasks.report.numbers import share
 
     m = manifest
     totals = Table(box=None, padding=(0, 2), show_header=False)
@@ -40,7 +41,7 @@ def show_outcome(target: Console, root: str, manifest: RunManifest) -> None:
         ("quarantined", m.quarantined),
     ):
         totals.add_row(name, f"{count:,}", share(count, m.members))
-    balanced = m.predicted + m.abstained + m.rejected + m.quarantined == m.members
+    balanced = m.counts.accounted == m.members
     totals.add_row("members", Text(f"{m.members:,}", style="bold"), "balanced" if balanced else "DO NOT BALANCE")
     for name, count in (("missing", m.missing), ("ignored", m.ignored), ("patient conflicts", m.conflicts)):
         if count:
@@ -79,7 +80,7 @@ def show_outcome(target: Console, root: str, manifest: RunManifest) -> None:
     target.print(Group(Padding(both, (1, 0), expand=False), pace))
     table = root.replace("'", "''") + "/predictions/*.parquet"
     for name, line in (  # printed unwrapped, to be copied
-        ("report", f"{root}/report.html"),
+        ("report", f"{root}/{RunKey.REPORT}"),
         ("tables", f"duckdb -c \"select status, label, count(*) from '{table}' group by all\""),
     ):
         target.print(Text.assemble((f"{name:<9}  ", "dim"), line), soft_wrap=True)
@@ -132,8 +133,8 @@ def show_status(target: Console, root: str, p: RunProgress) -> None:
         f"{p.done:,} of {p.members:,}{share}: {count_outcomes(p)}" if p.members else "the source is not planned yet"
     )
     table.add_row("images", planned)
-    for stage in ("masks", "features", "predictions"):
-        done = len(reader.storage.names(f"markers/{stage}"))
+    for stage in (Stage.MASKS, Stage.FEATURES, Stage.PREDICTIONS):
+        done = len(reader.storage.names(RunKey.markers(stage)))
         table.add_row(stage, f"{done:,} of {p.shards:,} shards")
     table.add_row("started", f"{p.started_at} ({age_of(p.started_at)})")
     table.add_row("last sign", f"{p.last_activity} ({age_of(p.last_activity)})")
@@ -144,7 +145,7 @@ def show_status(target: Console, root: str, p: RunProgress) -> None:
     if p.dashboard and p.state == "running":
         table.add_row("dashboard", Text(p.dashboard))
     if p.state == "finished":
-        table.add_row("report", Text(f"{root}/report.html"))
+        table.add_row("report", Text(f"{root}/{RunKey.REPORT}"))
     elif p.state == "running":
         table.add_row("next", "wait, or look at the dashboard; Ctrl-C or SIGTERM to its process stops it resumably")
     target.print(table)

@@ -9,8 +9,9 @@ from datetime import datetime
 from markupsafe import Markup, escape
 
 from leukoflow.runs.records import CLASSES
+from leukoflow.tasks.review.agreement import WeekLine
+from leukoflow.tasks.review.timeline import TimelinePoint
 from leukoflow.tasks.review.wording import mean_words
-from leukoflow.tasks.review.worklist import TimelinePoint, WeekLine
 
 
 def shares(parts: Sequence[tuple[str, float]], whole: float = 1000.0) -> list[tuple[str, str, str]]:

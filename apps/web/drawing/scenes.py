@@ -15,9 +15,9 @@ from leukoflow.apps.web.words import Cell
 from leukoflow.core.counts import count_of
 from leukoflow.runs.records import Status
 from leukoflow.tasks.imaging import cytoplasm
-from leukoflow.tasks.inference.single import Finding
+from leukoflow.tasks.inference.single import Examination
 from leukoflow.tasks.review.field_view import FieldView
-from leukoflow.tasks.review.worklist import RunTable
+from leukoflow.tasks.review.table import RunTable
 
 _WINDOW = 64.0  # pixels of the tile around a cell, where no activation map says what the model sees
 
@@ -144,7 +144,7 @@ def of_field(table: RunTable, ordinal: int, tile: int | None, base: str) -> Scen
     return _scene(tiles, cells, tile, base, line.label, view.pixels, view.mapped, view.remarks, scale)
 
 
-def of_diagnosis(diagnosis: Finding, tile: int, base: str, um_per_px: float | None = None) -> Scene | None:
+def of_diagnosis(diagnosis: Examination, tile: int, base: str, um_per_px: float | None = None) -> Scene | None:
     """Return the scene of a diagnosis on the bench; None if the image could not be decoded."""
     cells = cells_of(diagnosis.cells, diagnosis.tiles)
     mapped = bool(diagnosis.probabilities)

@@ -7,11 +7,14 @@ from leukoflow.apps.web.engine.jobs import Item
 from leukoflow.apps.web.words import Subject
 from leukoflow.core.errors import LeukoflowError
 from leukoflow.runs.records import CLASSES, Status
-from leukoflow.tasks.inference.single import Finding
-from leukoflow.tasks.review import field_view, worklist
-from leukoflow.tasks.review.field_view import ReferenceCell
+from leukoflow.tasks.inference.single import Examination
+from leukoflow.tasks.review import bundle_settings, reference_cells, runs
+from leukoflow.tasks.review import confidence as review_confidence
+from leukoflow.tasks.review.confidence import Frequency
+from leukoflow.tasks.review.lines import FieldLine
+from leukoflow.tasks.review.reference_cells import ReferenceCell
+from leukoflow.tasks.review.table import RunTable
 from leukoflow.tasks.review.wording import SHADOW, Scale
-from leukoflow.tasks.review.worklist import FieldLine, Frequency, RunTable
 
 REFERENCES = 6
 """Cells of each class that are shown for comparison."""
@@ -45,9 +48,9 @@ def of_line(table: RunTable, line: FieldLine) -> Subject:
         bundle_digest=d.bundle_digest,
         sha256=d.member_sha256,
         facts=tuple((k, words.shown(v, 120)) for k, v in facts if v),
-        settings=field_view.segment_settings(bundle),
-        alpha=field_view.alpha_of(bundle),
-        max_ood=field_view.max_ood_of(bundle),
+        settings=bundle_settings.segment_settings(bundle),
+        alpha=bundle_settings.alpha_of(bundle),
+        max_ood=bundle_settings.max_ood_of(bundle),
         frequency=frequency_in(bundle, line.label, line.confidence, line.status),
         shadow=SHADOW if table.shadow_of is not None else "",
     )
@@ -57,13 +60,13 @@ def frequency_in(bundle: str, label: str | None, confidence: float | None, statu
     """Return what the confidence of an answer means; None without an answer."""
     if label is None or confidence is None or status != Status.PREDICTED:
         return None
-    document = field_view.bundle_document(bundle) or {}
-    return worklist.frequency(document.get("metrics") or {}, label, confidence)
+    document = bundle_settings.bundle_document(bundle) or {}
+    return review_confidence.frequency(document.get("metrics") or {}, label, confidence)
 
 
 def frequency_of(item: Item) -> Frequency | None:
     """Return what the confidence of an answer on the bench means; None without an answer."""
-    found: Finding = item.diagnosis
+    found: Examination = item.diagnosis
     if found.label is None or not found.probabilities:
         return None
     return frequency_in(found.bundle, found.label, float(found.probabilities[CLASSES.index(found.label)]), found.status)
@@ -71,20 +74,22 @@ def frequency_of(item: Item) -> Frequency | None:
 
 def caution_of(item: Item) -> str:
     """Return the caution for an answer on the bench that may rest on a wrong size; empty otherwise."""
-    found: Finding = item.diagnosis
-    return Scale(found.width_px, found.height_px, item.um_per_px, field_view.segment_settings(found.bundle)).caution
+    found: Examination = item.diagnosis
+    return Scale(
+        found.width_px, found.height_px, item.um_per_px, bundle_settings.segment_settings(found.bundle)
+    ).caution
 
 
 def why_of(item: Item) -> tuple[str, str, str]:
     """Return why an image has no answer: what, the likeliest cause with the remedy, and what was measured."""
-    found: Finding = item.diagnosis
-    scale = Scale(found.width_px, found.height_px, item.um_per_px, field_view.segment_settings(found.bundle))
+    found: Examination = item.diagnosis
+    scale = Scale(found.width_px, found.height_px, item.um_per_px, bundle_settings.segment_settings(found.bundle))
     return words.reason_words(found.reason, scale, "bench", found.remarks)
 
 
 def of_item(item: Item) -> Subject:
     """Return what is reported about an image on the bench."""
-    found: Finding = item.diagnosis
+    found: Examination = item.diagnosis
     answered = found.status == Status.PREDICTED
     return Subject(
         title=words.shown(item.name),
@@ -104,9 +109,9 @@ def of_item(item: Item) -> Subject:
         bundle_digest=found.bundle_digest,
         sha256=found.sha256,
         facts=(("File", f"{words.number(item.size)} bytes"),),
-        settings=field_view.segment_settings(found.bundle),
-        alpha=field_view.alpha_of(found.bundle),
-        max_ood=field_view.max_ood_of(found.bundle),
+        settings=bundle_settings.segment_settings(found.bundle),
+        alpha=bundle_settings.alpha_of(found.bundle),
+        max_ood=bundle_settings.max_ood_of(found.bundle),
         frequency=frequency_of(item),
         where="bench",
     )
@@ -114,13 +119,13 @@ def of_item(item: Item) -> Subject:
 
 def references(out: str) -> tuple[tuple[str, tuple[ReferenceCell, ...]], ...]:
     """Return cells of each class from the newest finished run; empty without one."""
-    latest = next((r for r in worklist.list_runs(out) if r.state == "finished" and r.shadow_of is None), None)
+    latest = next((r for r in runs.list_runs(out) if r.state == "finished" and r.shadow_of is None), None)
     if latest is None:
         return ()
     found = []
     for label in CLASSES:
         try:
-            found.append((label, field_view.reference_cells(out, latest.run_key, label, REFERENCES)))
+            found.append((label, reference_cells.reference_cells(out, latest.run_key, label, REFERENCES)))
         except LeukoflowError:
             found.append((label, ()))
     return tuple(found)

@@ -9,7 +9,7 @@ from concurrent.futures import Future
 
 from leukoflow.tasks.review import field_view
 from leukoflow.tasks.review.field_view import FieldView
-from leukoflow.tasks.review.worklist import RunTable
+from leukoflow.tasks.review.table import RunTable
 
 _MAX_BYTES = 128 << 20  # bytes of views that are kept
 

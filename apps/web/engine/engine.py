@@ -32,7 +32,7 @@ from leukoflow.core.errors import BundleError, LeukoflowError, place_of
 from leukoflow.core.geometry import MAX_UM_PER_PX, MIN_UM_PER_PX
 from leukoflow.runs.records import DIED
 from leukoflow.tasks.decoding.ingest import too_large
-from leukoflow.tasks.inference.single import Finding
+from leukoflow.tasks.inference.single import Examination
 
 _log = logging.getLogger(__name__)
 _TRIES = 2
@@ -172,7 +172,7 @@ class Engine:
         bundle: str = "",
         um_per_px: float | None = None,
         on_stage: Callable[[str], None] | None = None,
-    ) -> Finding:
+    ) -> Examination:
         """Diagnose one image. Cancelling this withdraws the image.
 
         Args:

@@ -23,7 +23,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 from leukoflow.core.errors import LeukoflowError
 from leukoflow.runs.records import Quality, Status
 from leukoflow.runs.schema import CELLS
-from leukoflow.tasks.inference.single import Diagnosis, TileView
+from leukoflow.tasks.inference.single import Examination, TileView
 
 HEADER = struct.Struct("<BIQ")
 MAX_WORDS, MAX_BODY = 4 << 20, 1 << 30
@@ -211,8 +211,8 @@ def _dtype(column: pa.Field) -> Any:
     return np.uint8 if column.type == pa.bool_() else column.type.to_pandas_dtype()
 
 
-def finding_frame(number: int, finding: Diagnosis) -> list[Buffer]:
-    """A finding as pieces to be written."""
+def diagnosis_frame(number: int, diagnosis: Examination) -> list[Buffer]:
+    """Return a diagnosis as pieces to be written."""
     body: list[NDArray[Any]] = []
     shapes = []
     for tile in diagnosis.tiles:
@@ -230,8 +230,8 @@ def finding_frame(number: int, finding: Diagnosis) -> list[Buffer]:
     return frame(answer, *(array.reshape(-1).view(np.uint8).data for array in body))
 
 
-def finding_of(answer: Answer, body: bytes | bytearray) -> Diagnosis:
-    """The finding that arrived. Raises FrameError unless its shapes account for every byte."""
+def diagnosis_of(answer: Answer, body: bytes | bytearray) -> Examination:
+    """Return the diagnosis that arrived. Raises FrameError unless its shapes account for every byte."""
     take = _Pieces(body)
     tiles = []
     for shape in answer.tiles:
@@ -249,7 +249,7 @@ def finding_of(answer: Answer, body: bytes | bytearray) -> Diagnosis:
             columns[name] = pa.array([""] * answer.cells, pa.string())
         cells = pa.Table.from_arrays([columns[f.name] for f in CELLS], schema=CELLS)
     take.finish()
-    return Diagnosis(
+    return Examination(
         answer.sha256, answer.bundle, answer.bundle_digest, answer.status, answer.reason, answer.label,
         answer.probabilities, answer.prediction_set, answer.ood, answer.width_px, answer.height_px, answer.quality,
         answer.remarks, cells, tuple(tiles), answer.seconds,

@@ -20,7 +20,7 @@ from leukoflow.apps.web.engine.pipes import Speaker, leave, read_frame, words_fo
 from leukoflow.core.config import LimitSettings
 from leukoflow.core.errors import BundleError, place_of
 from leukoflow.tasks.decoding.ingest import Decoder
-from leukoflow.tasks.inference.single import Finding, Models, examine, load_models, warm
+from leukoflow.tasks.inference.single import Examination, Models, examine, load_models, warm
 
 _NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "bad_alloc", "insufficient memory")
 
@@ -96,7 +96,7 @@ def _serve(order: Order, data: bytes, bundles: _LoadedBundles, say: Speaker, wit
             raise WithdrawnError
         say(Stage(order.number, stage))
 
-    diagnosis: Finding | None = None
+    diagnosis: Examination | None = None
     failure = Failure(order.number, "error", "")
     try:
         models, decoder = bundles.get(order.bundle)

@@ -55,7 +55,7 @@ class Item:
     size: int
     bundle: str  # empty: the first one
     stage: str = "waiting"  # then decode, normalize, segment, extract, classify, done
-    finding: Any = None  # leukoflow.tasks.inference.single.Diagnosis
+    diagnosis: Any = None  # of leukoflow.tasks.inference.single.Examination
     error: str = ""  # why there is none, for people
     busy: bool = False  # the error is that the queue was full
     fault: bool = False  # the error is the program's, not the image's

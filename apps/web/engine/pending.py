@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from leukoflow.apps.web.engine.frames import BundleCard
 from leukoflow.core.errors import LeukoflowError, place_of
 from leukoflow.runs.records import Status
-from leukoflow.tasks.inference.single import Finding
+from leukoflow.tasks.inference.single import Examination
 
 if TYPE_CHECKING:
     from leukoflow.apps.web.engine.worker import Worker
@@ -31,7 +31,7 @@ class PendingImage:
     card: BundleCard
     um_per_px: float | None
     on_stage: Callable[[str], None] | None
-    answer: asyncio.Future[Finding]
+    answer: asyncio.Future[Examination]
     started: float = field(default_factory=time.monotonic)
     tries: int = 0
     worker: Worker | None = None
@@ -47,7 +47,7 @@ def report_stage(image: PendingImage, stage: str) -> None:
         _log.error("a listener failed: %s", place_of(error))
 
 
-def settle(image: PendingImage, said: Finding | LeukoflowError) -> None:
+def settle(image: PendingImage, said: Examination | LeukoflowError) -> None:
     """Answer the caller, unless it has gone: with a diagnosis, or by raising an error."""
     if image.answer.done():
         return
@@ -57,9 +57,9 @@ def settle(image: PendingImage, said: Finding | LeukoflowError) -> None:
         image.answer.set_result(said)
 
 
-def quarantined(data: bytes, card: BundleCard, reason: str) -> Finding:
+def quarantined(data: bytes, card: BundleCard, reason: str) -> Examination:
     """Return a diagnosis without an answer, for an image that no worker has finished."""
-    return Finding(
+    return Examination(
         sha256=hashlib.sha256(data).hexdigest(), bundle=card.name, bundle_digest=card.digest,
         status=Status.QUARANTINED, reason=reason, label=None, probabilities=(), prediction_set=(), ood=None,
         width_px=0, height_px=0, quality=None, remarks=(), cells=None, tiles=(), seconds=(),

@@ -24,7 +24,7 @@ from leukoflow.apps.web.engine.frames import (
 from leukoflow.apps.web.engine.pending import PendingImage, quarantined, report_stage
 from leukoflow.apps.web.engine.waiting import END_SECONDS, fail, read_frame, within_start_time
 from leukoflow.core.errors import BundleError, LeukoflowError, words_of
-from leukoflow.tasks.inference.single import STAGES, Finding
+from leukoflow.tasks.inference.single import STAGES, Examination
 
 
 class Worker:
@@ -36,7 +36,7 @@ class Worker:
         self._writer: asyncio.StreamWriter | None = None
         self._reader: asyncio.Task[None] | None = None
         self._image: PendingImage | None = None
-        self._said: asyncio.Future[Finding | LeukoflowError] | None = None
+        self._said: asyncio.Future[Examination | LeukoflowError] | None = None
         self.gone = asyncio.Event()
         self.cause_of_death = ""  # for the log
         loop = asyncio.get_running_loop()
@@ -56,9 +56,9 @@ class Worker:
         self._reader = asyncio.create_task(self._read(reader))
         await within_start_time(self._warm)
 
-    async def ask(self, image: PendingImage, seconds: float) -> Finding | LeukoflowError:
+    async def ask(self, image: PendingImage, seconds: float) -> Examination | LeukoflowError:
         """Return the diagnosis, or the error to raise instead. After a DeathError the worker must be replaced."""
-        said: asyncio.Future[Finding | LeukoflowError] = asyncio.get_running_loop().create_future()
+        said: asyncio.Future[Examination | LeukoflowError] = asyncio.get_running_loop().create_future()
         self._said = said
         self._image = image
         try:

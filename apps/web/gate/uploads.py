@@ -216,7 +216,7 @@ def unpack(data: bytes, limits: UploadLimits, most: int, budget: int) -> list[Up
                 continue
             if len(found) >= most:
                 raise Refused(413, f"One upload may have up to {limits.files} images; send the rest separately.")
-            upload = _member(file, entry, name, limits, budget)
+            upload = _member(file, entry, shown_name(key), limits, budget)
             budget -= len(upload.data)
             found.append(upload)
     except ArchiveError as error:

@@ -21,7 +21,7 @@ from leukoflow.apps.web.gate.uploads import read_form
 from leukoflow.apps.web.pages.pictures import KINDS, export_response, picture_response
 from leukoflow.apps.web.pages.rendering import not_saved, redirect, render, results_of, translate_errors, wants_fragment
 from leukoflow.core.geometry import MAX_UM_PER_PX, MIN_UM_PER_PX
-from leukoflow.tasks.inference.single import Finding
+from leukoflow.tasks.inference.single import Examination
 
 router = APIRouter()
 
@@ -42,7 +42,7 @@ def _warming(request: Request) -> bool:
     return engine is not None and engine.load().ready == 0
 
 
-def _item(request: Request, job_id: str, number: int, who: Principal) -> tuple[Job, Item, Finding]:
+def _item(request: Request, job_id: str, number: int, who: Principal) -> tuple[Job, Item, Examination]:
     job = _job(request, job_id, who)
     if not 0 <= number < len(job.items) or job.items[number].diagnosis is None:
         raise Refused(404, "There is no such result, or not yet.")

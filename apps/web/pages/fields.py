@@ -18,7 +18,8 @@ from leukoflow.apps.web.pages.pictures import KINDS, export_response, picture_re
 from leukoflow.apps.web.pages.rendering import render, table_of, translate_errors
 from leukoflow.core.errors import NotFoundError
 from leukoflow.runs.records import Status
-from leukoflow.tasks.review.worklist import FieldLine, RunTable
+from leukoflow.tasks.review.lines import FieldLine
+from leukoflow.tasks.review.table import RunTable
 
 router = APIRouter()
 

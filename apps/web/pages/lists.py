@@ -11,7 +11,7 @@ from fastapi import Request
 
 from leukoflow.apps.web.gate.principals import Principal
 from leukoflow.apps.web.pages.rendering import translate_errors
-from leukoflow.tasks.review.worklist import Query, Sort
+from leukoflow.tasks.review.query import Query, Sort
 
 PAGE = 50
 """Rows of a page."""

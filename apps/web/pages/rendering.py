@@ -21,8 +21,8 @@ from leukoflow.core.errors import LeukoflowError, NotFoundError, RequestError, R
 from leukoflow.runs.records import CLASSES
 from leukoflow.tasks.imaging import cytoplasm
 from leukoflow.tasks.inference.single import STAGES
-from leukoflow.tasks.review import wording, worklist
-from leukoflow.tasks.review.worklist import RunTable
+from leukoflow.tasks.review import runs, wording
+from leukoflow.tasks.review.table import RunTable
 
 STAGE_WORDS = {
     "waiting": "Waiting",
@@ -135,4 +135,4 @@ def results_of(request: Request) -> str:
 def table_of(request: Request, run_key: str) -> RunTable:
     """Open a run. Raises Refused."""
     with translate_errors():
-        return worklist.open_run_table(results_of(request), run_key)
+        return runs.open_run_table(results_of(request), run_key)

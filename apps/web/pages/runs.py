@@ -16,8 +16,9 @@ from leukoflow.apps.web.gate.request import saw
 from leukoflow.apps.web.pages.lists import list_request, searches
 from leukoflow.apps.web.pages.rendering import redirect, render, results_of, table_of, translate_errors, wants_fragment
 from leukoflow.core.errors import RequestError
-from leukoflow.tasks.review import export, verdicts, worklist
-from leukoflow.tasks.review.worklist import Query, Review
+from leukoflow.tasks.review import cautions, runs, verdict_record
+from leukoflow.tasks.review.export import stream
+from leukoflow.tasks.review.query import Query, Review
 
 router = APIRouter()
 
@@ -28,7 +29,7 @@ TABS = ("slides", "patients", "fields")
 def runs_page(request: Request, who: Viewer) -> Response:
     """Show all runs, newest first."""
     with translate_errors():
-        found = worklist.list_runs(results_of(request))
+        found = runs.list_runs(results_of(request))
     saw(request, "runs")
     return render(request, "runs.html", "runs", runs=found, out_is_empty=not found)
 
@@ -37,7 +38,7 @@ def runs_page(request: Request, who: Viewer) -> Response:
 def run_line(request: Request, run_key: str, who: Viewer) -> Response:
     """Show one entry of the list of runs; a run in progress asks for it again."""
     with translate_errors():
-        found = [r for r in worklist.list_runs(results_of(request)) if r.run_key == run_key]
+        found = [r for r in runs.list_runs(results_of(request)) if r.run_key == run_key]
     if not found:
         raise Refused(404, "This run no longer exists.")
     return render(request, "_run_line.html", run=found[0])
@@ -57,7 +58,7 @@ def run_page(request: Request, run_key: str, who: Viewer, tab: str = "slides") -
     context: dict[str, Any] = {
         "run": table, "run_key": run_key, "tab": tab, "tabs": TABS, "totals": totals, "page": page, "asked": asked,
         "reviews": tuple(Review), "statuses": words.STATUSES, "recon": table.reconciliation(),
-        "guessed": export.guessed_fields(table, page.items) if tab == "fields" else frozenset(),
+        "guessed": cautions.guessed_fields(table, page.items) if tab == "fields" else frozenset(),
     }  # fmt: skip
     return render(request, "_list.html" if wants_fragment(request) else "run.html", "runs", **context)
 
@@ -101,8 +102,8 @@ def slide_page(request: Request, run_key: str, slide_key: str, who: Viewer) -> R
     with translate_errors():
         slide = table.slide(slide_key)
         page = table.fields(asked.query)
-        said = table.reviews.verdicts.of(verdicts.slide_target(slide.grouping, slide.name))
-        caution, guessed = export.scale_caution(table, slide), export.guessed_fields(table, page.items)
+        said = table.reviews.verdicts.of(verdict_record.slide_target(slide.grouping, slide.name))
+        caution, guessed = cautions.scale_caution(table, slide), cautions.guessed_fields(table, page.items)
     saw(request, "slide", f"{run_key}/{slide_key}")
     return render(
         request, "slide.html", "runs", run=table, run_key=run_key, slide=slide, page=page, asked=asked, tab="fields",
@@ -118,10 +119,10 @@ def export_run(
     table = table_of(request, run_key)
     with translate_errors():
         try:
-            form = export.Format(kind)
+            form = stream.Format(kind)
         except ValueError:
-            raise RequestError(f"there is no export of this kind; there are {', '.join(export.Format)}") from None
-        pieces = iter(export.export(table, export.Scope(slide=slide or None, patient=patient or None), form))
+            raise RequestError(f"there is no export of this kind; there are {', '.join(stream.Format)}") from None
+        pieces = iter(stream.export(table, stream.Scope(slide=slide or None, patient=patient or None), form))
         first = next(pieces, b"")
     saw(request, "export", "/".join(filter(None, (run_key, slide, patient))), format=kind)
 

@@ -22,8 +22,8 @@ from leukoflow.apps.web.pages.rendering import (
     wants_fragment,
 )
 from leukoflow.core.errors import RequestError
-from leukoflow.tasks.review import verdicts
-from leukoflow.tasks.review.verdicts import Action
+from leukoflow.tasks.review import verdict_record, verdicts
+from leukoflow.tasks.review.verdict_record import Action
 
 router = APIRouter()
 
@@ -95,7 +95,7 @@ def slide_verdict(
             )
             table = table_of(request, run_key)
             slide = table.slide(slide_key)
-            said = table.reviews.verdicts.of(verdicts.slide_target(slide.grouping, slide.name))
+            said = table.reviews.verdicts.of(verdict_record.slide_target(slide.grouping, slide.name))
     except Refused as refused:
         return not_saved(request, refused)
     saw(request, "verdict", f"{run_key}/{slide_key}", action=str(action))

@@ -5,6 +5,9 @@ from __future__ import annotations
 import numpy as np
 
 from leukoflow.tasks.review.cautions import scale_caution
+from leukoflow.tasks.review.lines import PatientLine, SlideLine, Summary
+from leukoflow.tasks.review.table import RunTable
+from leukoflow.tasks.review.timeline import slide_labels
 from leukoflow.tasks.review.wording import (
     BENIGN_BUT,
     CLASS_CAUTION,
@@ -15,7 +18,6 @@ from leukoflow.tasks.review.wording import (
     mean_words,
     probability,
 )
-from leukoflow.tasks.review.worklist import PatientLine, RunTable, SlideLine, Summary, slide_labels
 from leukoflow.tasks.store.slides import disagreement
 
 CLASS_WORDS = {

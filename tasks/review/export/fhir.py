@@ -10,6 +10,8 @@ from typing import Any, TypeAlias
 from leukoflow.runs.progress import now
 from leukoflow.tasks.review.cautions import notice_of
 from leukoflow.tasks.review.export.conclusion import CLASS_WORDS, clean, conclude, interval_words, outweighed
+from leukoflow.tasks.review.lines import PatientLine, SlideLine, Summary
+from leukoflow.tasks.review.table import RunTable
 from leukoflow.tasks.review.wording import (
     CLASS_CAUTION,
     MEAN_MALIGNANT,
@@ -17,7 +19,6 @@ from leukoflow.tasks.review.wording import (
     RESEARCH_USE,
     sentence,
 )
-from leukoflow.tasks.review.worklist import PatientLine, RunTable, SlideLine, Summary
 
 FHIR_VERSION = "4.3.0"
 """R4B; the resources and elements that are used here are the same in R4."""

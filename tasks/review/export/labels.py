@@ -15,10 +15,11 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from leukoflow.core.errors import ConfigError, LeukoflowError, NotFoundError
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.records import SourceKind
-from leukoflow.sources.members import open_reader
+from leukoflow.sources.reading import open_reader
 from leukoflow.tasks.intake.plan_file import read_shard, read_summary
-from leukoflow.tasks.review.worklist import list_runs, open_run_table
+from leukoflow.tasks.review.runs import list_runs, open_run_table
 
 LABELS = ("image_key", "label", "slide_id", "cluster_id")
 """What `leukoflow train` reads in `all_fields.csv`."""
@@ -145,8 +146,8 @@ def _images(out: str, labels: Sequence[Labelled]) -> Iterator[tuple[Labelled, by
         with ExitStack() as stack:
             try:
                 table = open_run_table(out, keys[run_id])
-                plan = pq.ParquetFile(stack.enter_context(table.storage.open("plan.parquet")))
-                source = read_summary(stack.enter_context(table.storage.open("plan.parquet"))).source
+                plan = pq.ParquetFile(stack.enter_context(table.storage.open(RunKey.PLAN)))
+                source = read_summary(stack.enter_context(table.storage.open(RunKey.PLAN))).source
                 if source.kind is SourceKind.COMPRESSED_TAR:
                     continue
                 reader = stack.enter_context(open_reader(source))

@@ -14,9 +14,11 @@ import pyarrow.parquet as pq
 
 from leukoflow.runs.records import CLASSES, read_reason
 from leukoflow.tasks.review.cautions import notice_of, scale_guessed
+from leukoflow.tasks.review.columns import PROBABILITIES
+from leukoflow.tasks.review.frame import Ints
+from leukoflow.tasks.review.table import RunTable
 from leukoflow.tasks.review.verdict_record import Standing
 from leukoflow.tasks.review.wording import RESEARCH_USE, SCALE_CAUTION
-from leukoflow.tasks.review.worklist import PROBABILITIES, Ints, RunTable
 
 ROWS = 4096
 EXPORTED = (

@@ -13,7 +13,10 @@ from enum import StrEnum
 from leukoflow.core.errors import RequestError
 from leukoflow.tasks.review.export.fhir import Line, write_fhir
 from leukoflow.tasks.review.export.rows import tables, write_csv, write_parquet
-from leukoflow.tasks.review.worklist import MAX_PAGE, Query, RunTable, Sort, open_run_table, timeline
+from leukoflow.tasks.review.query import MAX_PAGE, Query, Sort
+from leukoflow.tasks.review.runs import open_run_table
+from leukoflow.tasks.review.table import RunTable
+from leukoflow.tasks.review.timeline import timeline
 
 
 class Format(StrEnum):

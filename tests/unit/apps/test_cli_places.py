@@ -25,7 +25,7 @@ from leukoflow.core.counts import count_of
 from leukoflow.core.errors import ConfigError, RunConflictError
 from leukoflow.models.bundle import Bundle
 from leukoflow.runs.progress import Heartbeat, now, read_progress
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.open_run import open_run
 
 
@@ -153,10 +153,10 @@ def test_a_plan_that_the_same_command_has_made_meanwhile_is_kept(archive: Path, 
 
     def meanwhile(root: str) -> None:
         open_run(config)
-        stamps.append(Storage(root).stamp("plan.parquet"))
+        stamps.append(open_storage(root).stamp("plan.parquet"))
 
     run = open_run(config, meanwhile)
-    assert [Storage(run.root).stamp("plan.parquet")] == stamps
+    assert [open_storage(run.root).stamp("plan.parquet")] == stamps
 
 
 def test_an_archive_without_images_is_written_down_with_its_exit_code(small: Bundle, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from leukoflow.apps.cli.main import app
 from leukoflow.core.codec import dumps
 from leukoflow.core.config import RunConfig, load_config
 from leukoflow.runs.progress import RunBinding, now
-from leukoflow.tasks.intake.open_run import resume_command
+from leukoflow.tasks.intake.commands import resume_command
 
 
 def invoke(*words: str) -> Any:

@@ -29,7 +29,7 @@ from leukoflow.runs.records import (
     Shard,
     ShardReceipt,
 )
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.upkeep.audit import AuditVerdict
 
 
@@ -86,7 +86,7 @@ def test_progress_is_shown_while_a_run_goes_on(terminal: bool, tmp_path: Path, m
         receipt = ShardReceipt(shard, 30, 1, 1, 0, 200, (10, 10, 10, 1), (), 1.0)
         (tmp_path / "markers/predictions").mkdir(parents=True)
         marker = Marker(PartRef("predictions", shard.name, "a", "k", ()), receipt)
-        Storage(str(tmp_path)).create("markers/predictions/00000.json", dumps(marker))
+        open_storage(str(tmp_path)).create("markers/predictions/00000.json", dumps(marker))
         time.sleep(0.6)
     text = written.getvalue()
     assert ("32/100" if terminal else "32 of 100 images, 1 of 4 shards") in text

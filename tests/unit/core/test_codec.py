@@ -7,7 +7,8 @@ import pytest
 from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import StorageError
 from leukoflow.runs.progress import RunBinding
-from leukoflow.runs.records import Marker, PartRef, Shard, ShardReceipt, StageTiming
+from leukoflow.runs.receipts import StageTiming
+from leukoflow.runs.records import Marker, PartRef, Shard, ShardReceipt
 
 RECEIPT = ShardReceipt(
     shard=Shard(3, 48, 16),

@@ -14,7 +14,7 @@ from leukoflow.core.config import AlertSettings, load_config
 from leukoflow.flows import events
 from leukoflow.flows.events import drift_rows, emit, run_events
 from leukoflow.tasks.monitor.nights import GroupDrift, compare_groups
-from leukoflow.tasks.review.worklist import run_key_of
+from leukoflow.tasks.review.keys import run_key_of
 
 STARTED = "2026-03-01T22:00:00+00:00"
 

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from leukoflow.flows.run import clear_attempts
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 
 def test_attempts_of_others_stay_when_those_of_shards_are_removed(tmp_path: Path) -> None:
-    storage = Storage(str(tmp_path))
+    storage = open_storage(str(tmp_path))
     for name in ("00001/one", "spool-1", "preflight-1", "amend-1", "compact-1", "expand-1", "moving-1"):
         storage.write(f"_attempts/{name}/x", b"x")
     clear_attempts(storage)

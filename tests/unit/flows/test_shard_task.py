@@ -13,8 +13,8 @@ from prefect.states import Failed
 from leukoflow.core.errors import ClusterError, ShardError
 from leukoflow.flows.shard_task import cause_of_death, is_worth_a_retry, reason_of_failure
 from leukoflow.runs.records import Shard
-from leukoflow.storage.base import Storage
-from leukoflow.tasks.inference.shard import ShardJob, attempt_prefix
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.store.job import ShardJob, attempt_prefix
 
 SHARD = Shard(7, 112, 16)
 
@@ -33,7 +33,7 @@ def test_the_reason_is_recorded_without_what_prefect_puts_before_it(tmp_path: An
     assert reason_of_failure(failed) == "shard 00007: x"
     failed = Failed(message=f"{prefix}ZeroDivisionError", data=ZeroDivisionError())
     assert reason_of_failure(failed) == "ZeroDivisionError"
-    storage, job = Storage(str(tmp_path)), cast(ShardJob, SimpleNamespace(shard=SHARD, attempt="a"))
+    storage, job = open_storage(str(tmp_path)), cast(ShardJob, SimpleNamespace(shard=SHARD, attempt="a"))
     assert cause_of_death(storage, job) == "its worker process died (out of memory, killed, or a poisonous image)"
     storage.write(f"{attempt_prefix(SHARD, 'a')}/timeout.json", json.dumps({"message": "segment hangs"}).encode())
     assert cause_of_death(storage, job) == "segment hangs; its worker was ended"

@@ -21,7 +21,7 @@ from infra.configuration import SITE, make_secrets, read_env_file, write_private
 from infra.processes import MARK, STEP, Processes, StackError
 from infra.stack import Stack
 from leukoflow.apps.prefect_server import free_port
-from leukoflow.tasks.upkeep.audit import WEB_LOG
+from leukoflow.runs.layout import OutKey
 
 SLEEP = [sys.executable, "-S", "-c", "import time; time.sleep(600)"]
 STUBBORN = [
@@ -142,7 +142,7 @@ def test_the_first_start_leaves_a_sample_although_the_web_application_has_begun_
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = _with_folders(tmp_path, monkeypatch)
-    (tmp_path / "results" / WEB_LOG).write_text("{}\n")
+    (tmp_path / "results" / OutKey.WEB_AUDIT).write_text("{}\n")
     found._leave_sample(lambda words: None)
     assert sorted(p.name for p in (tmp_path / "inbox").iterdir()) == ["smears.zip", "smears.zip.done"]
     for taken in (tmp_path / "inbox").iterdir():

@@ -18,6 +18,7 @@ from leukoflow.models.bundle import Bundle, load_bundle, write_spec
 from leukoflow.models.registry import Registry, headline_metrics, is_reference, reference
 from leukoflow.runs.progress import read_manifest
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.upkeep.verify import verify_run
 
@@ -271,7 +272,7 @@ def test_once_it_is_finished_the_newly_approved_bundle_gives_a_run_of_its_own(
     registry.approve("night-0", "ana", "")
     first = screen_here(source, tmp_path / "out", None, "approved", bundles=registry.storage.root)
     assert verify_run(first.root).ok
-    manifest = read_manifest(Storage(first.root))
+    manifest = read_manifest(open_storage(first.root))
     assert manifest is not None
     assert (manifest.bundle_digest, manifest.bundle_reference) == (several[0].digest, "approved")
     config = settings(source, tmp_path, registry)

@@ -9,7 +9,7 @@ import pytest
 
 from leukoflow.runs.layout import LedgerKey, OutKey, RunKey, Stage
 from leukoflow.runs.records import Shard
-from leukoflow.tasks.inference.shard import STAGES
+from leukoflow.tasks.store.commit import STAGES
 
 FORMAT = (Path(__file__).parents[3] / "docs" / "data-format.md").read_text()
 SHARD = "<shard>"

@@ -13,6 +13,7 @@ from leukoflow.core.errors import StorageError
 from leukoflow.runs import lock
 from leukoflow.runs.lock import LockHolder, held
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 KEY = "compact.lock"
 DEAD = LockHolder(2**22 + 1, socket.gethostname(), "2026-03-01T00:00:00+00:00", "compacting")
@@ -21,7 +22,7 @@ OTHER = LockHolder(os.getpid(), socket.gethostname(), "2026-03-02T00:00:00+00:00
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
-    return Storage(str(tmp_path))
+    return open_storage(str(tmp_path))
 
 
 def holder(storage: Storage) -> LockHolder:

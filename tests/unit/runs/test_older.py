@@ -20,15 +20,16 @@ from leukoflow.core.codec import loads
 from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.records import CLASSES, Marker, RunManifest, Status
 from leukoflow.runs.schema import CELLS, SCHEMA_VERSION, SINCE_2, SLIDES
-from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import Run
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.patient_key import pseudonym
 from leukoflow.tasks.monitor.drift import run_facts
 from leukoflow.tasks.monitor.metrics import RunsCollector, exposition
 from leukoflow.tasks.monitor.nights import read_run
 from leukoflow.tasks.report.run_report import build_report
-from leukoflow.tasks.review.export import exported_schema
-from leukoflow.tasks.review.worklist import open_run_table, run_key_of
+from leukoflow.tasks.review.export.rows import exported_schema
+from leukoflow.tasks.review.keys import run_key_of
+from leukoflow.tasks.review.runs import open_run_table
 from leukoflow.tasks.store.compact import compact_run
 from leukoflow.tasks.upkeep.correct import correct_patient
 from leukoflow.tasks.upkeep.diff import diff_runs
@@ -39,7 +40,7 @@ ABSTAINED = 3
 
 
 def manifest_of(root: Path) -> RunManifest:
-    found = read_manifest(Storage(str(root)))
+    found = read_manifest(open_storage(str(root)))
     assert found is not None
     return found
 
@@ -71,7 +72,7 @@ def test_a_new_run_counts_answers_alone(night: Run, copy: Path) -> None:
     assert m.schema_version == SCHEMA_VERSION == 2
     assert m.labels == answered(copy)
     assert sum(m.labels) == m.predicted
-    for name in Storage(str(copy)).names("markers/predictions"):
+    for name in open_storage(str(copy)).names("markers/predictions"):
         receipt = loads(Marker, (copy / "markers/predictions" / name).read_bytes(), name).receipt
         assert receipt is not None
         assert sum(receipt.labels) == receipt.predicted

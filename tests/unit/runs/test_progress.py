@@ -15,6 +15,7 @@ from leukoflow.core.errors import StorageError
 from leukoflow.runs.progress import Heartbeat, ProgressReader, RunBinding, list_runs, now, read_progress
 from leukoflow.runs.records import Marker, PartRef, Shard, ShardReceipt
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 
 BINDING = RunBinding(
     "night", "f", "in.zip", 40, 3, 16, "pocket", "d", "cpu", "2026-03-01T20:00:00+00:00", "leukoflow run in.zip"
@@ -28,7 +29,7 @@ def receipt(shard: int, count: int) -> Marker:
 
 @pytest.fixture
 def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    storage = Storage(str(tmp_path_factory.mktemp("out") / "night"))
+    storage = open_storage(str(tmp_path_factory.mktemp("out") / "night"))
     storage.write("run.json", dumps(BINDING))
     return storage
 
@@ -121,7 +122,7 @@ def test_no_run_there(storage: Storage) -> None:
 
 def test_runs_are_listed_by_their_binding(storage: Storage) -> None:
     out = storage.root.rpartition("/")[0]
-    Storage(out).write("not-a-run/file", b"")
-    Storage(out).write("stray.txt", b"")
+    open_storage(out).write("not-a-run/file", b"")
+    open_storage(out).write("stray.txt", b"")
     assert list_runs(out) == ["night"]
     assert list_runs(out + "/absent") == []

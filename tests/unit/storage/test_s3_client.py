@@ -25,7 +25,9 @@ from harness import ROOT
 
 from leukoflow.core.errors import MemberError, PreflightError, SourceError, StorageError
 from leukoflow.runs.records import SourceKind
-from leukoflow.sources.members import Listing, identify, open_reader
+from leukoflow.sources.identify import identify
+from leukoflow.sources.listing import Listing
+from leukoflow.sources.reading import open_reader
 from leukoflow.storage import s3_client
 from leukoflow.storage.opening import open_storage
 from leukoflow.storage.s3_errors import explain
@@ -510,7 +512,7 @@ def test_an_outage_does_not_cut_an_archive_short(
     """While it is unpacked, an archive that cannot be read must not be taken for one that ends there."""
     import tarfile
 
-    monkeypatch.setattr("leukoflow.sources.members._S3_BLOCK", 100_000)
+    monkeypatch.setattr("leukoflow.sources.s3._S3_BLOCK", 100_000)
     monkeypatch.setattr(s3_client.ObjectStore, "retries", 2)
     sink = io.BytesIO()
     with tarfile.open(fileobj=sink, mode="w:gz") as archive:

@@ -15,7 +15,7 @@ from leukoflow.runs.schema import CELLS
 from leukoflow.tasks.imaging.cells import cell_table, concatenate, square_micrometres
 from leukoflow.tasks.imaging.classify import ImageDiagnosis
 from leukoflow.tasks.inference.rows import cell_rows
-from leukoflow.tasks.intake.open_run import Run
+from leukoflow.tasks.intake.binding import Run
 
 
 def square(scale: float) -> np.ndarray:

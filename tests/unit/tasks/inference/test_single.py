@@ -20,7 +20,7 @@ from leukoflow.runs.records import CLASSES, Status
 from leukoflow.runs.schema import CELLS
 from leukoflow.tasks.decoding.ingest import Decoder
 from leukoflow.tasks.inference import single
-from leukoflow.tasks.inference.single import STAGES, Diagnosis, Models, careful, examine, load_models, shape_for
+from leukoflow.tasks.inference.single import STAGES, Examination, Models, careful, examine, load_models, shape_for
 
 LIMITS = LimitSettings(max_member_mb=8)
 SCALES = {"scaled/fine.jpg": 0.21, "scaled/coarse.jpg": 0.84}
@@ -85,16 +85,16 @@ def decoder(bundle: Bundle) -> Iterator[Decoder]:
         yield shared
 
 
-def look(models: Models, decoder: Decoder, data: bytes, um_per_px: float | None = None) -> Diagnosis:
+def look(models: Models, decoder: Decoder, data: bytes, um_per_px: float | None = None) -> Examination:
     return examine(data, um_per_px, models, LIMITS, decoder, lambda stage: None)
 
 
 @pytest.fixture(scope="module")
-def findings(members: dict[str, bytes], models: Models, decoder: Decoder) -> dict[str, Diagnosis]:
+def findings(members: dict[str, bytes], models: Models, decoder: Decoder) -> dict[str, Examination]:
     return {name: look(models, decoder, data, SCALES.get(name)) for name, data in members.items()}
 
 
-def test_every_status_is_there(findings: dict[str, Diagnosis]) -> None:
+def test_every_status_is_there(findings: dict[str, Examination]) -> None:
     """Or the comparison below would say little."""
     assert {f.status for f in findings.values()} >= {Status.REJECTED, Status.QUARANTINED, Status.ABSTAINED}
     assert any(f.status is Status.PREDICTED for f in findings.values())
@@ -103,7 +103,7 @@ def test_every_status_is_there(findings: dict[str, Diagnosis]) -> None:
     assert findings["bad/no-white-cell.png"].reason == "too few cells: 0 < 1"
 
 
-def test_rows_are_those_of_the_run(findings: dict[str, Diagnosis], run: Path, bundle: Bundle) -> None:
+def test_rows_are_those_of_the_run(findings: dict[str, Examination], run: Path, bundle: Bundle) -> None:
     rows = {row["image_key"]: row for row in table(run, "predictions").to_pylist()}
     assert list(rows) == list(findings)
     for name, found in findings.items():
@@ -123,7 +123,7 @@ def test_rows_are_those_of_the_run(findings: dict[str, Diagnosis], run: Path, bu
         assert found.ood == pytest.approx(row["ood_score"], abs=1e-4)
 
 
-def test_cells_are_those_of_the_run(findings: dict[str, Diagnosis], run: Path) -> None:
+def test_cells_are_those_of_the_run(findings: dict[str, Examination], run: Path) -> None:
     stored = table(run, "cells")
     first = dict(zip(*_first_tiles(run), strict=True))
     for name, found in findings.items():
@@ -145,7 +145,7 @@ def _first_tiles(run: Path) -> tuple[list[str], list[int]]:
     return [r["image_key"] for r in rows], [r["zarr_index"] for r in rows]
 
 
-def test_pictures_are_those_of_the_run(findings: dict[str, Diagnosis], run: Path) -> None:
+def test_pictures_are_those_of_the_run(findings: dict[str, Examination], run: Path) -> None:
     (semantic,) = arrays(run, "masks.zarr", "semantic")
     (cells,) = arrays(run, "masks.zarr", "cells")
     (to_source,) = arrays(run, "masks.zarr", "to_source")
@@ -168,12 +168,12 @@ def test_pictures_are_those_of_the_run(findings: dict[str, Diagnosis], run: Path
                 assert (x, y) == pytest.approx((xs.mean(), ys.mean()), abs=1e-3)
 
 
-def test_an_image_that_is_wider_than_high_is_shown_without_what_was_mirrored(findings: dict[str, Diagnosis]) -> None:
+def test_an_image_that_is_wider_than_high_is_shown_without_what_was_mirrored(findings: dict[str, Examination]) -> None:
     (view,) = findings["large/wide.png"].tiles
     assert view.original.shape == (149, 224, 3)
 
 
-def test_a_rejected_image_can_be_looked_at(findings: dict[str, Diagnosis]) -> None:
+def test_a_rejected_image_can_be_looked_at(findings: dict[str, Examination]) -> None:
     found = findings["bad/blank.png"]
     assert found.status is Status.REJECTED
     assert found.quality is not None

@@ -16,6 +16,7 @@ from leukoflow.core.errors import BundleError, ClusterError, ShardError, Storage
 from leukoflow.models.bundle import Bundle, random_bundle, save_bundle
 from leukoflow.runs.records import Shard, Source, SourceKind
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.inference import worker
 from leukoflow.tasks.inference.stages import prepare
 from leukoflow.tasks.inference.worker import guarded, open_plan, opened_bundle
@@ -55,7 +56,7 @@ def test_a_plan_that_was_made_again_is_seen(job: ShardJob) -> None:
     def write(text: str) -> None:
         sink = pa.BufferOutputStream()
         pq.write_table(pa.table({"image_key": [text]}), sink)
-        Storage(job.root).write("plan.parquet", sink.getvalue().to_pybytes())
+        open_storage(job.root).write("plan.parquet", sink.getvalue().to_pybytes())
 
     for text in ("old", "new"):
         write(text)

@@ -12,7 +12,7 @@ from harness import smears, write_zip
 from leukoflow.core.config import RunConfig, load_config
 from leukoflow.core.errors import RunConflictError
 from leukoflow.models.bundle import Bundle
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.commands import resume_command
 from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.upkeep.diff import _command, _options
@@ -70,6 +70,6 @@ def test_a_run_names_it_once_it_is_planned(small: Bundle, tmp_path: Path) -> Non
     config = load_config(**more, um_per_px=0.25, limits={"block_mb": 32})
     run = open_run(config)
     assert run.binding.command == shlex.join(["leukoflow", "rerun", str(tmp_path / "out"), "n"])
-    assert _options(_command(Storage(run.root))) == {"--um-per-px": "0.25"}  # `diff` still tells them
+    assert _options(_command(open_storage(run.root))) == {"--um-per-px": "0.25"}  # `diff` still tells them
     with pytest.raises(RunConflictError, match=r"another source \(or the same one written differently\), another man"):
         open_run(load_config(**more))

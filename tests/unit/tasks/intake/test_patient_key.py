@@ -21,7 +21,7 @@ from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.intake.patient_key import check_value, patient_key, pseudonym
 from leukoflow.tasks.intake.plan_file import read_summary
-from leukoflow.tasks.upkeep.amend import runs_of_other_keys
+from leukoflow.tasks.upkeep.patients import runs_of_other_keys
 
 RIGHT, WRONG = "the key that the hospital has kept", "the key that somebody has mistyped"
 NAME = "LEUKOFLOW_PATIENT_KEY"

@@ -19,7 +19,9 @@ import pytest
 
 from leukoflow.core.errors import ConfigError, SourceError
 from leukoflow.runs.records import Member, PlanSummary
-from leukoflow.sources.members import identify, open_reader, spool
+from leukoflow.sources.identify import identify
+from leukoflow.sources.reading import open_reader
+from leukoflow.sources.spool import spool
 from leukoflow.tasks.intake.manifest import read_manifest
 from leukoflow.tasks.intake.manifest_join import _below_item
 from leukoflow.tasks.intake.patient_key import pseudonym

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from leukoflow.core.errors import ConfigError, StorageError
 from leukoflow.runs.progress import read_manifest
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.monitor.drift import (
     QUANTITIES,
     SMOOTHING,
@@ -185,7 +185,7 @@ def out(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def facts(out: Path, run: str) -> DriftFacts:
-    manifest = read_manifest(Storage(str(out / run)))
+    manifest = read_manifest(open_storage(str(out / run)))
     assert manifest is not None
     return run_facts(str(out / run), run, manifest, manifest.bundle_digest)
 
@@ -198,7 +198,7 @@ def test_a_run_is_summed_up_from_its_tables(out: Path) -> None:
     for q in QUANTITIES:
         sums[q.name] = int(counts[:, start : start + q.places].sum())
         start += q.places
-    manifest = read_manifest(Storage(str(out / "night")))
+    manifest = read_manifest(open_storage(str(out / "night")))
     assert manifest is not None
     assert sums["focus"] == sums["stain_red"] == 48
     assert sums["label"] == sums["confidence"] == manifest.predicted + manifest.abstained
@@ -252,7 +252,7 @@ def test_a_compacted_and_an_unfinished_run_give_the_same_summary(out: Path) -> N
 
 
 def test_a_stored_summary_is_used_and_a_damaged_one_is_not(out: Path) -> None:
-    manifest = read_manifest(Storage(str(out / "night")))
+    manifest = read_manifest(open_storage(str(out / "night")))
     assert manifest is not None
     right = facts(out, "night")
     (out / "night" / "drift.json").write_bytes(facts_bytes(right)[:-9])

@@ -20,13 +20,14 @@ from harness import ROOT, until
 from made_up_nights import facts, manifest, put
 from prometheus_client.parser import text_string_to_metric_families
 
-from leukoflow.cluster.telemetry import WORKER_METRICS, told
+from leukoflow.cluster.telemetry import WORKER_METRICS
+from leukoflow.cluster.telemetry import stage_telemetry as told
 from leukoflow.core.codec import dumps
 from leukoflow.core.errors import ConfigError
 from leukoflow.runs.layout import OutKey
 from leukoflow.runs.progress import Heartbeat, now
 from leukoflow.runs.records import Marker, PartRef, Shard, ShardReceipt
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.monitor.drift import facts_bytes
 from leukoflow.tasks.monitor.metrics import METRICS, RunsCollector, exposition, metrics_endpoint
 
@@ -39,7 +40,7 @@ def out(tmp_path: Path) -> str:
     for day in (1, 2, 3):
         put(place, f"Ottoline-{day}", day, shift=4.0 if day == 3 else 0.0, missing=day)
     put(place, "died", 4, finished=False)
-    Storage(place).write(OutKey.BASELINE, facts_bytes(facts("Ottoline-1", 1)))
+    open_storage(place).write(OutKey.BASELINE, facts_bytes(facts("Ottoline-1", 1)))
     return place
 
 
@@ -76,7 +77,7 @@ def test_figures_of_all_runs(out: str) -> None:
 
 def test_figures_of_a_run_in_progress(out: str) -> None:
     put(out, "live", 5, finished=False)
-    storage = Storage(f"{out}/live")
+    storage = open_storage(f"{out}/live")
     storage.write("heartbeat.json", dumps(Heartbeat(1, "elsewhere", now(), "running")))
     deadline = datetime.now(UTC) + timedelta(hours=1)
     collector = RunsCollector(out, only="live", deadline=deadline)
@@ -103,11 +104,11 @@ def test_figures_follow_what_changes(out: str) -> None:
     collector = RunsCollector(out)
     before = values(exposition(collector))
     assert values(exposition(collector)) == before  # fresh enough: not read again
-    Storage(out).write(
+    open_storage(out).write(
         "Ottoline-3/manifest.json", dumps(replace(manifest("Ottoline-3", "2026-03-03T22:00:00+00:00"), missing=9))
     )
-    Storage(out).delete("Ottoline-2")
-    Storage(out).write("broken/run.json", b"{")
+    open_storage(out).delete("Ottoline-2")
+    open_storage(out).write("broken/run.json", b"{")
     collector._at -= 60
     after = values(exposition(collector))
     assert after["leukoflow_last_run_members", "missing"] == 9

@@ -19,7 +19,7 @@ from leukoflow.core.codec import dumps
 from leukoflow.core.errors import ConfigError, StorageError
 from leukoflow.runs.layout import OutKey
 from leukoflow.runs.progress import now
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.monitor.drift import QUANTITIES, DriftFacts, Group, facts_bytes
 from leukoflow.tasks.monitor.nights import Nights, gather, night_of, nights_json
 from leukoflow.tasks.report.nights_report import nights_page
@@ -34,7 +34,7 @@ def out(tmp_path: Path) -> str:
     put(place, "second-5", 5, quarantined=10)
     put(place, "died", 6, finished=False)
     reference = facts("night-1", 1)
-    Storage(place).write(
+    open_storage(place).write(
         OutKey.BASELINE, facts_bytes(replace(reference, groups=(*reference.groups, *facts("n", 2).groups)))
     )
     return place
@@ -103,25 +103,25 @@ def test_only_the_last_nights_are_shown_but_the_week_before_them_counts(out: str
 
 def test_another_bundle_is_compared_only_in_what_it_does_not_decide(out: str) -> None:
     other = replace(facts("night-3", 3), bundle_digest="e" * 64)
-    Storage(out).write(
+    open_storage(out).write(
         "night-3/manifest.json",
         dumps(replace(manifest("night-3", "2026-03-03T22:00:00+00:00"), bundle_digest="e" * 64)),
     )
-    Storage(out).write("night-3/drift.json", facts_bytes(other))
+    open_storage(out).write("night-3/drift.json", facts_bytes(other))
     (third,) = [n for n in seen(out).nights if n.night.day == 3]
     assert {d.quantity for d in third.drifts("reference")} == {q.name for q in QUANTITIES if q.of_image}
     assert "<b>no-such-bundle eeeeeeeeeeee, new</b>" in nights_page(seen(out))
 
 
 def test_what_cannot_be_read_becomes_a_note(out: str) -> None:
-    Storage(out).write("night-2/manifest.json", b"{")
-    Storage(out).write("broken/run.json", b"{")
-    Storage(out).delete("night-3/drift.json")  # its tables are not there either
+    open_storage(out).write("night-2/manifest.json", b"{")
+    open_storage(out).write("broken/run.json", b"{")
+    open_storage(out).delete("night-3/drift.json")  # its tables are not there either
     found = seen(out)
     assert [str(n.night)[-1] for n in found.nights if n.runs] == ["1", "3", "4", "5", "6"]
     assert any("run night-2 cannot be read" in note for note in found.notes)
     assert any("run broken cannot be read" in note for note in found.notes)
-    Storage(out).delete(OutKey.BASELINE)
+    open_storage(out).delete(OutKey.BASELINE)
     assert any("no drift reference" in note for note in seen(out).notes)
 
 
@@ -158,7 +158,7 @@ def test_the_page_is_whole_and_needs_nothing_else(out: str) -> None:
 
 
 def test_the_page_says_what_calls_for_a_look(out: str) -> None:
-    Storage(out).delete("died")
+    open_storage(out).delete("died")
     html = nights_page(seen(out))
     assert "<b>The night of 2026-03-05 is reconciled.</b>" in html
     assert "3 images that a manifest lists have not arrived" in html
@@ -173,14 +173,14 @@ def test_a_source_that_was_cut_off_is_said_beside_what_is_reconciled(tmp_path: P
     put(place, "night-1", 1)
     assert said not in nights_page(seen(place))
     whole = manifest("night-1", "2026-03-01T22:00:00+00:00")
-    Storage(place).write("night-1/manifest.json", dumps(replace(whole, source_truncated="the archive ends early")))
+    open_storage(place).write("night-1/manifest.json", dumps(replace(whole, source_truncated="the archive ends early")))
     html = nights_page(seen(place))
     assert "is reconciled" in html
     assert f'<p class="verdict warn">{said}</p>' in html
 
 
 def test_shares_of_classes_are_of_the_predicted(out: str) -> None:
-    Storage(out).delete("died")
+    open_storage(out).delete("died")
     html = nights_page(seen(out))
     assert 'Benign among predicted <span class="n">46.6 %</span>' in html  # 68 of 146
     assert "of the predicted images alone" in html
@@ -205,7 +205,7 @@ def test_a_night_of_too_few_fields_is_not_called_well(tmp_path: Path) -> None:
         small = replace(
             facts(f"night-{day}", day), groups=(Group("Site-A", None, facts("x", day).groups[0].counts[:2]),)
         )
-        Storage(place).write(f"night-{day}/drift.json", facts_bytes(small))
+        open_storage(place).write(f"night-{day}/drift.json", facts_bytes(small))
     judged, there = seen(place).nights[-1].comparisons
     assert judged == 0
     assert there > 0
@@ -219,7 +219,7 @@ def test_a_night_of_too_few_fields_is_not_called_well(tmp_path: Path) -> None:
 
 def test_a_steady_night_says_how_much_was_compared(out: str) -> None:
     for run in ("died", "night-5", "second-5"):
-        Storage(out).delete(run)
+        open_storage(out).delete(run)
     last = seen(out).nights[-1]
     judged, there = last.comparisons
     assert 0 < judged < there  # the facts hold one quantity alone
@@ -233,7 +233,7 @@ def test_a_night_whose_run_failed_is_not_reconciled(tmp_path: Path) -> None:
     """All rows are there, but the run has not said that they are whole."""
     place = str(tmp_path / "failed")
     put(place, "night-1", 1, finished=False)
-    Storage(place).write("night-1/run.json", dumps(binding("night-1", "2026-03-01T22:00:00+00:00", members=32)))
+    open_storage(place).write("night-1/run.json", dumps(binding("night-1", "2026-03-01T22:00:00+00:00", members=32)))
     (only,) = seen(place).nights
     assert only.total("done") == only.total("members") == 32
     assert not only.balanced
@@ -246,8 +246,8 @@ def test_foreign_text_stays_text(out: str) -> None:
     hostile = "<script>alert(1)</script>"
     put(out, "night-5", 5)
     group = Group(hostile, hostile, facts("night-5", 5, 9.0).groups[1].counts)
-    Storage(out).write("night-5/drift.json", facts_bytes(DriftFacts(("night-5",), "d" * 64, now(), (group,))))
-    Storage(out).write(
+    open_storage(out).write("night-5/drift.json", facts_bytes(DriftFacts(("night-5",), "d" * 64, now(), (group,))))
+    open_storage(out).write(
         "night-5/manifest.json",
         dumps(replace(manifest("night-5", "2026-03-05T22:00:00+00:00"), reasons=((hostile, 3),), bundle=hostile)),
     )
@@ -292,13 +292,13 @@ def test_nights_on_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
     with moto_server() as url:
         for name, value in s3_account(url).items():
             monkeypatch.setenv(name, value)
-        Storage("s3://nights/x").fs.mkdir("nights")
+        open_storage("s3://nights/x").fs.mkdir("nights")
         for day in (1, 2):
             put("s3://nights/out", f"night-{day}", day)
         done = CliRunner().invoke(app, ["drift", "reference", "s3://nights/out", "night-1"])
         assert done.exit_code == 0, done.output
         done = CliRunner().invoke(app, ["report", "s3://nights/out"])
         assert done.exit_code == 0, done.output
-        page = Storage("s3://nights/out").read("nights.html").decode()
+        page = open_storage("s3://nights/out").read("nights.html").decode()
         assert "2026-03-01 to 2026-03-02" in page
         assert "s3://nights/out/_baseline/drift.json" in page

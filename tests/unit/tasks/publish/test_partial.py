@@ -19,8 +19,8 @@ from leukoflow.core.errors import ConfigError, DeadlineError, RunCancelledError
 from leukoflow.runs.progress import RunProgress, read_progress
 from leukoflow.runs.receipts import Counts
 from leukoflow.runs.records import PlanSummary, Source, SourceKind
-from leukoflow.tasks.intake.open_run import Run
-from leukoflow.tasks.intake.plan import urgent_first
+from leukoflow.tasks.intake.binding import Run
+from leukoflow.tasks.intake.plan_file import urgent_first
 from leukoflow.tasks.publish.partial import Pace, hand_over, lateness
 
 NOON = datetime(2026, 3, 1, 12, tzinfo=UTC)
@@ -88,7 +88,7 @@ def test_at_its_deadline_a_run_hands_over_and_stops_where_it_is_told_to(
             handed_over.set()
 
     def body() -> None:
-        with leukoflow.flows.deadline.watching(run, stop, note):
+        with leukoflow.flows.deadline.watch_deadline(run, stop, note):
             assert handed_over.wait(30)
             if stop.wait(30 if stops else 0.2):
                 raise RunCancelledError("drained")
@@ -99,7 +99,7 @@ def test_at_its_deadline_a_run_hands_over_and_stops_where_it_is_told_to(
     else:
         body()
         assert not stop.is_set()
-        with pytest.raises(RunCancelledError) as caught, leukoflow.flows.deadline.watching(run, stop, note):
+        with pytest.raises(RunCancelledError) as caught, leukoflow.flows.deadline.watch_deadline(run, stop, note):
             raise RunCancelledError("somebody pressed Cancel")
         assert not isinstance(caught.value, DeadlineError)
     assert (copy / "partial" / "slides.parquet").exists()
@@ -122,7 +122,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_hand_over(night: Run, monkeypatch
     def body(how: type[BaseException]) -> None:
         with (
             monkeypatch.context() as patch,
-            leukoflow.flows.deadline.watching(run, threading.Event(), lambda words: None),
+            leukoflow.flows.deadline.watch_deadline(run, threading.Event(), lambda words: None),
         ):
             assert busy.wait(30)
             patch.setattr(threading.Thread, "join", join)

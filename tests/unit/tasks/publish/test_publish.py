@@ -17,11 +17,14 @@ from leukoflow.core.errors import ReconciliationError
 from leukoflow.models.bundle import random_bundle
 from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.records import Shard
-from leukoflow.storage.base import Storage
-from leukoflow.tasks.inference.shard import ShardJob, classify, extract, marker_key, prepare, segment
-from leukoflow.tasks.intake.open_run import Run, open_run
-from leukoflow.tasks.intake.plan import shards
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.inference.stages import classify, extract, prepare, segment
+from leukoflow.tasks.intake.binding import Run
+from leukoflow.tasks.intake.open_run import open_run
+from leukoflow.tasks.intake.plan_file import shards
 from leukoflow.tasks.publish.publish import publish
+from leukoflow.tasks.store.commit import marker_key
+from leukoflow.tasks.store.job import ShardJob
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +61,7 @@ def rewrite(run: Run, change: Callable[[pa.Table], pa.Table]) -> None:
 def test_the_totals_balance(made: Callable[[Path], Run], tmp_path: Path) -> None:
     run = made(tmp_path)
     manifest = publish(run, 1.0, 2.0, 20)
-    assert read_manifest(Storage(run.root)) == manifest
+    assert read_manifest(open_storage(run.root)) == manifest
     assert (manifest.members, manifest.quarantined, manifest.cells) == (20, 20, 0)
     assert manifest.reasons == (("not an image", 20),)
     assert {t.stage for t in manifest.timings} == {"prepare", "segment", "extract", "classify"}
@@ -66,7 +69,7 @@ def test_the_totals_balance(made: Callable[[Path], Run], tmp_path: Path) -> None
         (stage, shard) for shard in ("00000", "00001") for stage in ("masks", "features", "activations", "predictions")
     ]
     assert manifest.notes == ()
-    assert Storage(run.root).intact(manifest.tables)
+    assert open_storage(run.root).intact(manifest.tables)
     assert {name for name, _ in manifest.software} >= {"python", "torch", "zarr", "prefect"}
     assert open_run(run.config).finished == manifest
 
@@ -88,7 +91,7 @@ def test_rows_that_are_not_the_plans_are_never_published(
     rewrite(run, change)
     with pytest.raises(ReconciliationError, match="shard 00001"):
         publish(run, 0.0, 0.0, 0)
-    assert read_manifest(Storage(run.root)) is None
+    assert read_manifest(open_storage(run.root)) is None
 
 
 @pytest.mark.parametrize("stage", ["predictions", "masks"])
@@ -96,10 +99,10 @@ def test_a_shard_that_is_not_committed_is_never_published(
     made: Callable[[Path], Run], tmp_path: Path, stage: str
 ) -> None:
     run = made(tmp_path)
-    Storage(run.root).delete(marker_key(stage, Shard(1, 16, 4)))
+    open_storage(run.root).delete(marker_key(stage, Shard(1, 16, 4)))
     with pytest.raises(ReconciliationError, match=r"00001.* not committed"):
         publish(run, 0.0, 0.0, 0)
-    assert read_manifest(Storage(run.root)) is None
+    assert read_manifest(open_storage(run.root)) is None
 
 
 def test_abstentions_from_pictures_without_a_scale_are_said(made: Callable[[Path], Run], tmp_path: Path) -> None:
@@ -122,8 +125,8 @@ def test_abstentions_from_pictures_without_a_scale_are_said(made: Callable[[Path
 def test_absent_activation_maps_are_said_and_change_nothing_else(made: Callable[[Path], Run], tmp_path: Path) -> None:
     run = made(tmp_path)
     whole = publish(run, 1.0, 2.0, 20)
-    Storage(run.root).delete(marker_key("activations", Shard(1, 16, 4)))
-    Storage(run.root).delete("manifest.json")  # as opening a run does with one that holds no more
+    open_storage(run.root).delete(marker_key("activations", Shard(1, 16, 4)))
+    open_storage(run.root).delete("manifest.json")  # as opening a run does with one that holds no more
     manifest = publish(run, 1.0, 2.0, 20)
     (note,) = manifest.notes
     assert note.startswith("activation maps are absent for 1 of 2 shards (00001): their features were taken over")
@@ -145,7 +148,7 @@ def test_what_another_command_has_published_meanwhile_stands(
     made: Callable[[Path], Run], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
 ) -> None:
     run = made(tmp_path)
-    storage = Storage(run.root)
+    storage = open_storage(run.root)
     theirs = replace(publish(run, 1.0, 2.0, 20), finished_at="2026-03-01T00:00:00+00:00")
     storage.delete("manifest.json")
     slides = storage.stamp("slides.parquet")

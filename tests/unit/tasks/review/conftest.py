@@ -13,7 +13,7 @@ import pytest
 from review_world import NIGHT, PROBABILITIES
 
 from leukoflow.runs.records import CLASSES
-from leukoflow.tasks.intake.open_run import Run
+from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.review.runs import open_run_table
 from leukoflow.tasks.review.table import RunTable
 

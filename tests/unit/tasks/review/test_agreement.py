@@ -13,7 +13,8 @@ from leukoflow.tasks.review.agreement import agreement, agreement_of
 from leukoflow.tasks.review.keys import run_key_of
 from leukoflow.tasks.review.query import Query
 from leukoflow.tasks.review.runs import open_run_table
-from leukoflow.tasks.review.verdicts import Action, Verdict, add
+from leukoflow.tasks.review.verdict_record import Action, Verdict
+from leukoflow.tasks.review.verdicts import add
 
 
 def _decided(

@@ -20,7 +20,9 @@ from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.patient_key import pseudonym
 from leukoflow.tasks.review import bundle_settings, field_view
 from leukoflow.tasks.review.field_view import ERASED, view
-from leukoflow.tasks.review.worklist import RunTable, open_run_table, run_key_of
+from leukoflow.tasks.review.keys import run_key_of
+from leukoflow.tasks.review.runs import open_run_table
+from leukoflow.tasks.review.table import RunTable
 from leukoflow.tasks.upkeep.erase import erase_patient
 
 NIGHT = run_key_of("night")

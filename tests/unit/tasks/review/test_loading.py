@@ -15,20 +15,21 @@ from review_world import MARY, NIGHT
 from leukoflow.core.codec import dumps
 from leukoflow.core.errors import NotFoundError, StorageError
 from leukoflow.runs.progress import Heartbeat, now, read_manifest
-from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import Run
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.review.keys import patient_key_of
 from leukoflow.tasks.review.loading import known_missing
 from leukoflow.tasks.review.query import Query
 from leukoflow.tasks.review.runs import list_runs, open_run_table
 from leukoflow.tasks.review.table import RunTable
 from leukoflow.tasks.review.timeline import timeline
-from leukoflow.tasks.review.verdicts import Action, add
+from leukoflow.tasks.review.verdict_record import Action
+from leukoflow.tasks.review.verdicts import add
 from leukoflow.tasks.store.compact import compact_run
 
 
 def test_a_run_in_progress_shows_what_is_committed(copy: Path, tmp_path: Path) -> None:
-    m = read_manifest(Storage(str(copy)))
+    m = read_manifest(open_storage(str(copy)))
     assert m is not None
     (copy / "manifest.json").unlink()
     hidden = tmp_path / "hidden"

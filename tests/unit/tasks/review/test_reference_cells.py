@@ -12,10 +12,12 @@ import pytest
 from leukoflow.core.errors import RequestError, RunNotFoundError
 from leukoflow.runs.records import CLASSES
 from leukoflow.tasks.review import reference_cells as module
+from leukoflow.tasks.review.keys import run_key_of
 from leukoflow.tasks.review.reference_cells import reference_cells
+from leukoflow.tasks.review.runs import open_run_table
+from leukoflow.tasks.review.table import RunTable
 from leukoflow.tasks.review.verdict_record import Action
 from leukoflow.tasks.review.verdicts import add
-from leukoflow.tasks.review.worklist import RunTable, open_run_table, run_key_of
 
 NIGHT = run_key_of("night")
 

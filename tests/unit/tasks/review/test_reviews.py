@@ -10,13 +10,14 @@ from review_world import NIGHT, everything
 
 from leukoflow.core.errors import RequestError
 from leukoflow.runs.progress import read_manifest
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.review.agreement import agreement
 from leukoflow.tasks.review.query import Query, Review, Sort
 from leukoflow.tasks.review.runs import open_run_table
 from leukoflow.tasks.review.table import RunTable
 from leukoflow.tasks.review.timeline import timeline
-from leukoflow.tasks.review.verdicts import Action, add
+from leukoflow.tasks.review.verdict_record import Action
+from leukoflow.tasks.review.verdicts import add
 
 
 def test_a_decision_for_the_answer_accepts_it_by_whichever_key(copy: Path) -> None:
@@ -56,7 +57,7 @@ def test_verdicts_show_at_once(copy: Path) -> None:
     line = table.field(second.ordinal)
     assert line.standing.decision is not None
     assert (line.standing.decision.said, line.standing.decision.seen_label) == ("Pro", second.label)
-    assert line.standing.decision.seen_bundle_digest == read_manifest(Storage(str(copy))).bundle_digest  # type: ignore[union-attr]
+    assert line.standing.decision.seen_bundle_digest == read_manifest(open_storage(str(copy))).bundle_digest  # type: ignore[union-attr]
     assert line.standing.comment == "look at the rim"
     assert line.details is not None
     assert [v.action for v in line.details.verdicts] == [Action.CORRECT, Action.FLAG]

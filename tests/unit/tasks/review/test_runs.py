@@ -10,7 +10,8 @@ from review_world import JANE, MARY, NIGHT
 
 from leukoflow.core.errors import NotFoundError, RunBusyError, RunNotFoundError, StorageError
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import Run
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.review.keys import patient_key_of, run_key_of
 from leukoflow.tasks.review.runs import list_runs, open_run_table
 from leukoflow.tasks.review.timeline import timeline
@@ -41,7 +42,7 @@ def test_the_list_of_runs(night: Run, copy: Path, monkeypatch: pytest.MonkeyPatc
 def test_what_is_deleted_or_changed_meanwhile(copy: Path) -> None:
     out = str(copy.parent)
     table = open_run_table(out, NIGHT)
-    Storage(str(copy)).write("amend.json", b"{}")
+    open_storage(str(copy)).write("amend.json", b"{}")
     with pytest.raises(RunBusyError, match="in a minute"):
         open_run_table(out, NIGHT)
     (copy / "amend.json").unlink()

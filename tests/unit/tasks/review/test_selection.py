@@ -14,7 +14,8 @@ from leukoflow.tasks.review.keys import patient_key_of
 from leukoflow.tasks.review.query import Query, Review, Sort
 from leukoflow.tasks.review.runs import open_run_table
 from leukoflow.tasks.review.table import RunTable
-from leukoflow.tasks.review.verdicts import Action, add
+from leukoflow.tasks.review.verdict_record import Action
+from leukoflow.tasks.review.verdicts import add
 
 
 def test_every_filter_by_hand(spread: Path) -> None:

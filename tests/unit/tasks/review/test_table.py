@@ -13,18 +13,19 @@ from review_world import JANE, MARY, NIGHT, everything, rows_of
 from leukoflow.core.errors import NotFoundError, RequestError, RunNotFoundError
 from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.records import Status
-from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import Run
-from leukoflow.tasks.publish.publish import rank_slides
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import Run
+from leukoflow.tasks.publish.ranking import rank_slides
 from leukoflow.tasks.review.keys import patient_key_of
 from leukoflow.tasks.review.query import Query, Sort
 from leukoflow.tasks.review.runs import open_run_table
 from leukoflow.tasks.review.table import RunTable
-from leukoflow.tasks.review.verdicts import Action, add
+from leukoflow.tasks.review.verdict_record import Action
+from leukoflow.tasks.review.verdicts import add
 
 
 def test_reconciliation_is_the_manifests(night: Run, opened: RunTable) -> None:
-    m = read_manifest(Storage(night.root))
+    m = read_manifest(open_storage(night.root))
     assert m is not None
     found = opened.reconciliation()
     assert (found.received, found.predicted, found.abstained) == (m.members, m.predicted, m.abstained)

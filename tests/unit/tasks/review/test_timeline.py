@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from review_world import JANE, MARY, NIGHT, PROBABILITIES
 
-from leukoflow.apps.web.drawing import timeline_svg
+from leukoflow.apps.web.drawing.plots import timeline_svg
 from leukoflow.core.errors import NotFoundError
 from leukoflow.runs.records import CLASSES
 from leukoflow.tasks.review.keys import patient_key_of

@@ -21,6 +21,7 @@ from leukoflow.runs.lock import held
 from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.schema import VERDICTS
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.patient_key import pseudonym
 from leukoflow.tasks.review.verdict_record import NOTHING, Action, Verdict
@@ -94,7 +95,7 @@ def test_a_decision_is_withdrawn_by_another_entry(copy: Path) -> None:
     assert (standing().decision, standing().flagged, standing().comment, standing().verdicts) == (None, True, "rim", 3)
     last = read(out, "night").given[-1]
     assert (last.who, last.label, last.seen_label, last.said) == ("dr. webber", "Early", "Pre", None)
-    checked = check_run(Storage(str(copy)), "night")
+    checked = check_run(open_storage(str(copy)), "night")
     assert (checked.verdicts, checked.problems) == (3, ())
     add(out, verdict(action=Action.ACCEPT))
     assert standing().decision.said == "Pre"
@@ -162,7 +163,7 @@ def test_verify_knows_of_verdicts_and_predictions_stay_as_they_were(night: Run, 
     add_all(str(copy.parent), (verdict(), verdict(HERS, Action.COMMENT, comment="hm")))
     found = verify_run(str(copy))
     assert (found.findings, found.verdicts) == ((), 2)
-    assert found.verdict_head == check_run(Storage(str(copy)), "night").head != NOTHING
+    assert found.verdict_head == check_run(open_storage(str(copy)), "night").head != NOTHING
     mine = {k: v for k, v in digests(copy).items() if not k.startswith("verdicts/")}
     assert mine == digests(Path(night.root))
     assert verify_run(night.root).verdict_head == ""
@@ -216,7 +217,7 @@ HARMS: dict[str, tuple[Callable[[Path], Any], str]] = {
 def test_what_was_done_to_verdicts_is_found(copy: Path, name: str) -> None:
     for comment in "abc":
         add_all(str(copy.parent), (verdict(comment=comment), verdict(HERS, comment=comment)))
-    assert check_run(Storage(str(copy)), "night").problems == ()
+    assert check_run(open_storage(str(copy)), "night").problems == ()
     harm, words = HARMS[name]
     harm(copy / "verdicts")
     found = verify_run(str(copy))
@@ -230,7 +231,7 @@ def test_verdicts_of_another_run_are_found(copy: Path) -> None:
     shutil.copytree(copy, out / "second")
     add(str(out), verdict())
     shutil.copytree(copy / "verdicts", out / "second" / "verdicts")
-    assert [what for _, what in check_run(Storage(str(out / "night")), "second").problems] == [
+    assert [what for _, what in check_run(open_storage(str(out / "night")), "second").problems] == [
         "it belongs to another run"
     ]
 
@@ -251,7 +252,7 @@ def test_after_a_loss_verdicts_go_on_behind_it(copy: Path, harm: str) -> None:
     path = copy / "verdicts" / "00002.parquet"
     path.unlink() if harm == "lost" else path.write_bytes(b"?")
     assert add(str(copy.parent), verdict(comment="later")) == 3
-    problems = check_run(Storage(str(copy)), "night").problems
+    problems = check_run(open_storage(str(copy)), "night").problems
     assert [where for where, _ in problems] == ["verdicts/00002.parquet"]
     found = read(str(copy.parent), "night")
     assert ([v.comment for v in found.given], found.damaged) == ([None, "later"], harm == "damaged")
@@ -260,7 +261,7 @@ def test_after_a_loss_verdicts_go_on_behind_it(copy: Path, harm: str) -> None:
 def test_a_reader_reads_each_file_once_and_sees_what_is_new(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     out = str(copy.parent)
     add(out, verdict(comment="one"))
-    reader = VerdictReader(Storage(str(copy)))
+    reader = VerdictReader(open_storage(str(copy)))
     asked: list[str] = []
     original = Storage.read
     monkeypatch.setattr(Storage, "read", lambda self, key: asked.append(key) or original(self, key))
@@ -281,7 +282,7 @@ def test_erasing_takes_a_patients_verdicts_and_leaves_the_chain(night: Run, copy
     add(str(out), verdict(None, slide_id="S0", grouping="manifest", comment="mary's slide"))
     add(str(out), verdict(None, slide_id="S1", grouping="manifest", comment="jane's slide"))
     add(str(out), verdict(HERS, Action.CORRECT, label="Pro", comment="mary again"))
-    before = check_run(Storage(str(copy)), "night").head
+    before = check_run(open_storage(str(copy)), "night").head
     done = erase_patient(str(out), MARY)
     assert done[0].images == 13
     assert said(out) == [(OTHERS, "flag", "jane's"), ("S1", "flag", "jane's slide")]
@@ -292,7 +293,7 @@ def test_erasing_takes_a_patients_verdicts_and_leaves_the_chain(night: Run, copy
     assert (found.findings, found.verdicts, found.verdict_head) == ((), 2, before)
     add(str(out), verdict(HERS, comment="later"))
     assert verify_run(str(copy)).ok
-    listed = {key for key, _, _ in read_manifest(Storage(str(copy))).tables}  # type: ignore[union-attr]
+    listed = {key for key, _, _ in read_manifest(open_storage(str(copy))).tables}  # type: ignore[union-attr]
     assert listed == {"plan.parquet", "slides.parquet", "duplicates.parquet", "missing.parquet"}
     assert erase_patient(str(out), MARY) == ()
 
@@ -301,7 +302,7 @@ def test_an_erased_file_is_still_watched(copy: Path) -> None:
     add_all(str(copy.parent), (verdict(HERS, comment="mary's"), verdict(OTHERS, comment="jane's")))
     erase_patient(str(copy.parent), MARY)
     _unsealed(copy / "verdicts", "00001", _comment)
-    assert [w for _, w in check_run(Storage(str(copy)), "night").problems] == [
+    assert [w for _, w in check_run(open_storage(str(copy)), "night").problems] == [
         "altered: its rows are not those that were written"
     ]
 
@@ -324,7 +325,7 @@ def test_compacting_keeps_verdicts_and_retention_takes_them_with_the_run(copy: P
 
 
 def test_nobody_gives_verdicts_while_a_patient_is_erased(copy: Path) -> None:
-    run = Storage(str(copy))
+    run = open_storage(str(copy))
     with held(run, "compact.lock", "erase"), pytest.raises(RunBusyError, match="in a minute"):
         add(str(copy.parent), verdict())
     with held(run, "compact.lock", "compacting"):

@@ -16,12 +16,12 @@ from leukoflow.cluster.code import code_digest
 from leukoflow.core.config import LimitSettings, load_config
 from leukoflow.models.bundle import Bundle
 from leukoflow.runs.records import CLASSES
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.imaging.classify import standardize
 from leukoflow.tasks.inference.stages import classify, extract, prepare, probe, recall, segment, trail_of
 from leukoflow.tasks.inference.worker import planned
 from leukoflow.tasks.intake.open_run import open_run
-from leukoflow.tasks.intake.plan import shards
+from leukoflow.tasks.intake.plan_file import shards
 from leukoflow.tasks.store.commit import STAGES, adopt_stages, committed, stage_keys
 from leukoflow.tasks.store.job import ShardJob
 
@@ -92,7 +92,7 @@ def test_stored_maps_and_bias_are_the_evidence_of_stored_cells(done: ShardJob, b
 
 def test_all_stages_are_committed_and_the_maps_have_their_own_key(done: ShardJob, bundle: Bundle) -> None:
     mine = keys(done, bundle)
-    markers = committed(Storage(done.root), done.shard, mine)
+    markers = committed(open_storage(done.root), done.shard, mine)
     assert tuple(markers) == STAGES
     part = markers["activations"].part
     assert part.key == mine["activations"]
@@ -135,15 +135,15 @@ def test_maps_are_taken_over_by_the_same_classifier_only(
     done: ShardJob, bundle: Bundle, source: Path, tmp_path: Path
 ) -> None:
     same = begin(source, bundle, tmp_path / "same")
-    assert tuple(adopt_stages(same, Storage(done.root), keys(same, bundle), {})) == STAGES[:3]
+    assert tuple(adopt_stages(same, open_storage(done.root), keys(same, bundle), {})) == STAGES[:3]
     assert digests(Path(same.root, "activations.zarr")) == digests(Path(done.root, "activations.zarr"))
     other = with_other_classifier(bundle, tmp_path / "other-bundle", seed=9)
     new = begin(source, other, tmp_path / "new")
-    assert tuple(adopt_stages(new, Storage(done.root), keys(new, other), {})) == STAGES[:2]
-    assert Storage(new.root).files("activations.zarr") == ["activations.zarr/zarr.json"]
+    assert tuple(adopt_stages(new, open_storage(done.root), keys(new, other), {})) == STAGES[:2]
+    assert open_storage(new.root).files("activations.zarr") == ["activations.zarr/zarr.json"]
     receipt = classify(new, None, STAGES[:2])
     assert receipt.rows == done.shard.count
-    assert tuple(committed(Storage(new.root), new.shard, keys(new, other))) == ("masks", "features", "predictions")
+    assert tuple(committed(open_storage(new.root), new.shard, keys(new, other))) == ("masks", "features", "predictions")
 
 
 def test_features_that_are_made_again_from_stored_masks_have_their_maps(
@@ -151,9 +151,9 @@ def test_features_that_are_made_again_from_stored_masks_have_their_maps(
 ) -> None:
     job = begin(source, bundle, tmp_path)
     through(job)
-    Storage(job.root).delete("features.zarr/00000")
-    assert tuple(committed(Storage(job.root), job.shard, keys(job, bundle))) == ("masks",)
+    open_storage(job.root).delete("features.zarr/00000")
+    assert tuple(committed(open_storage(job.root), job.shard, keys(job, bundle))) == ("masks",)
     again = replace(job, attempt="two")
     extract(again, recall(again, prepare(again, 0)))
-    assert tuple(committed(Storage(job.root), job.shard, keys(job, bundle))) == STAGES[:3]
+    assert tuple(committed(open_storage(job.root), job.shard, keys(job, bundle))) == STAGES[:3]
     assert digests(Path(job.root, "activations.zarr")) == digests(Path(done.root, "activations.zarr"))

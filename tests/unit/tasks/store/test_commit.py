@@ -13,6 +13,7 @@ from leukoflow.core.errors import StorageError
 from leukoflow.models.bundle import Bundle, random_bundle
 from leukoflow.runs.records import Marker, Member, Shard, ShardReceipt, Source, SourceKind
 from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.store.commit import (
     REVISIONS,
     adopt_stages,
@@ -48,7 +49,7 @@ def produce(job: ShardJob, stage: str, data: bytes = b"data") -> list[str]:
         "predictions": ["predictions/part-00001.parquet", "cells/part-00001.parquet"],
     }[stage]
     for name in names:
-        Storage(job.root).write(f"{attempt_prefix(job.shard, job.attempt)}/{name}", data)
+        open_storage(job.root).write(f"{attempt_prefix(job.shard, job.attempt)}/{name}", data)
     return [name.removesuffix("/zarr.json") for name in names]
 
 
@@ -60,7 +61,7 @@ HARMS = ["altered", "deleted", "made from something else"]
 
 
 def test_a_commit_moves_the_files_and_leaves_a_marker(job: ShardJob) -> None:
-    storage = Storage(job.root)
+    storage = open_storage(job.root)
     for stage in KEYS:
         finish(job, stage)
     assert list(committed(storage, SHARD, KEYS)) == ["masks", "features", "activations", "predictions"]
@@ -69,7 +70,7 @@ def test_a_commit_moves_the_files_and_leaves_a_marker(job: ShardJob) -> None:
 
 
 def finish_part(job: ShardJob, stage: str):  # type: ignore[no-untyped-def]
-    marker = read_marker(Storage(job.root), stage, SHARD)
+    marker = read_marker(open_storage(job.root), stage, SHARD)
     assert marker is not None
     assert marker.part.attempt == job.attempt
     assert marker.part.key == KEYS[stage]
@@ -80,7 +81,7 @@ def test_the_first_of_two_attempts_wins(job: ShardJob) -> None:
     first = finish(job, "masks", b"first")
     second = finish(replace(job, attempt="two"), "masks", b"other")
     assert second == first
-    assert Storage(job.root).read("fields/part-00001.parquet") == b"first"
+    assert open_storage(job.root).read("fields/part-00001.parquet") == b"first"
 
 
 def test_a_commit_cut_off_before_its_files_moved_is_completed(job: ShardJob, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -88,7 +89,7 @@ def test_a_commit_cut_off_before_its_files_moved_is_completed(job: ShardJob, mon
         patch.setattr(Storage, "promote", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             finish(job, "masks")
-    storage = Storage(job.root)
+    storage = open_storage(job.root)
     assert read_marker(storage, "masks", SHARD) is not None
     with pytest.raises(FileNotFoundError):
         storage.read("fields/part-00001.parquet")
@@ -109,7 +110,7 @@ def test_a_commit_cut_off_before_its_files_moved_is_completed(job: ShardJob, mon
 def test_what_no_longer_holds_is_taken_back_with_what_follows(
     job: ShardJob, stage: str, left: list[str], harm: str
 ) -> None:
-    storage = Storage(job.root)
+    storage = open_storage(job.root)
     for each in KEYS:
         finish(job, each)
     keys = dict(KEYS)
@@ -125,7 +126,7 @@ def test_what_no_longer_holds_is_taken_back_with_what_follows(
 
 
 def test_a_shard_without_activation_maps_is_whole(job: ShardJob) -> None:
-    storage = Storage(job.root)
+    storage = open_storage(job.root)
     chain = ("masks", "features", "predictions")
     for stage in chain:
         finish(job, stage)
@@ -133,7 +134,7 @@ def test_a_shard_without_activation_maps_is_whole(job: ShardJob) -> None:
 
 
 def test_activation_maps_that_do_not_hold_leave_nothing_behind(job: ShardJob) -> None:
-    storage = Storage(job.root)
+    storage = open_storage(job.root)
     for stage in KEYS:
         finish(job, stage)
     committed(storage, SHARD, KEYS | {"activations": "of another classifier"})
@@ -143,7 +144,7 @@ def test_activation_maps_that_do_not_hold_leave_nothing_behind(job: ShardJob) ->
 
 def test_activation_maps_of_features_that_do_not_hold_are_made_again(job: ShardJob) -> None:
     """Their rows are those of the features, so they go together."""
-    storage = Storage(job.root)
+    storage = open_storage(job.root)
     for stage in ("masks", "activations"):  # cut off between the two commits of one task
         finish(job, stage)
     assert list(committed(storage, SHARD, KEYS)) == ["masks"]
@@ -156,30 +157,30 @@ def test_activation_maps_of_features_that_do_not_hold_are_made_again(job: ShardJ
 
 def test_a_damaged_marker_is_an_error_that_names_it(job: ShardJob) -> None:
     finish(job, "masks")
-    Storage(job.root).write(marker_key("masks", SHARD), b"{")
+    open_storage(job.root).write(marker_key("masks", SHARD), b"{")
     with pytest.raises(StorageError, match=r"markers/masks/00001\.json is damaged"):
-        committed(Storage(job.root), SHARD, KEYS)
+        committed(open_storage(job.root), SHARD, KEYS)
 
 
 def test_forgetting_takes_back_all_commits(job: ShardJob) -> None:
     for stage in KEYS:
         finish(job, stage)
-    forget(Storage(job.root), SHARD)
-    assert committed(Storage(job.root), SHARD, KEYS) == {}
+    forget(open_storage(job.root), SHARD)
+    assert committed(open_storage(job.root), SHARD, KEYS) == {}
 
 
 def test_stages_of_another_run_are_adopted_where_they_match(job: ShardJob, tmp_path: Path) -> None:
     for stage in KEYS:
         finish(job, stage)
     new = replace(job, root=str(tmp_path / "new"), attempt="two")
-    other, storage = Storage(job.root), Storage(new.root)
+    other, storage = open_storage(job.root), open_storage(new.root)
     assert list(adopt_stages(new, other, KEYS, {})) == ["masks", "features", "activations"]
     assert list(committed(storage, SHARD, KEYS)) == ["masks", "features", "activations"]
     newer = replace(job, root=str(tmp_path / "newer"), attempt="three")
     assert list(adopt_stages(newer, other, KEYS | {"features": "x"}, {})) == ["masks"]
     plain = replace(job, root=str(tmp_path / "plain"), attempt="five")
     assert list(adopt_stages(plain, other, KEYS | {"activations": "x"}, {})) == ["masks", "features"]
-    assert Storage(plain.root).files("activations.zarr") == []
+    assert open_storage(plain.root).files("activations.zarr") == []
     other.write("masks.zarr/00001/zarr.json", b"altered")
     newest = replace(job, root=str(tmp_path / "newest"), attempt="four")
     assert adopt_stages(newest, other, KEYS, {}) == {}

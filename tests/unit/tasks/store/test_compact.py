@@ -23,7 +23,9 @@ from leukoflow.runs.lock import LockHolder, held
 from leukoflow.runs.progress import now, read_manifest
 from leukoflow.runs.records import PartRef, RunManifest
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import Run, open_run
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import Run
+from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.publish.publish import publish
 from leukoflow.tasks.report.run_report import build_report
 from leukoflow.tasks.store.compact import FILE_BYTES, compact_run, groups_of, merged_name
@@ -35,14 +37,14 @@ MERGED = ("predictions/part-00000-00002.parquet", "cells/part-00000-00002.parque
 
 
 def manifest_of(root: Path | str) -> RunManifest:
-    found = read_manifest(Storage(str(root)))
+    found = read_manifest(open_storage(str(root)))
     assert found is not None
     return found
 
 
 def rows(root: Path | str, name: str) -> list[dict[str, Any]]:
     """A table as a reader sees it that trusts the manifest."""
-    storage = Storage(str(root))
+    storage = open_storage(str(root))
     keys = [f.key for f in table_files(manifest_of(root).parts, name)]
     return [row for piece in stream(storage, keys) for row in piece.to_pylist()]
 
@@ -238,7 +240,7 @@ def test_a_manifest_that_changes_meanwhile_stays(copy: Path, monkeypatch: pytest
 
 
 def test_of_two_at_once_one_waits_for_people(copy: Path) -> None:
-    storage = Storage(str(copy))
+    storage = open_storage(str(copy))
     with (
         held(storage, RunKey.LOCK, "compacting"),
         pytest.raises(StorageError, match="is held for compacting by process"),

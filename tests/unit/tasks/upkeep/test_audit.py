@@ -8,13 +8,13 @@ import pytest
 
 from leukoflow.core.errors import StorageError
 from leukoflow.runs.layout import OutKey
-from leukoflow.storage.base import Storage
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.upkeep.audit import NOTHING, append, check_log, verify_log
 
 
 @pytest.fixture
 def log(tmp_path: Path) -> bytes:
-    storage = Storage(str(tmp_path))
+    storage = open_storage(str(tmp_path))
     for i in range(4):
         append(storage, "delete", f"rün-{i}", f"{i}" * 64 if i else None, {"why": "finished", "bytes": str(i)})
     return (tmp_path / OutKey.AUDIT).read_bytes()
@@ -50,4 +50,4 @@ def test_lines_cannot_be_left_out_put_in_or_moved(log: bytes) -> None:
 def test_nothing_is_added_to_a_log_that_was_tampered_with(log: bytes, tmp_path: Path) -> None:
     (tmp_path / OutKey.AUDIT).write_bytes(log.replace(b"finished", b"abandoned"))
     with pytest.raises(StorageError, match=r"tampered with \(line 1 was altered\).*move the file aside"):
-        append(Storage(str(tmp_path)), "delete", "x", None)
+        append(open_storage(str(tmp_path)), "delete", "x", None)

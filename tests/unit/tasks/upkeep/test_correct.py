@@ -18,7 +18,9 @@ from leukoflow.core.errors import ConfigError, StorageError
 from leukoflow.runs.layout import OutKey
 from leukoflow.runs.progress import read_manifest
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import Run, open_run
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import Run
+from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.intake.patient_key import pseudonym
 from leukoflow.tasks.publish.ranking import rank_slides
 from leukoflow.tasks.store.compact import compact_run
@@ -55,7 +57,7 @@ def test_a_patient_becomes_another_one_everywhere(night: Run, copy: Path, compac
     slides = pq.read_table(copy / "slides.parquet")
     assert slides.equals(rank_slides(table(copy, "predictions", drop=()).to_pylist()))
     assert MARY not in slides["patient_id"].to_pylist()
-    manifest = read_manifest(Storage(str(copy)))
+    manifest = read_manifest(open_storage(str(copy)))
     assert manifest is not None
     assert manifest.conflicts == 2  # still the same image under two patients
     assert not (copy / "report.html").exists()
@@ -68,7 +70,7 @@ def test_a_mix_up_that_is_cleared_leaves_the_list_and_one_that_appears_enters_it
     out = str(copy.parent)
     assert len(pq.read_table(copy / "duplicates.parquet")) == 2
     correct_patient(out, JANE, MARY)
-    manifest = read_manifest(Storage(str(copy)))
+    manifest = read_manifest(open_storage(str(copy)))
     assert manifest is not None
     assert (manifest.conflicts, "duplicates.parquet" in {key for key, _, _ in manifest.tables}) == (0, False)
     assert not (copy / "duplicates.parquet").exists()
@@ -105,7 +107,7 @@ def test_all_runs_missing_images_and_what_follows(night: Run, copy: Path, monkey
     assert log.problems == ()
     monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", KEY.decode())
     again = open_run(night.config.model_copy(update={"out": str(out)}))
-    assert again.finished == read_manifest(Storage(str(copy)))  # the run's command finds it finished
+    assert again.finished == read_manifest(open_storage(str(copy)))  # the run's command finds it finished
     erase_patient(str(out), RUTH)  # and what was corrected can be erased
     assert RUTH not in patients(copy)
     assert verify_run(str(copy)).findings == ()
@@ -144,7 +146,7 @@ def test_cut_off_anywhere_any_such_command_finishes(copy: Path, tmp_path: Path, 
         shutil.copytree(copy, tmp_path / "count" / "night")
         crash_at(patch, 10**6)
         correct_patient(str(tmp_path / "count"), JANE, MARY)
-    wanted = read_manifest(Storage(str(tmp_path / "count" / "night")))
+    wanted = read_manifest(open_storage(str(tmp_path / "count" / "night")))
     intent = log.index("write amend.json")
     seen = set()
     for step in sorted({0, 1, intent - 1, *range(intent, len(log))}):
@@ -162,7 +164,7 @@ def test_cut_off_anywhere_any_such_command_finishes(copy: Path, tmp_path: Path, 
                 verify_run(str(root))
             erase_patient(str(out), RUTH)  # nobody knows her, but what was cut off is finished
         correct_patient(str(out), JANE, MARY)
-        assert read_manifest(Storage(str(root))) == wanted, step
+        assert read_manifest(open_storage(str(root))) == wanted, step
         assert verify_run(str(root)).ok
         assert MARY not in patients(root)
         found = verify_log(str(out))

@@ -19,7 +19,7 @@ from typer.testing import CliRunner
 from leukoflow.apps.cli.main import app
 from leukoflow.core.errors import StorageError
 from leukoflow.models.bundle import Bundle
-from leukoflow.tasks.intake.open_run import Run
+from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.store.tables import finished
 from leukoflow.tasks.upkeep.diff import (
     ImageChange,

@@ -19,9 +19,11 @@ from leukoflow.core.errors import ConfigError, StorageError
 from leukoflow.runs.layout import OutKey
 from leukoflow.runs.progress import read_manifest
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.inference.shard import adopt_stages
-from leukoflow.tasks.intake.open_run import Run, open_run
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import Run
+from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.intake.patient_key import pseudonym
+from leukoflow.tasks.store.commit import adopt_stages
 from leukoflow.tasks.store.compact import compact_run
 from leukoflow.tasks.upkeep.amendment import rows_of
 from leukoflow.tasks.upkeep.audit import verify_log
@@ -121,7 +123,7 @@ def test_missing_and_mixed_up_images_forget_the_patient_as_well(copy: Path) -> N
 
 
 def test_the_log_does_not_name_the_patient(copy: Path) -> None:
-    manifest = read_manifest(Storage(str(copy)))
+    manifest = read_manifest(open_storage(str(copy)))
     shutil.copytree(copy, copy.parent / "second")
     erase_patient(str(copy.parent), MARY)
     text = (copy.parent / OutKey.AUDIT).read_text()
@@ -144,19 +146,21 @@ def test_an_erased_run_is_finished_and_nobody_takes_its_blank_parts_over(
     monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", KEY.decode())
     erase_patient(str(copy.parent), MARY)
     run = open_run(night.config.model_copy(update={"out": str(copy.parent)}))
-    assert run.finished == read_manifest(Storage(str(copy)))
+    assert run.finished == read_manifest(open_storage(str(copy)))
     from leukoflow.cluster.code import code_digest
-    from leukoflow.tasks.inference.shard import ShardJob, planned, stage_keys
-    from leukoflow.tasks.intake.plan import shards
+    from leukoflow.tasks.inference.worker import planned
+    from leukoflow.tasks.intake.plan_file import shards
+    from leukoflow.tasks.store.commit import stage_keys
+    from leukoflow.tasks.store.job import ShardJob
 
     new = open_run(night.config.model_copy(update={"out": str(copy.parent), "run_id": "again", "reuse": "night"}))
     shard = next(iter(shards(new.summary)))
     job = ShardJob(new.root, "again", new.source, shard, "x", new.config.bundle, new.bundle.digest, new.device,
                    code_digest(), new.config.limits, new.config.meta_columns)  # fmt: skip
     keys = stage_keys(new.bundle, planned(new.root, shard), new.device)
-    assert list(adopt_stages(job, Storage(night.root), keys, {})) == ["masks", "features", "activations"]
-    Storage(new.root).delete("markers")
-    assert adopt_stages(job, Storage(str(copy)), keys, {}) == {}
+    assert list(adopt_stages(job, open_storage(night.root), keys, {})) == ["masks", "features", "activations"]
+    open_storage(new.root).delete("markers")
+    assert adopt_stages(job, open_storage(str(copy)), keys, {}) == {}
 
 
 def test_cut_off_anywhere_the_same_command_finishes(night: Run, copy: Path, tmp_path: Path, monkeypatch: Any) -> None:
@@ -167,7 +171,7 @@ def test_cut_off_anywhere_the_same_command_finishes(night: Run, copy: Path, tmp_
     originals = {verb: getattr(Storage, verb) for verb in verbs}
     shutil.copytree(copy, tmp_path / "whole" / "night")
     erase_patient(str(tmp_path / "whole"), MARY)
-    wanted = read_manifest(Storage(str(tmp_path / "whole" / "night")))
+    wanted = read_manifest(open_storage(str(tmp_path / "whole" / "night")))
     log: list[str] = []
 
     def crash_at(patch: Any, step: int) -> None:
@@ -206,7 +210,7 @@ def test_cut_off_anywhere_the_same_command_finishes(night: Run, copy: Path, tmp_
         else:
             assert verify_run(str(root)).ok
         erase_patient(str(out), MARY)
-        assert read_manifest(Storage(str(root))) == wanted, step
+        assert read_manifest(open_storage(str(root))) == wanted, step
         assert not any(p.is_file() for p in (root / "_attempts").rglob("*"))
         assert verify_run(str(root)).ok
         assert holds(out, [MARY]) == []
@@ -257,7 +261,7 @@ def test_patients_are_given_by_name_or_pseudonym() -> None:
 
 def test_the_command(copy: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", KEY.decode())
-    monkeypatch.setattr("leukoflow.apps.cli.main.use_configured_prefect", lambda debug: None)
+    monkeypatch.setattr("leukoflow.apps.cli.finished.use_configured_prefect", lambda debug: None)
 
     def invoke(*arguments: str) -> Any:
         settings = {"COLUMNS": "160", "TERM": "dumb", "NO_COLOR": "1"}

@@ -19,7 +19,7 @@ from leukoflow.models.bundle import Bundle
 from leukoflow.models.registry import Entry, Ledger, Registry, fold
 from leukoflow.runs.progress import RunBinding
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import Run
+from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.upkeep.prune import decide, prune
 from leukoflow.tasks.upkeep.retention import plan_retention, retain
 

@@ -28,8 +28,8 @@ from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import BundleError, SourceError
 from leukoflow.runs.progress import RunBinding, read_manifest
 from leukoflow.runs.records import Host
-from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import Run
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.patient_key import pseudonym
 from leukoflow.tasks.store.compact import compact_run
 from leukoflow.tasks.upkeep.checks import as_written
@@ -142,7 +142,7 @@ def test_a_run_computed_again_is_the_same_to_the_last_bit(night: Run, copy: Path
 
 def test_every_run_records_what_it_was_computed_with(night: Run) -> None:
     data = (Path(night.root) / "manifest.json").read_bytes()
-    manifest = read_manifest(Storage(night.root))
+    manifest = read_manifest(open_storage(night.root))
     assert manifest is not None
     assert manifest.hosts == (this_host(),)
     assert json.loads(manifest.config)["limits"]["max_megapixels"] == 120
@@ -227,7 +227,7 @@ def test_maps_that_the_run_does_not_have_are_named(copy: Path) -> None:
 
 
 def test_without_the_source_or_the_bundle_it_says_so(night: Run, copy: Path, tmp_path: Path) -> None:
-    manifest = read_manifest(Storage(str(copy)))
+    manifest = read_manifest(open_storage(str(copy)))
     assert manifest is not None
     shutil.copytree(night.bundle.path, tmp_path / "moved")
     lost = replace(manifest, bundle=str(tmp_path / "gone"))
@@ -250,7 +250,7 @@ def test_the_command(copy: Path, tmp_path: Path) -> None:
 
     same = invoke("--verify", "--shards", "1")
     assert (same.exit_code, "all the same, to the last bit" in same.output) == (0, True), same.output
-    manifest = read_manifest(Storage(str(copy)))
+    manifest = read_manifest(open_storage(str(copy)))
     assert manifest is not None
     elsewhere: Host = replace(manifest.hosts[0], cpu="another processor")
     (copy / "manifest.json").write_bytes(dumps(replace(manifest, hosts=(elsewhere,))))

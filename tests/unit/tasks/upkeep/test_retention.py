@@ -21,7 +21,9 @@ from leukoflow.runs.layout import OutKey
 from leukoflow.runs.lock import held
 from leukoflow.runs.progress import Heartbeat, RunBinding, now, read_manifest, read_state
 from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import Run, bound_config, open_run
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import Run, bound_config
+from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.upkeep.audit import verify_log
 from leukoflow.tasks.upkeep.retention import Candidate, decide, plan_retention, retain
 
@@ -89,7 +91,7 @@ def clone(night: Run, out: Path, name: str, days: float, state: str = "finished"
     at = (datetime.now(UTC) - timedelta(days=days)).isoformat(timespec="seconds")
     bound = loads(RunBinding, (root / "run.json").read_bytes(), "run.json")
     (root / "run.json").write_bytes(dumps(replace(bound, run_id=name, started_at=at, **binding)))
-    manifest = read_manifest(Storage(str(root)))
+    manifest = read_manifest(open_storage(str(root)))
     assert manifest is not None
     (root / "manifest.json").write_bytes(dumps(replace(manifest, run_id=name, finished_at=at)))
     if state != "finished":
@@ -198,7 +200,7 @@ def test_cut_off_anywhere_the_next_call_finishes(night: Run, tmp_path: Path, mon
             try:
                 retain(str(out), 30, 0)
             except Crash:
-                assert read_manifest(Storage(str(root))) is None or not calls
+                assert read_manifest(open_storage(str(root))) is None or not calls
             else:
                 assert step > 10
                 break
@@ -221,7 +223,7 @@ def test_links_locks_and_nothing_at_all(night: Run, copy: Path, tmp_path: Path) 
     (root / "compact.lock").touch()
     assert {d.run_id: d.delete for d in plan_retention(str(out), 0, 0)} == {"linked": False, "locked": False}
     with (
-        held(Storage(str(out)), OutKey.AUDIT_LOCK, "retention"),
+        held(open_storage(str(out)), OutKey.AUDIT_LOCK, "retention"),
         pytest.raises(StorageError, match="held for retention"),
     ):
         retain(str(out), 0, 0)

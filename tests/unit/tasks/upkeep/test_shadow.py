@@ -18,8 +18,9 @@ from leukoflow.core.errors import ConfigError
 from leukoflow.models.bundle import Bundle
 from leukoflow.models.registry import Registry
 from leukoflow.runs.progress import RunBinding, read_manifest, read_progress, read_state
-from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import Run, open_run
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import Run
+from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.intake.patient_key import pseudonym
 from leukoflow.tasks.report.run_report import build_report
 from leukoflow.tasks.upkeep.correct import correct_patient
@@ -45,7 +46,7 @@ def test_it_sees_the_same_with_the_candidate(accompanied: tuple[Path, Run], cand
     root = Path(run.root)
     assert root.name == f"night-shadow-{candidate.digest[:8]}"
     assert zarr_bytes(root) == zarr_bytes(night)
-    manifest = read_manifest(Storage(run.root))
+    manifest = read_manifest(open_storage(run.root))
     assert manifest is not None
     assert (manifest.shadow_of, manifest.bundle_digest) == ("night", candidate.digest)
     assert {t.stage for t in manifest.timings} == {"classify"}  # masks and features were taken over
@@ -81,8 +82,8 @@ def test_nobody_takes_it_for_the_nights_result(accompanied: tuple[Path, Run]) ->
     assert read_progress(run.root).shadow_of == read_state(run.root).shadow_of == "night"
     assert read_state(str(night)).shadow_of is None
     assert newest_run(out) == "night"
-    assert "A shadow run of night, not the night" in build_report(run.root, read_manifest(Storage(run.root)))
-    assert "A shadow run" not in build_report(str(night), read_manifest(Storage(str(night))))
+    assert "A shadow run of night, not the night" in build_report(run.root, read_manifest(open_storage(run.root)))
+    assert "A shadow run" not in build_report(str(night), read_manifest(open_storage(str(night))))
     settings = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
     assert f"{run.run_id}  shadow" in CliRunner().invoke(app, ["status", out], env=settings).output
     told = CliRunner().invoke(app, ["status", out, run.run_id], env=settings).output
@@ -92,10 +93,10 @@ def test_nobody_takes_it_for_the_nights_result(accompanied: tuple[Path, Run]) ->
 def test_the_same_command_finds_it_also_after_a_correction(accompanied: tuple[Path, Run], candidate: Bundle) -> None:
     night, run = accompanied
     config = shadow_config(str(night.parent), None, str(candidate.path))
-    assert open_run(config).finished == read_manifest(Storage(run.root))
+    assert open_run(config).finished == read_manifest(open_storage(run.root))
     mary, ruth = (pseudonym(name, b"a key that only these tests have") for name in ("mary", "ruth"))
     assert {e.run_id for e in correct_patient(str(night.parent), ruth, mary)} == {"night", run.run_id}
-    assert open_run(config).finished == read_manifest(Storage(run.root))
+    assert open_run(config).finished == read_manifest(open_storage(run.root))
     assert verify_run(run.root).findings == ()
 
 
@@ -117,7 +118,7 @@ def test_what_cannot_be_accompanied_is_said(accompanied: tuple[Path, Run], candi
         open_run(shadow_config(out, run.run_id, bundle))
     with pytest.raises(ConfigError, match="holds no finished run"):
         shadow_config(str(tmp_path / "empty"), None, bundle)
-    manifest = read_manifest(Storage(str(night)))
+    manifest = read_manifest(open_storage(str(night)))
     assert manifest is not None
     changed = replace(manifest, source=replace(manifest.source, identity="another"))
     (night / "manifest.json").write_bytes(dumps(changed))

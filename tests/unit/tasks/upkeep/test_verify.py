@@ -19,8 +19,8 @@ from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import StorageError
 from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.records import Marker, PartRef, RunManifest
-from leukoflow.storage.base import Storage
-from leukoflow.tasks.intake.open_run import Run
+from leukoflow.storage.opening import open_storage
+from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.upkeep.checks import as_written
 from leukoflow.tasks.upkeep.verify import LISTED, Verification, verify_run
 
@@ -35,7 +35,7 @@ def flip(path: Path, at: float = 0.5) -> None:
 
 
 def manifest_of(root: Path) -> RunManifest:
-    found = read_manifest(Storage(str(root)))
+    found = read_manifest(open_storage(str(root)))
     assert found is not None
     return found
 
@@ -250,7 +250,7 @@ def test_a_lost_or_damaged_binding_is_found(copy: Path) -> None:
 
 def forge(root: Path, name: str, change: Callable[[pa.Table], pa.Table]) -> None:
     """Changes a table and makes marker and manifest fit, as somebody would who knows the format."""
-    storage, key = Storage(str(root)), f"{name}/part-{FORGED}.parquet"
+    storage, key = open_storage(str(root)), f"{name}/part-{FORGED}.parquet"
     pq.write_table(change(pq.read_table(root / key)), root / key, use_dictionary=False)
     fresh = storage.digest(key)
 

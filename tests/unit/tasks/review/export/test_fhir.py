@@ -14,10 +14,13 @@ from exports import MARY, NIGHT, bytes_of, changed, fhir, report_of, slide_named
 
 from leukoflow.runs.records import Status
 from leukoflow.tasks.review.export.stream import Format, Scope
+from leukoflow.tasks.review.keys import patient_key_of
+from leukoflow.tasks.review.query import Query
+from leukoflow.tasks.review.runs import open_run_table
+from leukoflow.tasks.review.table import RunTable
 from leukoflow.tasks.review.verdict_record import Action
 from leukoflow.tasks.review.verdicts import add
 from leukoflow.tasks.review.wording import CLASS_CAUTION, RESEARCH_USE
-from leukoflow.tasks.review.worklist import Query, RunTable, open_run_table, patient_key_of
 
 
 def test_fhir_is_valid_and_says_what_the_worklist_says(opened: RunTable) -> None:

@@ -12,9 +12,11 @@ from exports import JANE, MARY, NIGHT
 from leukoflow.core.errors import ConfigError, SourceError
 from leukoflow.runs.records import Status
 from leukoflow.tasks.review.export.labels import LABELS, labels_csv, training_labels, write_training_set
+from leukoflow.tasks.review.keys import run_key_of
+from leukoflow.tasks.review.query import Query, Sort
+from leukoflow.tasks.review.runs import open_run_table
 from leukoflow.tasks.review.verdict_record import Action
 from leukoflow.tasks.review.verdicts import add
-from leukoflow.tasks.review.worklist import Query, Sort, open_run_table, run_key_of
 from leukoflow.tasks.training.data import read_labels, read_members
 from leukoflow.tasks.upkeep.erase import erase_patient
 

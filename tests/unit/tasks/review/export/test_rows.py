@@ -17,10 +17,12 @@ from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.review.cautions import guessed_fields, scale_caution
 from leukoflow.tasks.review.export.rows import EXPORTED, safe_text
 from leukoflow.tasks.review.export.stream import Format, Scope
+from leukoflow.tasks.review.query import Query
+from leukoflow.tasks.review.runs import open_run_table
+from leukoflow.tasks.review.table import RunTable
 from leukoflow.tasks.review.verdict_record import Action
 from leukoflow.tasks.review.verdicts import add
 from leukoflow.tasks.review.wording import RESEARCH_USE, SCALE_CAUTION
-from leukoflow.tasks.review.worklist import Query, RunTable, open_run_table
 
 
 def test_csv_and_parquet_hold_every_field_once(night: Run, opened: RunTable) -> None:

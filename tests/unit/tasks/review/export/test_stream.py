@@ -16,10 +16,12 @@ from leukoflow.apps.cli.main import app
 from leukoflow.core.errors import NotFoundError, RequestError
 from leukoflow.tasks.review.export.labels import training_labels
 from leukoflow.tasks.review.export.stream import Format, Scope, export, export_patient
+from leukoflow.tasks.review.keys import patient_key_of
+from leukoflow.tasks.review.runs import open_run_table
+from leukoflow.tasks.review.table import RunTable
 from leukoflow.tasks.review.verdict_record import Action
 from leukoflow.tasks.review.verdicts import add
 from leukoflow.tasks.review.wording import RESEARCH_USE
-from leukoflow.tasks.review.worklist import RunTable, open_run_table, patient_key_of
 
 
 def test_a_slide_and_a_patient_alone(opened: RunTable) -> None:

@@ -150,7 +150,7 @@ _FIGURES = ("accuracy", "macro_f1", "ece")
 
 
 def is_reference(bundle: str) -> bool:
-    """Say whether a setting `bundle` asks the registry: `approved`, or `registry:` with a name or digest."""
+    """Say whether a setting `bundle` asks the registry: `approved`, or `registry:` with name, digest or `approved`."""
     return bundle == APPROVED or bundle.startswith(PREFIX)
 
 

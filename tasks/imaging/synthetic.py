@@ -402,7 +402,7 @@ def write_sample(directory: str | Path, images: int, seed: int = 0, side: int = 
 
 
 def slide_of(index: int) -> int:
-    """Return the slide of field `index`: four slides, one of each class, take turns until each is full."""
+    """Return the slide of field `index`: four slides, one of each class, take turns up to `FIELDS_PER_SLIDE`."""
     block = len(CLASSES) * FIELDS_PER_SLIDE
     return index // block * len(CLASSES) + index % len(CLASSES)
 

@@ -71,7 +71,7 @@ def write_features(
     tiles_before: int,
     cells_before: int,
 ) -> None:
-    """Write a block's features after earlier ones; `columns` are (backbone, layer, dimension) of each part."""
+    """Write a block's features after those of earlier blocks; `columns` are (backbone, layer, dimension), in order."""
     width = features.cells.shape[1]
     names = {"columns": [{"backbone": b, "layer": layer, "dimension": d} for b, layer, d in columns]}
     write_arrays(

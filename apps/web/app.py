@@ -16,8 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.responses import RedirectResponse, Response
 from starlette.templating import Jinja2Templates
 
-from leukoflow.apps.web import api_runs
 from leukoflow.apps.web.api import router as api
+from leukoflow.apps.web.api import runs as api_runs
 from leukoflow.apps.web.api.problems import TITLES, problem
 from leukoflow.apps.web.engine.engine import Engine
 from leukoflow.apps.web.engine.errors import BusyError

@@ -9,7 +9,7 @@ from scipy.special import betaincinv
 
 from leukoflow.runs.records import CLASSES
 from leukoflow.tasks.review.frame import ABSTAINED, Floats, Frame, Ints, Mask, finite_or_none
-from leukoflow.tasks.review.lines import Counts, Summary
+from leukoflow.tasks.review.lines import FieldCounts, Summary
 from leukoflow.tasks.store.slides import MALIGNANT, mean_malignant_probability, urgency_of
 
 LEVEL = 0.95
@@ -110,7 +110,7 @@ class Groups:
         n = int(self.predicted[i])
         low, high = beta_interval(self.malignant[i : i + 1], self.predicted[i : i + 1].astype(np.float64))
         return Summary(
-            counts=Counts(*(int(c) for c in self.counts[i])),
+            counts=FieldCounts(*(int(c) for c in self.counts[i])),
             label=CLASSES[int(self.label[i])] if n else None,
             probabilities=tuple(float(v) / n for v in self.sums[i]) if n else (),
             urgency=float(self.urgency[i]) if urgency is None else urgency,

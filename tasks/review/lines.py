@@ -79,7 +79,7 @@ class Reconciliation:
 
 
 @dataclass(frozen=True, slots=True)
-class Counts:
+class FieldCounts:
     """Fields by status."""
 
     predicted: int
@@ -104,7 +104,7 @@ class Summary:
 
     # The mean is that of `tasks.store.slides`, and no differential count, since no cell is classified by itself. Its
     # interval starts from even odds as urgency does (Beta(1, 1)); fields of one slide are not really independent.
-    counts: Counts
+    counts: FieldCounts
     label: str | None
     probabilities: tuple[float, ...] = field(metadata=described("means over the answered fields, Benign Early Pre Pro"))
     urgency: float

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from gate_world import PASSWORD, World, sign_in, token_in, world
 
-from leukoflow.apps.web import api_runs
 from leukoflow.apps.web.api import router as api
+from leukoflow.apps.web.api import runs as api_runs
 from leukoflow.apps.web.gate.request import safe_next
 from leukoflow.apps.web.pages import router as pages
 from leukoflow.apps.web.settings import ProxySettings, Rates, networks

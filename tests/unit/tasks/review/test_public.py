@@ -18,7 +18,7 @@ KEYS = {
         "shadow_of message phase"
     ),
     "Reconciliation": f"received {COUNTS} waiting missing ignored truncated conflicts finished state balanced",
-    "Counts": COUNTS,
+    "FieldCounts": COUNTS,
     "Summary": (
         "counts label probabilities urgency mean_malignant_probability interval malignant_fields uncertainty entropy "
         "cells answered_cells reviewed diagnosed flagged worst"

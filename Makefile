@@ -6,9 +6,9 @@ STAMP := $(VENV)/.installed
 # Tests of one file stay together, since they share a server; two at once keep two cores busy. The folders come one after
 # the other: a browser's event loop and a Prefect server's settings must not meet tests that know nothing of them.
 TEST_WORKERS ?= 2
-SIDE_BY_SIDE = -n $(TEST_WORKERS) --dist loadfile
+SIDE_BY_SIDE = -n $(TEST_WORKERS) --dist loadfile --durations=10
 
-.PHONY: install demo test chaos chaos-short check bench stack stack-status stack-down lock clean
+.PHONY: install demo test unit coverage chaos chaos-short check docs bench stack stack-status stack-down lock clean
 
 install: $(STAMP)
 
@@ -26,6 +26,13 @@ demo: install
 test: install
 	for folder in unit integration web; do $(BIN)/python -m pytest -m "not chaos" $(SIDE_BY_SIDE) tests/$$folder || exit 1; done
 
+# For every save: no servers, no browser.
+unit: install
+	$(BIN)/python -m pytest -m "not chaos and not slow" $(SIDE_BY_SIDE) tests/unit
+
+coverage: install
+	$(BIN)/python -m pytest -m "not chaos" -n $(TEST_WORKERS) --dist loadfile --cov=leukoflow --cov-report=term:skip-covered --cov-report=html:coverage tests/unit
+
 # Kills, frozen processes, poisonous images, full disks, stores and servers that go away: an hour, so not part of every
 # change. LEUKOFLOW_CHAOS_SEED draws other faults at other moments.
 chaos: install
@@ -39,6 +46,11 @@ check: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
+
+# The documentation as a site in docs-out/; needs no network, and a warning is an error.
+docs: install
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --site-dir docs-out
 
 bench: install
 	$(BIN)/python -m pytest benchmarks -q -s -o python_files='bench_*.py'
@@ -56,7 +68,7 @@ stack-down:
 
 # Only maintainers run this: pins the versions that were tested, without naming any index.
 lock:
-	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --group dev pyproject.toml --python-version 3.11 --universal -o requirements.lock
+	VIRTUAL_ENV=$(CURDIR)/$(VENV) $(BIN)/uv pip compile --quiet --no-header --no-annotate --no-emit-index-url --all-extras --group dev pyproject.toml --python-version 3.11 --universal -o requirements.lock
 
 clean:
-	rm -rf $(VENV) demo-out
+	rm -rf $(VENV) demo-out docs-out coverage

@@ -66,7 +66,8 @@ def test_a_package_outside_the_tested_range_fails_with_a_remedy(monkeypatch: pyt
 
 def test_the_tested_range_agrees_with_the_project_file() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    wanted = {re.split("[<>=]", line)[0]: re.split("^[^<>=]+", line)[1] for line in project["dependencies"]}
+    lines = [*project["dependencies"], *project["optional-dependencies"]["run"]]
+    wanted = {re.split("[<>=]", line)[0]: re.split("^[^<>=]+", line)[1] for line in lines}
     for name, (low, high) in doctor._TESTED.items():
         assert {f">={low}"} | ({f"<{high}"} if high else set()) >= set(wanted[name].split(",")), name
 

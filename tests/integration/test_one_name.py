@@ -62,7 +62,7 @@ def call(place: Path, *words: str, **more: str) -> subprocess.CompletedProcess[s
 
 def test_one_top_level_name_is_installed(place: Path) -> None:
     shown = subprocess.run(
-        [uv(), "pip", "show", "-q", "-f", "--python", place / "env" / "bin" / "python", "leukoflow"], check=True,
+        [uv(), "pip", "show", "-f", "--python", place / "env" / "bin" / "python", "leukoflow"], check=True,
         capture_output=True, text=True,
     )  # fmt: skip
     files = [line.strip() for line in shown.stdout.partition("Files:")[2].splitlines() if line.strip()]
@@ -95,14 +95,15 @@ def test_a_run_with_two_workers_and_its_pages(place: Path, tmp_path: Path) -> No
     assert (place / "out" / "one" / "manifest.json").is_file()
     again = call(
         place, "-c",
-        "import leukoflow; run = leukoflow.open_run('out/one'); key = run.predictions.to_table()['image_key'][0].as_py();"
+        "import leukoflow; run = leukoflow.open_run('out/one');"
+        "key = run.predictions.to_table()['image_key'][0].as_py();"
         "print(run.predictions.count_rows(), run.mask(key).semantic.shape[0], run.image(key).dtype, run.show(key))",
     )  # fmt: skip
     assert re.match(r"16 1 uint8 <Field '", again.stdout), again.stderr
     log = tmp_path / "serve.log"
     with log.open("wb") as sink:
         server = subprocess.Popen(
-            [str(place / "env" / "bin" / "leukoflow"), "serve", "out", "--port", "0", "--users", str(tmp_path / "u.json")],
+            [str(place / "env/bin/leukoflow"), "serve", "out", "--port", "0", "--users", str(tmp_path / "u.json")],
             cwd=place, env=environment(), stdout=sink, stderr=subprocess.STDOUT,
         )  # fmt: skip
     try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import json
 import logging
 import os
 import signal
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
     from leukoflow.core.config import RunConfig
     from leukoflow.tasks.intake.binding import Run
 
+ROOT_FILE = "LEUKOFLOW_ROOT_FILE"
+"""Environment variable that names a file into which `run` writes where its run lies; `leukoflow.run` reads it."""
 _USAGE = 1  # a mistyped command; 2 is taken by an unusable source
 Debug = Annotated[bool, typer.Option("--debug", help="Show Prefect's log and the traceback of an error.")]
 Out = Annotated[str, typer.Argument(metavar="OUT", help="The folder or s3:// prefix that was given to `run --out`.")]
@@ -128,6 +131,8 @@ def execute(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
                 life.enter_context(beating(root, "planning the source"))
 
             opened = open_run(settings, begin)
+        if note := os.environ.get(ROOT_FILE):
+            Path(note).write_text(json.dumps({"root": opened.root}))
         if opened.finished is not None:
             console.print(f"[green]{opened.run_id} is finished already[/]; nothing was started.")
             show_outcome(console, opened.root, opened.finished)

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from leukoflow.core.errors import RequestError
 from leukoflow.runs.records import CLASS_NAMES, CLASSES, Status
-from leukoflow.tasks.inference.single import Finding, TileView, examine, load_models
+from leukoflow.tasks.inference.single import Examination, TileView, examine, load_models
 from leukoflow.tasks.review.wording import CLASS_CAUTION, NO_ANSWER, RESEARCH_USE, Scale, reason_words
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ def _bytes_of(image: str | Path | bytes | NDArray[np.uint8]) -> bytes:
             raise RequestError(
                 f"pixels are {image.dtype} {list(image.shape)}: give uint8 [height, width, 3], red first"
             )
-        from leukoflow.apps.web.drawing import png
+        from leukoflow.apps.web.drawing.layers import png
 
         return png(image)
     place = str(image)
@@ -157,7 +157,7 @@ def _opened(bundle: str, device: str) -> tuple[Models, Decoder]:
     return models, decoder
 
 
-def _diagnosis(found: Finding, um_per_px: float | None, models: Models) -> Diagnosis:
+def _diagnosis(found: Examination, um_per_px: float | None, models: Models) -> Diagnosis:
     answered = found.status is Status.PREDICTED
     scale = Scale(found.width_px, found.height_px, um_per_px, models.bundle.spec.method.segment)
     what, remedy, measured = reason_words(found.reason, scale, "notebook") if found.reason else ("", "", "")

@@ -12,11 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import leukoflow
+from leukoflow.apps.cli.common import ROOT_FILE
 from leukoflow.apps.notebook.stored import Run, open_run
 from leukoflow.core.errors import LeukoflowError
-
-ROOT_FILE = "LEUKOFLOW_ROOT_FILE"
-"""Environment variable that names the file into which the command writes where its run lies."""
 
 
 class RunFailedError(LeukoflowError):

@@ -9,12 +9,13 @@ from html import escape
 import numpy as np
 import pyarrow as pa
 
-from leukoflow.apps.web.drawing import Tile, attention_colour, outline, png
+from leukoflow.apps.web.drawing.layers import Tile, outline, png
 from leukoflow.runs.records import CLASS_NAMES
+from leukoflow.tasks.report.palette import COLOURS, attention_colour
+from leukoflow.tasks.review.wording import probability
 
 SHOWN_PX = 420
 """Width of a field's picture in a notebook."""
-_COLOURS = {"Benign": "#2f8579", "Early": "#c58b2b", "Pre": "#c2603a", "Pro": "#9d3350"}
 
 
 def attention_of(cells: pa.Table | None) -> dict[int, float]:
@@ -65,15 +66,8 @@ def _bars(probabilities: Mapping[str, float]) -> str:
     rows = "".join(
         f'<tr><td style="padding:.1em .6em .1em 0">{escape(CLASS_NAMES.get(name, name))}</td>'
         f'<td style="width:14em"><span style="display:block;height:.8em;width:{100 * value:.1f}%;'
-        f'background:{_COLOURS.get(name, "#64748b")}"></span></td>'
-        f'<td style="padding-left:.6em;font-variant-numeric:tabular-nums">{_probability(value)}</td></tr>'
+        f'background:{COLOURS.get(name.lower(), COLOURS["quiet"])[0]}"></span></td>'
+        f'<td style="padding-left:.6em;font-variant-numeric:tabular-nums">{probability(value)}</td></tr>'
         for name, value in probabilities.items()
     )
     return f'<table style="border-collapse:collapse;margin:.4em 0">{rows}</table>' if rows else ""
-
-
-def _probability(value: float) -> str:
-    """Return a probability to three places, never rounded to certainty."""
-    if value > 0.999:
-        return "> 0.999"
-    return "< 0.001" if value < 0.001 else f"{value:.3f}"

@@ -15,12 +15,13 @@ import zarr
 from numpy.typing import NDArray
 
 from leukoflow.core.errors import NotFoundError
+from leukoflow.runs.layout import RunKey
 from leukoflow.runs.records import CLASS_NAMES, CLASSES, RunManifest, Status
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.store.tables import finished, table_files
 
 if TYPE_CHECKING:
-    from leukoflow.apps.web.drawing import Tile
+    from leukoflow.apps.web.drawing.layers import Tile
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,17 +84,17 @@ class Run:
     @cached_property
     def predictions(self) -> ds.Dataset:
         """One row for every image handed over, in plan order."""
-        return self._dataset([file.key for file in table_files(self.manifest.parts, "predictions")])
+        return self._dataset([file.key for file in table_files(self.manifest.parts, RunKey.PREDICTIONS)])
 
     @cached_property
     def cells(self) -> ds.Dataset:
         """One row for every cell."""
-        return self._dataset([file.key for file in table_files(self.manifest.parts, "cells")])
+        return self._dataset([file.key for file in table_files(self.manifest.parts, RunKey.CELLS)])
 
     @cached_property
     def slides(self) -> ds.Dataset:
         """One row for every slide, most urgent first."""
-        return self._dataset(["slides.parquet"])
+        return self._dataset([RunKey.SLIDES])
 
     def mask(self, image_key: str) -> Masks:
         """Return the masks of one image.
@@ -104,7 +105,9 @@ class Run:
         row = self.row(image_key)
         if row["zarr_index"] is None or not row["n_tiles"]:
             raise NotFoundError(f"{image_key} has no masks: {row['reason'] or row['status']}")
-        group: Any = zarr.open_group(self.storage.zarr(f"masks.zarr/{row['shard']}", read_only=True), mode="r")
+        group: Any = zarr.open_group(
+            self.storage.zarr(RunKey.group(RunKey.MASKS, row["shard"]), read_only=True), mode="r"
+        )
         tiles = slice(row["zarr_index"], row["zarr_index"] + row["n_tiles"])
         return Masks(*(np.asarray(group[name][tiles]) for name in ("semantic", "cells", "to_source")))
 
@@ -122,7 +125,7 @@ class Run:
     def show(self, image_key: str) -> Field:
         """Return one image with its pictures, cells and words, for display in a notebook."""
         from leukoflow.tasks.review.field_view import view
-        from leukoflow.tasks.review.worklist import open_run_named
+        from leukoflow.tasks.review.runs import open_run_named
 
         row = self.row(image_key)
         out, _, run_id = self.storage.root.rpartition("/")

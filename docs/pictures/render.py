@@ -1,4 +1,4 @@
-"""Render the pictures of the README over a generated sample: `python docs/pictures/render.py` from the root of a checkout.
+"""Render the pictures of the README over a generated sample: `python docs/pictures/render.py` at the checkout's root.
 
 Needs Chromium (Playwright's, or one on the PATH). Nothing in these pictures is real blood.
 """

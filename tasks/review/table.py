@@ -11,9 +11,10 @@ from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from leukoflow.core.errors import RequestError, StorageError
+from leukoflow.core.errors import NotFoundError, RequestError, StorageError
 from leukoflow.runs.progress import ProgressReader
 from leukoflow.runs.receipts import Counts
 from leukoflow.runs.records import CLASSES, Status, read_reason
@@ -260,6 +261,13 @@ class RunTable:
         if not key or not self.frame.diagnosed[row]:
             return CELLS.empty_table()
         return as_cells(self._read(key, row), self.run_id).sort_by("cell_id")
+
+    def ordinal_of(self, image_key: str) -> int:
+        """Return the place in the plan of an image. Raises NotFoundError where the run has none of that name."""
+        row = pc.index(self.frame.keys, image_key).as_py()
+        if row < 0:
+            raise NotFoundError(f"run {self.run_id} has no image {image_key!r}")
+        return int(self.frame.ordinals[row])
 
     def stored_row(self, ordinal: int) -> dict[str, Any]:
         """Read a field's whole row of `predictions/`, columns that its run lacks being None. Raises NotFoundError."""

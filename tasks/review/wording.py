@@ -93,6 +93,7 @@ _THEN = "If it abstains again, think of another stain, scanner or tissue."
 _REMEDIES = {
     "run": "Have the run repeated with the scale: --um-per-px, or the column um_per_px of the manifest.",
     "bench": "Enter the scale (µm per pixel) on the bench and send the picture again.",
+    "notebook": "Call diagnose() again with the scale: um_per_px=...",
 }
 
 

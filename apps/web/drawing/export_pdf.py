@@ -12,10 +12,11 @@ from fpdf.fonts import TTFFont
 
 from leukoflow.apps.web.drawing.captions import headline, statements
 from leukoflow.apps.web.drawing.export_png import annotated
-from leukoflow.apps.web.drawing.layers import LABEL_COLOURS, Tile, rgb_of
+from leukoflow.apps.web.drawing.layers import Tile, rgb_of
 from leukoflow.apps.web.words import Cell, Subject, prob, shown
 from leukoflow.runs.records import CLASS_NAMES, CLASSES
 from leukoflow.tasks.imaging.cytoplasm import measured, measured_words
+from leukoflow.tasks.report.palette import COLOURS
 from leukoflow.tasks.review.wording import ATTENTION_NOTE, RESEARCH_USE
 
 _FONTS = {
@@ -118,7 +119,7 @@ def _probability(pdf: _Pdf, name: str, probability: float) -> None:
     pdf.cell(28, 5, pdf.printable(CLASS_NAMES[name]))
     pdf.set_fill_color(225, 220, 211)
     pdf.rect(48, y + 1.2, 90, 2.6, style="F")
-    pdf.set_fill_color(*rgb_of(LABEL_COLOURS[name]))
+    pdf.set_fill_color(*rgb_of(COLOURS[name.lower()][0]))
     pdf.rect(48, y + 1.2, max(0.2, 90 * probability), 2.6, style="F")
     pdf.set_xy(142, y)
     pdf.cell(16, 5, prob(probability), align="R", new_x="LMARGIN", new_y="NEXT")

@@ -18,11 +18,9 @@ from PIL import Image
 
 from leukoflow.apps.web.words import Cell
 from leukoflow.runs.records import CLASSES
+from leukoflow.tasks.report.palette import AGAINST, FOR, attention_colour
 
 NUCLEUS, CYTOPLASM = "#35d6ff", "#ffd23e"  # visible on violet nuclei and on the pale background
-FOR, AGAINST = "#ffe11a", "#12c9ff"
-LABEL_COLOURS = {"Benign": "#2f8579", "Early": "#b98a0f", "Pre": "#cf5f22", "Pro": "#ab3366"}
-_STOPS = ((0x5C, 0x74, 0x96), (0xF0, 0xA2, 0x1E), (0xE0, 0x22, 0x35))
 _STRONGEST = 217  # opacity of the strongest place of an activation map: the cell must be seen through it
 
 
@@ -81,14 +79,6 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
     sink = BytesIO()
     Image.fromarray(pixels).save(sink, "PNG", compress_level=4)
     return sink.getvalue()
-
-
-def attention_colour(weight: float) -> str:
-    """Return the colour of an attention relative to the field's highest: slate (0) over amber to red (1)."""
-    position = min(max(weight, 0.0), 1.0) * 2
-    low = min(1, int(position))
-    share = position - low
-    return "#" + "".join(f"{round(a + (b - a) * share):02x}" for a, b in zip(_STOPS[low], _STOPS[low + 1], strict=True))
 
 
 def outline(mask: NDArray[np.bool_], holes: bool = False) -> str:

@@ -18,6 +18,7 @@ from leukoflow.models.registry import Registry
 from leukoflow.runs.progress import read_manifest
 from leukoflow.storage.base import Storage
 from leukoflow.storage.opening import open_storage
+from leukoflow.storage.s3 import S3Storage
 from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.intake.patient_key import pseudonym
 from leukoflow.tasks.report.run_report import build_report
@@ -89,7 +90,7 @@ def test_compacting_on_the_store_survives_being_cut_off(
     class Crash(BaseException):
         pass
 
-    original = Storage.write
+    original = S3Storage.write
 
     def write(self: Storage, key: str, data: bytes) -> None:
         if key == "manifest.json":
@@ -97,7 +98,7 @@ def test_compacting_on_the_store_survives_being_cut_off(
         original(self, key, data)
 
     with monkeypatch.context() as patch:
-        patch.setattr(Storage, "write", write)
+        patch.setattr(S3Storage, "write", write)
         with pytest.raises(Crash):
             compact_run(storage.root)
     assert read_manifest(storage) == before

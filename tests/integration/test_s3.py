@@ -16,6 +16,7 @@ from leukoflow.models.bundle import Bundle
 from leukoflow.runs.progress import read_manifest, read_progress
 from leukoflow.storage.base import Storage
 from leukoflow.storage.opening import open_storage
+from leukoflow.storage.s3 import S3Storage
 from leukoflow.tasks.intake.preflight import conditional_writes
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(900)]
@@ -35,7 +36,7 @@ def test_a_store_that_overwrites_is_refused(client: Any, monkeypatch: pytest.Mon
         self.write(key, data)
         return True
 
-    monkeypatch.setattr(Storage, "create", careless)
+    monkeypatch.setattr(S3Storage, "create", careless)
     with pytest.raises(PreflightError, match="does not honour conditional writes"):
         conditional_writes(open_storage("s3://lab/careless"))
 

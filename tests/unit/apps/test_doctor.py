@@ -24,6 +24,7 @@ from leukoflow.apps.doctor import (
 )
 from leukoflow.core.errors import BundleError, StorageError
 from leukoflow.storage.base import Storage
+from leukoflow.storage.local import LocalStorage
 
 
 def _only(checks: Iterator[Check]) -> Check:
@@ -116,7 +117,7 @@ def test_storage_that_cannot_be_used_fails(tmp_path: Path, monkeypatch: pytest.M
         self.write(key, data)
         return True
 
-    monkeypatch.setattr(Storage, "create", overwrite)
+    monkeypatch.setattr(LocalStorage, "create", overwrite)
     check = _only(check_storage(str(tmp_path)))
     assert check.verdict == "fail"
     assert "conditional writes" in check.remedy
@@ -124,7 +125,7 @@ def test_storage_that_cannot_be_used_fails(tmp_path: Path, monkeypatch: pytest.M
     def refuse(self: Storage, key: str, data: bytes) -> bool:
         raise StorageError("quota exceeded")
 
-    monkeypatch.setattr(Storage, "create", refuse)
+    monkeypatch.setattr(LocalStorage, "create", refuse)
     assert "quota exceeded" in _only(check_storage(str(tmp_path))).found
 
 

@@ -18,6 +18,7 @@ from leukoflow.models.bundle import Bundle, load_bundle, write_spec
 from leukoflow.models.registry import Registry, headline_metrics, is_reference, reference
 from leukoflow.runs.progress import read_manifest
 from leukoflow.storage.base import Storage
+from leukoflow.storage.local import LocalStorage
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.upkeep.verify import verify_run
@@ -163,7 +164,7 @@ def test_cut_off_anywhere_the_registry_holds_the_old_state_or_the_new(
                 steps.append(f"{verb} {key}")
                 return original(self, key, data)
 
-            patch.setattr(Storage, verb, stepped)
+            patch.setattr(LocalStorage, verb, stepped)
 
     for step in range(20):
         registry = Registry(str(tmp_path / str(step)))

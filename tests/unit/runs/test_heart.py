@@ -14,6 +14,7 @@ from leukoflow.runs.heart import beating
 from leukoflow.runs.progress import Heartbeat, ProgressReader
 from leukoflow.runs.runlog import run_log
 from leukoflow.storage.base import Storage
+from leukoflow.storage.local import LocalStorage
 
 
 def beat(root: Path) -> Heartbeat:
@@ -84,7 +85,7 @@ def test_a_last_word_that_could_not_be_written_is_said_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: BaseException
 ) -> None:
     monkeypatch.setattr("leukoflow.runs.heart.RETRY_SECONDS", 0.0)
-    original, failures = Storage.write, [how, OSError(28, "No space left on device")]
+    original, failures = LocalStorage.write, [how, OSError(28, "No space left on device")]
 
     def write(self: Storage, key: str, data: bytes) -> None:
         if b"finished" in data and failures:
@@ -92,7 +93,7 @@ def test_a_last_word_that_could_not_be_written_is_said_again(
         original(self, key, data)
 
     with suppress(KeyboardInterrupt), beating(str(tmp_path), "writing tables and manifest") as heart:
-        monkeypatch.setattr(Storage, "write", write)
+        monkeypatch.setattr(LocalStorage, "write", write)
         heart.say("finished", "all is done", 0)
     assert (beat(tmp_path).state, beat(tmp_path).message) == ("finished", "all is done")
     assert failures == []

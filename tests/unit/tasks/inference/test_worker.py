@@ -15,7 +15,7 @@ from leukoflow.core.config import LimitSettings
 from leukoflow.core.errors import BundleError, ClusterError, ShardError, StorageError
 from leukoflow.models.bundle import Bundle, random_bundle, save_bundle
 from leukoflow.runs.records import Shard, Source, SourceKind
-from leukoflow.storage.base import Storage
+from leukoflow.storage.local import LocalStorage
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.inference import worker
 from leukoflow.tasks.inference.stages import prepare
@@ -84,7 +84,7 @@ def test_a_process_that_exceeds_its_time_ends_though_its_note_cannot_be_written(
     monkeypatch.setattr(worker, "NOTE_SECONDS", 0.05 if store == "silent" else 60.0)
     limited = replace(job, limits=LimitSettings.model_construct(stage_seconds=0.01))
     with monkeypatch.context() as patch:
-        patch.setattr(Storage, "write", write)
+        patch.setattr(LocalStorage, "write", write)
         with guarded(limited, "segment"):
             assert ended.wait(30)
         release.set()

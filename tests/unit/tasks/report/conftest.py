@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from made_up_run import (
+from made_up_report import (
     MEMBERS,
     manifest_of,
     write_run,

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 import zarr
-from made_up_run import (
+from made_up_report import (
     SHARD_SIZE,
     change,
     checked,

@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from made_up_run import (
+from made_up_report import (
     REASONS,
     change,
     checked,

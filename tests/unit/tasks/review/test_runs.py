@@ -9,7 +9,7 @@ import pytest
 from review_world import JANE, MARY, NIGHT
 
 from leukoflow.core.errors import NotFoundError, RunBusyError, RunNotFoundError, StorageError
-from leukoflow.storage.base import Storage
+from leukoflow.storage.local import LocalStorage
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.review.keys import patient_key_of, run_key_of
@@ -30,8 +30,8 @@ def test_the_list_of_runs(night: Run, copy: Path, monkeypatch: pytest.MonkeyPatc
     assert (found.state, found.members, found.done, found.quarantined, found.missing) == ("finished", 38, 38, 2, 1)
     assert (found.run_key, found.source_kind, found.shadow_of) == (NIGHT, "zip", None)
     read: list[str] = []
-    original = Storage.read
-    monkeypatch.setattr(Storage, "read", lambda self, key: read.append(key) or original(self, key))
+    original = LocalStorage.read
+    monkeypatch.setattr(LocalStorage, "read", lambda self, key: read.append(key) or original(self, key))
     list_runs(str(out))
     assert read.count("manifest.json") == 1  # of the broken one; the other is known
     with pytest.raises(StorageError):

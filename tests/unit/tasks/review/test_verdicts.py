@@ -21,6 +21,7 @@ from leukoflow.runs.lock import held
 from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.schema import VERDICTS
 from leukoflow.storage.base import Storage
+from leukoflow.storage.local import LocalStorage
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.patient_key import pseudonym
@@ -263,8 +264,8 @@ def test_a_reader_reads_each_file_once_and_sees_what_is_new(copy: Path, monkeypa
     add(out, verdict(comment="one"))
     reader = VerdictReader(open_storage(str(copy)))
     asked: list[str] = []
-    original = Storage.read
-    monkeypatch.setattr(Storage, "read", lambda self, key: asked.append(key) or original(self, key))
+    original = LocalStorage.read
+    monkeypatch.setattr(LocalStorage, "read", lambda self, key: asked.append(key) or original(self, key))
     assert len(reader.read().given) == 1
     first = reader.read()
     assert first is reader.read()
@@ -336,14 +337,14 @@ def test_nobody_gives_verdicts_while_a_patient_is_erased(copy: Path) -> None:
 
 
 def test_a_run_that_is_deleted_meanwhile_leaves_nothing(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Storage.create
+    original = LocalStorage.create
 
     def create(self: Storage, key: str, data: bytes) -> bool:
         if key == "verdicts/00001.parquet":
             shutil.rmtree(copy)
         return original(self, key, data)
 
-    monkeypatch.setattr(Storage, "create", create)
+    monkeypatch.setattr(LocalStorage, "create", create)
     with pytest.raises(RunNotFoundError, match="deleted meanwhile"):
         add(str(copy.parent), verdict())
     assert not copy.exists() or not any(p.is_file() for p in copy.rglob("*"))

@@ -12,7 +12,7 @@ from leukoflow.core.config import LimitSettings
 from leukoflow.core.errors import StorageError
 from leukoflow.models.bundle import Bundle, random_bundle
 from leukoflow.runs.records import Marker, Member, Shard, ShardReceipt, Source, SourceKind
-from leukoflow.storage.base import Storage
+from leukoflow.storage.local import LocalStorage
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.store.commit import (
     REVISIONS,
@@ -86,7 +86,7 @@ def test_the_first_of_two_attempts_wins(job: ShardJob) -> None:
 
 def test_a_commit_cut_off_before_its_files_moved_is_completed(job: ShardJob, monkeypatch: pytest.MonkeyPatch) -> None:
     with monkeypatch.context() as patch:
-        patch.setattr(Storage, "promote", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(LocalStorage, "promote", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             finish(job, "masks")
     storage = open_storage(job.root)

@@ -23,6 +23,7 @@ from leukoflow.runs.lock import LockHolder, held
 from leukoflow.runs.progress import now, read_manifest
 from leukoflow.runs.records import PartRef, RunManifest
 from leukoflow.storage.base import Storage
+from leukoflow.storage.local import LocalStorage
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.open_run import open_run
@@ -158,7 +159,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[str]:
             log.append(verb)
             return original(self, *arguments, **options)
 
-        monkeypatch.setattr(Storage, verb, stepped)
+        monkeypatch.setattr(LocalStorage, verb, stepped)
 
     for verb in VERBS:
         wrap(verb)
@@ -227,13 +228,13 @@ def test_rows_that_do_not_come_back_are_never_put_in_force(copy: Path, monkeypat
 
 
 def test_a_manifest_that_changes_meanwhile_stays(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    original = Storage.promote
+    original = LocalStorage.promote
 
     def promote(self: Storage, attempt: str, files: Any) -> None:
         original(self, attempt, files)
         (copy / "manifest.json").write_bytes(dumps(replace(manifest_of(copy), finished_at="later")))
 
-    monkeypatch.setattr(Storage, "promote", promote)
+    monkeypatch.setattr(LocalStorage, "promote", promote)
     with pytest.raises(StorageError, match="changed by somebody else"):
         compact_run(str(copy))
     assert manifest_of(copy).finished_at == "later"

@@ -18,6 +18,7 @@ from leukoflow.core.errors import ConfigError, StorageError
 from leukoflow.runs.layout import OutKey
 from leukoflow.runs.progress import read_manifest
 from leukoflow.storage.base import Storage
+from leukoflow.storage.local import LocalStorage
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.open_run import open_run
@@ -140,7 +141,7 @@ def test_cut_off_anywhere_any_such_command_finishes(copy: Path, tmp_path: Path, 
                 log.append(f"{verb} {key}")
                 return originals[verb](self, key, *more)
 
-            patch.setattr(Storage, verb, stepped)
+            patch.setattr(LocalStorage, verb, stepped)
 
     with monkeypatch.context() as patch:
         shutil.copytree(copy, tmp_path / "count" / "night")

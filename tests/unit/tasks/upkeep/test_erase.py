@@ -19,6 +19,7 @@ from leukoflow.core.errors import ConfigError, StorageError
 from leukoflow.runs.layout import OutKey
 from leukoflow.runs.progress import read_manifest
 from leukoflow.storage.base import Storage
+from leukoflow.storage.local import LocalStorage
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.open_run import open_run
@@ -182,7 +183,7 @@ def test_cut_off_anywhere_the_same_command_finishes(night: Run, copy: Path, tmp_
                 log.append(f"{verb} {key}")
                 return originals[verb](self, key, *more)
 
-            patch.setattr(Storage, verb, stepped)
+            patch.setattr(LocalStorage, verb, stepped)
 
         for verb in verbs:
             wrap(verb)

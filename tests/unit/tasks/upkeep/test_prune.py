@@ -19,6 +19,7 @@ from leukoflow.models.bundle import Bundle
 from leukoflow.models.registry import Entry, Ledger, Registry, fold
 from leukoflow.runs.progress import RunBinding
 from leukoflow.storage.base import Storage
+from leukoflow.storage.local import LocalStorage
 from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.upkeep.prune import decide, prune
 from leukoflow.tasks.upkeep.retention import plan_retention, retain
@@ -108,7 +109,7 @@ def test_cut_off_the_next_call_removes_the_files(registry: Registry, tmp_path: P
         raise Crash
 
     with monkeypatch.context() as patch:
-        patch.setattr(Storage, "delete", delete)
+        patch.setattr(LocalStorage, "delete", delete)
         with pytest.raises(Crash):
             prune(registry, [str(tmp_path / "out")], 0, "ana")
     assert len(registry.storage.names("bundles")) == 5

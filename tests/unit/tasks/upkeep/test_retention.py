@@ -21,6 +21,7 @@ from leukoflow.runs.layout import OutKey
 from leukoflow.runs.lock import held
 from leukoflow.runs.progress import Heartbeat, RunBinding, now, read_manifest, read_state
 from leukoflow.storage.base import Storage
+from leukoflow.storage.local import LocalStorage
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.binding import Run, bound_config
 from leukoflow.tasks.intake.open_run import open_run
@@ -183,7 +184,7 @@ def test_cut_off_anywhere_the_next_call_finishes(night: Run, tmp_path: Path, mon
     class Crash(BaseException):
         pass
 
-    original = Storage.delete
+    original = LocalStorage.delete
     for step in range(30):
         out = tmp_path / str(step)
         root = clone(night, out, "old", 100)
@@ -196,7 +197,7 @@ def test_cut_off_anywhere_the_next_call_finishes(night: Run, tmp_path: Path, mon
             original(self, key)
 
         with monkeypatch.context() as patch:
-            patch.setattr(Storage, "delete", delete)
+            patch.setattr(LocalStorage, "delete", delete)
             try:
                 retain(str(out), 30, 0)
             except Crash:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from enum import StrEnum
 
 from leukoflow.core.errors import RequestError
 from leukoflow.runs.records import CLASSES, Status
+from leukoflow.tasks.review.public import ALWAYS_PRESENT, INTERNAL
 
 NOTHING = "0" * 64
 """What the first file names as the digest of the one before it."""
@@ -33,17 +34,19 @@ class Action(StrEnum):
 class Verdict:
     """One act of one person on one field or slide, with the prediction that was on the screen.
 
-    Either `image_key` is given, or `slide_id` with its `grouping`. `label` is that of a `correct`, or of the decision
-    that a `withdraw` takes back; else None. `at` is ISO 8601 in UTC.
+    `label` is that of a `correct`, or of the decision that a `withdraw` takes back; else null. `at` is ISO 8601 in UTC.
     """
 
-    run_id: str
+    __pydantic_config__ = ALWAYS_PRESENT
+
+    run_id: str = field(metadata=INTERNAL)
     action: Action
     who: str
     at: str
-    image_key: str | None = None
-    slide_id: str | None = None
-    grouping: str | None = None
+    # Either `image_key` is given, or `slide_id` with its `grouping`.
+    image_key: str | None = field(default=None, metadata=INTERNAL)
+    slide_id: str | None = field(default=None, metadata=INTERNAL)
+    grouping: str | None = field(default=None, metadata=INTERNAL)
     label: str | None = None
     comment: str | None = None
     seen_status: str | None = None
@@ -81,7 +84,9 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True)
 class Standing:
-    """What holds of a field or slide by now: the last decision, whether it is flagged, the last comment."""
+    """The current state of review: the decision that counts, if any, the flag and the last comment."""
+
+    __pydantic_config__ = ALWAYS_PRESENT
 
     decision: Verdict | None = None  # the last accept or correct, unless it was withdrawn
     flagged: bool = False

@@ -152,7 +152,7 @@ def test_cut_off_anywhere_the_registry_holds_the_old_state_or_the_new(
     class Crash(BaseException):
         pass
 
-    originals = {verb: getattr(Storage, verb) for verb in ("write", "create")}
+    originals = {verb: getattr(LocalStorage, verb) for verb in ("write", "create")}
     steps: list[str] = []
 
     def crash_at(patch: pytest.MonkeyPatch, step: int) -> None:

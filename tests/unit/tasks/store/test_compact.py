@@ -151,7 +151,7 @@ def crash_at(monkeypatch: pytest.MonkeyPatch, step: int) -> list[str]:
     log: list[str] = []
 
     def wrap(verb: str) -> None:
-        original = getattr(Storage, verb)
+        original = getattr(LocalStorage, verb)
 
         def stepped(self: Storage, *arguments: Any, **options: Any) -> Any:
             if len(log) >= step:

@@ -129,7 +129,7 @@ def test_cut_off_anywhere_any_such_command_finishes(copy: Path, tmp_path: Path, 
         pass
 
     verbs = ("write", "promote", "delete")
-    originals = {verb: getattr(Storage, verb) for verb in verbs}
+    originals = {verb: getattr(LocalStorage, verb) for verb in verbs}
     log: list[str] = []
 
     def crash_at(patch: Any, step: int) -> None:

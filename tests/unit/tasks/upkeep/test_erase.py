@@ -169,7 +169,7 @@ def test_cut_off_anywhere_the_same_command_finishes(night: Run, copy: Path, tmp_
         pass
 
     verbs = ("write", "promote", "delete")
-    originals = {verb: getattr(Storage, verb) for verb in verbs}
+    originals = {verb: getattr(LocalStorage, verb) for verb in verbs}
     shutil.copytree(copy, tmp_path / "whole" / "night")
     erase_patient(str(tmp_path / "whole"), MARY)
     wanted = read_manifest(open_storage(str(tmp_path / "whole" / "night")))

@@ -198,7 +198,7 @@ def test_a_slide_of_several_patients_and_fields_in_no_folder(browser: Any, copie
         page.goto(address(other, slide="."))
         assert page.inner_text("h1") == "(no folder)"
         assert page.locator("[data-decides]").count() == 0
-        assert "label each of them on its own page" in page.inner_text("[data-review]")
+        assert "label each on its own page" in page.inner_text("[data-review]")
         assert page.locator("[data-key=f]").count() == 1
         assert page.troubles == []
         page.context.close()

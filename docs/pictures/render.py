@@ -5,6 +5,7 @@ Needs Chromium (Playwright's, or one on the PATH). Nothing in these pictures is 
 
 from __future__ import annotations
 
+import itertools
 import re
 import shutil
 import subprocess
@@ -40,12 +41,12 @@ def main() -> None:
 
 
 def draw_field(page: Page, folder: Path) -> None:
-    """Diagnose drawn fields until one is answered, and take its picture as a notebook shows it."""
-    for seed in range(20):
-        found = leukoflow.diagnose(render_field(np.random.default_rng(seed), "Pre").rgb)
-        if found.label is not None:
+    """Diagnose drawn fields until one is answered as it was drawn, and take its picture as a notebook shows it."""
+    for seed, label in itertools.product(range(6), ("Pre", "Early", "Pro", "Benign")):
+        found = leukoflow.diagnose(render_field(np.random.default_rng(seed), label).rgb)
+        if found.label == label:
             break
-    (folder / "field.html").write_text(f'<body style="margin:16px;width:900px">{found._repr_html_()}</body>', "utf-8")
+    (folder / "field.html").write_text(f'<body style="margin:16px;width:1040px">{found._repr_html_()}</body>', "utf-8")
     page.goto(f"file://{folder}/field.html")
     page.locator("body > div").screenshot(path=HERE / "field.png")
 

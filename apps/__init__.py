@@ -1,1 +1,1 @@
-"""What people touch: the command line. The only place that configures logging."""
+"""What people touch: command line, web application, notebook functions. The only place that configures logging."""

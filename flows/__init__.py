@@ -1,1 +1,1 @@
-"""The directed graphs of work, each readable from top to bottom."""
+"""What Prefect runs, each flow readable from top to bottom: runs, nights, reruns, shadow runs, retention, training."""

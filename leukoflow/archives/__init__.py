@@ -1,1 +1,1 @@
-"""Zip and tar archives in bounded memory, damaged ones too. Knows nothing of what they hold."""
+"""Zip and tar archives in bounded memory, damaged ones too. Imports nothing of leukoflow."""

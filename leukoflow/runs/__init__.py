@@ -1,1 +1,1 @@
-"""What a run is on disk: its keys, records, schemas, receipts, progress, locks and logs."""
+"""What a run is on disk: its keys, records, schemas, receipts, progress, ledger, locks and logs."""

@@ -1,1 +1,1 @@
-"""Where results are kept: a local folder or an S3 prefix, under one contract."""
+"""Where results are kept: a local folder or an S3 prefix, siblings under one contract."""

@@ -1,1 +1,1 @@
-"""From untrusted bytes to pixels: decoding in a disposable process, and what tells damage."""
+"""From untrusted bytes to pixels at the model's scale: disposable child processes, file headers, and damage."""

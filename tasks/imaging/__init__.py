@@ -1,1 +1,1 @@
-"""Arrays in, arrays out: quality, normalisation, segmentation, features, classification. No files."""
+"""Arrays in, arrays out: quality, normalisation, segmentation, features, classification. No files, no storage."""

@@ -1,1 +1,1 @@
-"""From what arrived to a frozen plan: inbox, manifest, patient key, plan, opening of a run."""
+"""From what has arrived to a frozen plan: inbox, manifest, patient key, plan, the opening of a run, preflight."""

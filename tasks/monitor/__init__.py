@@ -1,1 +1,1 @@
-"""Figures over runs and nights: drift, nights, Prometheus."""
+"""Figures over runs and nights: drift, the last nights, Prometheus."""

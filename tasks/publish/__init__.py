@@ -1,1 +1,1 @@
-"""The end of a run: plan and parts reconciled, slides ranked, the manifest written last."""
+"""The end of a run: plan and parts reconciled, slides ranked, the manifest written last; and what a deadline gets."""

@@ -1,1 +1,1 @@
-"""Reports that need nothing else: one HTML page each, and the model card."""
+"""Reports of one HTML file that needs nothing else, made from templates with one palette; and the model card."""

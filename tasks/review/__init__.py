@@ -1,1 +1,1 @@
-"""What people read and say of results: worklist, fields, verdicts, exports, wording."""
+"""What people read and say of results: the worklist, fields, verdicts, exports, and the wording of all of it."""

@@ -1,1 +1,1 @@
-"""What a run has stored, read and compacted: its tables, and what a slide is."""
+"""What a shard leaves and how it is committed: its job, arrays, facts, tables, markers; and what a slide is."""

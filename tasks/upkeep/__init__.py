@@ -1,1 +1,1 @@
-"""What happens to finished runs: verify, reproduce, compare, amend, erase, retain."""
+"""What is done with finished runs: verify, reproduce, compare, erase, correct, retain, shadow; and the audit log."""

@@ -1,0 +1,1 @@
+"""Single images diagnosed in processes that can be killed and replaced."""

@@ -1,0 +1,1 @@
+"""What stands in front of every page: accounts, sessions, permissions, limits, the audit log."""

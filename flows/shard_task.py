@@ -25,7 +25,7 @@ from leukoflow.runs.records import Shard, ShardReceipt
 from leukoflow.storage.base import Storage
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.inference.bisect import find_culprits
-from leukoflow.tasks.inference.stages import classify, extract, next_of, prepare, recall, segment, trail_of
+from leukoflow.tasks.inference.stages import classify, extract, next_of, prepare, recall, segment, written_by
 from leukoflow.tasks.inference.worker import planned
 from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.open_run import spooled
@@ -191,7 +191,7 @@ def run_chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...], priority: 
             while first < job.shard.first + job.shard.count:
                 block = submit(prepare, job, first, **on_helper)
                 segmented = submit(recall if "masks" in done else segment, job, block, seen, **on_gpu)
-                seen, earlier = submit(trail_of, segmented), features
+                seen, earlier = submit(written_by, segmented), features
                 features = submit(extract, job, segmented, earlier, **on_gpu)
                 first = cluster.result(submit(next_of, block, **on_helper))
                 # The pixels of this block are let go as soon as its features are computed; at most two are held.

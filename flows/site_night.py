@@ -1,7 +1,7 @@
 """A site's night: finish what was cut off, take what has arrived, screen it, and say what is missing.
 
 The claim is what makes a night safe to kill: what was taken is written down, with run ids, before anything is done with
-it (`leukoflow/runs/ledger.py`). Whoever comes next finds claims without an outcome and does them first. What became of
+it (`leukoflow/runs/ledger.py`). The next night finds claims without an outcome and does them first. What became of
 nights, looked back at over all runs of an output folder, is `tasks/monitor/nights.py`.
 """
 
@@ -150,7 +150,7 @@ def _do_claim(site: Site, ledger: Ledger, head: ClaimHead, deadline: datetime | 
     for run_id in head.runs:
         try:
             if deadline is not None and site.at_deadline == "stop" and datetime.now(UTC) >= deadline:
-                raise DeadlineError("not begun, since the deadline has passed; the next night does it first")
+                raise DeadlineError("not started, because the deadline has passed; the next night does it first")
             if asked_to_stop.is_set():  # while the run before was all but finished
                 raise RunCancelledError(f"the night was stopped before run {run_id}; the next one goes on with it")
             outcome = _do_run(site, ledger, head, run_id, deadline)

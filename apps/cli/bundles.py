@@ -101,7 +101,7 @@ def list_bundles(registry: RegistryOption = None, debug: Debug = False) -> None:
         table = Table(box=None, padding=(0, 2), header_style="dim")
         for title in ("name", "digest", "state", "registered", "by", "metrics"):
             table.add_column(title, overflow="fold")
-        for b in _registry(registry).ledger().bundles:
+        for b in _registry(registry).state().bundles:
             figures = ", ".join(f"{name} {value:.3f}" for name, value in b.metrics) or f"none: {b.note}"
             style = "bold green" if b.state == "approved" else "dim" if b.state == "removed" else ""
             table.add_row(b.name, b.digest[:12], b.state, b.at, b.by, figures, style=style)
@@ -118,7 +118,7 @@ def approve(
 ) -> None:
     """Make a registered bundle the one that runs with `--bundle approved` use from now on.
 
-    Runs that have begun keep theirs.
+    Runs that have started keep theirs.
 
     **Example**: `leukoflow bundles approve pocket-2 --by "Dr Moreau" --why "shadow runs of two weeks agree"`
     """
@@ -285,7 +285,7 @@ def rerun(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Take up a run by its id: only what is missing or failed is done, with the settings that it was begun with.
+    """Take up a run by its id: only what is missing or failed is done, with the settings that it started with.
 
     With --verify, compute a finished run again from its source with its bundle, and compare bit for bit: predictions,
     cells, masks, features and activation maps of all shards, or of a seeded sample, are held against what is stored. On
@@ -388,7 +388,7 @@ def correct(
 ) -> None:
     """Assign images to the right patient in all runs of OUT: those of a patient, of a slide, or of both.
 
-    Plan, predictions, missing and mixed-up images name the right patient, and the slides are ranked anew; what was
+    Plan, predictions, missing and mixed-up images name the right patient, and the slides are ranked again; what was
     computed from pixels stays. Patients are given as the manifest named them, or as pseudonyms p_... `leukoflow verify`
     passes before and after. Correct the manifest as well, or the next run of the source brings the mistake back.
     Interrupted, the same command finishes.

@@ -158,8 +158,8 @@ def retention(
 ) -> None:
     """Delete old runs, finished or abandoned ones, and write down in OUT/audit.jsonl that they are gone.
 
-    Runs in progress stay, and so do runs that another one, which stays, was told to `--reuse`. Interrupted, the same
-    command goes on. `leukoflow verify OUT` checks the audit log.
+    Runs in progress stay, and so do runs that a run which stays took parts from (`--reuse`). After an interruption, the
+    same command goes on. `leukoflow verify OUT` checks the audit log.
 
     **Examples**: `leukoflow retention out --keep-days 90 --dry-run`;
     `leukoflow retention s3://results --keep-days 365 --keep-last 10`

@@ -57,7 +57,7 @@ def train(
 
     One command for all phases. Each keeps a checkpoint, so the same command continues an interrupted training, also
     in the middle of a phase. Segmenter and backbones learn without class labels; what a label touches is fitted last,
-    and `leukoflow evaluate` fits it anew inside every fold.
+    and `leukoflow evaluate` fits it again inside every fold.
 
     **Example**: `leukoflow train data --out bundles/mine`
     """

@@ -80,8 +80,8 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _read_ahead(out: str) -> None:
-    """Opens the newest run, so that the first who comes in the morning does not wait for it."""
-    with suppress(LeukoflowError, OSError):  # told to whoever opens it
+    """Open the newest run, so that the first reader in the morning does not wait for it."""
+    with suppress(LeukoflowError, OSError):  # reported to the person who opens it
         warm(out)
 
 

@@ -88,11 +88,11 @@ class Site(Settings):
         return ZoneInfo(self.time_zone)
 
     def night_of(self, moment: datetime) -> date:
-        """The date of the night that begins at a moment."""
+        """Return the date of the night that begins at a moment."""
         return moment.astimezone(self.zone).date()
 
     def next_deadline(self, moment: datetime) -> datetime | None:
-        """The first deadline after a moment; None for a site without one."""
+        """Return the first deadline after a moment; None for a site without one."""
         if self.deadline is None:
             return None
         day = self.night_of(moment)
@@ -101,7 +101,7 @@ class Site(Settings):
 
 
 def load_site(file: str | Path | None = None) -> Site:
-    """The site that `file` describes, by default the file that LEUKOFLOW_SITE names.
+    """Read the site that `file` describes, by default the file that LEUKOFLOW_SITE names.
 
     Paths in it are relative to its folder. `LEUKOFLOW_...` variables win over its table `run`, as they do over a
     configuration file. Raises ConfigError naming each wrong setting.

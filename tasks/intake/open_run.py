@@ -182,7 +182,7 @@ def _registered(config: RunConfig, asked: str, out: Storage, run_id_of: Callable
     if bound is None:
         found = registry.resolve(asked)
         if asked == APPROVED and config.run_id is None and read_binding(out.child(run_id_of(found.digest))) is None:
-            earlier = [b.digest for b in reversed(registry.ledger().bundles) if b.state == "retired"]
+            earlier = [b.digest for b in reversed(registry.state().bundles) if b.state == "retired"]
             for run_id in map(run_id_of, earlier):
                 bound = started_with(run_id)
                 if bound is not None and read_manifest(out.child(run_id)) is None:

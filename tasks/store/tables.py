@@ -150,7 +150,7 @@ def in_order(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
 
 
 def check_intent(storage: Storage) -> None:
-    """Raises StorageError where erasing or correcting a patient was cut off: what is there is half old, half new."""
+    """Raise StorageError where erasing or correcting a patient was cut off: what is there is half old, half new."""
     if storage.exists(RunKey.INTENT):
         out = storage.root.rpartition("/")[0]
         raise StorageError(

@@ -41,7 +41,7 @@ class EngineLike(Protocol):
         um_per_px: float | None = None,
         on_stage: Callable[[str], None] | None = None,
     ) -> Any:
-        """A Diagnosis."""
+        """Return a Diagnosis."""
 
     def load(self) -> Any:
         """Return an EngineLoad."""

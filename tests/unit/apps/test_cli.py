@@ -136,10 +136,10 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         log=log, root=root, finished=None, outcome=None, manifest=manifest_of(), error=None, config=None
     )
 
-    def open_run(config: Any, begun: Any) -> Any:
+    def open_run(config: Any, report: Any) -> Any:
         log.append("planned")
         played.config = config
-        begun(str(root))
+        report(str(root))
         if played.error is not None:
             raise played.error
         return types.SimpleNamespace(run_id="smears-1", root=str(root), summary=SUMMARY, finished=played.finished)

@@ -246,11 +246,11 @@ def test_a_refused_command_leaves_the_record_of_what_the_run_did(
     config = load_config(**settings, manifest=str(tmp_path / "slides.csv"))
     monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "a key that only these tests have")
     open_run(config)
-    begun: list[str] = []
+    roots: list[str] = []
     monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "another key that only these tests have")
     with pytest.raises(RunConflictError):
-        open_run(config, begun.append)
-    assert begun == []
+        open_run(config, roots.append)
+    assert roots == []
 
 
 def test_numbers_of_things() -> None:

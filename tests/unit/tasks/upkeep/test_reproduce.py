@@ -1,4 +1,4 @@
-"""Computing a run again: the same bits here, and what is told where they are not."""
+"""Computing a run again: the same bits here, and what is reported where they are not."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_shards_are_drawn_by_the_seed() -> None:
     assert len(set(sample(100, 7, 1))) == 7
 
 
-def test_what_is_different_here_is_told() -> None:
+def test_what_is_different_here_is_reported() -> None:
     host = this_host()
     assert environment_differences([host], [host]) == ()
     other = replace(host, cpu="another", cores=99, threads=host.threads + 1, gpus=("a", "b"))

@@ -344,13 +344,13 @@ def test_the_command_says_what_is_wrong_and_what_to_do(copy: Path) -> None:
 def test_one_broken_run_does_not_hide_the_others(copy: Path) -> None:
     (copy.parent / "broken").mkdir()
     (copy.parent / "broken" / "manifest.json").write_text("{")
-    (copy.parent / "begun").mkdir()
-    shutil.copy(copy / "run.json", copy.parent / "begun")
+    (copy.parent / "unfinished").mkdir()
+    shutil.copy(copy / "run.json", copy.parent / "unfinished")
     found = verify(str(copy.parent))
     assert found.exit_code == 1
     assert "broken cannot be verified" in found.output
     assert "night is as it was committed" in found.output
-    assert "not finished, so not verified: begun" in found.output
+    assert "not finished, so not verified: unfinished" in found.output
 
 
 def test_the_command_without_a_run_is_one_line(tmp_path: Path) -> None:

@@ -113,12 +113,12 @@ def process_shard(work: Work, shard: Shard) -> ShardReceipt:
             raise ShardError(f"shard {shard.name}: {place_of(error)}") from None
         if receipt is not None:
             break
-        log.info("shard %s: its worker was lost to something else; the shard is started again", shard.name)
+        log.info("shard %s: its worker was lost for another reason; the shard is started again", shard.name)
         work.cluster.settle()
     else:
         raise ShardError(
-            f"shard {shard.name}: {LOSSES} workers were lost before they began with it; something on the workers' "
-            "machines ends them: look for the out-of-memory killer in the system's log, and use fewer --workers"
+            f"shard {shard.name}: {LOSSES} workers were lost before they started on it; something on the workers' "
+            "machines kills them: look for the out-of-memory killer in the system log, and use fewer --workers"
         )
     storage = open_storage(work.run.root)
     storage.delete(RunKey.failure(shard.name))

@@ -357,7 +357,7 @@ class Registry:
             entry = Entry(number, now(), by, found.action, found.digest, found.name, found.why, found.metrics, previous)
             if self.storage.create(_key(number), dumps(entry)):
                 return
-        raise StorageError(f"{self.storage.root}: others write to its history all the time; give the command again")
+        raise StorageError(f"{self.storage.root}: others write to its history all the time; run the command again")
 
     def _read(self) -> tuple[tuple[Entry, ...], str]:
         """Read the history and the digest of its last entry. Objects are asked for by number, never listed."""

@@ -92,7 +92,7 @@ def diff(
         Path | None, typer.Option("--csv", metavar="FILE", help="One line for every image that differs.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", min=0.0, help="Confidences that differ by no more than this are the same.")
+        float, typer.Option("--tolerance", min=0.0, help="Confidences that differ by no more than this count as equal.")
     ] = 0.0,
     debug: Debug = False,
 ) -> None:
@@ -152,7 +152,9 @@ def compact(
 def retention(
     out: Out,
     keep_days: Annotated[int, typer.Option("--keep-days", min=0, help="Runs that were active within N days stay.")],
-    keep_last: Annotated[int, typer.Option("--keep-last", min=0, help="So many finished runs stay, however old.")] = 0,
+    keep_last: Annotated[
+        int, typer.Option("--keep-last", min=0, help="The last N finished runs stay, however old.")
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")] = False,
     debug: Debug = False,
 ) -> None:

@@ -146,7 +146,7 @@ def _explained(error: Exception) -> tuple[int, str, dict[str, str], Any]:
             return 503, _sentence(error), {"Retry-After": "5"}, None
         case LeukoflowError():
             return 503, _sentence(error), {"Retry-After": "30"}, None
-    return 500, "This is a fault of the program; the server's log says where. Nothing was changed.", {}, None
+    return 500, "This is a bug in the program; the server's log says where. Nothing was changed.", {}, None
 
 
 def _sentence(error: Exception) -> str:

@@ -298,7 +298,7 @@ def create(store: ObjectStore, bucket: str, key: str, data: bytes) -> bool:
             if granted is not None:
                 return granted
             await asyncio.sleep(0.05 * 2**pause if pause < 6 else 3.0)
-        raise StorageError(f"s3://{bucket}/{key}: another writer keeps it busy; give the same command again")
+        raise StorageError(f"s3://{bucket}/{key}: another writer keeps it busy; run the same command again")
 
     return cast(bool, run(store, insist))
 

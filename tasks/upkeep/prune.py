@@ -61,7 +61,7 @@ def needed_bundles(outs: Sequence[str]) -> dict[str, str]:
                 binding = read_binding(storage)
             except LeukoflowError as error:
                 raise StorageError(
-                    f"what bundle run {name} needs is not known ({words_of(error)}); mend or delete it first. "
+                    f"what bundle run {name} needs is not known ({words_of(error)}); repair or delete it first. "
                     "Nothing was removed"
                 ) from None
             found.setdefault(binding.bundle_digest, f"{out.rstrip('/')}/{name}")

@@ -205,8 +205,8 @@ def _delete(storage: Storage, decision: Decision) -> None:
         storage.delete(f"{run_id}/{name}")
     if left := [n for n in storage.names(run_id) if n != RunKey.BINDING]:
         raise StorageError(
-            f"{storage.uri(run_id)} could not be deleted wholly ({', '.join(left)} stayed): check the permissions, "
-            "then give the same command again"
+            f"{storage.uri(run_id)} could not be deleted completely ({', '.join(left)} stayed): check the permissions, "
+            "then run the same command again"
         )
     storage.abort_uploads(run_id)
     storage.delete(OutKey.of_run(run_id, RunKey.BINDING))

@@ -123,8 +123,8 @@ def shadow_config(
         raise ConfigError(f"there is no run {run_id} in {out}") from None
     if not binding.config:
         raise ConfigError(
-            f"run {run_id} was made by a version that did not record all settings, so its shadow cannot be made alike; "
-            f"compare it with a run of its own: {_by_hand(binding, out, bundle)}"
+            f"run {run_id} was made by a version that did not record all settings, so it cannot "
+            f"have a shadow with the same settings; compare it with a run of its own: {_by_hand(binding, out, bundle)}"
         )
     recorded = {name: value for name, value in json.loads(binding.config).items() if name not in _NOT_TAKEN}
     config = load_config(
@@ -154,7 +154,7 @@ def compare(out: str, run_id: str) -> ShadowSummary:
     storage = open_storage(out)
     shadow = read_manifest(storage.child(run_id))
     if shadow is None or shadow.shadow_of is None:
-        raise ConfigError(f"run {run_id} is no finished shadow run")
+        raise ConfigError(f"run {run_id} is not a finished shadow run")
     found = diff_runs(storage.uri(shadow.shadow_of), storage.uri(run_id))
     digests = [
         hashlib.sha256(storage.read(OutKey.of_run(name, RunKey.MANIFEST))).hexdigest()

@@ -228,7 +228,7 @@ class Jobs:
                         await asyncio.sleep(1.0)
                 except Exception as error:
                     _log.error("%s", place_of(error))
-                    item.error = "this image could not be classified because of a fault of the program"
+                    item.error = "this image could not be classified because of a bug in the program"
                     item.fault = True
                 finally:
                     item.seconds = time.monotonic() - job.created

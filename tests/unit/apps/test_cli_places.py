@@ -100,7 +100,7 @@ def test_a_folder_where_a_file_is_wanted_and_a_file_where_a_folder(
     done = call("run", str(archive), "--out", str(tmp_path / "out"), option, str(wrong))
     assert done.exit_code == 1
     assert words in done.output
-    assert "fault of the program" not in done.output
+    assert "bug in the program" not in done.output
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file.txt"])

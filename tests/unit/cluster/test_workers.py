@@ -1,4 +1,4 @@
-"""What we ask Slurm and Kubernetes for, without either: the job script, the pods, and what is said where one is missing."""
+"""What we ask Slurm and Kubernetes for, without either: job script, pods, and what is said where one is missing."""
 
 from __future__ import annotations
 

@@ -258,7 +258,7 @@ def test_the_command(copy: Path, tmp_path: Path) -> None:
     group["cells"][0, 0] += np.float32(1)  # type: ignore[index, operator]
     other = invoke("--verify", "--json", str(tmp_path / "found.json"))
     assert other.exit_code == 3
-    assert "other here: cpu: another processor then" in other.output
+    assert "different here: cpu: another processor then" in other.output
     assert "features.zarr/cells: 1 of" in other.output
     assert json.loads((tmp_path / "found.json").read_text())["same"] is False
     lone = invoke("--shards", "1")

@@ -121,7 +121,7 @@ def test_swapped_parts_are_found_and_named(copy: Path, folder: str) -> None:
     two.rename(one)
     (copy / "aside").rename(two)
     found = verify_run(str(copy))
-    assert f"holds what belongs into {folder}/part-{SHARD}.parquet" in found.findings[0].what
+    assert f"holds what belongs in {folder}/part-{SHARD}.parquet" in found.findings[0].what
     assert len(found.findings) == 2
 
 
@@ -336,7 +336,7 @@ def test_the_command_says_what_is_wrong_and_what_to_do(copy: Path) -> None:
     (copy / "cells" / "stray.parquet").touch()
     harmed = verify(out)
     assert harmed.exit_code == 1
-    for part in (f"{FIRST[0]}: altered", "→ give the run's command again", "cells/stray.parquet: added", "2 findings"):
+    for part in (f"{FIRST[0]}: altered", "→ repeat the run's command", "cells/stray.parquet: added", "2 findings"):
         assert part in harmed.output
     assert "Traceback" not in harmed.output
 

@@ -87,7 +87,7 @@ class KubernetesSettings(Settings):
 
 
 class ClusterSettings(Settings):
-    """Where Dask comes from.
+    """The source of Dask's workers.
 
     A run on GPUs has two kinds of workers: `gpu_workers` with one GPU each, and `workers` without, which read and
     normalise images for them. Between `min_workers` and `max_workers` is scaled what limits a run: the workers with a
@@ -133,7 +133,7 @@ class ClusterSettings(Settings):
 
 
 class UrgentSettings(Settings):
-    """Which images are urgent: their shards are worked first. Neither the plan nor any number depends on it."""
+    """The choice of urgent images, whose shards are worked first. Neither the plan nor any number depends on it."""
 
     # not `keys`: what has an attribute of that name is taken for a mapping by Prefect, which looks through parameters
     image_keys: tuple[str, ...] = Field((), description="patterns of image keys, as a shell has them: STAT-*")

@@ -21,7 +21,7 @@ SAME_SIZE = 1.1
 
 @dataclass(frozen=True, slots=True)
 class FieldGeometry:
-    """How one source image becomes tiles of `field_px`.
+    """The way in which one source image becomes tiles of `field_px`.
 
     The image is resized to `width` x `height` (model pixels), then cut at `origins` (x, y of each tile's top left
     corner, row by row). A tile that reaches beyond the image is padded; a cell belongs to the tile whose `core`

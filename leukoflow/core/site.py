@@ -23,7 +23,7 @@ _OF_THE_SITE = (
 
 
 class ArrivalSettings(Settings):
-    """When an item of the inbox has arrived whole."""
+    """The signs that an item of the inbox has arrived whole."""
 
     settle_seconds: float = Field(300.0, ge=0, description="an item in which nothing changed for so long has arrived")
     complete: Literal["settled", "sentinel"] = Field(
@@ -45,7 +45,7 @@ class ArrivalSettings(Settings):
 
 
 class RetentionSettings(Settings):
-    """Which runs stay, as `leukoflow retention` has it."""
+    """The runs that stay, as `leukoflow retention` has it."""
 
     keep_days: float = Field(90.0, ge=0, description="runs that were active within so many days stay")
     keep_last: int = Field(5, ge=0, description="so many finished runs stay, however old")

@@ -16,7 +16,7 @@ from leukoflow.storage.base import Storage
 
 @dataclass(frozen=True, slots=True)
 class LockHolder:
-    """Who holds a lock, and what for."""
+    """The holder of a lock, and its purpose."""
 
     pid: int
     host: str

@@ -49,7 +49,7 @@ class Status(StrEnum):
 
 
 class SourceKind(StrEnum):
-    """How members are reached."""
+    """The way in which members are reached."""
 
     DIRECTORY = "directory"  # a local folder, or an s3:// prefix
     ZIP = "zip"

@@ -59,7 +59,7 @@ class RunDetails(BaseModel):
 
 
 class Listing(BaseModel):
-    """What a list shall show. Free text is no part of an address: POST it to `search`."""
+    """Filters, order and page of a list. Free text is no part of an address: POST it to `search`."""
 
     model_config = ConfigDict(extra="forbid")
 

@@ -18,7 +18,7 @@ router = APIRouter(prefix="/api/v1")
 
 
 class Health(Model):
-    """Whether the server is up."""
+    """The state of the server."""
 
     status: Literal["ok"]
     version: str = Field(examples=["0.1.0"])
@@ -26,7 +26,7 @@ class Health(Model):
 
 
 class Me(Model):
-    """Who is asking."""
+    """The user or program that asks."""
 
     name: str
     role: str

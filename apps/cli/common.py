@@ -172,7 +172,7 @@ def _carry_out(console: Console, opened: Run, settings: RunConfig, keep_prefect:
         prefect_api(keep_prefect, debug),
         live_progress(console, opened.root),
     ):
-        heart.phase("waiting for Prefect to start the run")
+        heart.phase("waiting for Prefect to begin the run")
         from leukoflow.flows.run import screen
 
         state, silent = None, None

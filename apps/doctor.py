@@ -126,7 +126,7 @@ def check_machine() -> Iterator[Check]:
     free, total = (psutil.virtual_memory().available / 2**30, psutil.virtual_memory().total / 2**30)
     found = f"{free:.1f} of {total:.1f} GB available"
     if free < MIN_MEMORY_GB:
-        yield Check("memory", "warn", found, "close other programs, or give fewer workers (`--workers 1`)")
+        yield Check("memory", "warn", found, "close other programs, or use fewer workers (`--workers 1`)")
     else:
         yield Check("memory", "ok", found)
 
@@ -143,7 +143,7 @@ def check_gpu() -> Iterator[Check]:
             "gpu",
             "warn",
             f"a driver is installed, but torch {torch.__version__} sees no GPU",
-            "install the torch wheel for the driver's CUDA version, and look at CUDA_VISIBLE_DEVICES",
+            "install the torch wheel for the driver's CUDA version, and check CUDA_VISIBLE_DEVICES",
         )
     else:
         yield Check("gpu", "ok", f"none; the CPU is used (torch {torch.__version__})")
@@ -197,7 +197,7 @@ def check_patient_key() -> Iterator[Check]:
         why = f"set {PATIENT_KEY} or the Prefect Secret block leukoflow-patient-key"
         yield Check("patient key", "ok", f"none; where a manifest names patients, {why}")
     elif wrong := weakness(key):
-        remedy = f"make one with {KEY_COMMAND}: {KEY_RULE}. What was made with this one is found with this one alone"
+        remedy = f"make one with {KEY_COMMAND}: {KEY_RULE}. Pseudonyms made with this key are found with this key alone"
         yield Check("patient key", "fail", f"it can be guessed: {wrong}", remedy)
     else:
         yield Check("patient key", "ok", f"check value {check_value(key)}, the same wherever the key is the same")
@@ -239,7 +239,7 @@ def check_cluster(address: str) -> Iterator[Check]:
         host = port = None
     if parts.scheme not in ("tcp", "tls") or not host or not port:
         yield Check(
-            "cluster", "fail", f"{address} is no scheduler address", "write it as tcp://HOST:8786 or tls://HOST:8786"
+            "cluster", "fail", f"{address} is not a scheduler address", "write it as tcp://HOST:8786 or tls://HOST:8786"
         )
         return
     try:
@@ -263,7 +263,7 @@ def _check_started(kind: str) -> Check:
     if package is not None and importlib.util.find_spec(package) is None:
         return Check("cluster", "fail", f"{kind} needs a package", f"pip install 'leukoflow[{kind}]'")
     if kind == "slurm" and shutil.which("sbatch") is None:
-        return Check("cluster", "fail", "sbatch is not on the PATH", "use a machine from which Slurm takes jobs")
+        return Check("cluster", "fail", "sbatch is not on the PATH", "use a machine that can submit jobs to Slurm")
     return Check("cluster", "ok", f"{kind}: a run can ask for its workers from here")
 
 

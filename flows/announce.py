@@ -37,7 +37,7 @@ def serve_metrics(run: Run) -> Iterator[None]:
             port = stack.enter_context(metrics_endpoint(collector, config.metrics_port, config.metrics_address))
             get_run_logger().info("metrics: http://%s:%s/metrics", config.metrics_address, port)
         except ConfigError as error:
-            get_run_logger().warning("%s; the run goes on without", error)
+            get_run_logger().warning("%s; the run goes on without it", error)
         yield
 
 
@@ -67,7 +67,9 @@ def announce(run: Run, manifest: RunManifest, answers: bool) -> None:
     except Exception as error:
         get_run_logger().warning("drift could not be computed (%s: %s)", type(error).__name__, words_of(error))
     if not answers:
-        get_run_logger().warning("the table of drift and the link to the report are not in Prefect, which is away")
+        get_run_logger().warning(
+            "Prefect is not available, so it has neither the drift table nor the link to the report"
+        )
         return
     try:
         if drifts:

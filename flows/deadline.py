@@ -106,7 +106,7 @@ class _Watch:
         self.note(words)
         if not self._warned:
             self._warned = True
-            self.log.warning("run %s: %s; what is urgent is worked first", self.run.run_id, words)
+            self.log.warning("run %s: %s; urgent images are done first", self.run.run_id, words)
             self._artifact(f"**Run {self.run.run_id} is late:** {words}.")
             emit(
                 "leukoflow.run.deadline-at-risk",

@@ -142,7 +142,7 @@ class Dispatch:
                 f"run {run.run_id}: {self._failed} of {run.summary.shards} shards failed after "
                 f"{count_of(run.config.limits.shard_retries + 1, 'attempt')} each; the others "
                 f"are committed. What failed and why: {command_about(run, 'status')}. "
-                f"Once mended: {run.binding.command}"
+                f"Once that is fixed: {run.binding.command}"
             )
 
 

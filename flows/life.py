@@ -39,7 +39,7 @@ def drain_on_signals(stop: threading.Event) -> Iterator[None]:
         asked_to_stop.set()
         if not stop.is_set():
             stop.set()
-        logger.warning("%s: finishing what is on its way, then stopping", signal.Signals(number).name)
+        logger.warning("%s: finishing what is in progress, then stopping", signal.Signals(number).name)
 
     if threading.current_thread() is not threading.main_thread():
         yield

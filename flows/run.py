@@ -81,7 +81,7 @@ def nightly(config: RunConfig) -> State[Any]:
         log.error("%s", error)
         return Failed(message=str(error), data=error)
     except QUOTING as error:  # Prefect would write down what a library says of values
-        fault = LeukoflowError(f"{place_of(error)}: this is a fault of the program; what is committed stays")
+        fault = LeukoflowError(f"{place_of(error)}: this is a bug in the program; what is committed stays")
         fault.__cause__ = error
         log.error("%s", fault)
         return Failed(message=str(fault), data=fault)

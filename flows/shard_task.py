@@ -25,7 +25,7 @@ from leukoflow.runs.records import Shard, ShardReceipt
 from leukoflow.storage.base import Storage
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.inference.bisect import find_culprits
-from leukoflow.tasks.inference.stages import classify, extract, next_of, prepare, recall, segment, trail_of
+from leukoflow.tasks.inference.stages import classify, extract, next_of, prepare, recall, segment, written_by
 from leukoflow.tasks.inference.worker import planned
 from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.open_run import spooled
@@ -113,12 +113,12 @@ def process_shard(work: Work, shard: Shard) -> ShardReceipt:
             raise ShardError(f"shard {shard.name}: {place_of(error)}") from None
         if receipt is not None:
             break
-        log.info("shard %s: its worker was lost to something else; the shard is started again", shard.name)
+        log.info("shard %s: its worker was lost for another reason; the shard is started again", shard.name)
         work.cluster.settle()
     else:
         raise ShardError(
-            f"shard {shard.name}: {LOSSES} workers were lost before they began with it; something on the workers' "
-            "machines ends them: look for the out-of-memory killer in the system's log, and use fewer --workers"
+            f"shard {shard.name}: {LOSSES} workers were lost before they started on it; something on the workers' "
+            "machines kills them: look for the out-of-memory killer in the system log, and use fewer --workers"
         )
     storage = open_storage(work.run.root)
     storage.delete(RunKey.failure(shard.name))
@@ -191,7 +191,7 @@ def run_chain(cluster: Cluster, job: ShardJob, done: tuple[str, ...], priority: 
             while first < job.shard.first + job.shard.count:
                 block = submit(prepare, job, first, **on_helper)
                 segmented = submit(recall if "masks" in done else segment, job, block, seen, **on_gpu)
-                seen, earlier = submit(trail_of, segmented), features
+                seen, earlier = submit(written_by, segmented), features
                 features = submit(extract, job, segmented, earlier, **on_gpu)
                 first = cluster.result(submit(next_of, block, **on_helper))
                 # The pixels of this block are let go as soon as its features are computed; at most two are held.

@@ -1,7 +1,7 @@
 """A site's night: finish what was cut off, take what has arrived, screen it, and say what is missing.
 
 The claim is what makes a night safe to kill: what was taken is written down, with run ids, before anything is done with
-it (`leukoflow/runs/ledger.py`). Whoever comes next finds claims without an outcome and does them first. What became of
+it (`leukoflow/runs/ledger.py`). The next night finds claims without an outcome and does them first. What became of
 nights, looked back at over all runs of an output folder, is `tasks/monitor/nights.py`.
 """
 
@@ -104,7 +104,7 @@ def _date_of(site: Site, date: str | None) -> Date:
     try:
         return Date.fromisoformat(date)
     except ValueError:
-        raise ConfigError(f"--date {date!r} is no date: write it as 2026-03-01") from None
+        raise ConfigError(f"--date {date!r} is not a date: write it as 2026-03-01") from None
 
 
 def work_through(site: Site, evening: Date) -> NightReport:
@@ -150,7 +150,7 @@ def _do_claim(site: Site, ledger: Ledger, head: ClaimHead, deadline: datetime | 
     for run_id in head.runs:
         try:
             if deadline is not None and site.at_deadline == "stop" and datetime.now(UTC) >= deadline:
-                raise DeadlineError("not begun, since the deadline has passed; the next night does it first")
+                raise DeadlineError("not started, because the deadline has passed; the next night does it first")
             if asked_to_stop.is_set():  # while the run before was all but finished
                 raise RunCancelledError(f"the night was stopped before run {run_id}; the next one goes on with it")
             outcome = _do_run(site, ledger, head, run_id, deadline)
@@ -260,14 +260,14 @@ def in_words(report: NightReport) -> list[str]:
     for run in report.runs:
         lines.append(f"{run.run_id}: {run.message}")
     if complete := len(report.view.of("complete")):
-        lines.append(f"{count_of(complete, 'item')} arrived meanwhile and will be taken next night")
+        lines.append(f"{count_of(complete, 'item')} arrived in the meantime and will be taken the next night")
     if arriving := len(report.view.of("arriving")):
         lines.append(f"{count_of(arriving, 'item')} still arriving, for the next night")
     if changed := sum(item.changed for item in report.view.items):
         were = "file was" if changed == 1 else "files were"
         lines.append(f"{changed:,} {were} replaced after having been taken; the next night takes what is there now")
     if report.view.leftovers:
-        lines.append(f"{report.view.leftovers} unfinished files lie in the inbox, and are not taken")
+        lines.append(f"{report.view.leftovers} unfinished files are in the inbox and are not taken")
     expected = report.view.expected
     if expected is not None and (expected.absent_images or expected.missing_images):
         lines.append(

@@ -41,7 +41,7 @@ def ablated(method: MethodSettings, without: Sequence[str]) -> MethodSettings:
     """Return the settings with the named parts switched off. Raises ConfigError for an unknown name."""
     for name in without:
         if name not in SWITCHES:
-            raise ConfigError(f"cannot leave out {name!r}; parts that can be: {', '.join(SWITCHES)}")
+            raise ConfigError(f"cannot leave out {name!r}; choose from: {', '.join(SWITCHES)}")
         section, switch = SWITCHES[name]
         part = getattr(method, section).model_copy(update={switch: False})
         method = method.model_copy(update={section: part})

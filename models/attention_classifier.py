@@ -105,7 +105,9 @@ class AttentionClassifier(nn.Module):
             self.pool = ClassAttention(spec.width, spec.heads)
 
     def forward(self, cells: Tensor, area: Tensor, valid: Tensor) -> Decision:
-        """`cells` [N, M, K] z-scored, `area` [N, M] in pixels, `valid` bool [N, M] (False where padded)."""
+        """Classify fields by their cells.
+
+        `cells` [N, M, K] z-scored, `area` [N, M] in pixels, `valid` bool [N, M] (False where padded)."""
         prior = area.clamp(min=1.0).log().masked_fill(~valid, NEVER)
         if self.spec.attention:
             tokens = torch.cat([self.class_token.expand(len(cells), 1, -1), self.embed(cells)], 1)

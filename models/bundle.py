@@ -47,7 +47,7 @@ class Calibration(Settings):
 
 
 class Training(Settings):
-    """Where the weights come from."""
+    """The origin of the weights."""
 
     data_digest: str = "none"
     seed: int = 0

@@ -33,8 +33,8 @@ def read_remote(uri: str) -> bytes:
 def fetch(uri: str, document: bytes, names: list[str], target: Path) -> None:
     """Bring `document` and the files `names` of a bundle to `target`, in place of what is there: all of them or none.
 
-    Of several processes that fetch the same bundle at the same time, one wins and the others find its folder. Whoever
-    calls checks the digests. Raises BundleError where a file is absent or the store cannot be read.
+    Of several processes that fetch the same bundle at the same time, one wins and the others find its folder. The
+    caller checks the digests. Raises BundleError where a file is absent or the store cannot be read.
     """
     storage = open_storage(uri)
     target.parent.mkdir(parents=True, exist_ok=True)

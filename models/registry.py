@@ -68,7 +68,7 @@ class Registered:
 
 
 @dataclass(frozen=True, slots=True)
-class Ledger:
+class RegistryState:
     """What a history amounts to. `approvals`: the digests in force one after the other, without those rolled back."""
 
     bundles: tuple[Registered, ...]
@@ -104,7 +104,7 @@ class _Change:
 # --- pure ------------------------------------------------------------------------------------------------------------
 
 
-def fold(entries: Sequence[Entry]) -> Ledger:
+def fold(entries: Sequence[Entry]) -> RegistryState:
     """Say what a history amounts to."""
     bundles: dict[str, Registered] = {}
     approvals: list[str] = []
@@ -130,7 +130,7 @@ def fold(entries: Sequence[Entry]) -> Ledger:
         if before is not None:
             bundles[before] = replace(bundles[before], state="retired", changed_at=e.at)
         bundles[e.digest] = replace(bundles[e.digest], state="approved", changed_at=e.at)
-    return Ledger(tuple(bundles.values()), tuple(approvals))
+    return RegistryState(tuple(bundles.values()), tuple(approvals))
 
 
 def headline_metrics(metrics: dict[str, Any]) -> tuple[tuple[str, float], ...]:
@@ -175,7 +175,7 @@ class Registry:
         """Read the whole history. Raises StorageError where it was tampered with."""
         return self._read()[0]
 
-    def ledger(self) -> Ledger:
+    def state(self) -> RegistryState:
         """Say what the history amounts to now."""
         return fold(self.entries())
 
@@ -188,15 +188,15 @@ class Registry:
 
         Raises BundleError where none is approved, there is no such bundle, or it was removed.
         """
-        ledger, name = self.ledger(), wanted.removeprefix(PREFIX)
+        state, name = self.state(), wanted.removeprefix(PREFIX)
         if name == APPROVED:
-            if ledger.approved is None:
+            if state.approved is None:
                 raise BundleError(
                     f"no bundle of {self.storage.root} is approved; `leukoflow bundles list` shows them, and "
                     "`leukoflow bundles approve NAME --by WHO --why TEXT` approves one"
                 )
-            name = ledger.approved
-        found = ledger.find(name)
+            name = state.approved
+        found = state.find(name)
         if found.state == "removed":
             raise BundleError(
                 f"bundle {found.name} ({found.digest[:12]}) was removed from {self.storage.root} on "
@@ -206,7 +206,7 @@ class Registry:
 
     def holds(self, digest: str) -> bool:
         """Say whether the bundle of a digest is registered and there."""
-        return any(b.digest == digest and b.state != "removed" for b in self.ledger().bundles)
+        return any(b.digest == digest and b.state != "removed" for b in self.state().bundles)
 
     # writing
 
@@ -237,9 +237,9 @@ class Registry:
             )
         headline = headline_metrics(metrics)
 
-        def entered(ledger: Ledger) -> _Change | None:
-            same = [b for b in ledger.bundles if b.digest == digest]
-            taken = [b for b in ledger.bundles if b.name == name and b.digest != digest]
+        def entered(state: RegistryState) -> _Change | None:
+            same = [b for b in state.bundles if b.digest == digest]
+            taken = [b for b in state.bundles if b.name == name and b.digest != digest]
             if taken:
                 raise ConfigError(
                     f"the name {name} stands for bundle {taken[0].digest[:12]} in {self.storage.root}; choose another "
@@ -250,22 +250,22 @@ class Registry:
             known = same[0].name if same else name
             return _Change("register", digest, known, "" if metrics else without_metrics, headline)
 
-        entered(self.ledger())  # a name that cannot be had is reported before anything is copied
+        entered(self.state())  # a name that cannot be had is reported before anything is copied
         self._copy(bundle.path, digest, [*bundle.spec.files], bool(metrics))
         self._enter(by, entered)
         self.check(digest)  # a removal at the same time may have taken the files along
-        return self.ledger().find(digest)
+        return self.state().find(digest)
 
     def approve(self, wanted: str, by: str, why: str) -> Registered:
         """Make a registered bundle the approved one. Raises BundleError where it is not there whole."""
 
-        def entered(ledger: Ledger) -> _Change | None:
-            found = self.resolve(ledger.find(wanted).digest)
+        def entered(state: RegistryState) -> _Change | None:
+            found = self.resolve(state.find(wanted).digest)
             self.check(found.digest)
-            return None if ledger.approved == found.digest else _Change("approve", found.digest, found.name, why)
+            return None if state.approved == found.digest else _Change("approve", found.digest, found.name, why)
 
         self._enter(by, entered)
-        return self.ledger().find(wanted)
+        return self.state().find(wanted)
 
     def rollback(self, by: str, why: str, to: str | None = None) -> Registered:
         """Make the bundle that was approved before the approved one again, or an earlier one by name or digest.
@@ -274,23 +274,23 @@ class Registry:
         """
         target = ""
 
-        def entered(ledger: Ledger) -> _Change | None:
+        def entered(state: RegistryState) -> _Change | None:
             nonlocal target
             if to is None:
-                if len(ledger.approvals) < 2:
+                if len(state.approvals) < 2:
                     raise BundleError(f"{self.storage.root} has no earlier approved bundle to go back to")
-                target = ledger.approvals[-2]
+                target = state.approvals[-2]
             else:
-                target = ledger.find(to).digest
-                if target not in ledger.approvals:
+                target = state.find(to).digest
+                if target not in state.approvals:
                     raise BundleError(
                         f"bundle {to} is none that was approved before; `leukoflow bundles approve {to}` approves it"
                     )
             self.check(target)
-            return None if target == ledger.approved else _Change("rollback", target, ledger.find(target).name, why)
+            return None if target == state.approved else _Change("rollback", target, state.find(target).name, why)
 
         self._enter(by, entered)
-        return self.ledger().find(target)
+        return self.state().find(target)
 
     def prune(self, chosen: Sequence[tuple[str, str]], by: str) -> tuple[Registered, ...]:
         """Remove bundles, given as (digest, why): the entry comes first, then the files go.
@@ -300,14 +300,14 @@ class Registry:
         """
         for digest, why in chosen:
 
-            def entered(ledger: Ledger, digest: str = digest, why: str = why) -> _Change | None:
-                found = ledger.find(digest)
-                if digest in ledger.approvals[-2:] or found.state == "removed":
+            def entered(state: RegistryState, digest: str = digest, why: str = why) -> _Change | None:
+                found = state.find(digest)
+                if digest in state.approvals[-2:] or found.state == "removed":
                     return None
                 return _Change("prune", digest, found.name, why)
 
             self._enter(by, entered)
-        removed = [b for b in self.ledger().bundles if b.state == "removed"]
+        removed = [b for b in self.state().bundles if b.state == "removed"]
         for bundle in removed:
             self.storage.delete(f"bundles/{bundle.digest}")
         wanted = {digest for digest, _ in chosen}
@@ -345,7 +345,7 @@ class Registry:
     def _enter(
         self,
         by: str,
-        entered: Callable[[Ledger], _Change | None],
+        entered: Callable[[RegistryState], _Change | None],
     ) -> None:
         """Add what `entered` makes of the present state, if anything; start again when somebody else was first."""
         for _ in range(_ATTEMPTS):
@@ -357,7 +357,7 @@ class Registry:
             entry = Entry(number, now(), by, found.action, found.digest, found.name, found.why, found.metrics, previous)
             if self.storage.create(_key(number), dumps(entry)):
                 return
-        raise StorageError(f"{self.storage.root}: others write to its history all the time; give the command again")
+        raise StorageError(f"{self.storage.root}: others write to its history all the time; run the command again")
 
     def _read(self) -> tuple[tuple[Entry, ...], str]:
         """Read the history and the digest of its last entry. Objects are asked for by number, never listed."""

@@ -62,7 +62,7 @@ def segment(job: Any, block: Pixels, before: Any) -> Pixels:
     return block
 
 
-def trail_of(segmented: Pixels) -> int:
+def written_by(segmented: Pixels) -> int:
     return 1
 
 
@@ -71,6 +71,6 @@ def extract(job: Any, segmented: Pixels, before: Any) -> int:
     return 2
 
 
-def classify(job: Any, trail: Any, done: Any) -> str:
+def classify(job: Any, written: Any, done: Any) -> str:
     _take(job, "classify", 0.01)
     return str(job.shard.name)

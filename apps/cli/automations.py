@@ -1,4 +1,4 @@
-"""`leukoflow automations`: what Prefect does and whom it tells when a night goes wrong."""
+"""`leukoflow automations`: what Prefect does and whom it notifies when a night goes wrong."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from leukoflow.apps.cli.common import Debug, reported, use_configured_prefect
 automations_app = typer.Typer(
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="Prefect's automations: what happens, and who is told, when a run fails, is late, is stuck or drifts.",
+    help="Prefect's automations: what happens, and who is notified, when a run fails, is late, is stuck or drifts.",
 )
 
 
@@ -47,4 +47,6 @@ def apply(
             for name in names:
                 console.print(f"{words:<10} {name}", soft_wrap=True, highlight=False)
         for variable in applied.silent:
-            console.print(f"[yellow]{variable} is not set[/]: nobody is told that way", soft_wrap=True, highlight=False)
+            console.print(
+                f"[yellow]{variable} is not set[/]: nobody is notified that way", soft_wrap=True, highlight=False
+            )

@@ -29,9 +29,9 @@ bundles_app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="The bundle registry: what there is, what is approved for production, and who decided so.\n\n"
+    help="The bundle registry: what there is, what is approved for production, and who decided it.\n\n"
     "A registry is a folder or an s3:// prefix, named by `LEUKOFLOW_BUNDLES` or `--registry`. A run with `--bundle "
-    "approved` uses the bundle that is approved when it begins, and keeps it until it ends.\n\n"
+    "approved` uses the bundle that is approved when it starts, and keeps it until it ends.\n\n"
     "**Example**: `leukoflow bundles register bundles/mine --name pocket-2`",
 )
 
@@ -101,7 +101,7 @@ def list_bundles(registry: RegistryOption = None, debug: Debug = False) -> None:
         table = Table(box=None, padding=(0, 2), header_style="dim")
         for title in ("name", "digest", "state", "registered", "by", "metrics"):
             table.add_column(title, overflow="fold")
-        for b in _registry(registry).ledger().bundles:
+        for b in _registry(registry).state().bundles:
             figures = ", ".join(f"{name} {value:.3f}" for name, value in b.metrics) or f"none: {b.note}"
             style = "bold green" if b.state == "approved" else "dim" if b.state == "removed" else ""
             table.add_row(b.name, b.digest[:12], b.state, b.at, b.by, figures, style=style)
@@ -118,7 +118,7 @@ def approve(
 ) -> None:
     """Make a registered bundle the one that runs with `--bundle approved` use from now on.
 
-    Runs that have begun keep theirs.
+    Runs that have started keep theirs.
 
     **Example**: `leukoflow bundles approve pocket-2 --by "Dr Moreau" --why "shadow runs of two weeks agree"`
     """
@@ -159,7 +159,9 @@ def history(registry: RegistryOption = None, debug: Debug = False) -> None:
 
 @bundles_app.command("prune")
 def prune(
-    keep_days: Annotated[int, typer.Option("--keep-days", min=0, help="Bundles whose state is younger stay.")],
+    keep_days: Annotated[
+        int, typer.Option("--keep-days", min=0, help="Bundles whose state changed within N days stay.")
+    ],
     out: Annotated[
         list[str], typer.Option("--out", "-o", help="Every folder or s3:// prefix that holds runs; may be repeated.")
     ],
@@ -262,9 +264,10 @@ def rerun(
         bool, typer.Option("--verify", help="Compute the finished run again elsewhere, and compare.")
     ] = False,
     shards: Annotated[
-        int | None, typer.Option("--shards", min=1, help="With --verify: only so many, chosen by --seed. Default: all.")
+        int | None,
+        typer.Option("--shards", min=1, help="With --verify: only N shards, chosen by --seed. Default: all."),
     ] = None,
-    seed: Annotated[int, typer.Option("--seed", min=0, help="With --verify: of the choice of shards.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="With --verify: decides which shards are chosen.")] = 0,
     workers: Annotated[
         int | None, typer.Option("--workers", min=0, help="Processes; 0 is one per core. Default: as the run had it.")
     ] = None,
@@ -275,7 +278,7 @@ def rerun(
     registry: RegistryOption = None,
     scratch: Annotated[
         Path | None,
-        typer.Option("--scratch", help="With --verify: folder for what is computed. Default: that of temporary files."),
+        typer.Option("--scratch", help="With --verify: folder for what is computed. Default: the temporary folder."),
     ] = None,
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="With --verify: everything that was found, as JSON.")
@@ -285,7 +288,7 @@ def rerun(
     ] = False,
     debug: Debug = False,
 ) -> None:
-    """Take up a run by its id: only what is missing or failed is done, with the settings that it was begun with.
+    """Take up a run by its id: only what is missing or failed is done, with the settings that it started with.
 
     With --verify, compute a finished run again from its source with its bundle, and compare bit for bit: predictions,
     cells, masks, features and activation maps of all shards, or of a seeded sample, are held against what is stored. On
@@ -351,7 +354,7 @@ def show_reproduction(console: Any, found: Any) -> None:
     if found.not_stored:
         console.print(f"not stored, so not compared: {', '.join(found.not_stored[:5])}", soft_wrap=True)
     for what, then, now in found.environment:
-        console.print(f"other here: {what}: {then} then, {now} now", soft_wrap=True, markup=False)
+        console.print(f"different here: {what}: {then} then, {now} now", soft_wrap=True, markup=False)
     if found.same and not compared:
         console.print("[yellow]nothing was compared[/]: no value of the run could be computed again")
         return
@@ -366,7 +369,7 @@ def show_reproduction(console: Any, found: Any) -> None:
     if not found.environment:
         console.print(
             "[red]software and machine are those of the run, so nothing should differ[/]: `leukoflow verify` tells "
-            "whether what is stored was altered; else it is a fault of the program or of this machine",
+            "whether what is stored was altered; if not, it is a bug in the program or a fault of this machine",
             soft_wrap=True,
         )
 
@@ -388,7 +391,7 @@ def correct(
 ) -> None:
     """Assign images to the right patient in all runs of OUT: those of a patient, of a slide, or of both.
 
-    Plan, predictions, missing and mixed-up images name the right patient, and the slides are ranked anew; what was
+    Plan, predictions, missing and mixed-up images name the right patient, and the slides are ranked again; what was
     computed from pixels stays. Patients are given as the manifest named them, or as pseudonyms p_... `leukoflow verify`
     passes before and after. Correct the manifest as well, or the next run of the source brings the mistake back.
     Interrupted, the same command finishes.

@@ -67,7 +67,7 @@ def reported(debug: bool = False) -> Iterator[None]:
     except (typer.Exit, typer.Abort):
         raise
     except KeyboardInterrupt:
-        fail("stopped; nothing that was committed is lost, and the same command can be given again", 130)
+        fail("stopped; nothing that was committed is lost, and the same command can be run again", 130)
     except LeukoflowError as error:
         if debug:
             traceback.print_exc()
@@ -80,7 +80,7 @@ def reported(debug: bool = False) -> Iterator[None]:
         where = traceback.extract_tb(error.__traceback__)[-1]
         fail(
             f"{_without_values(error)} ({Path(where.filename).name}, line {where.lineno}); "
-            "this is a fault of the program: --debug shows the whole traceback",
+            "this is a bug in the program: --debug shows the whole traceback",
             1,
         )
 
@@ -92,9 +92,9 @@ def _system_trouble(error: OSError) -> str:
     scratch = os.environ.get("TMPDIR") or "/tmp"
     if is_full(str(error)) or "No usable temporary directory" in str(error):  # one more look for it would fail as well
         place = f"the disk of {error.filename}" if error.filename else f"a disk, most likely that of {scratch} (TMPDIR)"
-        return f"no space left on {place}; make room there, then give the same command again"
+        return f"no space left on {place}; make room there, then run the same command again"
     if isinstance(error, PermissionError) and error.filename is not None:
-        return f"{error.filename}: permission denied; give the command as the user whom the runs belong to"
+        return f"{error.filename}: permission denied; run the command as the user who owns the runs"
     return ""
 
 
@@ -191,7 +191,7 @@ def _carry_out(console: Console, opened: Run, settings: RunConfig, keep_prefect:
             raise outcome
     if manifest is None:
         words = (state.message or state.name) if state is not None else "no reason was given"
-        raise LeukoflowError(f"run {opened.run_id} ended without a manifest: {words}; give the same command again")
+        raise LeukoflowError(f"run {opened.run_id} ended without a manifest: {words}; run the same command again")
     show_outcome(console, opened.root, manifest)
     return manifest.exit_code
 
@@ -278,7 +278,7 @@ def use_configured_prefect(debug: bool) -> str | None:
 def require_named(option: str, value: str) -> None:
     """Refuse an empty value, as an unset variable of a script gives: it would silently mean the current folder."""
     if not value.strip():
-        raise ConfigError(f"{option} is empty: name it (is a variable of a script not set?)")
+        raise ConfigError(f"{option} is empty: give it a value (is a variable in a script not set?)")
 
 
 def root_of(out: str, run_id: str) -> str:

@@ -49,7 +49,9 @@ def export(
 
         kind = next((k for k in Format if to.name.endswith(k.suffix)), None)
         if kind is None:
-            raise ConfigError(f"{to}: the name says the format; end it with {', '.join(k.suffix for k in Format)}")
+            raise ConfigError(
+                f"{to}: the ending of the name decides the format; end it with {', '.join(k.suffix for k in Format)}"
+            )
         if to.exists():
             raise ConfigError(f"{to} exists; name another file")
         if patient is not None:

@@ -92,7 +92,7 @@ def diff(
         Path | None, typer.Option("--csv", metavar="FILE", help="One line for every image that differs.")
     ] = None,
     tolerance: Annotated[
-        float, typer.Option("--tolerance", min=0.0, help="Confidences that differ by no more than this are the same.")
+        float, typer.Option("--tolerance", min=0.0, help="Confidences that differ by no more than this count as equal.")
     ] = 0.0,
     debug: Debug = False,
 ) -> None:
@@ -152,14 +152,16 @@ def compact(
 def retention(
     out: Out,
     keep_days: Annotated[int, typer.Option("--keep-days", min=0, help="Runs that were active within N days stay.")],
-    keep_last: Annotated[int, typer.Option("--keep-last", min=0, help="So many finished runs stay, however old.")] = 0,
+    keep_last: Annotated[
+        int, typer.Option("--keep-last", min=0, help="The last N finished runs stay, however old.")
+    ] = 0,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Say what would go, and delete nothing.")] = False,
     debug: Debug = False,
 ) -> None:
     """Delete old runs, finished or abandoned ones, and write down in OUT/audit.jsonl that they are gone.
 
-    Runs in progress stay, and so do runs that another one, which stays, was told to `--reuse`. Interrupted, the same
-    command goes on. `leukoflow verify OUT` checks the audit log.
+    Runs in progress stay, and so do runs that a run which stays took parts from (`--reuse`). After an interruption, the
+    same command goes on. `leukoflow verify OUT` checks the audit log.
 
     **Examples**: `leukoflow retention out --keep-days 90 --dry-run`;
     `leukoflow retention s3://results --keep-days 365 --keep-last 10`

@@ -152,7 +152,7 @@ def metrics(
     address: Annotated[str, typer.Option("--address", help="Interface to listen on.")] = "127.0.0.1",
     textfile: Annotated[
         Path | None,
-        typer.Option("--textfile", metavar="FILE", help="Write the figures once, for node_exporter, and end."),
+        typer.Option("--textfile", metavar="FILE", help="Write the figures once, for node_exporter, and exit."),
     ] = None,
     debug: Debug = False,
 ) -> None:
@@ -175,6 +175,6 @@ def metrics(
             place.write(key, exposition(RunsCollector(out)))
             return
         with metrics_endpoint(RunsCollector(out), port, address) as bound:
-            open_console().print(f"metrics  http://{address}:{bound}/metrics  (Ctrl-C ends)", soft_wrap=True)
+            open_console().print(f"metrics  http://{address}:{bound}/metrics  (Ctrl-C stops it)", soft_wrap=True)
             with suppress(KeyboardInterrupt):
                 threading.Event().wait()

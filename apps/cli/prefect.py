@@ -10,7 +10,7 @@ prefect_app = typer.Typer(
     cls=Commands,
     no_args_is_help=True,
     rich_markup_mode="markdown",
-    help="A local Prefect server that stays, for its dashboard.\n\n"
+    help="A local Prefect server that keeps running, for its dashboard.\n\n"
     "`leukoflow run` starts a server for itself when none is configured, and stops it at the end. One that was started "
     "here is used instead and keeps running, so that its dashboard shows all runs.",
 )
@@ -31,7 +31,7 @@ def prefect_start(debug: Debug = False) -> None:
         with console.status("starting a Prefect server", spinner="dots"):
             server = prefect_server.start_server(keep=True)
         console.print(f"dashboard  {server.ui_url}\nlog        {server.log}", soft_wrap=True)
-        console.print(f"runs use it by themselves; other programs with PREFECT_API_URL={server.url}", soft_wrap=True)
+        console.print(f"runs use it automatically; other programs with PREFECT_API_URL={server.url}", soft_wrap=True)
 
 
 @prefect_app.command("status")

@@ -66,7 +66,7 @@ def report(
     ] = None,
     debug: Debug = False,
 ) -> None:
-    """Write the report of a run anew, or without RUN_ID that of the last nights.
+    """Write the report of a run again, or without RUN_ID that of the last nights.
 
     With RUN_ID: OUT/RUN_ID/report.html, also while the run is running or after it was killed. One file without anything
     external: totals, distributions, timings, the ranking of the slides, and the most suspicious and the least certain

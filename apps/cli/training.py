@@ -25,7 +25,7 @@ def train(
         Path | None, typer.Option("--work", help="Folder of the checkpoints. Default: beside the bundle, OUT.work.")
     ] = None,
     preset: Annotated[str, typer.Option("--preset", help="pocket (a laptop's CPU) or full (a GPU).")] = "pocket",
-    seed: Annotated[int, typer.Option("--seed", min=0, help="Of every random draw.")] = 0,
+    seed: Annotated[int, typer.Option("--seed", min=0, help="Seed of every random draw.")] = 0,
     minutes: Annotated[
         float | None, typer.Option("--minutes", help="About how long the networks may train on two cores.")
     ] = None,
@@ -45,7 +45,7 @@ def train(
         str | None,
         typer.Option("--teacher", help="Weights of the network to distil from. Default: those of leukoflow[train]."),
     ] = None,
-    threads: Annotated[int, typer.Option("--threads", min=1, help="Processor threads in all.")] = 2,
+    threads: Annotated[int, typer.Option("--threads", min=1, help="Processor threads in total.")] = 2,
     device: Annotated[str, typer.Option("--device", help="auto, cpu or cuda.")] = "auto",
     name: Annotated[str | None, typer.Option("--name", help="Name of the bundle. Default: that of its folder.")] = None,
     keep_prefect: Annotated[
@@ -57,7 +57,7 @@ def train(
 
     One command for all phases. Each keeps a checkpoint, so the same command continues an interrupted training, also
     in the middle of a phase. Segmenter and backbones learn without class labels; what a label touches is fitted last,
-    and `leukoflow evaluate` fits it anew inside every fold.
+    and `leukoflow evaluate` fits it again inside every fold.
 
     **Example**: `leukoflow train data --out bundles/mine`
     """
@@ -103,7 +103,9 @@ def evaluate(
     protocol: Annotated[
         list[str] | None, typer.Option("--protocol", help="cluster, slide or random; may be repeated. Default: all.")
     ] = None,
-    repeats: Annotated[int, typer.Option("--repeats", min=1, help="Of the cluster-grouped folds, five each.")] = 4,
+    repeats: Annotated[
+        int, typer.Option("--repeats", min=1, help="Repeats of the cluster-grouped folds, five folds each.")
+    ] = 4,
     ablations: Annotated[
         bool, typer.Option("--ablations/--no-ablations", help="Leave out each part of the method in turn.")
     ] = True,

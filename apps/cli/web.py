@@ -42,7 +42,7 @@ def add_to(app: typer.Typer) -> None:
 
 def serve(
     out: Out,
-    host: Annotated[str, typer.Option("--host", help="Address to listen at.")] = "127.0.0.1",
+    host: Annotated[str, typer.Option("--host", help="Address to listen on.")] = "127.0.0.1",
     port: Annotated[int, typer.Option("--port", min=0, max=65535, help="Port; 0 is any free one.")] = 8400,
     bundle: Annotated[
         list[str] | None,
@@ -68,7 +68,7 @@ def serve(
             "--proxy-from",
             metavar="ADDRESS",
             envvar="LEUKOFLOW_WEB_PROXIES",
-            help="Address or network of the reverse proxy, whose word about client and scheme counts; repeatable.",
+            help="Address or network of the reverse proxy, trusted to name client and scheme; repeatable.",
         ),
     ] = None,
     proxy_sign_in: Annotated[
@@ -128,8 +128,8 @@ def serve(
         trusted = networks(tuple(proxy_from or ()))
         if not (is_loopback(host) or tls_cert or trusted or plain_http):
             raise ConfigError(
-                f"--host {host}: passwords would cross the network in clear; give --tls-cert and --tls-key, or put a "
-                "reverse proxy in front and name it with --proxy-from (--plain-http allows it all the same)"
+                f"--host {host}: passwords would cross the network in the clear; give --tls-cert and --tls-key, or put "
+                "a reverse proxy in front and name it with --proxy-from (--plain-http allows it all the same)"
             )
         if proxy_sign_in and not trusted:
             raise ConfigError("--proxy-sign-in: name the proxy with --proxy-from, or anybody could claim to be anyone")
@@ -202,7 +202,7 @@ def _listen(host: str, port: int) -> socket.socket:
         return socket.create_server((host.strip("[]"), port), family=family, backlog=512)
     except OSError as error:
         raise ConfigError(
-            f"cannot listen at {host}, port {port}: {error.strerror or error}; choose another with --host and --port"
+            f"cannot listen on {host}, port {port}: {error.strerror or error}; choose another with --host and --port"
         ) from None
 
 

@@ -147,7 +147,7 @@ def _bytes_of(image: str | Path | bytes | NDArray[np.uint8]) -> bytes:
 
 @lru_cache(maxsize=2)
 def _opened(bundle: str, device: str) -> tuple[Models, Decoder]:
-    """A bundle and the decoder for it; both stay with this process."""
+    """Open a bundle and the decoder for it; both stay with this process."""
     from leukoflow.core.config import LimitSettings
     from leukoflow.tasks.decoding.ingest import Decoder
 

@@ -80,8 +80,8 @@ async def _life(app: FastAPI) -> AsyncIterator[None]:
 
 
 def _read_ahead(out: str) -> None:
-    """Opens the newest run, so that the first who comes in the morning does not wait for it."""
-    with suppress(LeukoflowError, OSError):  # told to whoever opens it
+    """Open the newest run, so that the first reader in the morning does not wait for it."""
+    with suppress(LeukoflowError, OSError):  # reported to the person who opens it
         warm(out)
 
 
@@ -146,7 +146,7 @@ def _explained(error: Exception) -> tuple[int, str, dict[str, str], Any]:
             return 503, _sentence(error), {"Retry-After": "5"}, None
         case LeukoflowError():
             return 503, _sentence(error), {"Retry-After": "30"}, None
-    return 500, "This is a fault of the program; the server's log says where. Nothing was changed.", {}, None
+    return 500, "This is a bug in the program; the server's log says where. Nothing was changed.", {}, None
 
 
 def _sentence(error: Exception) -> str:

@@ -157,12 +157,12 @@ def number(value: float, digits: int = 0) -> str:
 
 
 def prob(value: float) -> str:
-    """A probability to three places, never rounded to certainty."""
+    """Format a probability to three places, never rounded to certainty."""
     return wording.probability(value)
 
 
 def percent(share: float | None, digits: int = 0) -> str:
-    """A share in percent, a dash where there is none; never rounded to all or none of it."""
+    """Format a share in percent, a dash where there is none; never rounded to all or none of it."""
     return numbers.percent(share, digits).replace(" %", "\u202f%")
 
 
@@ -219,7 +219,7 @@ def versus(diagnoses: Sequence[Any]) -> str:
 
 
 @lru_cache(maxsize=1)
-def model_card() -> tuple[Block, ...]:
+def model_card() -> tuple[CardBlock, ...]:
     """Return the model card of the embedded bundle, in blocks; empty if it is not installed beside the code."""
     try:
         text = (Path(__file__).resolve().parents[2] / "docs" / "model-card.md").read_text(encoding="utf-8")
@@ -229,7 +229,7 @@ def model_card() -> tuple[Block, ...]:
 
 
 @dataclass(frozen=True, slots=True)
-class Block:
+class CardBlock:
     """A heading, paragraph, list or table of a plain Markdown document."""
 
     kind: str  # h2, h3, p, ul, table
@@ -237,19 +237,19 @@ class Block:
     rows: tuple[tuple[str, ...], ...] = ()
 
 
-def _blocks(text: str) -> Iterator[Block]:
+def _blocks(text: str) -> Iterator[CardBlock]:
     for part in text.split("\n\n"):
         lines = part.strip().splitlines()
         if not lines or lines[0].startswith("# "):
             continue
         if lines[0].startswith("#"):
-            yield Block("h2" if lines[0].startswith("## ") else "h3", (lines[0].lstrip("# "),))
+            yield CardBlock("h2" if lines[0].startswith("## ") else "h3", (lines[0].lstrip("# "),))
             lines = lines[1:]
         if not lines:
             continue
         if lines[0].startswith("|"):
             cells = [tuple(c.strip() for c in line.strip("|").split("|")) for line in lines if line.startswith("|")]
-            yield Block("table", rows=tuple(row for row in cells if not set("".join(row)) <= set("-: ")))
+            yield CardBlock("table", rows=tuple(row for row in cells if not set("".join(row)) <= set("-: ")))
         elif lines[0].startswith("- "):
             items: list[str] = []
             for line in lines:
@@ -257,9 +257,9 @@ def _blocks(text: str) -> Iterator[Block]:
                     items.append(line[2:])
                 else:
                     items[-1] += f" {line.strip()}"
-            yield Block("ul", tuple(_plain(i) for i in items))
+            yield CardBlock("ul", tuple(_plain(i) for i in items))
         else:
-            yield Block("p", (_plain(" ".join(lines)),))
+            yield CardBlock("p", (_plain(" ".join(lines)),))
 
 
 def _plain(text: str) -> str:

@@ -15,18 +15,18 @@ T = TypeVar("T")
 
 
 def dumps(record: object) -> bytes:
-    """UTF-8 JSON of a frozen dataclass, stable in key order, ending with a line feed."""
+    """Encode a frozen dataclass as UTF-8 JSON, stable in key order, ending with a line feed."""
     return (json.dumps(asdict(record), ensure_ascii=False, sort_keys=True, indent=1) + "\n").encode()  # type: ignore[call-overload]
 
 
 @lru_cache(maxsize=64)
 def _adapter(kind: Any) -> TypeAdapter[Any]:
-    """What checks a kind of record; building it costs more than using it."""
+    """Return what checks a kind of record; building it costs more than using it."""
     return TypeAdapter(kind)
 
 
 def loads(kind: type[T], data: bytes, what: str) -> T:
-    """The record of `kind` in `data`. Raises StorageError naming `what` when the bytes are no such record."""
+    """Decode the record of `kind` in `data`. Raises StorageError naming `what` when the bytes are no such record."""
     try:
         found: T = _adapter(cast(Any, kind)).validate_json(data)
     except ValidationError as error:

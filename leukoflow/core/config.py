@@ -87,7 +87,7 @@ class KubernetesSettings(Settings):
 
 
 class ClusterSettings(Settings):
-    """Where Dask comes from.
+    """The source of Dask's workers.
 
     A run on GPUs has two kinds of workers: `gpu_workers` with one GPU each, and `workers` without, which read and
     normalise images for them. Between `min_workers` and `max_workers` is scaled what limits a run: the workers with a
@@ -122,7 +122,9 @@ class ClusterSettings(Settings):
         if self.max_workers and self.max_workers < self.min_workers:
             raise ValueError(f"max_workers ({self.max_workers}) is below min_workers ({self.min_workers})")
         if self.max_workers and "://" in self.address:
-            raise ValueError("max_workers: whoever started the scheduler at an address also decides about its workers")
+            raise ValueError(
+                "max_workers: the workers of a scheduler given by its address are up to the person who started it"
+            )
         if self.tls != TlsSettings() and self.address.startswith("tcp://"):
             raise ValueError(f"tls: {self.address} is a scheduler without TLS; write tls:// where it has certificates")
         if self.tls != TlsSettings() and self.address == "kubernetes":
@@ -131,7 +133,7 @@ class ClusterSettings(Settings):
 
 
 class UrgentSettings(Settings):
-    """Which images are urgent: their shards are worked first. Neither the plan nor any number depends on it."""
+    """The choice of urgent images, whose shards are worked first. Neither the plan nor any number depends on it."""
 
     # not `keys`: what has an attribute of that name is taken for a mapping by Prefect, which looks through parameters
     image_keys: tuple[str, ...] = Field((), description="patterns of image keys, as a shell has them: STAT-*")
@@ -219,22 +221,22 @@ class RunConfig(BaseSettings):
         dotenv_settings: PydanticBaseSettingsSource,
         file_secret_settings: PydanticBaseSettingsSource,
     ) -> tuple[PydanticBaseSettingsSource, ...]:
-        """The command line wins over the environment, the environment over the file (see `load_config`)."""
+        """Let the command line win over the environment, and the environment over the file (see `load_config`)."""
         return (init_settings, env_settings, _FileSource(settings_cls))
 
     def bound_as(self, bound: RunConfig) -> RunConfig:
-        """These settings with everything that decides the output as `bound`, under which a run was begun, has it."""
+        """Return these settings with all that decides the output taken from `bound`, with which a run was started."""
         limits = self.limits.model_copy(update={k: getattr(bound.limits, k) for k in _DECIDING_LIMITS})
         return self.model_copy(update={k: getattr(bound, k) for k in _DECIDING} | {"limits": limits})
 
     def canonical(self) -> str:
-        """All settings as JSON, always written alike."""
+        """Return all settings as JSON, always written alike."""
         return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
 
     def fingerprint(
         self, source_identity: str, bundle_digest: str, device: str, manifest_digest: str, selection_digest: str = ""
     ) -> str:
-        """Hex digest (16 digits) over everything that decides the output: equal ones mean the same run."""
+        """Compute the hex digest (16 digits) of everything that decides the output: equal ones mean the same run."""
         binding = {
             "source": self.source.rstrip("/"),
             "identity": source_identity,
@@ -265,16 +267,16 @@ class _FileSource(PydanticBaseSettingsSource):
     """The TOML table that `load_config` has read."""
 
     def get_field_value(self, field: FieldInfo, field_name: str) -> tuple[Any, str, bool]:
-        """One field's value, as pydantic-settings asks for it."""
+        """Return one field's value, as pydantic-settings asks for it."""
         return (_file.get() or {}).get(field_name), field_name, False
 
     def __call__(self) -> dict[str, Any]:
-        """The whole table."""
+        """Return the whole table."""
         return _file.get() or {}
 
 
 def load_config(file: str | Path | None = None, **overrides: Any) -> RunConfig:
-    """Settings from `file` (TOML), then `LEUKOFLOW_*` variables, then `overrides` that are not None; later ones win.
+    """Read settings: `file` (TOML), then `LEUKOFLOW_*` variables, then `overrides` that are not None; later ones win.
 
     Nested tables merge key by key. Raises ConfigError naming each wrong setting.
     """
@@ -282,7 +284,7 @@ def load_config(file: str | Path | None = None, **overrides: Any) -> RunConfig:
 
 
 def config_from(table: Mapping[str, Any], **overrides: Any) -> RunConfig:
-    """As `load_config`, with the file's content at hand."""
+    """Read settings as `load_config` does, with the file's content at hand."""
     token = _file.set(dict(table))
     try:
         return RunConfig(**_without_none(overrides))
@@ -299,7 +301,7 @@ def config_from(table: Mapping[str, Any], **overrides: Any) -> RunConfig:
 
 
 def read_toml(file: str | Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises ConfigError."""
+    """Read the tables of a TOML file. Raises ConfigError."""
     if str(file).startswith("s3:/"):
         raise ConfigError(f"configuration file {file}: it must be on the local disk")
     try:

@@ -85,7 +85,7 @@ class MemberError(LeukoflowError):
 
 
 def words_of(error: BaseException) -> str:
-    """What may be passed on of an error: our own words; of others the kind, and of the system's the reason.
+    """Return what may be passed on of an error: our own words; of others the kind, and of the system's the reason.
 
     What a library says may quote a line of a manifest, a value or a name, and with it a patient.
     """
@@ -97,7 +97,7 @@ def words_of(error: BaseException) -> str:
 
 
 def place_of(error: BaseException) -> str:
-    """An exception as its type and where it was raised. Its message may name an image or a patient, and is left out."""
+    """Name an exception's type and where it was raised. Its message may name an image or a patient, and is left out."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     places = " < ".join(f"{Path(f.filename).name}:{f.lineno}" for f in reversed(frames))
     return f"{type(error).__name__} at {places}" if places else type(error).__name__

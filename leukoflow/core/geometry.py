@@ -21,7 +21,7 @@ SAME_SIZE = 1.1
 
 @dataclass(frozen=True, slots=True)
 class FieldGeometry:
-    """How one source image becomes tiles of `field_px`.
+    """The way in which one source image becomes tiles of `field_px`.
 
     The image is resized to `width` x `height` (model pixels), then cut at `origins` (x, y of each tile's top left
     corner, row by row). A tile that reaches beyond the image is padded; a cell belongs to the tile whose `core`
@@ -36,7 +36,7 @@ class FieldGeometry:
     cores: tuple[tuple[int, int, int, int], ...]
 
     def to_source(self) -> NDArray[np.float32]:
-        """Affine maps float32 [n, 2, 3] from a tile's pixel centre (x, y) to the source image's pixel (x, y)."""
+        """Compute affine maps float32 [n, 2, 3] from a tile's pixel centre (x, y) to the image's pixel (x, y)."""
         sx, sy = self.source_width / self.width, self.source_height / self.height
         out = np.zeros((len(self.origins), 2, 3), np.float32)
         for i, (x, y) in enumerate(self.origins):
@@ -57,7 +57,7 @@ def scale_of(width: int, height: int, um_per_px: float | None, settings: Segment
 
 
 def scale_is_guessed(width: int, height: int, um_per_px: float | None, settings: SegmentSettings) -> bool:
-    """Tells whether the size of the cells in a picture of `width` x `height` pixels is no more than an assumption.
+    """Tell whether the size of the cells in an image of `width` x `height` pixels is no more than an assumption.
 
     So it is without micrometres per pixel, unless the picture is of the training fields' own size.
     """
@@ -68,7 +68,7 @@ def scale_is_guessed(width: int, height: int, um_per_px: float | None, settings:
 
 
 def field_geometry(width: int, height: int, um_per_px: float | None, settings: SegmentSettings) -> FieldGeometry:
-    """Geometry of a source image of `width` x `height` pixels."""
+    """Compute the geometry of a source image of `width` x `height` pixels."""
     scale = scale_of(width, height, um_per_px, settings)
     w, h = max(1, round(width * scale)), max(1, round(height * scale))
     xs, ys = _cuts(w, settings), _cuts(h, settings)
@@ -83,7 +83,7 @@ def field_geometry(width: int, height: int, um_per_px: float | None, settings: S
 
 
 def _cuts(length: int, settings: SegmentSettings) -> list[tuple[int, int, int]]:
-    """Tile starts along one axis with the core interval of each: (start, core start, core end)."""
+    """Return tile starts along one axis with the core interval of each: (start, core start, core end)."""
     side, overlap = settings.field_px, settings.tile_overlap_px
     if length <= side:
         return [(0, 0, length)]

@@ -1,4 +1,4 @@
-"""A binary file whose failures to be read come as our own errors, so that they are told from damage."""
+"""A binary file whose read failures come as our own errors, so that they are not mistaken for damage."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ class GuardedReader:
         self._file.close()
 
     def read(self, count: int = -1) -> bytes:
-        """Up to `count` bytes; fewer only at the end."""
+        """Read up to `count` bytes; fewer only at the end."""
         with self._guard():
             return cast(bytes, self._file.read(count))
 
     def readinto(self, buffer: Any) -> int:
-        """As of any binary file."""
+        """Read into a buffer, as from any binary file."""
         view = memoryview(buffer).cast("B")
         data = self.read(view.nbytes)
         view[: len(data)] = data

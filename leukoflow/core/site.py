@@ -23,7 +23,7 @@ _OF_THE_SITE = (
 
 
 class ArrivalSettings(Settings):
-    """When an item of the inbox has arrived whole."""
+    """The signs that an item of the inbox has arrived whole."""
 
     settle_seconds: float = Field(300.0, ge=0, description="an item in which nothing changed for so long has arrived")
     complete: Literal["settled", "sentinel"] = Field(
@@ -45,7 +45,7 @@ class ArrivalSettings(Settings):
 
 
 class RetentionSettings(Settings):
-    """Which runs stay, as `leukoflow retention` has it."""
+    """The runs that stay, as `leukoflow retention` has it."""
 
     keep_days: float = Field(90.0, ge=0, description="runs that were active within so many days stay")
     keep_last: int = Field(5, ge=0, description="so many finished runs stay, however old")
@@ -88,11 +88,11 @@ class Site(Settings):
         return ZoneInfo(self.time_zone)
 
     def night_of(self, moment: datetime) -> date:
-        """The date of the night that begins at a moment."""
+        """Return the date of the night that begins at a moment."""
         return moment.astimezone(self.zone).date()
 
     def next_deadline(self, moment: datetime) -> datetime | None:
-        """The first deadline after a moment; None for a site without one."""
+        """Return the first deadline after a moment; None for a site without one."""
         if self.deadline is None:
             return None
         day = self.night_of(moment)
@@ -101,7 +101,7 @@ class Site(Settings):
 
 
 def load_site(file: str | Path | None = None) -> Site:
-    """The site that `file` describes, by default the file that LEUKOFLOW_SITE names.
+    """Read the site that `file` describes, by default the file that LEUKOFLOW_SITE names.
 
     Paths in it are relative to its folder. `LEUKOFLOW_...` variables win over its table `run`, as they do over a
     configuration file. Raises ConfigError naming each wrong setting.

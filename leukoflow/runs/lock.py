@@ -16,7 +16,7 @@ from leukoflow.storage.base import Storage
 
 @dataclass(frozen=True, slots=True)
 class LockHolder:
-    """Who holds a lock, and what for."""
+    """The holder of a lock, and its purpose."""
 
     pid: int
     host: str
@@ -43,7 +43,7 @@ def held(storage: Storage, key: str, purpose: str) -> Iterator[None]:
         if holder is not None:
             _clear(storage, key, holder, mine)
         if not storage.create(key, mine):  # also where it was released a moment ago: then others may be quicker
-            raise StorageError(f"{storage.uri(key)} was taken by another process just now; give the command again")
+            raise StorageError(f"{storage.uri(key)} was taken by another process just now; run the command again")
     try:
         yield
     finally:
@@ -59,7 +59,7 @@ def _clear(storage: Storage, key: str, dead: LockHolder, mine: bytes) -> None:
     turn = f"{key}.takeover"
     if not storage.create(turn, mine):
         raise StorageError(
-            f"{storage.uri(key)} is being taken over by another process; give the command again, or delete "
+            f"{storage.uri(key)} is being taken over by another process; run the command again, or delete "
             f"{storage.uri(turn)} if no such process runs"
         )
     try:

@@ -25,14 +25,14 @@ _FORMER = "foreign"  # how it began in runs of schema 1
 
 
 def read_reason(reason: str | None) -> str | None:
-    """A reason, or its kind, in today's words, whichever version of leukoflow has stored it."""
+    """Return a reason, or its kind, in today's words, whichever version of leukoflow stored it."""
     if reason is not None and (reason == _FORMER or reason.startswith(f"{_FORMER}:")):
         return OUT_OF_DISTRIBUTION + reason.removeprefix(_FORMER)
     return reason
 
 
 def read_reasons(counts: Iterable[tuple[str, int]]) -> tuple[tuple[str, int], ...]:
-    """Counts of kinds of reasons in today's words, the most frequent first."""
+    """Count kinds of reasons in today's words, the most frequent first."""
     found = Counter[str]()
     for kind, count in counts:
         found[read_reason(kind) or ""] += count
@@ -49,7 +49,7 @@ class Status(StrEnum):
 
 
 class SourceKind(StrEnum):
-    """How members are reached."""
+    """The way in which members are reached."""
 
     DIRECTORY = "directory"  # a local folder, or an s3:// prefix
     ZIP = "zip"

@@ -141,14 +141,14 @@ SINCE_2 = ("run_id", "nucleus_area_um2", "cell_area_um2")
 
 
 def cells_schema(schema_version: int) -> pa.Schema:
-    """Schema of `cells/` in a run whose manifest has this schema version."""
+    """Return the schema of `cells/` in a run whose manifest has this schema version."""
     if schema_version >= 2:
         return CELLS
     return pa.schema([f for f in CELLS if f.name not in SINCE_2])
 
 
 def as_cells(table: pa.Table, run_id: str) -> pa.Table:
-    """Rows of a run's `cells/` in the columns of `CELLS`; what an older run does not have is null."""
+    """Return rows of a run's `cells/` in the columns of `CELLS`; what an older run does not have is null."""
     known = {"run_id": pa.array([run_id] * len(table), pa.string())} if "run_id" not in table.column_names else {}
     absent = {f.name: pa.nulls(len(table), f.type) for f in CELLS if f.name not in table.column_names} | known
     columns = [absent[f.name] if f.name in absent else table[f.name] for f in CELLS]
@@ -156,7 +156,7 @@ def as_cells(table: pa.Table, run_id: str) -> pa.Table:
 
 
 def predictions_schema(meta_columns: Sequence[str] = ()) -> pa.Schema:
-    """Schema of `predictions/`, with the manifest columns that the configuration lists as `meta_<name>` strings."""
+    """Return the schema of `predictions/`, with the manifest columns that the settings list as `meta_<name>`."""
     schema = PREDICTIONS
     for name in meta_columns:
         schema = schema.append(pa.field(f"meta_{name}", pa.string()))

@@ -120,7 +120,7 @@ def _kind_of(file: BinaryIO, size: int, name: str) -> SourceKind:
         raise SourceError(f"{name} is {foreign}, which is not supported: hand it over as a zip or tar archive")
     raise SourceError(
         f"{name} is neither a zip or tar archive nor a JPEG, PNG, TIFF, BMP or "
-        "JPEG 2000 image: look at what was handed over, or have it handed over again"
+        "JPEG 2000 image: check what was handed over, or have it sent again"
     )
 
 

@@ -135,7 +135,7 @@ class Listing:
                 yield member
             self.truncated, self.remarks = walk.truncated, walk.remarks
             if walk.only_zeros:
-                raise SourceError(f"{self._source.uri} is all zeros, no archive: hand it over again")
+                raise SourceError(f"{self._source.uri} is all zeros, not an archive: hand it over again")
 
     def _folder(self) -> Iterator[Member]:
         unread: dict[str, int] = {}  # folders by the reason; their names may be those of patients
@@ -169,7 +169,7 @@ class Listing:
         if digest.hexdigest() != self._source.identity:  # an upload that goes on, or a listing that lags
             raise SourceError(
                 f"{self._source.uri} changed while it was being planned: wait until it is handed over completely, and "
-                "give the same command again"
+                "run the same command again"
             )
 
     def _chosen(self, entries: Iterable[Entry]) -> Iterator[Member]:

@@ -144,7 +144,7 @@ class _FolderReader:
         """Blame the member, unless its whole folder is out of reach: a share that is not mounted loses no images."""
         name = os.fsdecode(self._root)
         if error.errno == errno.ENOENT and not _holds_anything(self._root):
-            return StorageError(f"{name} is empty or gone: mount or put it back, and give the same command again")
+            return StorageError(f"{name} is empty or gone: mount or put it back, and run the same command again")
         if error.errno in _TRANSIENT:
             return StorageError(f"{name} cannot be read at the moment ({error.strerror}); a retry may help")
         return MemberError(_failure(error))

@@ -82,7 +82,7 @@ def unaltered(uri: str, entry: Entry) -> bool:
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise StorageError(f"a file in {uri} cannot be looked at ({error.strerror}); check the mount") from error
+        raise StorageError(f"a file in {uri} cannot be examined ({error.strerror}); check the mount") from error
     size = 0 if refusal_of_kind(status) else status.st_size
     return f"{size}-{status.st_mtime_ns}" == entry.identity
 

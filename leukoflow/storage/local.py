@@ -24,12 +24,12 @@ def is_full(words: str) -> bool:
 def _cannot_write(target: Path, error: OSError) -> StorageError:
     words = f"cannot write {target}: {error.strerror}"
     if is_full(words):
-        return StorageError(f"{words}; make room on that disk, then give the same command again")
+        return StorageError(f"{words}; make room on that disk, then run the same command again")
     if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return StorageError(f"{words}; let this user write there, or choose another folder")
     if error.errno in (errno.ENOTDIR, errno.EISDIR, errno.EEXIST, errno.ENOENT):
         return StorageError(
-            f"{words}; something else has that name, or no folder can be made there: choose another one"
+            f"{words}; something else has that name, or no folder can be made there: choose another place"
         )
     return StorageError(f"{words}; run the same command again")
 

@@ -45,13 +45,13 @@ _BATCH = 16
 
 
 def environment() -> tuple[tuple[str, str], ...]:
-    """What decides which store is meant and as whom; file systems are kept apart by it, and by the process."""
+    """Return what decides which store is meant and as whom; file systems are kept apart by it, and by the process."""
     named = ((k, v) for k, v in os.environ.items() if k.startswith(("AWS_", "LEUKOFLOW_S3_")))
     return (("pid", str(os.getpid())), *sorted(named))
 
 
 def _config() -> dict[str, Any]:
-    """Botocore's settings; what the user has set by the usual variables stays."""
+    """Make botocore's settings; what the user has set by the usual variables stays."""
     retries: dict[str, Any] = {}
     if "AWS_RETRY_MODE" not in os.environ:
         # The other modes share a budget among all requests; in an outage it is spent within seconds, and they give up.
@@ -125,7 +125,7 @@ class ObjectStore(S3FileSystem):  # type: ignore[misc]
 
 @cache  # one that is dropped is not closed
 def filesystem(whose: tuple[tuple[str, str], ...], asynchronous: bool = False) -> ObjectStore:
-    """The file system of this process for `environment()`: never made before a fork, never with cached listings."""
+    """Return this process's file system for `environment()`: never made before a fork, never with cached listings."""
     if NoConnectionError not in core.S3_RETRYABLE_ERRORS:  # s3fs knows broken connections, and none that is refused
         core.add_retryable_error(NoConnectionError)
     return ObjectStore(
@@ -142,7 +142,7 @@ def filesystem(whose: tuple[tuple[str, str], ...], asynchronous: bool = False) -
 
 
 def probe(uri: str) -> None:
-    """One request, answered or given up within seconds. Raises StorageError in words when nothing can be done there.
+    """Make one request, answered or given up within seconds. Raises StorageError where nothing can be done there.
 
     A listing is asked for, since an answer to it says what is wrong, which one to HEAD does not.
     """
@@ -171,7 +171,7 @@ def _prober(whose: tuple[tuple[str, str], ...]) -> Any:
 
 
 def guarded(file: Any, uri: str) -> GuardedReader:
-    """A file on a store, opened for reading, whose errors come as StorageError."""
+    """Open a file on a store for reading; its errors come as StorageError."""
     return GuardedReader(file, lambda: store_errors(uri))
 
 
@@ -194,12 +194,12 @@ class StoreWriter:
         return getattr(self._file, name)
 
     def write(self, data: bytes) -> int:
-        """Appends."""
+        """Append `data`; return the number of bytes."""
         with self._all_or_nothing():
             return cast(int, self._file.write(data))
 
     def close(self) -> None:
-        """Publishes what was written."""
+        """Publish what was written."""
         if not self._file.closed:
             with self._all_or_nothing():
                 self._file.close()
@@ -223,12 +223,12 @@ class StoreWriter:
 
 
 def run(store: ObjectStore, function: Callable[..., Any], *args: Any) -> Any:
-    """Runs a coroutine function on the file system's loop."""
+    """Run a coroutine function on the file system's loop."""
     return sync(store.loop, function, *args)
 
 
 def read(store: ObjectStore, bucket: str, key: str, **conditions: Any) -> bytes:
-    """A whole object. Connections that break off in the middle of it are made anew."""
+    """Read a whole object. Connections that break off in the middle of it are made again."""
 
     async def whole(body: Any) -> bytes:
         return cast(bytes, await body.read())
@@ -237,7 +237,7 @@ def read(store: ObjectStore, bucket: str, key: str, **conditions: Any) -> bytes:
 
 
 def digest(store: ObjectStore, bucket: str, key: str, piece: int) -> tuple[int, str]:
-    """Bytes and SHA-256 of an object, which passes through in pieces of so many bytes, asked for once."""
+    """Return bytes and SHA-256 of an object, read with one request in pieces of `piece` bytes."""
 
     async def passing(body: Any) -> tuple[int, str]:
         found, size = hashlib.sha256(), 0
@@ -266,7 +266,7 @@ async def _fetch(
 
 
 def create(store: ObjectStore, bucket: str, key: str, data: bytes) -> bool:
-    """Writes an object only if there is none; False when somebody was first.
+    """Write an object only if there is none; False when somebody was first.
 
     A request whose answer was lost is repeated, and the repetition finds the key taken, perhaps by ourselves. So each
     call leaves a mark of its own on what it writes, and looks whose mark the object bears.
@@ -298,13 +298,13 @@ def create(store: ObjectStore, bucket: str, key: str, data: bytes) -> bool:
             if granted is not None:
                 return granted
             await asyncio.sleep(0.05 * 2**pause if pause < 6 else 3.0)
-        raise StorageError(f"s3://{bucket}/{key}: another writer keeps it busy; give the same command again")
+        raise StorageError(f"s3://{bucket}/{key}: another writer keeps it busy; run the same command again")
 
     return cast(bool, run(store, insist))
 
 
 def pages(store: ObjectStore, bucket: str, prefix: str, delimiter: str = "", size: int = 1000) -> Iterator[Any]:
-    """The store's listing below a prefix, page by page."""
+    """Yield the store's listing below a prefix, page by page."""
     more: dict[str, str] = {"Delimiter": delimiter} if delimiter else {}
     while True:
         page = store.call_s3("list_objects_v2", Bucket=bucket, Prefix=prefix, MaxKeys=size, **more)
@@ -315,7 +315,7 @@ def pages(store: ObjectStore, bucket: str, prefix: str, delimiter: str = "", siz
 
 
 def delete(store: ObjectStore, bucket: str, key: str) -> None:
-    """Removes an object and everything below it. Listings may lag, so it looks again until nothing is found."""
+    """Remove an object and everything below it. Listings may lag, so look again until nothing is found."""
     if key:
         store.call_s3("delete_object", Bucket=bucket, Key=key)
     for _ in range(5):
@@ -330,7 +330,7 @@ def delete(store: ObjectStore, bucket: str, key: str) -> None:
 
 
 def copy(store: ObjectStore, pairs: Iterable[tuple[str, str, int]]) -> None:
-    """Copies (bucket/key, bucket/key, bytes) inside the store, several at once; an absent source is passed over."""
+    """Copy (bucket/key, bucket/key, bytes) inside the store, several at once; an absent source is passed over."""
     listed = list(pairs)
 
     async def one(source: str, target: str, size: int) -> None:
@@ -353,7 +353,7 @@ def copy(store: ObjectStore, pairs: Iterable[tuple[str, str, int]]) -> None:
 
 
 def uploads(store: ObjectStore, bucket: str, prefix: str) -> list[tuple[str, str]]:
-    """(key, upload id) of multipart uploads below a prefix that were begun and neither finished nor aborted."""
+    """List (key, upload id) of multipart uploads below a prefix that were neither finished nor aborted."""
     found: list[tuple[str, str]] = []
     more: dict[str, str] = {}
     while True:
@@ -365,7 +365,7 @@ def uploads(store: ObjectStore, bucket: str, prefix: str) -> list[tuple[str, str
 
 
 def abort(store: ObjectStore, bucket: str, prefix: str) -> int:
-    """Aborts the uploads below a prefix and returns how many there were."""
+    """Abort the uploads below a prefix and return how many there were."""
     found = uploads(store, bucket, prefix)
     for key, upload in found:
         try:

@@ -35,7 +35,7 @@ _UNKNOWN = (
     "{uri}: {endpoint} does not know these credentials ({code}); correct AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
     "or AWS_PROFILE"
 )
-_EXPIRED = "{uri}: the credentials have expired ({code}); renew them, and give the same command again"
+_EXPIRED = "{uri}: the credentials have expired ({code}); renew them, and run the same command again"
 _ELSEWHERE = "{uri}: bucket {bucket} is in another region or behind another endpoint{region}; set AWS_DEFAULT_REGION"
 _LACKING = "{uri}: {endpoint} does not offer what is needed ({code}); use another object store"
 _OVERLOADED = "{uri}: the store is overloaded ({code}) and stayed so through all retries; try again later"
@@ -57,11 +57,11 @@ _BY_CODE = {
     **dict.fromkeys(
         ("ExpiredToken", "ExpiredTokenException", "TokenRefreshRequired", "InvalidToken", "RequestExpired"), _EXPIRED
     ),
-    "RequestTimeTooSkewed": "{uri}: the clock of this machine is wrong (RequestTimeTooSkewed); set it",
+    "RequestTimeTooSkewed": "{uri}: the clock of this machine is wrong (RequestTimeTooSkewed); correct it",
     **dict.fromkeys(
         ("PermanentRedirect", "AuthorizationHeaderMalformed", "IllegalLocationConstraintException", "301"), _ELSEWHERE
     ),
-    "InvalidBucketName": "{uri}: {bucket!r} cannot be the name of a bucket; correct the address",
+    "InvalidBucketName": "{uri}: {bucket!r} is not a valid bucket name; correct the address",
     **dict.fromkeys(("PreconditionFailed", "412"), _REPLACED),
     "InvalidObjectState": "{uri}: it is in an archive class of the store; restore it first",
     **dict.fromkeys(("NotImplemented", "501", "MethodNotAllowed"), _LACKING),

@@ -18,7 +18,7 @@ class ZarrStore(FsspecStore):
         super().__init__(fs, read_only, path, allowed_exceptions=())  # a bucket that is gone is no absent chunk
 
     async def get(self, key: str, prototype: Any, byte_range: Any = None) -> Any:
-        """As of any Zarr store."""
+        """Get a value, as from any Zarr store."""
         try:
             with store_errors(self._uri(key)):
                 return await super().get(key, prototype, byte_range)
@@ -26,31 +26,31 @@ class ZarrStore(FsspecStore):
             return None
 
     async def get_partial_values(self, prototype: Any, key_ranges: Any) -> Any:
-        """As of any Zarr store."""
+        """Get parts of values, as from any Zarr store."""
         return [await self.get(key, prototype, byte_range) for key, byte_range in key_ranges]
 
     async def set(self, key: str, value: Any, byte_range: Any = None) -> None:
-        """As of any Zarr store."""
+        """Set a value, as in any Zarr store."""
         with store_errors(self._uri(key)):
             await super().set(key, value, byte_range)
 
     async def delete(self, key: str) -> None:
-        """As of any Zarr store."""
+        """Delete a value, as in any Zarr store."""
         with store_errors(self._uri(key)):
             await super().delete(key)
 
     async def delete_dir(self, prefix: str) -> None:
-        """As of any Zarr store; nothing happens where nothing is."""
+        """Delete a prefix, as in any Zarr store; nothing happens where nothing is."""
         with suppress(FileNotFoundError), store_errors(self._uri(prefix)):
             await super().delete_dir(prefix)
 
     async def exists(self, key: str) -> bool:
-        """As of any Zarr store."""
+        """Tell whether a key exists, as in any Zarr store."""
         with store_errors(self._uri(key)):
             return await super().exists(key)
 
     async def list_dir(self, prefix: str) -> AsyncIterator[str]:
-        """As of any Zarr store."""
+        """List a prefix, as in any Zarr store."""
         with store_errors(self._uri(prefix)):
             async for name in super().list_dir(prefix):
                 yield name

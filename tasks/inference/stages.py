@@ -38,7 +38,7 @@ from leukoflow.tasks.store.job import ShardJob, write_parquet
 
 
 @dataclass(frozen=True, slots=True)
-class Trail:
+class Written:
     """What one block's task hands to the same stage's task of the next block: all that was written so far."""
 
     facts: tuple[Fact, ...] = ()
@@ -53,7 +53,7 @@ class Segmented:
 
     block: Block
     cells: Cells
-    trail: Trail
+    written: Written
 
 
 # --- prepare ---------------------------------------------------------------------------------------------------------
@@ -118,16 +118,16 @@ def _reader(job: ShardJob) -> Iterator[Reader]:
 # --- segment ---------------------------------------------------------------------------------------------------------
 
 
-def segment(job: ShardJob, block: Block, before: Trail | None = None) -> Segmented:
+def segment(job: ShardJob, block: Block, before: Written | None = None) -> Segmented:
     """Segment a block's tiles; write `masks.zarr`; with the last block, write `fields/` and commit."""
     started = time.perf_counter()
     with guarded(job, "segment"):
         bundle = opened_bundle(job.bundle, job.bundle_digest)
         model = component(job.bundle, job.bundle_digest, job.device, "segmenter")
         semantic, cells = segment_block(block, model, bundle.spec.method.segment, job.device)
-        before = before or Trail()
+        before = before or Written()
         facts = before.facts + _indexed(block.facts, before.rows)
-        trail = Trail(facts, before.rows + len(semantic), before.cells + len(cells), before.timings + block.timings)
+        written = Written(facts, before.rows + len(semantic), before.cells + len(cells), before.timings + block.timings)
         if job.only is None:
             write_masks(job, semantic, cells, block.to_source, before.rows, before.cells)
             if block.next == job.shard.first + job.shard.count:
@@ -135,13 +135,13 @@ def segment(job: ShardJob, block: Block, before: Trail | None = None) -> Segment
                 roots = (RunKey.group(RunKey.MASKS, job.shard.name), RunKey.part(RunKey.FIELDS, job.shard.name))
                 commit(job, "masks", _keys(job)["masks"], roots)
         timing = StageTiming("segment", time.perf_counter() - started, len(block.facts))
-        return Segmented(block, cells, replace(trail, timings=(*trail.timings, timing)))
+        return Segmented(block, cells, replace(written, timings=(*written.timings, timing)))
 
 
-def recall(job: ShardJob, block: Block, before: Trail | None = None) -> Segmented:
+def recall(job: ShardJob, block: Block, before: Written | None = None) -> Segmented:
     """Read the cells of a block that an earlier attempt or run has committed, instead of segmenting again."""
     with guarded(job, "segment"):
-        before = before or Trail()
+        before = before or Written()
         facts = before.facts + _indexed(block.facts, before.rows)
         stored = {f.ordinal: f for f in read_facts(job.root, job.shard)}
         for fact in facts:
@@ -154,14 +154,14 @@ def recall(job: ShardJob, block: Block, before: Trail | None = None) -> Segmente
         rows = slice(before.rows, before.rows + len(block.tiles))
         piece = offsets[rows.start : rows.stop + 1]
         table = CellTable(*(getattr(table, f.name)[piece[0] : piece[-1]] for f in fields(CellTable)))
-        trail = Trail(facts, rows.stop, before.cells + len(table), before.timings + block.timings)
+        written = Written(facts, rows.stop, before.cells + len(table), before.timings + block.timings)
         cells = Cells(read_labels(job.root, job.shard, rows), table, piece - piece[0])
-        return Segmented(block, cells, trail)
+        return Segmented(block, cells, written)
 
 
-def trail_of(segmented: Segmented) -> Trail:
+def written_by(segmented: Segmented) -> Written:
     """Return what the next block's task must know, without the pixels."""
-    return segmented.trail
+    return segmented.written
 
 
 def _indexed(facts: Sequence[Fact], row: int) -> tuple[Fact, ...]:
@@ -176,7 +176,7 @@ def _indexed(facts: Sequence[Fact], row: int) -> tuple[Fact, ...]:
 # --- extract ---------------------------------------------------------------------------------------------------------
 
 
-def extract(job: ShardJob, segmented: Segmented, before: Trail | None = None) -> Trail:
+def extract(job: ShardJob, segmented: Segmented, before: Written | None = None) -> Written:
     """Extract features of a block's tiles and cells, and activation maps of the cells; commit with the last block."""
     started = time.perf_counter()
     with guarded(job, "extract"):
@@ -185,7 +185,7 @@ def extract(job: ShardJob, segmented: Segmented, before: Trail | None = None) ->
         shown = readout_of(job.bundle, job.bundle_digest, job.device)
         block, settings = segmented.block, bundle.spec.method.features
         features, maps = extract_block(block, segmented.cells, hybrid, shown, settings, job.device)
-        before = before or Trail()
+        before = before or Written()
         if job.only is None:
             write_features(job, features, hybrid.columns, before.rows, before.cells)
             write_maps(job, bundle, maps, before.cells)
@@ -194,16 +194,16 @@ def extract(job: ShardJob, segmented: Segmented, before: Trail | None = None) ->
                 # Maps first: who finds the features committed does not come back for maps.
                 commit(job, ACTIVATIONS, keys[ACTIVATIONS], (RunKey.group(RunKey.ACTIVATIONS, job.shard.name),))
                 commit(job, "features", keys["features"], (RunKey.group(RunKey.FEATURES, job.shard.name),))
-        trail = segmented.trail
+        written = segmented.written
         timing = StageTiming("extract", time.perf_counter() - started, len(block.facts))
         mine = tuple(t for t in before.timings if t.stage == "extract")
-        return replace(trail, timings=(*trail.timings, *mine, timing))
+        return replace(written, timings=(*written.timings, *mine, timing))
 
 
 # --- classify --------------------------------------------------------------------------------------------------------
 
 
-def classify(job: ShardJob, trail: Trail | None, resumed: tuple[str, ...] = ()) -> ShardReceipt:
+def classify(job: ShardJob, written: Written | None, resumed: tuple[str, ...] = ()) -> ShardReceipt:
     """Diagnose a shard from exactly the values its earlier stages have committed; write and commit its tables."""
     started = time.perf_counter()
     with guarded(job, "classify"):
@@ -228,7 +228,7 @@ def classify(job: ShardJob, trail: Trail | None, resumed: tuple[str, ...] = ()) 
         found_cells = cell_rows(table, offsets, keys, images, to_source, scales, job.run_id)
         write_parquet(job, RunKey.part(RunKey.PREDICTIONS, job.shard.name), rows)
         write_parquet(job, RunKey.part(RunKey.CELLS, job.shard.name), found_cells)
-        receipt = _receipt(job, rows, len(found_cells), trail, resumed, started)
+        receipt = _receipt(job, rows, len(found_cells), written, resumed, started)
         if receipt.rows != job.shard.count:
             raise ShardError(f"shard {job.shard.name}: {receipt.rows} rows for {job.shard.count} members")
         roots = (RunKey.part(RunKey.PREDICTIONS, job.shard.name), RunKey.part(RunKey.CELLS, job.shard.name))
@@ -237,7 +237,7 @@ def classify(job: ShardJob, trail: Trail | None, resumed: tuple[str, ...] = ()) 
 
 
 def _receipt(
-    job: ShardJob, rows: pa.Table, cells: int, trail: Trail | None, resumed: tuple[str, ...], started: float
+    job: ShardJob, rows: pa.Table, cells: int, written: Written | None, resumed: tuple[str, ...], started: float
 ) -> ShardReceipt:
     """Sum up a shard."""
     status = Counter(rows["status"].to_pylist())
@@ -246,7 +246,7 @@ def _receipt(
     # "out of focus: 1.8 < 4.0" is counted as "out of focus": a reason is a kind, its numbers are in the row.
     reasons = Counter(r.split(":")[0] for r in rows["reason"].to_pylist() if r)
     seconds: dict[str, float] = {}
-    for timing in trail.timings if trail else ():
+    for timing in written.timings if written else ():
         seconds[timing.stage] = seconds.get(timing.stage, 0.0) + timing.seconds
     seconds["classify"] = time.perf_counter() - started
     # To the microsecond: a last digit that somebody alters must not vanish when verifying adds them up.
@@ -278,7 +278,7 @@ def _keys(job: ShardJob) -> dict[str, str]:
 def probe(job: ShardJob) -> None:
     """Run the chain over the members in `job.only`, write nothing; the caller looks whether this process lives."""
     first, end = job.shard.first, job.shard.first + job.shard.count
-    before = Trail()
+    before = Written()
     while first < end:
         block = prepare(job, first)
         extract(job, segment(job, block, before))

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from distributed import get_worker
 
 from leukoflow.cluster.code import code_digest
-from leukoflow.cluster.telemetry import stage_telemetry as told
+from leukoflow.cluster.telemetry import stage_telemetry
 from leukoflow.core.config import LimitSettings
 from leukoflow.core.errors import AttemptError, ClusterError, ShardError, StorageError
 from leukoflow.core.method import SegmentSettings
@@ -142,7 +142,7 @@ def guarded(job: ShardJob, stage: str) -> Iterator[None]:
     timer.daemon = True
     timer.start()
     try:
-        with told(job.run_id, job.shard.name, stage):
+        with stage_telemetry(job.run_id, job.shard.name, stage):
             yield
     finally:
         timer.cancel()

@@ -78,8 +78,8 @@ def read_manifest(path: PathLike, meta_columns: Sequence[str] = (), patient_key:
     if patients is not None and patients.null_count < len(patients):
         if not patient_key:
             raise ConfigError(
-                f"{path} names patients, and there is no key to pseudonymise them: set {PATIENT_KEY} or the "
-                "Prefect Secret block that holds it, or take the column patient_id out"
+                f"{path} names patients, but there is no key to pseudonymise them: set {PATIENT_KEY} or the "
+                "Prefect Secret block that holds it, or remove the column patient_id"
             )
         require_good(patient_key)
         cleaner.note_patients_in_keys(patients)

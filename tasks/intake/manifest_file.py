@@ -194,7 +194,9 @@ class _Text:
         self.data = data.removeprefix(codecs.BOM_UTF8)
         if (at := self.data.find(b"\0")) >= 0:
             number = sum(1 for _ in _LINE.finditer(self.data[:at] + b"."))
-            raise ConfigError(f"{path}, line {number} has zero bytes: it is no text; save it as CSV (UTF-8) again")
+            raise ConfigError(
+                f"{path}, line {number} contains zero bytes: it is not text; save it as CSV (UTF-8) again"
+            )
 
     def _from_utf16(self, data: bytes, encoding: str) -> bytes:
         try:
@@ -233,7 +235,7 @@ def _read_parquet(path: PathLike, known: Sequence[str], metas: Sequence[str]) ->
         for column in columns.values():
             column.validate(full=True)
     except pa.ArrowException:
-        raise ConfigError(f"the manifest {path} has text that is no UTF-8: write it again") from None
+        raise ConfigError(f"the manifest {path} has text that is not UTF-8: write it again") from None
     for name, column in columns.items():
         sheet.columns[name] = column if name == "um_per_px" else _as_text(path, sheet, name, column)
     return sheet

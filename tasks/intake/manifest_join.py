@@ -22,7 +22,7 @@ APART = "(not in the manifest)"
 
 
 class Join:
-    """Which line of the manifest each member has, and what that makes of slides: decided when all have been seen.
+    """The line of the manifest for each member, and what that makes of slides: decided when all have been seen.
 
     `found` says of each row of the manifest whether its image is there.
     """

@@ -88,7 +88,7 @@ def _open(config: RunConfig, manifest: Path | FetchedFile | None, started: Calla
         raise RunConflictError(
             f"run {run_id} exists and was made from another source (or the same one written differently), another "
             f"manifest, bundle or device, or with other settings ({bound.fingerprint}, now {fingerprint}); choose a "
-            f"new --run-id, and --reuse {run_id} to keep what holds"
+            f"new --run-id, and --reuse {run_id} to keep what is still valid"
         )
     if config.reuse and ((reused := read_binding(out.child(config.reuse))) is None or not reused.is_planned):
         raise ConfigError(f"--reuse {config.reuse}: there is no such run in {config.out}, or it has done nothing yet")
@@ -182,7 +182,7 @@ def _registered(config: RunConfig, asked: str, out: Storage, run_id_of: Callable
     if bound is None:
         found = registry.resolve(asked)
         if asked == APPROVED and config.run_id is None and read_binding(out.child(run_id_of(found.digest))) is None:
-            earlier = [b.digest for b in reversed(registry.ledger().bundles) if b.state == "retired"]
+            earlier = [b.digest for b in reversed(registry.state().bundles) if b.state == "retired"]
             for run_id in map(run_id_of, earlier):
                 bound = started_with(run_id)
                 if bound is not None and read_manifest(out.child(run_id)) is None:
@@ -246,7 +246,7 @@ def _check_alone(storage: Storage, bound: RunBinding, summary: PlanSummary, sour
     now_bound = read_binding(storage)
     if now_bound is None or now_bound.fingerprint != bound.fingerprint or summary.source.identity != source.identity:
         raise RunConflictError(
-            f"another command began run {bound.run_id} with another source or other settings at the same moment; "
+            f"another command started run {bound.run_id} with another source or other settings at the same moment; "
             "choose another --run-id"
         )
 
@@ -265,9 +265,9 @@ def _check_key(run_id: str, check: str) -> None:
     if key is not None and check_value(key) != check:
         raise RunConflictError(
             f"the pseudonyms of run {run_id} were made with a different patient key from the one that "
-            f"{PATIENT_KEY} (or the Prefect Secret block) holds now: if the key of before was right, "
-            f"set it again; if this one is, choose a new --run-id and delete {run_id}, whose "
-            "patients are found in no other run"
+            f"{PATIENT_KEY} (or the Prefect Secret block) holds now: if the earlier key was right, "
+            f"set it again; if the present one is, choose a new --run-id and delete {run_id}, whose "
+            "patients cannot be found in any other run"
         )
 
 
@@ -303,8 +303,8 @@ def _frozen_plan(
         pass
     if manifest is not None and digest_manifest(manifest) != config.manifest_sha256:
         raise ConfigError(
-            f"{config.manifest} is not the one that run {config.run_id} began with, and its plan is gone: put the "
-            "former manifest back"
+            f"{config.manifest} is not the one that run {config.run_id} started with, and its plan is gone: put the "
+            "original manifest back"
         )
     key = patient_key() if config.manifest else None  # nothing else names patients
     with tempfile.TemporaryDirectory(prefix="leukoflow-plan-") as scratch:

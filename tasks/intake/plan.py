@@ -111,7 +111,9 @@ def _write_plan(
             count += len(shard)
         if not count:
             why = f"; {listing.truncated}" if listing.truncated else ""
-            raise SourceError(f"{source.uri} holds no images ({listing.ignored:,} folders and litter){why}")
+            raise SourceError(
+                f"{source.uri} holds no images ({listing.ignored:,} folders and files that are not images){why}"
+            )
         summary = PlanSummary(
             source, count, listing.ignored, 0, listing.truncated, shard_size, digest.hexdigest(), listing.remarks
         )

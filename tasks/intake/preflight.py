@@ -37,7 +37,7 @@ def preflight(run: Run, workers_here: int) -> None:
     if available < wanted:
         raise PreflightError(
             f"{available / 1e9:.1f} GB of memory are available, "
-            f"{count_of(workers_here, 'worker')} {'wants' if workers_here == 1 else 'want'} {wanted / 1e9:.1f} GB; "
+            f"{count_of(workers_here, 'worker')} {'needs' if workers_here == 1 else 'need'} {wanted / 1e9:.1f} GB; "
             "use fewer --workers"
         )
 

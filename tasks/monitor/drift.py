@@ -43,7 +43,7 @@ MIN_FIELDS, MIN_SLIDES = 40, 5
 
 _CLUSTERS = 64  # slides are drawn again as a whole; more of them than this share places
 _BLOCK = 16  # neighbouring fields that count as one slide where nothing says which slide a field is of
-_GROUPS = 40  # pairs of site and scanner that are told apart
+_GROUPS = 40  # pairs of site and scanner that are kept apart
 
 Level = Literal["few", "none", "watch", "act"]
 Counts = NDArray[np.int64]
@@ -75,7 +75,7 @@ class Quantity:
         return np.clip((scaled - low) / (high - low) * GRID, 0, GRID - 1).astype(np.int64)
 
     def edge(self, index: int) -> float:
-        """Value at the lower end of a place."""
+        """Return the value at the lower end of a place."""
         if self.log:
             return float(self.low * (self.high / self.low) ** (index / GRID))
         return self.low + (self.high - self.low) * index / GRID
@@ -118,7 +118,7 @@ class DriftFacts:
     groups: tuple[Group, ...]
 
     def counts(self, site: str | None = None, scanner: str | None = None) -> Counts:
-        """Counts of all fields, or of a site's, or of a scanner's."""
+        """Return the counts of all fields, or of a site's, or of a scanner's."""
         chosen = [g.counts for g in self.groups if site in (None, g.site) and scanner in (None, g.scanner)]
         return np.concatenate([np.zeros((0, _TOTAL), np.int64), *chosen])
 
@@ -147,7 +147,7 @@ class Drift:
 
 
 def psi(observed: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.float64]:
-    """Population stability index of counts [..., B] over the same bins: sum of (o - e) ln(o / e) over shares o and e.
+    """Compute the population stability index of counts [..., B]: sum of (o - e) ln(o / e) over shares o and e of bins.
 
     Half a field is added to every bin first.
     """
@@ -157,7 +157,7 @@ def psi(observed: NDArray[Any], expected: NDArray[Any]) -> NDArray[np.float64]:
 
 
 def quantile_cuts(counts: NDArray[np.int64], bins: int = BINS) -> NDArray[np.int64]:
-    """Where a grid is cut so that each bin holds about the same share: places that begin a bin, without the first.
+    """Cut a grid so that each bin holds about the same share: places that begin a bin, without the first.
 
     Ties make fewer bins: no bin is empty.
     """
@@ -178,7 +178,7 @@ def quantile_cuts(counts: NDArray[np.int64], bins: int = BINS) -> NDArray[np.int
 
 
 def permuted(sample: Counts, reference: Counts, seed: int = 0) -> NDArray[np.float64]:
-    """The index that chance alone would give, float64 [draws]: whole slides change sides at random.
+    """Draw the index that chance alone would give, float64 [draws]: whole slides change sides at random.
 
     The index of two samples of one population is not 0 but grows as they shrink, and fields of a slide resemble each
     other, so that chance is larger than the number of fields suggests.
@@ -196,14 +196,14 @@ def permuted(sample: Counts, reference: Counts, seed: int = 0) -> NDArray[np.flo
 
 
 def level_of(excess: float, chance: float) -> Level:
-    """What an index calls for, given what it exceeds chance by and how often chance reaches it."""
+    """Decide what an index calls for, given what it exceeds chance by and how often chance reaches it."""
     if chance > CHANCE:
         return "none"
     return "act" if excess >= ACT else "watch" if excess >= WATCH else "none"
 
 
 def compare(sample: Counts, reference: Counts, image_only: bool = False) -> tuple[Drift, ...]:
-    """Every quantity of a sample against the reference; both int64 [slides, all grids].
+    """Compare every quantity of a sample with the reference; both int64 [slides, all grids].
 
     With `image_only` what depends on the bundle is left out: another bundle answers otherwise without any drift.
     """
@@ -245,14 +245,14 @@ def _shares(counts: NDArray[np.int64]) -> tuple[float, ...]:
 
 
 def worst(drifts: Iterable[Drift]) -> Drift | None:
-    """The quantity that calls for most; None where nothing could be judged."""
+    """Return the quantity that calls for most; None where nothing could be judged."""
     order = ("few", "none", "watch", "act")
     judged = [d for d in drifts if d.level != "few"]
     return max(judged, key=lambda d: (order.index(d.level), d.excess or 0.0), default=None)
 
 
 def title_of(name: str) -> str:
-    """A quantity's name for people."""
+    """Return a quantity's name for people."""
     return next(q.title for q in QUANTITIES if q.name == name)
 
 
@@ -260,7 +260,7 @@ def title_of(name: str) -> str:
 
 
 def summarize(tables: Iterable[pa.Table], runs: Sequence[str], bundle_digest: str) -> DriftFacts:
-    """Counts of the fields in `tables`: rows of the predictions with the columns that `facts_of` adds."""
+    """Count the fields in `tables`: rows of the predictions with the columns that `facts_of` adds."""
     groups: dict[tuple[str | None, str | None], Counts] = {}
     slides: dict[str, int] = {}
     row = 0
@@ -313,7 +313,7 @@ _FROM_CELLS = ("nucleus_area_px", "nc_ratio_measured")
 
 
 def facts_of(storage: Storage, predictions: str, shards: Iterable[int]) -> pa.Table:
-    """Rows of one file of the predictions with what drift looks at: quality from `fields/`, averages of the cells."""
+    """Read one file of the predictions with what drift looks at: quality from `fields/`, averages of the cells."""
     rows = _read(storage, predictions, _FROM_PREDICTIONS)
     facts = pa.concat_tables(
         [_read(storage, RunKey.part(RunKey.FIELDS, shard_name(s)), ("foreground", *_FROM_FIELDS)) for s in shards]
@@ -334,7 +334,7 @@ def facts_of(storage: Storage, predictions: str, shards: Iterable[int]) -> pa.Ta
 
 
 def _read(storage: Storage, key: str, columns: Sequence[str]) -> pa.Table:
-    """Columns of a file; those that an earlier version did not write are null."""
+    """Read columns of a file; those that an earlier version did not write are null."""
     data = storage.read(key)
     present = set(pq.read_schema(io.BytesIO(data)).names)
     wanted = list(dict.fromkeys(columns))
@@ -346,7 +346,7 @@ def _read(storage: Storage, key: str, columns: Sequence[str]) -> pa.Table:
 
 
 def run_facts(root: str, run_id: str, manifest: RunManifest | None, bundle_digest: str) -> DriftFacts:
-    """The summary of a run, from its tables: of all its shards, or of those that are committed so far."""
+    """Summarise a run from its tables: all its shards, or those that are committed so far."""
     storage = open_storage(root)
     return summarize(_rows(storage, manifest), (run_id,), bundle_digest)
 
@@ -365,7 +365,7 @@ def _rows(storage: Storage, manifest: RunManifest | None) -> Iterator[pa.Table]:
 
 
 def stored_facts(root: str, manifest: RunManifest) -> DriftFacts:
-    """The summary of a finished run: the one it has left, or a new one where that is absent or another run's."""
+    """Return the summary of a finished run: the one it has left, or a new one where that is absent or another run's."""
     storage = open_storage(root)
     try:
         found = facts_from(storage.read(RunKey.DRIFT), storage.uri(RunKey.DRIFT))
@@ -380,7 +380,7 @@ def stored_facts(root: str, manifest: RunManifest) -> DriftFacts:
 
 
 def facts_bytes(facts: DriftFacts) -> bytes:
-    """JSON: per group and slide the occupied places of each grid."""
+    """Encode as JSON: per group and slide the occupied places of each grid."""
     groups = [
         {"site": g.site, "scanner": g.scanner, "slides": [_sparse(row) for row in g.counts]} for g in facts.groups
     ]
@@ -396,7 +396,7 @@ def facts_bytes(facts: DriftFacts) -> bytes:
 
 
 def facts_from(data: bytes, what: str) -> DriftFacts:
-    """Raises StorageError naming `what` where the bytes are no summary, or one of another version."""
+    """Decode a summary. Raises StorageError naming `what` where the bytes are none, or one of another version."""
     try:
         body = json.loads(data)
         if body["schema_version"] != SCHEMA or not _same_grids(body["grids"]):
@@ -410,7 +410,7 @@ def facts_from(data: bytes, what: str) -> DriftFacts:
 
 
 def _same_grids(grids: dict[str, list[Any]]) -> bool:
-    """Whether counts on these grids can be read.
+    """Tell whether counts on these grids can be read.
 
     Earlier versions averaged N:C ratios that nobody had measured: theirs are left out, and not compared with ours.
     """
@@ -447,7 +447,7 @@ def _dense(slides: Sequence[dict[str, list[list[int]]]]) -> Counts:
 
 
 def merge_reference(out: str, run_ids: Sequence[str]) -> DriftFacts:
-    """The reference that some finished runs of OUT make together.
+    """Merge some finished runs of OUT into a reference.
 
     Raises ConfigError where a run is not finished, they had different bundles, or they are too small to compare with.
     """
@@ -476,7 +476,7 @@ def merge_reference(out: str, run_ids: Sequence[str]) -> DriftFacts:
 
 
 def find_reference(out: str, bundle_dir: str, setting: str | None = None) -> tuple[DriftFacts, str] | None:
-    """The reference to compare with, and where it lies: the one that a setting names, the bundle's, or that of OUT."""
+    """Find the reference to compare with, and where it lies: the one a setting names, the bundle's, or that of OUT."""
     if setting is not None:
         folder, _, name = setting.rpartition("/")
         try:

@@ -99,7 +99,7 @@ class RunsCollector(Collector):
         self._drift: tuple[tuple[str, ...], tuple[Drift, ...]] = ((), ())
 
     def collect(self) -> Iterator[GaugeMetricFamily]:
-        """The figures as of now, or of a few seconds ago."""
+        """Return the figures as of now, or of a few seconds ago."""
         with self._lock:
             if time.monotonic() - self._at > FRESH_SECONDS or not self._families:
                 self._families = list(self._read())
@@ -107,7 +107,7 @@ class RunsCollector(Collector):
             yield from self._families
 
     def describe(self) -> Iterable[GaugeMetricFamily]:
-        """Names alone, so that registering does not read the storage."""
+        """Return the names alone, so that registering does not read the storage."""
         return [_family(m) for m in METRICS.values()]
 
     def _read(self) -> Iterator[GaugeMetricFamily]:
@@ -149,14 +149,14 @@ class RunsCollector(Collector):
         yield _gauge("leukoflow_collect_seconds", time.perf_counter() - started)
 
     def _is_shadow(self, run_id: str) -> bool:
-        """Whether a run only accompanies another one, whose images would count twice."""
+        """Tell whether a run only accompanies another one, whose images would count twice."""
         if run_id not in self._shadows:
             binding = ProgressReader(f"{self.out}/{run_id}").binding()
             self._shadows[run_id] = binding.shadow_of is not None
         return self._shadows[run_id]
 
     def _run(self, run_id: str) -> tuple[RunFacts, str]:
-        """A run's facts and its last sign of life."""
+        """Return a run's facts and its last sign of life."""
         root = f"{self.out}/{run_id}"
         try:
             stamp = open_storage(root).stamp(RunKey.MANIFEST)
@@ -208,7 +208,7 @@ class RunsCollector(Collector):
         yield _gauge("leukoflow_last_success_timestamp_seconds", end)
 
     def _drifts(self, run: RunFacts) -> tuple[Drift, ...]:
-        """Against the reference, from the run's own summary; tables are never read for a scrape."""
+        """Compare with the reference, from the run's own summary; tables are never read for a scrape."""
         try:
             found = find_reference(self.out, bundle_dir(run.bundle))
             storage = open_storage(f"{self.out}/{run.run_id}")
@@ -237,7 +237,7 @@ def _family(metric: Metric) -> GaugeMetricFamily:
 
 
 def _gauge(name: str, value: float | dict[str, float] | None) -> GaugeMetricFamily:
-    """A family with its values; one that is not known has none, so that nobody takes a gap for zero."""
+    """Make a family with its values; one that is not known has none, so that nobody takes a gap for zero."""
     metric = METRICS[name]
     family = _family(metric)
     if isinstance(value, dict):
@@ -249,7 +249,7 @@ def _gauge(name: str, value: float | dict[str, float] | None) -> GaugeMetricFami
 
 
 def exposition(collector: Collector) -> bytes:
-    """The figures once, in Prometheus' text format."""
+    """Return the figures once, in Prometheus' text format."""
     return generate_latest(_registry(collector))
 
 
@@ -261,7 +261,7 @@ def _registry(collector: Collector) -> CollectorRegistry:
 
 @contextmanager
 def metrics_endpoint(collector: Collector, port: int, address: str = "127.0.0.1") -> Iterator[int]:
-    """Serves a collector's figures over HTTP while the block runs; gives the port, a free one for 0.
+    """Serve a collector's figures over HTTP while the block runs; give the port, a free one for 0.
 
     Raises ConfigError where the port is taken.
     """

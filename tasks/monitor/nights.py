@@ -128,7 +128,7 @@ class Night:
         return self.total("done") == self.total("members") and all(run.state == "finished" for run in self.runs)
 
     def drifts(self, against: str, kind: str = "all") -> tuple[Drift, ...]:
-        """The night's drifts, all fields together unless `kind` says otherwise."""
+        """Return the night's drifts, all fields together unless `kind` says otherwise."""
         return tuple(d for g in self.drift if g.against == against and g.kind == kind for d in g.drifts)
 
     @property

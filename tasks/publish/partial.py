@@ -29,7 +29,7 @@ LABEL = b"leukoflow.partial"
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How fast a session works: images and seconds since its first shard was done."""
+    """The speed of a session: images and seconds since its first shard was done."""
 
     images: int
     seconds: float

@@ -1,4 +1,4 @@
-"""How far people and the model agree, over all runs of an output folder."""
+"""Agreement of people and the model, over all runs of an output folder."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ def translate_read_errors(run_id: str) -> Iterator[None]:
         ) from None
     except (pa.ArrowException, OSError) as error:
         raise StorageError(
-            f"run {run_id} cannot be read ({words_of(error)}); `leukoflow verify` tells what to do"
+            f"run {run_id} cannot be read ({words_of(error)}); `leukoflow verify` says what to do"
         ) from None
 
 

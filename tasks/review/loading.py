@@ -34,7 +34,7 @@ def load_finished(run: Storage, run_id: str, stamp: str, patient: str | None = N
             f"{SCHEMA_VERSION}): look at it with that one"
         )
     if manifest.shard_size < 1:
-        raise StorageError(f"run {run_id}: its manifest is damaged; `leukoflow verify` tells what to do")
+        raise StorageError(f"run {run_id}: its manifest is damaged; `leukoflow verify` says what to do")
     listed = table_files(manifest.parts, RunKey.PREDICTIONS)
     keys = [f.key for f in listed]
     where = None if patient is None else pc.field("patient_id") == patient
@@ -44,7 +44,7 @@ def load_finished(run: Storage, run_id: str, stamp: str, patient: str | None = N
         planned = read_plan_column(run, "patient_id")
         ordinals = np.flatnonzero(pc.fill_null(pc.equal(planned, patient), False).to_numpy())
         if len(ordinals) != len(table):
-            raise StorageError(f"run {run_id}: plan and predictions differ; `leukoflow verify` tells what to do")
+            raise StorageError(f"run {run_id}: plan and predictions differ; `leukoflow verify` says what to do")
 
     def later(name: str) -> pa.ChunkedArray:
         with translate_read_errors(run_id):

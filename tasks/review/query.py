@@ -1,4 +1,4 @@
-"""What people ask of a list: filters, order and page."""
+"""Filters, order and page that people ask of a list."""
 
 from __future__ import annotations
 

@@ -103,14 +103,14 @@ class Verdicts:
     head: str = NOTHING  # digest of the last file's entry: differs when anything was added
 
     def standings(self) -> dict[Target, Standing]:
-        """What holds by now of everything that has a verdict."""
+        """Return what holds by now of everything that has a verdict."""
         found: dict[Target, Standing] = {}
         for verdict in self.given:
             found[verdict.target] = _after(found.get(verdict.target, Standing()), verdict)
         return found
 
     def of(self, target: Target) -> tuple[Verdict, ...]:
-        """Everything that was said of one field or slide, the first word first."""
+        """List everything that was said of one field or slide, the first word first."""
         return tuple(v for v in self.given if v.target == target)
 
 

@@ -148,13 +148,13 @@ def _merge(
             storage.promote(prefix, part.files)
         if not all(storage.intact(part.files) for part in merged):
             raise StorageError(
-                f"{storage.root}: the merged files could not be put in place; give the same command again"
+                f"{storage.root}: the merged files could not be put in place; run the same command again"
             )
         new = replace(manifest, parts=_replaced(manifest.parts, merged))
         if read_manifest(storage) != manifest:
             raise StorageError(
                 f"{storage.uri(RunKey.MANIFEST)} was changed by somebody else meanwhile; the run is as they left it: "
-                "give the same command again"
+                "run the same command again"
             )
         storage.write(RunKey.MANIFEST, dumps(new))
         return new
@@ -174,7 +174,7 @@ def _marker(storage: Storage, ordinal: int) -> Marker:
     try:
         return loads(Marker, storage.read(key), storage.uri(key))
     except FileNotFoundError:
-        raise StorageError(f"{storage.uri(key)} is missing; `leukoflow verify` tells what to do") from None
+        raise StorageError(f"{storage.uri(key)} is missing; `leukoflow verify` says what to do") from None
 
 
 def _write(storage: Storage, key: str, sources: Sequence[FileRef], shards: Sequence[str]) -> None:
@@ -222,7 +222,7 @@ def _read(storage: Storage, file: FileRef) -> pa.Table:
         data = b""
     if (len(data), hashlib.sha256(data).hexdigest()) != (size, sha256):
         raise StorageError(
-            f"{storage.uri(key)} is not what was committed; nothing was changed. `leukoflow verify` tells what to do"
+            f"{storage.uri(key)} is not what was committed; nothing was changed. `leukoflow verify` says what to do"
         )
     return pq.ParquetFile(io.BytesIO(data)).read()
 

@@ -51,7 +51,7 @@ def span(part: PartRef) -> range:
         return range(int(first), int(last or first) + 1)
     except ValueError:
         raise StorageError(
-            f"manifest.json is damaged: it names a part {part.shard!r}; delete it and give the run's command again"
+            f"manifest.json is damaged: it names a part {part.shard!r}; delete it and repeat the run's command"
         ) from None
 
 
@@ -112,12 +112,12 @@ def stream(storage: Storage, keys: Iterable[str], columns: Sequence[str] | None 
                     yield pa.Table.from_batches([batch])
         except FileNotFoundError:
             raise StorageError(
-                f"{storage.uri(key)} is gone; if the run was compacted just now, give the same command again, "
+                f"{storage.uri(key)} is gone; if the run was compacted just now, run the same command again, "
                 "else `leukoflow verify` tells what is left"
             ) from None
         except (pa.ArrowException, OSError) as error:
             raise StorageError(
-                f"{storage.uri(key)} cannot be read ({words_of(error)}); `leukoflow verify` tells what to do"
+                f"{storage.uri(key)} cannot be read ({words_of(error)}); `leukoflow verify` says what to do"
             ) from None
 
 
@@ -150,7 +150,7 @@ def in_order(function: Callable[[S], T], items: Iterable[S]) -> Iterator[T]:
 
 
 def check_intent(storage: Storage) -> None:
-    """Raises StorageError where erasing or correcting a patient was cut off: what is there is half old, half new."""
+    """Raise StorageError where erasing or correcting a patient was cut off: what is there is half old, half new."""
     if storage.exists(RunKey.INTENT):
         out = storage.root.rpartition("/")[0]
         raise StorageError(
@@ -167,7 +167,7 @@ def finished(root: str) -> tuple[Storage, RunManifest]:
     if manifest is not None:
         if manifest.shard_size < 1 or manifest.members < 0:
             raise StorageError(
-                f"{storage.uri(RunKey.MANIFEST)} is damaged; delete it and give the run's command again, which "
+                f"{storage.uri(RunKey.MANIFEST)} is damaged; delete it and repeat the run's command, which "
                 "publishes it again"
             )
         return storage, manifest

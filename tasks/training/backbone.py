@@ -39,7 +39,7 @@ RATE = {"convnext": 2e-3, "nasnet": 3e-3}
 
 
 def load_teacher(path: str | None) -> nn.Module:
-    """The frozen teacher; `path` is its weight file, None that of the installed package.
+    """Load the frozen teacher; `path` is its weight file, None that of the installed package.
 
     The package orders its tensors as timm does and names them otherwise. Raises ConfigError when there is none.
     """
@@ -70,7 +70,7 @@ def load_teacher(path: str | None) -> nn.Module:
 
 
 def teacher_maps(teacher: nn.Module, rgb: Tensor) -> tuple[Tensor, Tensor]:
-    """Maps of the middle layers for RGB in 0..1 [N, 3, s, s]: [N, 192, s/16, s/16] and [N, 192, s/32, s/32]."""
+    """Compute the middle layers' maps for RGB in 0..1 [N, 3, s, s]: [N, 192, s/16, s/16] and [N, 192, s/32, s/32]."""
     x = teacher.bn1(teacher.conv_stem(rgb * 2 - 1))  # type: ignore[operator]
     outputs: list[Tensor] = []
     last = TEACHER_BLOCKS[-1]
@@ -85,7 +85,7 @@ def teacher_maps(teacher: nn.Module, rgb: Tensor) -> tuple[Tensor, Tensor]:
 def make_targets(
     config: TrainConfig, data: Prepared, work: Path, device: str, log: Callable[[str], None] = print
 ) -> None:
-    """Augmented views of all cells and the teacher's maps of them, as `views.npy`, `fine.npy` and `coarse.npy`.
+    """Write augmented views of all cells and the teacher's maps of them: `views.npy`, `fine.npy` and `coarse.npy`.
 
     Labels are not used, nor is the split: every cell of every field that is at hand may teach how cells look.
     """
@@ -130,7 +130,7 @@ class _Student(nn.Module):
         self.fine, self.coarse = nn.Conv2d(spec.num_features, 192, 1), nn.Conv2d(spec.num_features, 192, 1)
 
     def forward(self, rgb: Tensor, fine: int, coarse: int) -> tuple[Tensor, Tensor]:
-        """Predicted maps of side `fine` and `coarse` for RGB in 0..1."""
+        """Predict maps of side `fine` and `coarse` for RGB in 0..1."""
         mean, std = (torch.tensor(v, device=rgb.device).view(1, 3, 1, 1) for v in (self.spec.mean, self.spec.std))
         maps = feature_maps(self.backbone, self.spec.stages, (rgb - mean) / std)
 
@@ -154,7 +154,7 @@ def train_backbone(
     device: str,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Leaves `<name>.safetensors` in the work directory: distilled, or the pretrained weights that were asked for."""
+    """Leave `<name>.safetensors` in the work directory: distilled, or the pretrained weights that were asked for."""
     done = work / f"{name}.safetensors"
     if done.is_file():
         return
@@ -185,7 +185,7 @@ def train_backbone(
 
 
 def _scale(targets: NDArray[np.float16], device: str) -> tuple[Tensor, Tensor]:
-    """Mean and deviation of each channel over some of the targets, [1, C, 1, 1]."""
+    """Compute mean and deviation of each channel over some of the targets, [1, C, 1, 1]."""
     some = targets[:: max(1, len(targets) // 4096)].astype(np.float32)
     mean, std = some.mean((0, 2, 3)), np.maximum(some.std((0, 2, 3)), 1e-3)
     return torch.from_numpy(mean).to(device).view(1, -1, 1, 1), torch.from_numpy(std).to(device).view(1, -1, 1, 1)

@@ -35,7 +35,7 @@ from leukoflow.tasks.training.segmenter import load_segmenter
 from leukoflow.tasks.training.select import mrmr
 
 BATCH = 64
-BAG = 12  # cells of a field in one step, drawn anew each time
+BAG = 12  # cells of a field in one step, drawn again each time
 NOISE = 0.1  # standard deviation added to z-scores
 RATE = 3e-4  # of the attention, which shall weigh cells and not learn fields by heart
 INVERSE_RIDGE = 0.01  # scikit-learn's C of the evidence, the weights of all fields together being their number
@@ -67,7 +67,7 @@ class Fitted:
     max_cells: int
 
     def tokens(self, features: Features, rows: NDArray[np.int64]) -> Tokens:
-        """What the classifier reads of the given fields."""
+        """Collect what the classifier reads of the given fields."""
         own = rows_of(features.offsets, rows)
         offsets = np.concatenate([[0], np.cumsum(np.diff(features.offsets)[rows])]).astype(np.int64)
         columns, statistics = tuple(int(i) for i in self.selected), self.statistics
@@ -81,7 +81,7 @@ class Fitted:
 
 
 def moments(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Column means and deviations; a constant column gets deviation 1, so that it becomes 0 everywhere."""
+    """Compute column means and deviations; a constant column gets deviation 1, so that it becomes 0 everywhere."""
     mean, std = x.mean(0, dtype=np.float64), x.std(0, dtype=np.float64)
     return mean.astype(np.float32), np.where(std > 1e-6, std, 1.0).astype(np.float32)
 
@@ -89,7 +89,10 @@ def moments(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.flo
 def fit_temperature(
     logits: NDArray[np.float64], y: NDArray[np.int64], clusters: NDArray[np.str_] | None = None
 ) -> float:
-    """Temperature of least negative log-likelihood (Guo et al. 2017); classes, and clusters within one, weigh alike."""
+    """Find the temperature of least negative log-likelihood (Guo et al. 2017).
+
+    Classes weigh alike, and so do the clusters within one.
+    """
     groups = clusters if clusters is not None else y.astype(np.str_)
     _, group, sizes = np.unique(groups, return_inverse=True, return_counts=True)
     weight = 1 / sizes[group]
@@ -105,7 +108,7 @@ def fit_temperature(
 def conformal_thresholds(
     probabilities: NDArray[np.float64], y: NDArray[np.int64], clusters: NDArray[np.str_], alpha: float
 ) -> tuple[float, float, float, float]:
-    """Per class, the 1 - alpha quantile of 1 - p of the true class; 1 where there are too few fields for one.
+    """Return, per class, the 1 - alpha quantile of 1 - p of the true class; 1 where there are too few fields for one.
 
     Fields of a cluster resemble each other, so clusters weigh by the square root of their size, and one more field of
     mean weight at infinity stands for the one to come (weighted quantiles as in Tibshirani et al. 2019).
@@ -126,7 +129,7 @@ def conformal_thresholds(
 
 
 def confidence_threshold(probabilities: NDArray[np.float64], y: NDArray[np.int64]) -> float:
-    """Smallest confidence above which unseen fields are right often enough, within what may be refused."""
+    """Find the smallest confidence above which unseen fields are right often enough, within what may be refused."""
     confidence, right = probabilities.max(1), probabilities.argmax(1) == y
     order = np.argsort(confidence, kind="stable")
     most = int(MOST_AMBIGUOUS * len(y))
@@ -137,7 +140,7 @@ def confidence_threshold(probabilities: NDArray[np.float64], y: NDArray[np.int64
 
 
 def fit_ood(x: NDArray[np.float32]) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
-    """Mean [K] and whitening [K, K] of training fields [n, K], the covariance shrunken after Ledoit and Wolf (2004)."""
+    """Fit mean [K] and whitening [K, K] to fields [n, K], the covariance shrunk after Ledoit and Wolf (2004)."""
     shrunken = LedoitWolf().fit(x.astype(np.float64))
     # precision = L L^T, so |(x - mean) L|^2 is the squared Mahalanobis distance.
     whitening = np.linalg.cholesky(shrunken.precision_)
@@ -150,7 +153,7 @@ def fit(
     labels: Labels,
     rows: NDArray[np.int64],
 ) -> Fitted:
-    """z-score, mRMR, evidence, attention and out-of-distribution statistics from the given fields alone.
+    """Fit z-score, mRMR, evidence, attention and out-of-distribution statistics to the given fields alone.
 
     The evidence is ridge-regularised multinomial logistic regression on the fields' features, which are their cells'
     averages by area: convex, so the same everywhere. The attention then learns with the evidence held fast.
@@ -186,7 +189,7 @@ def fit(
 
 
 def fit_evidence(layer: nn.Linear, x: NDArray[np.float32], y: NDArray[np.int64], weights: NDArray[np.float64]) -> None:
-    """Fills the layer with the optimum of weighted, regularised logistic regression; absent classes get no evidence."""
+    """Fill the layer with the optimum of weighted, regularised logistic regression; absent classes get no evidence."""
     model = LogisticRegression(C=INVERSE_RIDGE, max_iter=2000)
     model.fit(x.astype(np.float64), y, sample_weight=weights * len(y))
     coefficients, intercepts = model.coef_, model.intercept_
@@ -210,7 +213,10 @@ def _train_attention(
     recipe: Recipe,
     weights: NDArray[np.float64],
 ) -> AttentionClassifier:
-    """Everything but the evidence, on bags of fields drawn with the given weights; seconds, so begun anew each time."""
+    """Train everything but the evidence, on bags of fields drawn with the given weights.
+
+    It takes seconds, so it starts over each time.
+    """
     model.evidence.requires_grad_(False)
     with torch.random.fork_rng(devices=[]):
 
@@ -243,7 +249,7 @@ class Unseen:
 
 
 def cross_fit(recipe: Recipe, features: Features, labels: Labels, rows: NDArray[np.int64]) -> Unseen:
-    """Out-of-fold logits and distances of the given fields: whole clusters held out in turn, stratified by class."""
+    """Compute out-of-fold logits and distances: whole clusters are held out in turn, stratified by class."""
     logits, distance = np.zeros((len(rows), len(CLASSES))), np.zeros(len(rows))
     groups = np.array([labels.cluster[int(i)] for i in rows])
     for train, test in grouped_folds(labels.y[rows], groups, CROSS_FITS, recipe.seed):
@@ -255,7 +261,7 @@ def cross_fit(recipe: Recipe, features: Features, labels: Labels, rows: NDArray[
 
 
 def calibrate(unseen: Unseen, labels: Labels, rows: NDArray[np.int64]) -> Calibration:
-    """Temperature and thresholds from out-of-fold answers: photographs that the answering model has not seen."""
+    """Fit temperature and thresholds to out-of-fold answers: about images that the answering model has not seen."""
     y, clusters = labels.y[rows], np.array(labels.cluster)[rows]
     temperature = fit_temperature(unseen.logits, y, clusters)
     probabilities = softmax(unseen.logits, temperature)
@@ -269,7 +275,7 @@ def calibrate(unseen: Unseen, labels: Labels, rows: NDArray[np.int64]) -> Calibr
 
 
 def recipe_of(config: TrainConfig, method: MethodSettings, steps: int | None = None) -> Recipe:
-    """The recipe that a training configuration asks for."""
+    """Return the recipe that a training configuration asks for."""
     chosen = config.architecture()
     return Recipe(
         method, chosen.classifier_width, chosen.classifier_layers, steps or config.classifier_steps, config.seed
@@ -285,7 +291,7 @@ def make_bundle(
     command: str,
     log: Callable[[str], None] = print,
 ) -> Bundle:
-    """Fits the classifier on all stored features of a work directory, calibrates it out of fold, writes the bundle."""
+    """Fit the classifier on all stored features of a work directory, calibrate it out of fold, write the bundle."""
     chosen, labels = config.architecture(), data.labels
     backbones = enabled_backbones(chosen.backbones, data.method.features)
     features = load_features(work, tuple(b.name for b in backbones))
@@ -324,21 +330,21 @@ def make_bundle(
 
 
 def _notes(config: TrainConfig, backbones: Mapping[str, nn.Module]) -> str:
-    """What the command does not say: which weights were given instead of being distilled."""
+    """Say what the command does not: which weights were given instead of being distilled."""
     if config.weights is None:
         return ""
-    told = []
+    lines = []
     for name, network in backbones.items():
         digest = hashlib.sha256()
         for key, value in sorted(network.state_dict().items()):
             digest.update(key.encode())
             digest.update(value.cpu().contiguous().numpy().tobytes())
-        told.append(f"{name} {digest.hexdigest()[:16]}")
-    return f"The backbones were given, not distilled in this training; digests of their weights: {', '.join(told)}."
+        lines.append(f"{name} {digest.hexdigest()[:16]}")
+    return f"The backbones were given, not distilled in this training; digests of their weights: {', '.join(lines)}."
 
 
 def _minutes(work: Path) -> dict[str, float]:
-    """Minutes of each network's training, from its checkpoint."""
+    """Read the minutes of each network's training from its checkpoint."""
     out = {}
     for name in ("segmenter", "convnext", "nasnet"):
         path = work / f"{name}.pt"

@@ -62,11 +62,11 @@ class TrainConfig(Settings):
     limit: int | None = Field(None, ge=40)  # only so many fields, for a smoke run
 
     def architecture(self) -> Preset:
-        """The preset with this run's settings."""
+        """Return the preset with this run's settings."""
         return preset(self.preset).model_copy(update={"method": self.method})
 
     def backbone(self, name: str) -> BackboneSpec:
-        """Specification of one backbone by name."""
+        """Return the specification of one backbone by name."""
         return next(spec for spec in self.architecture().backbones if spec.name == name)
 
 
@@ -86,7 +86,7 @@ class Labels:
         return len(self.keys)
 
     def subset(self, rows: NDArray[np.int64]) -> Labels:
-        """The given rows, with the whole table's digest."""
+        """Return the given rows, with the whole table's digest."""
         pick = [int(i) for i in rows]
         return Labels(
             tuple(self.keys[i] for i in pick),
@@ -99,7 +99,7 @@ class Labels:
 
 
 def read_labels(data_dir: Path, classes: tuple[str, ...] = CLASSES) -> Labels:
-    """Reads `all_fields.csv`, whose labels are of `classes`. Raises SourceError naming what is missing or unknown."""
+    """Read `all_fields.csv`, whose labels are of `classes`. Raises SourceError naming what is missing or unknown."""
     path = data_dir / FIELDS_CSV
     if not path.is_file():
         raise SourceError(f"no {FIELDS_CSV} in {data_dir}: point the data directory at the shared training data")
@@ -119,7 +119,7 @@ def read_labels(data_dir: Path, classes: tuple[str, ...] = CLASSES) -> Labels:
 
 
 def read_members(archive: Path, names: Sequence[str] | None) -> Iterator[NDArray[np.uint8]]:
-    """Decoded RGB images of a zip, in the order of `names`, or all of them by name."""
+    """Decode the RGB images of a zip, in the order of `names`, or all of them by name."""
     if not archive.is_file():
         raise SourceError(f"no {archive.name} in {archive.parent}: the data directory lacks training data")
     with zipfile.ZipFile(archive) as stored:
@@ -139,7 +139,7 @@ def read_members(archive: Path, names: Sequence[str] | None) -> Iterator[NDArray
 
 
 def masked_cell_names(archive: Path) -> list[str]:
-    """Names of the masks, sorted; the folder is the source."""
+    """List the names of the masks, sorted; the folder is the source."""
     if not archive.is_file():
         raise SourceError(f"no {archive.name} in {archive.parent}: the data directory lacks training data")
     with zipfile.ZipFile(archive) as stored:
@@ -147,7 +147,7 @@ def masked_cell_names(archive: Path) -> list[str]:
 
 
 def read_masked_cells(archive: Path) -> list[tuple[NDArray[np.uint8], NDArray[np.uint8]]]:
-    """White cells with hand-drawn masks: (RGB, semantic), sorted by name. Masks: white nucleus, grey cytoplasm."""
+    """Read white cells with hand-drawn masks: (RGB, semantic), sorted by name. Masks: white nucleus, grey cytoplasm."""
     masks = masked_cell_names(archive)
     images = read_members(archive, [n.removesuffix(".png") + ".bmp" for n in masks])
     drawn = read_members(archive, masks)
@@ -160,7 +160,7 @@ def read_masked_cells(archive: Path) -> list[tuple[NDArray[np.uint8], NDArray[np
 def mosaic(
     cells: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], side: int, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """One field of `side` px tiled from single-cell images, each brought to the training fields' scale."""
+    """Tile one field of `side` px from single-cell images, each brought to the training fields' scale."""
     rgb, semantic = np.zeros((side, side, 3), np.uint8), np.zeros((side, side), np.uint8)
     y = 0
     while y < side:
@@ -189,7 +189,7 @@ class BoxedField:
 
 
 def read_boxed_fields(data_dir: Path) -> list[BoxedField]:
-    """Fields of another source with boxes of white cells, sorted by name. Raises SourceError naming what is missing."""
+    """Read another source's fields with boxes of white cells, by name. Raises SourceError naming what is missing."""
     path = data_dir / BOXES_CSV
     if not path.is_file():
         raise SourceError(f"no {BOXES_CSV} in {data_dir}: the data directory lacks training data")
@@ -208,7 +208,7 @@ def read_boxed_fields(data_dir: Path) -> list[BoxedField]:
 
 
 def scaled_to_field(rgb: NDArray[np.uint8], method: MethodSettings) -> NDArray[np.uint8]:
-    """An image of unknown scale as a run sees it: resized to fit the field, uint8 [h, w, 3]."""
+    """Resize an image of unknown scale as a run does, to fit the field, uint8 [h, w, 3]."""
     geometry = field_geometry(rgb.shape[1], rgb.shape[0], None, method.segment)
     if rgb.shape[:2] == (geometry.height, geometry.width):
         return rgb
@@ -217,13 +217,13 @@ def scaled_to_field(rgb: NDArray[np.uint8], method: MethodSettings) -> NDArray[n
 
 
 def padded(image: NDArray[np.uint8], side: int) -> NDArray[np.uint8]:
-    """[h, w, ...] mirrored at its right and lower edge up to `side`, as a run pads its tiles."""
+    """Mirror [h, w, ...] at its right and lower edge up to `side`, as a run pads its tiles."""
     beyond = [(0, side - image.shape[0]), (0, side - image.shape[1])] + [(0, 0)] * (image.ndim - 2)
     return np.pad(image, beyond, mode="symmetric")
 
 
 def boxed_classes(rgb: NDArray[np.uint8], boxes: NDArray[np.float32]) -> NDArray[np.uint8]:
-    """Classes that boxes vouch for: uint8 [H, W] with `UNKNOWN` where they leave it open.
+    """Return the classes that boxes vouch for: uint8 [H, W] with `UNKNOWN` where they leave it open.
 
     Outside of every box there is no white cell. In a box, the darker part by Otsu on green is nucleus; what else lies
     well inside the inscribed ellipse is cytoplasm; the rest of the box is open.
@@ -249,7 +249,7 @@ def boxed_classes(rgb: NDArray[np.uint8], boxes: NDArray[np.float32]) -> NDArray
 
 
 def segmentation_sources(data_dir: Path, method: MethodSettings, role: Literal["train", "held_out"]) -> dict[str, Any]:
-    """Normalised fields with classes, uint8 [n, S, S, 4]: of hand-drawn masks and of boxes (`boxed`).
+    """Return normalised fields with classes, uint8 [n, S, S, 4]: of hand-drawn masks and of boxes (`boxed`).
 
     Masks of images smaller than the field are `drawn_small`, of others `drawn_large`: the sources differ in number and
     in stain, and each shall have its share of the training.
@@ -296,7 +296,7 @@ class Prepared:
 
 
 def prepare(config: TrainConfig, data_dir: Path, work: Path) -> None:
-    """Normalises all fields, labels pixels classically, caches windows around cells. Fits nothing."""
+    """Normalise all fields, label pixels classically, cache windows around cells. Fits nothing."""
     done = work / "prepare.json"
     if done.is_file():
         return
@@ -334,7 +334,7 @@ def prepare(config: TrainConfig, data_dir: Path, work: Path) -> None:
 def mosaics(
     cells: Sequence[tuple[NDArray[np.uint8], NDArray[np.uint8]]], seed: int, method: MethodSettings
 ) -> NDArray[np.uint8]:
-    """Normalised mosaics and their classes, uint8 [96, S, S, 4], of the masked cells that are not held out."""
+    """Return normalised mosaics and their classes, uint8 [96, S, S, 4], of the masked cells that are not held out."""
     chosen = [cell for i, cell in enumerate(cells) if i % HELD_OUT_EVERY]
     rng = np.random.default_rng((seed, 0))
     settings = method.normalize.model_copy(update={"mask_overlays": False})
@@ -347,7 +347,7 @@ def mosaics(
 
 
 def load_prepared(config: TrainConfig, data_dir: Path, work: Path) -> Prepared:
-    """Opens what `prepare` left; refuses data that has changed since."""
+    """Open what `prepare` left; refuse data that has changed since."""
     document = json.loads((work / "prepare.json").read_text("utf-8"))
     labels = read_labels(data_dir)
     if labels.digest != document["data_digest"]:
@@ -363,7 +363,7 @@ def load_prepared(config: TrainConfig, data_dir: Path, work: Path) -> Prepared:
 
 
 def open_work(config: TrainConfig, work: Path) -> None:
-    """Binds a work directory to a configuration, so that a rerun continues and a different run cannot mix with it."""
+    """Bind a work directory to a configuration, so that a rerun continues and a different run cannot mix with it."""
     work.mkdir(parents=True, exist_ok=True)
     path, document = work / "config.json", config.model_dump(mode="json")
     if path.is_file():
@@ -379,14 +379,14 @@ def open_work(config: TrainConfig, work: Path) -> None:
 
 
 def write_json(path: Path, document: object) -> None:
-    """Writes JSON atomically."""
+    """Write JSON atomically."""
     temporary = path.with_suffix(".part")
     temporary.write_text(json.dumps(document, indent=1), "utf-8")
     os.replace(temporary, path)
 
 
 def balanced_weights(labels: Labels, rows: NDArray[np.int64]) -> NDArray[np.float64]:
-    """Sampling weights of `rows`: every class alike, and within it clusters by the square root of their size."""
+    """Return sampling weights of `rows`: every class alike, and within it clusters by the square root of their size."""
     _, group, sizes = np.unique([labels.cluster[int(i)] for i in rows], return_inverse=True, return_counts=True)
     weight = 1 / np.sqrt(sizes[group])
     weight /= np.bincount(labels.y[rows], weight)[labels.y[rows]]
@@ -397,7 +397,7 @@ def balanced_weights(labels: Labels, rows: NDArray[np.int64]) -> NDArray[np.floa
 def grouped_folds(
     y: NDArray[np.int64], groups: NDArray[np.str_], folds: int, seed: int
 ) -> list[tuple[NDArray[np.int64], NDArray[np.int64]]]:
-    """Training and test rows of folds that keep groups whole and spread each class; another seed, another deal.
+    """Return training and test rows of folds that keep groups whole and spread each class; another seed, another deal.
 
     Groups are dealt in random order, each to the fold that has fewest fields of its class, among those to the one with
     fewest fields. scikit-learn's StratifiedGroupKFold deals by size, so its repeats are nearly the same when groups

@@ -35,7 +35,7 @@ class CellCrops:
 def collect_cells(
     fields: Iterable[tuple[NDArray[np.uint8], NDArray[np.uint8], NDArray[np.uint16]]], method: MethodSettings
 ) -> CellCrops:
-    """Cells of fields given as picture to cut from, classes and cells: uint8 [S, S, 3], uint8 and uint16 [S, S]."""
+    """Collect cells of fields given as (image, classes, cells): uint8 [S, S, 3], uint8 and uint16 [S, S]."""
     window, side = method.features.cell_window_px, method.features.cell_px
     crops, masks, areas, offsets = [], [], [], [0]
     for image, classes, cells in fields:
@@ -56,7 +56,7 @@ def collect_cells(
 def find_cells(
     config: TrainConfig, data: Prepared, work: Path, device: str, log: Callable[[str], None] = print
 ) -> None:
-    """Segments all fields with the trained segmenter (classically where it is switched off) and caches crops."""
+    """Segment all fields with the trained segmenter (classically where it is switched off) and cache crops."""
     done = work / "cells_offsets.npy"
     if done.is_file():
         return
@@ -79,7 +79,7 @@ def find_cells(
 
 
 def load_cells(work: Path) -> CellCrops:
-    """Opens what `find_cells` left."""
+    """Open what `find_cells` left."""
     crops, masks, offsets, area = (
         np.load(work / f"cells_{name}.npy", mmap_mode="r") for name in ("crops", "masks", "offsets", "area")
     )
@@ -87,7 +87,7 @@ def load_cells(work: Path) -> CellCrops:
 
 
 def rows_of(offsets: NDArray[np.int64], fields: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Rows of the cells of the given fields, in their order."""
+    """Return the rows of the cells of the given fields, in their order."""
     parts = [np.arange(offsets[i], offsets[i + 1]) for i in fields]
     return np.concatenate(parts) if parts else np.zeros(0, np.int64)
 
@@ -100,7 +100,7 @@ def backbone_features(
     device: str,
     log: Callable[[str], None] = print,
 ) -> None:
-    """Features of one trained backbone for all cells."""
+    """Compute the features of one trained backbone for all cells."""
     done = work / f"features_{name}.npy"
     if done.is_file():
         return
@@ -117,7 +117,7 @@ def backbone_features(
 
 
 def load_features(work: Path, backbones: tuple[str, ...]) -> Features:
-    """Columns of the given backbones side by side, in their order."""
+    """Load the columns of the given backbones side by side, in their order."""
     single = np.concatenate([np.load(work / f"features_{name}.npy") for name in backbones], axis=-1)
     cells = load_cells(work)
     offsets, area = np.array(cells.offsets), np.array(cells.area)

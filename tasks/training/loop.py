@@ -32,14 +32,14 @@ class MovingAverage:
     """Exponential moving average of weights and normalisation statistics; the average is what is kept."""
 
     def __init__(self, model: nn.Module, decay: float) -> None:
-        """Starts as a copy of the model."""
+        """Start as a copy of the model."""
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
         self.decay = decay
         self.updates = 0
 
     @torch.no_grad()
     def update(self, model: nn.Module) -> None:
-        """Moves towards the model; early on the window is shorter, so that the random start is forgotten."""
+        """Move towards the model; early on the window is shorter, so that the random start is forgotten."""
         self.updates += 1
         decay = min(self.decay, self.updates / (self.updates + 10))
         for mine, theirs in zip(self.model.state_dict().values(), model.state_dict().values(), strict=True):
@@ -57,7 +57,7 @@ class Progress:
     seconds: float = 0.0
 
     def share(self, budget: Budget) -> float:
-        """How much of the budget is spent, by steps or by time, whichever is further."""
+        """Return how much of the budget is spent, by steps or by time, whichever is further."""
         return max(self.step / budget.steps, self.seconds / (60 * budget.minutes))
 
 
@@ -73,7 +73,7 @@ def run_steps(
     save_every_s: float = 60.0,
     log: Callable[[str], None] = print,
 ) -> nn.Module:
-    """AdamW on `loss_of(step, progress)` until the budget is spent; returns the moving average.
+    """Run AdamW on `loss_of(step, progress)` until the budget is spent; return the moving average.
 
     State is saved to `checkpoint`, if given, every `save_every_s` seconds, and a rerun continues there. A loss must
     draw its randomness from the step's number alone, so that an interrupted training sees the batches that an
@@ -135,13 +135,13 @@ def _save(
 
 
 def to_tensor(images: NDArray[np.uint8], device: str | torch.device) -> Tensor:
-    """uint8 [N, h, w, 3] to float32 [N, 3, h, w] in 0..1, channels last in memory."""
+    """Convert uint8 [N, h, w, 3] to float32 [N, 3, h, w] in 0..1, channels last in memory."""
     batch = torch.from_numpy(np.array(images, order="C")).to(device).permute(0, 3, 1, 2)
     return batch.float().div(255)
 
 
 def stain_jitter(rgb: Tensor, generator: torch.Generator, strength: float = 1.0) -> Tensor:
-    """Random stain in optical density (after Tellez et al. 2018), brightness, contrast and sharpness.
+    """Vary stain in optical density (after Tellez et al. 2018), brightness, contrast and sharpness at random.
 
     `rgb` float32 [N, 3, h, w] in 0..1; every image gets its own draw.
     """
@@ -165,7 +165,7 @@ def stain_jitter(rgb: Tensor, generator: torch.Generator, strength: float = 1.0)
 
 
 def random_windows(windows: Tensor, side: int, window_px: float, generator: torch.Generator) -> Tensor:
-    """Turned, mirrored, scaled and shifted crops float32 [N, 3, side, side] from cached windows [N, 3, W, W]."""
+    """Cut turned, mirrored, scaled and shifted crops float32 [N, 3, side, side] from cached windows [N, 3, W, W]."""
     n, width = windows.shape[0], windows.shape[-1]
     u = torch.rand(n, 5, generator=generator)
     angle = u[:, 0] * 2 * math.pi

@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 def run_phase(phase: Phase, config: TrainConfig, data_dir: Path, work: Path, device: str, threads: int) -> None:
-    """Runs one phase of network training to its end, from its checkpoint if there is one.
+    """Run one phase of network training to its end, from its checkpoint if there is one.
 
     Meant for a process of its own: it sets the number of threads of torch and OpenCV.
     """

@@ -29,7 +29,7 @@ ZOOM = {
 
 
 def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
-    """Cross-entropy plus soft Dice over the foreground classes; logits [N, 3, h, w], target int64 [N, h, w].
+    """Compute cross-entropy plus soft Dice over the foreground classes; logits [N, 3, h, w], target int64 [N, h, w].
 
     Pixels of class UNKNOWN count nowhere.
     """
@@ -44,7 +44,7 @@ def segmentation_loss(logits: Tensor, target: Tensor) -> Tensor:
 def turned_window(
     rgb: NDArray[np.uint8], classes: NDArray[np.uint8], zoom: float, rng: np.random.Generator
 ) -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
-    """A square of CROP_PX from a field at another scale, turned and mirrored at random; mirrored beyond the edge."""
+    """Cut a square of CROP_PX from a field at another scale, turned and flipped at random; mirrored beyond the edge."""
     height, width = classes.shape
     angle, mirror = rng.uniform(0, 2 * np.pi), 1 if rng.integers(2) else -1
     half = CROP_PX / 2
@@ -67,7 +67,7 @@ def turned_window(
 def train_segmenter(
     config: TrainConfig, data: Prepared, work: Path, device: str, log: Callable[[str], None] = print
 ) -> None:
-    """Leaves `segmenter.safetensors` in the work directory."""
+    """Leave `segmenter.safetensors` in the work directory."""
     done = work / "segmenter.safetensors"
     if done.is_file():
         return
@@ -102,7 +102,7 @@ def train_segmenter(
 
 
 def load_segmenter(spec: UNetSpec, work: Path, device: str) -> AttentionUNet:
-    """The trained segmenter of a work directory, in evaluation mode."""
+    """Load the trained segmenter of a work directory, in evaluation mode."""
     model = AttentionUNet(spec)
     model.load_state_dict(load_file(work / "segmenter.safetensors"))
     model.eval().requires_grad_(False)

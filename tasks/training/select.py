@@ -73,7 +73,7 @@ def mrmr(
 
 
 def f_statistic(x: NDArray[np.floating], y: NDArray[np.integer]) -> NDArray[np.float64]:
-    """One-way analysis of variance of every column against the class: float64 [d]; constant columns get 0.
+    """Compute the one-way analysis of variance of every column against the class: float64 [d]; constant columns get 0.
 
     A column that separates the classes perfectly gets a huge, finite value.
 
@@ -103,7 +103,7 @@ def f_statistic(x: NDArray[np.floating], y: NDArray[np.integer]) -> NDArray[np.f
 
 
 def _centred(x: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Columns as rows, float64 [d, n], minus their means; and which of them are constant but for rounding."""
+    """Return columns as rows, float64 [d, n], minus their means; and which of them are constant but for rounding."""
     values = np.array(x.T, dtype=np.float64, order="C")
     square = np.einsum("ij,ij->i", values, values)
     values -= values.mean(axis=1, keepdims=True)
@@ -111,7 +111,7 @@ def _centred(x: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.b
 
 
 def _unit_columns(x: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray[np.bool_]]:
-    """Centred columns as rows of length 1, constant ones as zeros: their products are Pearson correlations."""
+    """Return centred columns as rows of length 1, constant ones as zeros: their products are Pearson correlations."""
     values, constant = _centred(x)
     values[constant] = 0.0
     norm = np.sqrt(np.einsum("ij,ij->i", values, values))
@@ -120,7 +120,7 @@ def _unit_columns(x: NDArray[np.floating]) -> tuple[NDArray[np.float64], NDArray
 
 
 def _likely(score: NDArray[np.float64], pick: int, rows: dict[int, NDArray[np.float64]]) -> NDArray[np.int64]:
-    """The pick and the best scored columns beside it whose correlations are not known yet."""
+    """Return the pick and the best scored columns beside it whose correlations are not known yet."""
     masked = score.copy()
     masked[[pick, *rows]] = -np.inf
     size = min(BLOCK, len(score)) - 1

@@ -82,14 +82,14 @@ def _look(run: Storage, name: str, amendment: Amendment, check: str) -> Amended 
         theirs = read_binding(run).patient_key_check
     except (LeukoflowError, OSError, pa.ArrowException) as error:
         raise StorageError(
-            f"run {name} cannot be searched for the patient ({words_of(error)}); mend or delete it first. "
+            f"run {name} cannot be searched for the patient ({words_of(error)}); repair or delete it first. "
             "Nothing was changed"
         ) from None
     if not images and not missing:
         return None
     if check and theirs not in ("", check):
         raise ConfigError(
-            f"run {name} is concerned, and its pseudonyms were made with another patient key: set {PATIENT_KEY} to "
+            f"run {name} is affected, but its pseudonyms were made with another patient key: set {PATIENT_KEY} to "
             "that one, or give pseudonyms (p_...). Nothing was changed"
         )
     if state.state != "finished":
@@ -127,7 +127,7 @@ def _apply(run: Storage) -> None:
     for key in intent.stale:
         run.delete(key)
     if not run.intact(intent.parts):
-        raise StorageError(f"{run.root}: changed parts could not be put in place; give the same command again")
+        raise StorageError(f"{run.root}: changed parts could not be put in place; run the same command again")
     for key, _, _ in intent.books:
         run.write(key, run.read(f"{intent.prefix}/{key}"))
     run.delete(RunKey.REPORT)  # it shows slides and pixels; `leukoflow report` builds it again

@@ -61,7 +61,7 @@ def check_log(data: bytes, previous: str = NOTHING, before: int = 0) -> AuditVer
     problems: list[str] = []
     lines = data.split(b"\n")
     if lines[-1]:
-        problems.append(f"line {len(lines)} has no end: something was cut off or added")
+        problems.append(f"line {len(lines)} is incomplete: something was cut off or added")
     else:
         lines.pop()
     for number, line in enumerate(lines, before + 1):

@@ -37,12 +37,12 @@ class Discrepancy:
 
 def publish_again(command: str) -> str:
     """Say how the manifest and the summary tables are written again from what is committed."""
-    return f"delete {RunKey.MANIFEST} and give the run's command again, which publishes it again: {command}"
+    return f"delete {RunKey.MANIFEST} and repeat the run's command, which publishes it again: {command}"
 
 
 def compute_again(command: str) -> str:
     """Say how parts are repaired."""
-    return f"give the run's command again, which computes again what does not hold: {command}"
+    return f"repeat the run's command, which computes again what does not hold: {command}"
 
 
 def in_manifest(what: str, command: str) -> Discrepancy:

@@ -116,12 +116,12 @@ class RunDiff:
 
 
 def verdict(outcome: Outcome | None) -> str:
-    """An outcome in one word."""
+    """Return an outcome in one word."""
     return ABSENT if outcome is None else outcome.verdict
 
 
 def outcome_of(row: dict[str, Any]) -> Outcome:
-    """An outcome from a row of `predictions/`."""
+    """Make an outcome from a row of `predictions/`."""
     chosen = row["prediction_set"]
     return Outcome(
         image_key=row["image_key"],
@@ -136,7 +136,7 @@ def outcome_of(row: dict[str, Any]) -> Outcome:
 
 
 def differences(a: Outcome, b: Outcome, tolerance: float = 0.0) -> tuple[str, ...]:
-    """Names of the fields in which two outcomes differ; confidences may differ by the tolerance."""
+    """Name the fields in which two outcomes differ; confidences may differ by the tolerance."""
     found = [
         name
         for name in ("image_key", "member_sha256", "slide", "status", "label", "prediction_set", "reason")
@@ -150,7 +150,7 @@ def differences(a: Outcome, b: Outcome, tolerance: float = 0.0) -> tuple[str, ..
 
 
 def change_of(a: Outcome | None, b: Outcome | None, tolerance: float = 0.0) -> ImageChange | None:
-    """How an image differs, None where it does not."""
+    """Say how an image differs, None where it does not."""
     if a is None or b is None:
         known = a or b
         assert known is not None
@@ -163,7 +163,7 @@ def change_of(a: Outcome | None, b: Outcome | None, tolerance: float = 0.0) -> I
 def setup_differences(
     a: RunManifest, b: RunManifest, command_a: str = "", command_b: str = ""
 ) -> tuple[tuple[str, str, str], ...]:
-    """In what the two runs were made differently: source, bundle, settings, software."""
+    """Say in what the two runs were made differently: source, bundle, settings, software."""
     rows = [
         (name, str(getattr(a, name)), str(getattr(b, name)))
         for name in ("bundle", "bundle_digest", "device", "shard_size", "schema_version", "missing", "ignored")
@@ -189,7 +189,7 @@ _LEFT_OUT = ("--out", "--run-id", "--bundle", "--shard-size", "--device", "--wor
 
 
 def _options(command: str) -> dict[str, str]:
-    """Options of the command that made a run, without those that are left out."""
+    """Return the options of the command that made a run, without those that are left out."""
     try:
         words = shlex.split(command)
     except ValueError:  # a quote that never ends: somebody has edited it
@@ -236,7 +236,7 @@ class _Tally:
                 slide.examples.append(change.image_key)
 
     def changed_slides(self) -> tuple[SlideChange, ...]:
-        """Those with most images of another label or status first, then those with most other changes."""
+        """List the slides that differ, those with most changed labels or statuses first, then by other changes."""
         found = [
             SlideChange(name, s.images, s.moved, s.changed, _ordered(s.transitions), tuple(s.examples))
             for name, s in self.slides.items()
@@ -255,7 +255,7 @@ def _ordered(counts: Counter[tuple[str, str]]) -> tuple[tuple[str, str, int], ..
 def diff_runs(
     root_a: str, root_b: str, sink: Callable[[ImageChange], None] = lambda change: None, tolerance: float = 0.0
 ) -> RunDiff:
-    """Compares two finished runs; every image that differs is handed to `sink` as soon as it is found.
+    """Compare two finished runs; every image that differs is handed to `sink` as soon as it is found.
 
     Raises StorageError where one of them is no finished run, or a part cannot be read.
     """
@@ -286,13 +286,13 @@ def diff_runs(
 
 
 def outcomes(storage: Storage, manifest: RunManifest) -> Iterator[Outcome]:
-    """The outcomes of a run in plan order."""
+    """Yield the outcomes of a run in plan order."""
     for table in stream(storage, (f.key for f in table_files(manifest.parts, RunKey.PREDICTIONS)), COLUMNS):
         yield from map(outcome_of, table.to_pylist())
 
 
 def same_order(storage_a: Storage, a: RunManifest, storage_b: Storage, b: RunManifest) -> bool:
-    """Whether both runs list the same image keys in the same order."""
+    """Tell whether both runs list the same image keys in the same order."""
     if a.members != b.members:
         return False
     digests = [{key: sha256 for key, _, sha256 in m.tables}.get(RunKey.PLAN) for m in (a, b)]
@@ -326,7 +326,7 @@ def _command(storage: Storage) -> str:
 
 @contextmanager
 def joined(a: Iterator[Outcome], b: Iterator[Outcome]) -> Iterator[Iterator[Pair]]:
-    """Pairs by image key; of those left over by content, in order; then what only one of them has."""
+    """Pair by image key; of those left over by content, in order; then what only one of them has."""
     with tempfile.TemporaryDirectory(prefix="leukoflow-diff-") as scratch:
         base = sqlite3.connect(Path(scratch) / "join.sqlite", isolation_level=None)
         try:
@@ -356,7 +356,7 @@ def _join(base: sqlite3.Connection, a: Iterator[Outcome], b: Iterator[Outcome]) 
 
 
 def _taken(base: sqlite3.Connection, column: str, value: str) -> Outcome | None:
-    """Takes the first row of A that has the value out of it."""
+    """Take the first row of A that has the value out of it."""
     found = base.execute(f"SELECT seq, row FROM a WHERE {column} = ? ORDER BY seq LIMIT 1", (value,)).fetchone()
     if found is None:
         return None
@@ -409,7 +409,7 @@ class ChangeFiles:
         return self
 
     def add(self, change: ImageChange) -> None:
-        """Writes one image."""
+        """Write one image."""
         if self._writer is not None:
             cells = [_plain(run, name) for name in _COMPARED for run in (change.before, change.after)]
             self._writer.writerow([change.slide, change.image_key, change.change, " ".join(change.fields), *cells])
@@ -419,7 +419,7 @@ class ChangeFiles:
             self._first = False
 
     def finish(self, found: RunDiff) -> None:
-        """Completes the files and puts them in their places."""
+        """Complete the files and put them in their places."""
         if self._json is not None:
             text = json.dumps({**asdict(found), "same": found.same}, ensure_ascii=False, indent=1)
             self._open[self._json].write(f'\n], "summary": {text}}}\n')

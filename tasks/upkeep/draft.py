@@ -95,7 +95,7 @@ class Draft:
         if not self.run.intact([file]):
             raise StorageError(
                 f"{self.run.uri(file[0])} is not what was committed, and nothing was changed in this run; `leukoflow "
-                "verify` tells what to do, then give the same command again"
+                "verify` says what to do, then run the same command again"
             )
 
     def _digest(self, key: str) -> FileRef:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 
 from leukoflow.core.errors import ConfigError, LeukoflowError, StorageError, words_of
-from leukoflow.models.registry import Ledger, Registered, Registry
+from leukoflow.models.registry import Registered, Registry, RegistryState
 from leukoflow.runs.progress import list_runs, read_binding
 from leukoflow.storage.opening import open_storage
 
@@ -21,16 +21,18 @@ class BundleDecision:
     why: str
 
 
-def decide(ledger: Ledger, needed: Mapping[str, str], keep_days: float, moment: datetime) -> tuple[BundleDecision, ...]:
+def decide(
+    state: RegistryState, needed: Mapping[str, str], keep_days: float, moment: datetime
+) -> tuple[BundleDecision, ...]:
     """Decide what is to become of every bundle; `needed` maps the digests that runs need to one of these runs."""
     found = []
-    for bundle in ledger.bundles:
+    for bundle in state.bundles:
         if bundle.state == "removed":
             continue
         days = (moment - datetime.fromisoformat(bundle.changed_at)).total_seconds() / 86400
-        if bundle.digest == ledger.approved:
+        if bundle.digest == state.approved:
             decision = BundleDecision(bundle, False, "it is approved")
-        elif bundle.digest in ledger.approvals[-2:]:
+        elif bundle.digest in state.approvals[-2:]:
             decision = BundleDecision(bundle, False, "a rollback goes back to it")
         elif bundle.digest in needed:
             decision = BundleDecision(bundle, False, f"run {needed[bundle.digest]} needs it")
@@ -59,7 +61,7 @@ def needed_bundles(outs: Sequence[str]) -> dict[str, str]:
                 binding = read_binding(storage)
             except LeukoflowError as error:
                 raise StorageError(
-                    f"what bundle run {name} needs is not known ({words_of(error)}); mend or delete it first. "
+                    f"what bundle run {name} needs is not known ({words_of(error)}); repair or delete it first. "
                     "Nothing was removed"
                 ) from None
             found.setdefault(binding.bundle_digest, f"{out.rstrip('/')}/{name}")
@@ -72,7 +74,7 @@ def prune(
     """Remove bundles that nothing needs, and return what has become of every one. The history tells of each."""
     if not outs:
         raise ConfigError("name every folder or prefix that holds runs (--out), so that no bundle of theirs goes")
-    decisions = decide(registry.ledger(), needed_bundles(outs), keep_days, datetime.now(UTC))
+    decisions = decide(registry.state(), needed_bundles(outs), keep_days, datetime.now(UTC))
     if not dry_run:
         registry.prune([(v.bundle.digest, v.why) for v in decisions if v.remove], by)
     return decisions

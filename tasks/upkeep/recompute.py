@@ -21,7 +21,7 @@ from leukoflow.runs.records import Host, read_reason
 from leukoflow.runs.schema import SINCE_2
 from leukoflow.storage.base import Storage
 from leukoflow.storage.opening import open_storage
-from leukoflow.tasks.inference.stages import classify, extract, prepare, segment, trail_of
+from leukoflow.tasks.inference.stages import classify, extract, prepare, segment, written_by
 from leukoflow.tasks.inference.worker import opened_bundle, planned
 from leukoflow.tasks.intake.manifest import META_PREFIX
 from leukoflow.tasks.store.commit import STAGES, marker_key, read_marker, stage_keys
@@ -98,7 +98,7 @@ def recompute(job: ShardJob) -> None:
     while first < job.shard.first + job.shard.count:
         block = prepare(job, first)
         segmented = segment(job, block, before)
-        before, features, first = trail_of(segmented), extract(job, segmented, features), block.next
+        before, features, first = written_by(segmented), extract(job, segmented, features), block.next
     classify(job, features)
 
 

@@ -144,7 +144,7 @@ def reproduce_run(
     device = manifest.device
     if device == "cuda" and not _has_gpu():
         device = "cpu"
-        notes.append("the run was computed on a GPU, and there is none here: other last digits are to be expected")
+        notes.append("the run was computed on a GPU, and there is none here: expect the last digits to differ")
     limits, noted = _limits(storage)
     notes += noted
     chosen = sample(-(-manifest.members // manifest.shard_size), shards, seed)
@@ -175,7 +175,7 @@ def _gather(waiting: set[Future[Compared]], compared: list[Compared]) -> None:
         compared.append(future.result())
     except BrokenProcessPool:
         raise ShardError(
-            "a process that computed a shard again died (out of memory?); give the command again with fewer --workers"
+            "a process that computed a shard again died (out of memory?); run the command again with fewer --workers"
         ) from None
 
 
@@ -221,7 +221,7 @@ def _bundle(m: RunManifest, place: str | None, registry: str | None) -> Bundle:
             return bundle
         seen.append(f"{where} is {bundle.digest[:12]} now")
     raise BundleError(
-        f"the bundle {m.bundle_digest[:12]} of run {m.run_id} is not to be had ({'; '.join(seen)}): say with --bundle "
+        f"the bundle {m.bundle_digest[:12]} of run {m.run_id} cannot be found ({'; '.join(seen)}): say with --bundle "
         "where it is, or register it again"
     )
 
@@ -236,7 +236,7 @@ def _limits(storage: Storage) -> tuple[LimitSettings, list[str]]:
     """Read the limits that the run was made with, as far as it recorded them."""
     recorded = read_binding(storage).config
     if not recorded:
-        return LimitSettings(), ["the run did not record its settings; limits are taken to be the usual ones"]
+        return LimitSettings(), ["the run did not record its settings; the default limits are assumed"]
     try:
         return LimitSettings.model_validate(json.loads(recorded)["limits"]), []
     except (ValueError, KeyError) as error:

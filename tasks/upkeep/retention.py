@@ -46,7 +46,7 @@ class Decision:
 
 
 def decide(runs: Sequence[Candidate], keep_days: float, keep_last: int, moment: datetime) -> tuple[Decision, ...]:
-    """What is to become of every run, those that reuse others before these, else the oldest first.
+    """Decide what becomes of every run, those that reuse others before these, else the oldest first.
 
     Kept are: what is in progress or cannot be read; what was active within `keep_days`; the `keep_last` finished runs
     that ended last; and whatever a run that is kept takes over stages from. A shadow run stays and goes with the run
@@ -101,7 +101,7 @@ def _days(run: Candidate, moment: datetime) -> float:
 
 
 def _depth(run_id: str, reuse: dict[str, str | None]) -> int:
-    """Minus the length of the chain of runs that this one builds on: users come before what they use."""
+    """Return minus the length of the chain of runs that this one builds on: users come before what they use."""
     seen = {run_id}
     current = reuse.get(run_id)
     while current is not None and current in reuse and current not in seen:
@@ -114,7 +114,7 @@ def _depth(run_id: str, reuse: dict[str, str | None]) -> int:
 
 
 def candidates(out: str) -> list[Candidate]:
-    """All runs of an output folder. Raises ConfigError when there is none."""
+    """List all runs of an output folder. Raises ConfigError when there is none."""
     names = list_runs(out)
     if not names:
         raise ConfigError(f"{out} holds no run; retention needs the folder or prefix that was given to `run --out`")
@@ -122,7 +122,7 @@ def candidates(out: str) -> list[Candidate]:
 
 
 def look(out: str, run_id: str) -> Candidate:
-    """One run, as it is now."""
+    """Look at one run, as it is now."""
     storage = open_storage(out)
     if storage.is_local and os.path.islink(storage.uri(run_id)):
         return Candidate(run_id, "?", None, None, "it is a link to another place; delete it by hand")
@@ -157,7 +157,7 @@ def _hindrance(storage: Storage, run_id: str, state: RunState) -> str | None:
 
 
 def plan_retention(out: str, keep_days: float, keep_last: int) -> tuple[Decision, ...]:
-    """What retention would do now, with the bytes of what would go."""
+    """Plan what retention would do now, with the bytes of what would go."""
     storage = open_storage(out)
     decided = decide(candidates(out), keep_days, keep_last, datetime.now(UTC))
     measured = []
@@ -170,7 +170,7 @@ def plan_retention(out: str, keep_days: float, keep_last: int) -> tuple[Decision
 def retain(
     out: str, keep_days: float, keep_last: int, report: Callable[[Decision], None] = lambda decision: None
 ) -> tuple[Decision, ...]:
-    """Deletes what the policy lets go, and returns what has become of every run.
+    """Delete what the policy lets go, and return what became of every run.
 
     The audit log has an entry before and after each deletion. A run is looked at again right before it goes. Cut off in
     between, the next call goes on where this one was.
@@ -192,7 +192,7 @@ def retain(
 
 
 def _delete(storage: Storage, decision: Decision) -> None:
-    """Deletes a run: the manifest first, so that nobody trusts what is left; `run.json` last, so that it is found."""
+    """Delete a run: the manifest first, so that nobody trusts what is left; `run.json` last, so that it is found."""
     run_id = decision.run_id
     try:
         sha256 = hashlib.sha256(storage.read(OutKey.of_run(run_id, RunKey.MANIFEST))).hexdigest()
@@ -205,8 +205,8 @@ def _delete(storage: Storage, decision: Decision) -> None:
         storage.delete(f"{run_id}/{name}")
     if left := [n for n in storage.names(run_id) if n != RunKey.BINDING]:
         raise StorageError(
-            f"{storage.uri(run_id)} could not be deleted wholly ({', '.join(left)} stayed): check the permissions, "
-            "then give the same command again"
+            f"{storage.uri(run_id)} could not be deleted completely ({', '.join(left)} stayed): check the permissions, "
+            "then run the same command again"
         )
     storage.abort_uploads(run_id)
     storage.delete(OutKey.of_run(run_id, RunKey.BINDING))

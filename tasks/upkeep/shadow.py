@@ -51,7 +51,7 @@ class ShadowSummary:
 
 
 def summarise(found: RunDiff, shadow: RunManifest, digests: tuple[str, str]) -> ShadowSummary:
-    """The numbers of a comparison of a run (A) and its shadow (B); `digests` are those of their manifests."""
+    """Sum up the comparison of a run (A) and its shadow (B); `digests` are those of their manifests."""
     assert shadow.shadow_of is not None
     bundles = {name: (a, b) for name, a, b in found.setup}
     return ShadowSummary(
@@ -74,7 +74,7 @@ def summarise(found: RunDiff, shadow: RunManifest, digests: tuple[str, str]) -> 
 
 
 def as_markdown(s: ShadowSummary) -> str:
-    """The comparison for the dashboard."""
+    """Write the comparison as Markdown for the dashboard."""
     order = {name: i for i, name in enumerate(CLASSES)}
     rows = sorted((t for t in s.transitions if t[0] != t[1]), key=lambda t: (-t[2], order.get(t[0], 9)))
     lines = [
@@ -94,7 +94,7 @@ def as_markdown(s: ShadowSummary) -> str:
 
 
 def newest_run(out: str) -> str:
-    """The finished run that ended last, shadow runs left out. Raises ConfigError where there is none."""
+    """Find the finished run that ended last, shadow runs left out. Raises ConfigError where there is none."""
     found = []
     for name in list_runs(out):
         try:
@@ -111,7 +111,7 @@ def newest_run(out: str) -> str:
 def shadow_config(
     out: str, run_id: str | None, bundle: str, workers: int | None = None, cluster: str | None = None
 ) -> RunConfig:
-    """Settings of the shadow run of a finished run (by default the newest) with a candidate bundle.
+    """Make the settings of the shadow run of a finished run (by default the newest) with a candidate bundle.
 
     Raises ConfigError where the run did not record its settings, or is not there.
     """
@@ -123,8 +123,8 @@ def shadow_config(
         raise ConfigError(f"there is no run {run_id} in {out}") from None
     if not binding.config:
         raise ConfigError(
-            f"run {run_id} was made by a version that did not record all settings, so its shadow cannot be made alike; "
-            f"compare it with a run of its own: {_by_hand(binding, out, bundle)}"
+            f"run {run_id} was made by a version that did not record all settings, so it cannot "
+            f"have a shadow with the same settings; compare it with a run of its own: {_by_hand(binding, out, bundle)}"
         )
     recorded = {name: value for name, value in json.loads(binding.config).items() if name not in _NOT_TAKEN}
     config = load_config(
@@ -143,18 +143,18 @@ def shadow_config(
 
 
 def _by_hand(binding: RunBinding, out: str, bundle: str) -> str:
-    """Commands that show what a candidate would have changed, where no shadow run can."""
+    """Return commands that show what a candidate would have changed, where no shadow run can."""
     run = ["leukoflow", "run", binding.source_uri, "--out", out, "--run-id", "NEW", "--bundle", bundle]
     roots = [f"{out.rstrip('/')}/{name}" for name in (binding.run_id, "NEW")]
     return f"{shlex.join([*run, '--reuse', binding.run_id])}, then {shlex.join(['leukoflow', 'diff', *roots])}"
 
 
 def compare(out: str, run_id: str) -> ShadowSummary:
-    """Compares a finished shadow run with its run and writes `shadow.json`. Raises StorageError where one is gone."""
+    """Compare a finished shadow run with its run and write `shadow.json`. Raises StorageError where one is gone."""
     storage = open_storage(out)
     shadow = read_manifest(storage.child(run_id))
     if shadow is None or shadow.shadow_of is None:
-        raise ConfigError(f"run {run_id} is no finished shadow run")
+        raise ConfigError(f"run {run_id} is not a finished shadow run")
     found = diff_runs(storage.uri(shadow.shadow_of), storage.uri(run_id))
     digests = [
         hashlib.sha256(storage.read(OutKey.of_run(name, RunKey.MANIFEST))).hexdigest()

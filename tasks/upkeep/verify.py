@@ -69,7 +69,7 @@ MEMBER_TABLES = (RunKey.PREDICTIONS, RunKey.FIELDS)
 
 PLAN_COLUMNS = ("image_key", "slide_id", "patient_id", "site", "scanner", "um_per_px")
 _VERDICTS_LOST = (
-    "predictions are not concerned; take the folder verdicts/ from a backup, or leave it and find out what happened: "
+    "predictions are not affected; take the folder verdicts/ from a backup, or leave it and find out what happened: "
     "verdicts cannot be made again"
 )
 
@@ -134,7 +134,7 @@ def verify_run(root: str, report: Report = lambda done, total: None) -> Verifica
     cells = _markers(storage, manifest, again, book)
     rows, skipped = 0, None
     if broken or len(book.findings):
-        skipped = "the rows were not held against the plan; that is done once the above is mended"
+        skipped = "the rows were not compared with the plan; that is done once the above is fixed"
     else:
         try:
             rows = _rows(storage, manifest, cells, again, book)
@@ -215,7 +215,7 @@ def _digests(
             continue
         owner = owner if owner is not None else {sha: name for name, _, sha in files}
         if found[1] in owner:
-            what = f"altered: it holds what belongs into {owner[found[1]]}"
+            what = f"altered: it holds what belongs in {owner[found[1]]}"
         elif found[0] != size:
             what = f"altered: {found[0]:,} bytes instead of {size:,}"
         else:
@@ -226,11 +226,11 @@ def _digests(
 
 def _remedy(key: str, m: RunManifest, storage: Storage, again: str) -> str:
     if key == RunKey.PLAN:
-        return f"delete it and give the run's command again, which plans again and keeps what is committed: {again}"
+        return f"delete it and repeat the run's command, which plans again and keeps what is committed: {again}"
     if key == RunKey.MISSING:
         return "take it from a backup, or run the source again under another --run-id"
     if key in {name for name, _, _ in m.tables}:
-        return f"give the run's command again, which publishes it again: {again}"
+        return f"repeat the run's command, which publishes it again: {again}"
     return compute_again(again)
 
 
@@ -248,7 +248,7 @@ def _added(storage: Storage, m: RunManifest, files: Sequence[FileRef]) -> Iterat
                     yield Discrepancy(
                         key,
                         "altered: it is not an empty group",
-                        "delete it; any run in this folder's command makes it again, and the shards do not need it",
+                        "delete it; the command of any run in this folder makes it again; the shards do not need it",
                     )
                 continue
             if key in left:
@@ -268,7 +268,7 @@ def _added(storage: Storage, m: RunManifest, files: Sequence[FileRef]) -> Iterat
             continue
         if RunKey.is_store(name) and set(storage.files(name, hidden=True)) <= {f"{name}/zarr.json"}:
             continue  # opening a run makes the root groups, before there is a shard
-        yield Discrepancy(name, "added: the manifest does not list it", "move it away: it is no result of this run")
+        yield Discrepancy(name, "added: the manifest does not list it", "move it away: it is not a result of this run")
 
 
 def _is_root_group(data: bytes) -> bool:
@@ -289,7 +289,7 @@ def _markers(storage: Storage, m: RunManifest, again: str, book: _Book) -> list[
     keys: dict[str, list[str]] = {}
     remedy = (
         "the manifest vouches for the files, so results may be used; to have the marker again, delete manifest.json "
-        f"and give the run's command again: {again}"
+        f"and repeat the run's command: {again}"
     )
 
     def read(place: tuple[str, int]) -> bytes | None:
@@ -309,7 +309,7 @@ def _markers(storage: Storage, m: RunManifest, again: str, book: _Book) -> list[
         try:
             marker = loads(Marker, data, where)
         except StorageError:
-            book.note(where, "damaged: it is no marker", f"delete it. Then: {remedy}")
+            book.note(where, "damaged: it is not a marker", f"delete it. Then: {remedy}")
             complete = False
             continue
         wrong = check_marker(marker, part, data, stages, m.schema_version)
@@ -320,7 +320,7 @@ def _markers(storage: Storage, m: RunManifest, again: str, book: _Book) -> list[
             if marker.receipt is None:
                 wrong = "it has no receipt"
             elif marker.receipt.shard != planned:
-                wrong = "it speaks of other members"
+                wrong = "it is about other members"
         if wrong is not None:
             book.note(where, f"altered: {wrong}", f"delete it. Then: {remedy}")
             complete = False

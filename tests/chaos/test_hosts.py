@@ -77,7 +77,7 @@ class Night:
         until(lambda: self.objects(prefix) >= shards, 240, f"{shards} shards are committed", run)
 
     def finish(self, run: Command, run_id: str) -> list[int]:
-        """Exit codes until it is through; whoever fails says how to go on. Then the tables are compared."""
+        """Exit codes until it is through; each failure says how to go on. Then the tables are compared."""
         codes = []
         while True:
             try:
@@ -193,7 +193,7 @@ def test_workers_are_replaced_while_a_run_goes_on(night: Night) -> None:
     lab = night.lab
     run = night.run("rolling")
     try:
-        until(lambda: night.objects("out/rolling/_attempts/0"), 240, "the first shard has begun", run)
+        until(lambda: night.objects("out/rolling/_attempts/0"), 240, "the first shard has started", run)
         paths = lab.environment["PYTHONPATH"].replace(str(lab.wheel), str(other))
         start_worker(lab, "w3", "sched", PYTHONPATH=paths, LAB_WHEEL=str(other))
         start_worker(lab, "w4", "sched")

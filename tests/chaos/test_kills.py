@@ -67,7 +67,7 @@ def strike(command: Command, victim: str) -> int:
 
 
 def attempts(root: Path) -> set[str]:
-    """Attempts that have begun to process images."""
+    """Attempts that have started to process images."""
     return {str(p) for p in (root / "_attempts").glob("*/*/started")}
 
 

@@ -29,4 +29,4 @@ def test_it_says_what_is_missing(manifest: bool, tmp_path: Path) -> None:
     assert "the Prefect server" in said
     assert "does not answer" in said
     assert ("it may hold the key for the patients" if manifest else "unset PREFECT_API_URL") in said
-    assert "fault of the program" not in said
+    assert "bug in the program" not in said

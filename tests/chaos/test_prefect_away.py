@@ -78,7 +78,7 @@ def test_the_run_does_not_wait_for_it_and_its_record_is_made_up(seconds: int, tm
 
 
 @pytest.mark.chaos_short
-def test_a_server_that_never_comes_back_is_told_and_costs_nothing(tmp_path: Path) -> None:
+def test_a_server_that_never_comes_back_is_reported_and_costs_nothing(tmp_path: Path) -> None:
     with World(tmp_path) as world:
         command = begin(world, tmp_path)
         try:

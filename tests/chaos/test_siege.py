@@ -90,7 +90,7 @@ class Night:
         self.starts += 1
         self.launched = time.time() + 1.0
 
-    def begun(self) -> bool:
+    def has_started(self) -> bool:
         """Whether images are processed for the command that runs now."""
         seen = self.world.delay.with_name("delay.seen")
         return seen.exists() and seen.stat().st_mtime > self.launched
@@ -261,7 +261,7 @@ def play(night: Night, kinds: Iterator[str], wanted: int) -> None:
             strike, early = time.monotonic() + dice.uniform(1.0, 4.0), dice.random() < 0.2
         if night.hit.total() >= wanted:
             world.delay.write_text("0")
-        elif time.monotonic() > strike and (early or night.begun()):
+        elif time.monotonic() > strike and (early or night.has_started()):
             kind = next(kinds)
             night.say(kind)
             if KINDS[kind](night):

@@ -148,7 +148,7 @@ def test_a_store_that_cannot_be_reached(tmp_path: Path, monkeypatch: pytest.Monk
             words = words_of(command)
             assert "s3://nights/night/" in words, words[-2000:]
             assert "cannot be reached or breaks connections" in words, words[-2000:]
-            assert "fault of the program" not in words, words[-2000:]
+            assert "bug in the program" not in words, words[-2000:]
             assert command.survivors() == []
         finally:
             command.end()

@@ -95,9 +95,9 @@ def assert_nothing_left(folder: Path, pids: list[int], ports: list[int]) -> None
 
 def test_a_stack_runs_its_nights_by_itself_and_survives_its_worker(folder: Path, tmp_path: Path) -> None:
     place = folder / "stack"
-    begun = time.monotonic()
+    began = time.monotonic()
     words = command(place, "up")
-    print(f"up after {time.monotonic() - begun:.0f} s")
+    print(f"up after {time.monotonic() - began:.0f} s")
     assert "does not answer" not in words
     stack = loaded(place)
     assert stat.S_IMODE((place / "secrets.env").stat().st_mode) == 0o600

@@ -42,7 +42,7 @@ test()
 
 
 @dataclass
-class Told:
+class Received:
     """What has arrived by webhook and by e-mail."""
 
     url: str = ""
@@ -55,13 +55,13 @@ class Told:
 
 
 @pytest.fixture(scope="module")
-def told() -> Iterator[Told]:
-    told = Told()
+def received() -> Iterator[Received]:
+    received = Received()
 
     class Hook(BaseHTTPRequestHandler):
         def do_POST(self) -> None:
             body = self.rfile.read(int(self.headers["Content-Length"]))
-            told.webhooks.append(json.loads(body))
+            received.webhooks.append(json.loads(body))
             self.send_response(204)
             self.end_headers()
 
@@ -70,7 +70,7 @@ def told() -> Iterator[Told]:
 
     class Mailbox:
         async def handle_DATA(self, server: Any, session: Any, envelope: Any) -> str:
-            told.mails.append(envelope.content.decode())
+            received.mails.append(envelope.content.decode())
             return "250 OK"
 
     hook = ThreadingHTTPServer(("127.0.0.1", 0), Hook)
@@ -78,24 +78,24 @@ def told() -> Iterator[Told]:
     port = free_port(0)
     mail = Controller(Mailbox(), hostname="127.0.0.1", port=port)
     mail.start()
-    told.url = f"http://127.0.0.1:{hook.server_address[1]}/hook?token=secret-token"
-    told.email = f"mailto://127.0.0.1:{port}?from=night@example.org&to=lab@example.org"
-    yield told
+    received.url = f"http://127.0.0.1:{hook.server_address[1]}/hook?token=secret-token"
+    received.email = f"mailto://127.0.0.1:{port}?from=night@example.org&to=lab@example.org"
+    yield received
     mail.stop()
     hook.shutdown()
     hook.server_close()
 
 
 @pytest.fixture(scope="module")
-def automations(server: str, told: Told) -> Iterator[dict[str, str]]:
+def automations(server: str, received: Received) -> Iterator[dict[str, str]]:
     """The file applied with short times; gone from the shared server afterwards."""
     from prefect.client.orchestration import get_client
 
     from leukoflow.apps.automations import PREFIX, apply_automations
 
     environment = {
-        "LEUKOFLOW_WEBHOOK_URL": told.url,
-        "LEUKOFLOW_EMAIL_URL": told.email,
+        "LEUKOFLOW_WEBHOOK_URL": received.url,
+        "LEUKOFLOW_EMAIL_URL": received.email,
         "LEUKOFLOW_SILENCE_SECONDS": "10",
     }
     apply_automations(FILE, environment)
@@ -150,20 +150,22 @@ def test_a_second_time_changes_nothing(automations: dict[str, str]) -> None:
 
 
 @pytest.mark.chaos  # waits on the server's own services, which have let it wait beyond a minute
-def test_a_failed_run_is_told_by_webhook_and_mail(automations: dict[str, str], told: Told, tmp_path: Path) -> None:
+def test_a_failed_run_is_reported_by_webhook_and_mail(
+    automations: dict[str, str], received: Received, tmp_path: Path
+) -> None:
     process = start_flow("a run that fails", "fail", tmp_path / "log")
     process.wait(timeout=120)
-    found = until(lambda: told.about(flow_run="a run that fails"), 60, "the webhook")
+    found = until(lambda: received.about(flow_run="a run that fails"), 60, "the webhook")
     assert found[0]["automation"] == "leukoflow: run failed"
     assert found[0]["state"] == "Failed"
     assert "on purpose" in found[0]["message"]
-    mail = until(lambda: [m for m in told.mails if "a run that fails" in m], 60, "the e-mail")[0]
+    mail = until(lambda: [m for m in received.mails if "a run that fails" in m], 60, "the e-mail")[0]
     assert "To: lab@example.org" in mail
 
 
 @pytest.mark.chaos
 def test_a_killed_process_is_noticed_and_its_run_crashed(
-    automations: dict[str, str], told: Told, tmp_path: Path
+    automations: dict[str, str], received: Received, tmp_path: Path
 ) -> None:
     process = start_flow("a run that dies", "sleep", tmp_path / "log")
     try:
@@ -175,10 +177,10 @@ def test_a_killed_process_is_noticed_and_its_run_crashed(
         process.wait()
     crashed = until(lambda: (r := read_run("a run that dies")) and r.state.is_crashed() and r, 90, "the verdict")
     assert crashed.state.message.startswith("No sign of life")
-    assert until(lambda: told.about(flow_run="a run that dies", state="Crashed"), 60, "the webhook")
+    assert until(lambda: received.about(flow_run="a run that dies", state="Crashed"), 60, "the webhook")
 
 
-def test_what_a_night_has_found_is_told(automations: dict[str, str], told: Told) -> None:
+def test_what_a_night_has_found_is_reported(automations: dict[str, str], received: Received) -> None:
     from prefect.events.worker import EventsWorker
 
     from leukoflow.flows.events import emit
@@ -188,13 +190,13 @@ def test_what_a_night_has_found_is_told(automations: dict[str, str], told: Told)
         emit(f"leukoflow.run.{name}", "night-2026-03-01", figures)  # type: ignore[arg-type]
     emit("leukoflow.run.finished", "night-2026-03-01", {})  # nobody is woken for that
     EventsWorker.drain_all(timeout=10)
-    until(lambda: len(told.about(run="night-2026-03-01")) >= 4, 60, "four webhooks")
-    found = {m["automation"]: m["figures"] for m in told.about(run="night-2026-03-01")}
+    until(lambda: len(received.about(run="night-2026-03-01")) >= 4, 60, "four webhooks")
+    found = {m["automation"]: m["figures"] for m in received.about(run="night-2026-03-01")}
     assert found == dict.fromkeys(
         ("leukoflow: too many quarantined", "leukoflow: too many abstained", "leukoflow: drift",
          "leukoflow: deadline at risk"), figures,
     )  # fmt: skip
-    mail = until(lambda: [m for m in told.mails if "drift" in m and "Subject" in m], 60, "the e-mail")[0]
+    mail = until(lambda: [m for m in received.mails if "drift" in m and "Subject" in m], 60, "the e-mail")[0]
     assert "share: 0.07" in mail
 
 

@@ -94,7 +94,7 @@ def dask(authority: TlsSettings, tmp_path_factory: pytest.TempPathFactory) -> It
         yield found
 
 
-def test_tls_lets_in_whoever_has_a_certificate(dask: DaskProcesses, authority: TlsSettings, tmp_path: Path) -> None:
+def test_tls_lets_in_everyone_with_a_certificate(dask: DaskProcesses, authority: TlsSettings, tmp_path: Path) -> None:
     with open_cluster(ClusterSettings(address=dask.address, tls=authority)) as cluster:
         assert cluster.client.scheduler.address.startswith("tls://")
         assert cluster.client.submit(nap, 0.0, pure=False).result(timeout=60) > 0
@@ -140,7 +140,7 @@ def test_workers_with_other_code_are_sent_away_and_a_lost_scheduler_is_found_aga
         assert len(cluster.crew.cpu) == 1
         joined, stranger = dask.start_worker(), dask.start_worker(code=other)
         until(lambda: len(cluster.crew.cpu) == 2, 60, "the worker with our code is taken up")
-        assert stranger.wait(60) == 0  # told to go, so its nanny does not start it again
+        assert stranger.wait(60) == 0  # asked to go, so its nanny does not start it again
         assert joined.poll() is None
         assert len(cluster.crew.cpu) == 2
         assert len(list(loaded.iterdir())) == 2
@@ -180,7 +180,7 @@ def test_workers_are_jobs_of_slurm(authority: TlsSettings, tmp_path: Path, monke
     until(lambda: not any(psutil.pid_exists(pid) for pid in pids), 30, "the jobs are cancelled at the end")
 
 
-def test_what_stays_lost_is_told_to_whoever_waits(dask: DaskProcesses, authority: TlsSettings) -> None:
+def test_what_stays_lost_is_reported_to_those_who_wait(dask: DaskProcesses, authority: TlsSettings) -> None:
     settings = ClusterSettings(address=dask.address, tls=authority, lost_seconds=2)
     with open_cluster(settings) as cluster:
         cluster.prepare_workers(partial(nap, 0.0))

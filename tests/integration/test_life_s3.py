@@ -179,7 +179,7 @@ def test_the_registry_on_the_store(
     opened = open_run(config)
     assert (opened.bundle.digest, opened.bundle_uri) == (bundle.digest, f"s3://lab/bundles/bundles/{bundle.digest}")
     registry.approve("second", "ana", "")
-    assert open_run(config).bundle.digest == bundle.digest  # begun, so it keeps its bundle
+    assert open_run(config).bundle.digest == bundle.digest  # started, so it keeps its bundle
     assert open_run(config.model_copy(update={"run_id": "new"})).bundle.digest == other.digest
     assert registry.rollback("ana", "").name == "first"
     registry.storage.write(f"bundles/{other.digest}/classifier.safetensors", b"?")

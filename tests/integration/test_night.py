@@ -94,7 +94,7 @@ def test_everything_in_the_inbox_is_accounted_for_once_over_several_nights(place
     assert all(place.ledger.outcome(n) for n in (1, 2))
 
 
-def test_a_night_that_died_is_finished_with_what_it_was_begun_with(place: Place, fields: list[bytes]) -> None:
+def test_a_night_that_died_is_finished_with_what_it_started_with(place: Place, fields: list[bytes]) -> None:
     """Claimed, bound and planned, then dead; until the next night the manifest and the site's settings change."""
     write_folder(place.inbox, {"slide-a/1.jpg": fields[0], "slide-a/2.jpg": fields[1]})
     (place.folder / "slides.csv").write_text("image_key,slide_id\nslide-a/1.jpg,A\nslide-a/2.jpg,A\n")
@@ -225,7 +225,7 @@ def test_after_its_deadline_a_site_that_stops_begins_nothing(
     monkeypatch.setattr(Site, "next_deadline", lambda self, moment: moment)
     state = place.night()
     assert (state.is_failed(), state.name) == (True, "DeadlineMissed")
-    assert "not begun, since the deadline has passed" in state.message
+    assert "not started, because the deadline has passed" in state.message
     assert not (place.out / "ward-2026-03-01").exists()
     monkeypatch.undo()
     assert place.night("2026-03-02").name == "Completed"

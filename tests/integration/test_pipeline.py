@@ -23,7 +23,7 @@ SHARDS = 8
 
 def went(cluster: Cluster, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, list[tuple[str, float, float]]]:
     """Address, begin and end of each stage of all shards, which go through the run's own chain."""
-    for name in ("prepare", "next_of", "segment", "trail_of", "extract", "classify"):
+    for name in ("prepare", "next_of", "segment", "written_by", "extract", "classify"):
         monkeypatch.setattr(shard_task, name, getattr(on_workers, name))
 
     def one(ordinal: int) -> Any:

@@ -1,4 +1,4 @@
-"""Images that kill or hang whoever touches them: quarantined alone, while every neighbour keeps every bit."""
+"""Images that kill or hang any process that touches them: quarantined alone, while every neighbour keeps every bit."""
 
 from __future__ import annotations
 

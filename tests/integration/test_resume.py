@@ -1,4 +1,4 @@
-"""Taking a run up again: what is committed stays as it is, what is not, lost or altered is done anew."""
+"""Taking a run up again: what is committed stays as it is, what is not, lost or altered is done again."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def assert_drained(command: Command, root: Path) -> None:
     assert progress.failed_shards == ()
     assert 1 <= progress.shards_done < 8
     left = {p.parts[-2] for p in (root / "_attempts").glob("*/*") if p.parts[-2].isdigit()}
-    assert left <= set(committed_shards(root))  # nothing was torn: whoever had begun has finished
+    assert left <= set(committed_shards(root))  # nothing was torn: all that had started have finished
 
 
 def assert_resumes(screen: Any, archive: Path, root: Path, undisturbed: Path) -> None:
@@ -112,8 +112,8 @@ def test_cancel_in_prefect_drains(launch: Launch, server: str, tmp_path: Path) -
 
     command = launch(PREFECT_API_URL=server, TEST_DELAY_SECONDS="1.0")  # it is asked for every few seconds
     # Four of eight shards are on their way, and none is through before somebody looks whether Cancel was pressed.
-    begun = (tmp_path / "long" / "_attempts").glob
-    until(lambda: any(begun("*/*/started/*")), 240, "the first shard has begun", command)
+    attempts = (tmp_path / "long" / "_attempts").glob
+    until(lambda: any(attempts("*/*/started/*")), 240, "the first shard has started", command)
     with get_client(sync_client=True) as client:
         newest = client.read_flow_runs(limit=1, sort=FlowRunSort.EXPECTED_START_TIME_DESC)[0]
         assert newest.name == "screening, run long"

@@ -99,7 +99,7 @@ def trouble(colour: tuple[Any, ...]) -> None:
             except OSError:
                 continue
     if colour == FAULTY:
-        raise ValueError("a fault of the program")
+        raise ValueError("a bug in the program")
 
 
 child._prepare = prepare  # type: ignore[assignment]

@@ -338,7 +338,7 @@ def test_review_by_keyboard(browser: Any, site: Site) -> None:
     page.context.close()
 
 
-def test_a_verdict_that_is_not_kept_is_told(browser: Any, site: Site) -> None:
+def test_a_verdict_that_is_not_kept_is_reported(browser: Any, site: Site) -> None:
     page = page_of(browser, site)
     open_worklist(page, site, "?tab=fields&status=predicted")
     page.click(".list a.go >> nth=0")

@@ -336,7 +336,7 @@ def test_what_wants_all_memory_is_refused_and_the_worker_lives(served: Served) -
 def test_a_fault_of_the_program_is_tried_on_another_worker(served: Served) -> None:
     before = served.restarts()
     found = served.examine(field(FAULTY))
-    assert found.reason == "its processing kills the worker process: a fault of the program (ValueError)"
+    assert found.reason == "its processing kills the worker process: a bug in the program (ValueError)"
     assert served.restarts() == before + 2
 
 

@@ -65,7 +65,7 @@ def test_users_on_the_command_line(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (("--host", "0.0.0.0"), "in clear"),
+        (("--host", "0.0.0.0"), "in the clear"),
         (("--tls-cert", "c.pem"), "belong together"),
         (("--tls-cert", "c.pem", "--tls-key", "k.pem"), "does not exist"),
         (("--proxy-sign-in",), "anybody could claim"),

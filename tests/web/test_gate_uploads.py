@@ -258,7 +258,7 @@ def test_a_fault_of_the_engine_names_nothing(place: World, caplog: pytest.LogCap
     with place, caplog.at_level(logging.DEBUG):
         answer = place.program("vera", "diagnose").post(DIAGNOSES, files={"file": ("a.png", picture())})
     assert answer.status_code == 200
-    assert "fault of the program" in answer.json()["items"][0]["error"]
+    assert "bug in the program" in answer.json()["items"][0]["error"]
     for text in (answer.text, place.log(), caplog.text):
         assert "Jane Doe" not in text
         assert "secret" not in text

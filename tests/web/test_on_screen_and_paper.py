@@ -232,7 +232,7 @@ def test_drafts_are_gone_with_the_person(browser: Any, site: Site) -> None:
         page.goto(field)
         page.wait_for_selector("[data-scene]")
         page.keyboard.press("c")
-        page.keyboard.type("begun")
+        page.keyboard.type("started")
         assert len(drafts(page)) == 1
 
     begin()

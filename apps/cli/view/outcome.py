@@ -151,7 +151,7 @@ def show_status(target: Console, root: str, p: RunProgress) -> None:
     target.print(table)
     if p.state not in ("running", "finished"):
         if p.failed_shards:
-            target.print("a shard that fails again needs its cause mended first; `leukoflow doctor` looks for it")
+            target.print("a shard that fails again needs its cause fixed first; `leukoflow doctor` looks for it")
         target.print(Text.assemble(("continue with  ", "dim"), p.command), soft_wrap=True)
     manifest = reader.manifest()
     if manifest is not None:

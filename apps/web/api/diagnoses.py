@@ -167,7 +167,7 @@ async def diagnoses(
     who: Diagnoser,
     cells: Annotated[bool, Query(description="whether to list the cells")] = True,
 ) -> Diagnoses:
-    """Progress and results of an upload."""
+    """Return progress and results of an upload."""
     return _diagnoses(_job(request, job, who), cells)
 
 
@@ -185,7 +185,7 @@ async def forget(request: Request, job: JobId, who: Diagnoser) -> None:
     responses=FOUND | documented(429) | STREAM,
 )
 async def diagnosis_events(request: Request, job: JobId, who: Diagnoser) -> StreamingResponse:
-    """Server-sent events: `progress` with the stage of every image, `done` at the end."""
+    """Send events: `progress` with the stage of every image, `done` at the end."""
     found = _job(request, job, who)
 
     async def progress() -> AsyncIterator[str]:

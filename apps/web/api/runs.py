@@ -59,7 +59,7 @@ class RunDetails(BaseModel):
 
 
 class Listing(BaseModel):
-    """What a list shall show. Free text is no part of an address: POST it to `search`."""
+    """Filters, order and page of a list. Free text is no part of an address: POST it to `search`."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -125,7 +125,7 @@ def _table(request: Request, run_key: str) -> RunTable:
 
 @router.get("/runs", responses=_common)
 def runs(request: Request, who: Viewer) -> list[RunLine]:
-    """All runs, the newest first."""
+    """List all runs, the newest first."""
     found = list_runs(_out(request))
     saw(request, "runs")
     return found
@@ -133,7 +133,7 @@ def runs(request: Request, who: Viewer) -> list[RunLine]:
 
 @router.get("/runs/{run_key}", responses=_found)
 def run(request: Request, run_key: RunKey, who: Viewer) -> RunDetails:
-    """A run, and where every image of it is."""
+    """Return a run, and where every image of it is."""
     found = _details(_table(request, run_key), run_key)
     saw(request, "run", run_key)
     return found
@@ -147,7 +147,7 @@ def _details(table: RunTable, run_key: str) -> RunDetails:
 
 @router.get("/runs/{run_key}/slides", responses=_found)
 def slides(request: Request, run_key: RunKey, who: Viewer, listing: Annotated[Listing, Query()]) -> SlidePage:
-    """Slides of a run, the most urgent first."""
+    """List the slides of a run, the most urgent first."""
     found = _table(request, run_key).slides(listing.query())
     saw(request, "slides", run_key)
     return found
@@ -155,7 +155,7 @@ def slides(request: Request, run_key: RunKey, who: Viewer, listing: Annotated[Li
 
 @router.get("/runs/{run_key}/patients", responses=_found)
 def patients(request: Request, run_key: RunKey, who: Viewer, listing: Annotated[Listing, Query()]) -> PatientPage:
-    """Patients of a run by their pseudonyms, the most urgent first."""
+    """List the patients of a run by their pseudonyms, the most urgent first."""
     found = _table(request, run_key).patients(listing.query())
     saw(request, "patients", run_key)
     return found
@@ -163,7 +163,7 @@ def patients(request: Request, run_key: RunKey, who: Viewer, listing: Annotated[
 
 @router.get("/runs/{run_key}/fields", responses=_found)
 def fields(request: Request, run_key: RunKey, who: Viewer, listing: Annotated[Listing, Query()]) -> FieldPage:
-    """Fields of a run, the most urgent first."""
+    """List the fields of a run, the most urgent first."""
     found = _table(request, run_key).fields(listing.query())
     saw(request, "fields", run_key)
     return found
@@ -171,7 +171,7 @@ def fields(request: Request, run_key: RunKey, who: Viewer, listing: Annotated[Li
 
 @router.post("/runs/{run_key}/search", responses=_found)
 def search(request: Request, run_key: RunKey, who: Viewer, asked: Search) -> SlidePage | PatientPage | FieldPage:
-    """Slides, patients or fields by name. A POST, since a name must not stand in an address."""
+    """Find slides, patients or fields by name. A POST, because a name must not appear in an address."""
     table, query = _table(request, run_key), asked.query()
     saw(request, asked.kind, run_key)
     match asked.kind:
@@ -184,7 +184,7 @@ def search(request: Request, run_key: RunKey, who: Viewer, asked: Search) -> Sli
 
 @router.get("/runs/{run_key}/fields/{ordinal}", responses=_found)
 def field(request: Request, run_key: RunKey, ordinal: Ordinal, who: Viewer) -> FieldLine:
-    """One field with all its verdicts."""
+    """Return one field with all its verdicts."""
     found = _table(request, run_key).field(ordinal)
     saw(request, "field", f"{run_key}/{ordinal}")
     return found
@@ -192,7 +192,7 @@ def field(request: Request, run_key: RunKey, ordinal: Ordinal, who: Viewer) -> F
 
 @router.get("/runs/{run_key}/fields/{ordinal}/cells", responses=_found)
 def cells(request: Request, run_key: RunKey, ordinal: Ordinal, who: Viewer) -> list[CellRow]:
-    """The cells of a field with their measurements and attention."""
+    """List the cells of a field with their measurements and attention."""
     rows = _table(request, run_key).cells(ordinal).to_pylist()
     saw(request, "cells", f"{run_key}/{ordinal}")
     kept = ({k: v for k, v in row.items() if k not in ("run_id", "image_key")} for row in rows)
@@ -205,7 +205,7 @@ def cells(request: Request, run_key: RunKey, ordinal: Ordinal, who: Viewer) -> l
     responses=_found | documented(429) | STREAM,
 )
 async def run_events(request: Request, run_key: RunKey, who: Viewer) -> StreamingResponse:
-    """Server-sent events about a run in progress: `progress` whenever something changed, `done` at the end."""
+    """Send events about a run in progress: `progress` whenever something changed, `done` at the end."""
 
     def where_images_are() -> dict[str, Any]:
         found: dict[str, Any] = _details(_table(request, run_key), run_key).model_dump()["reconciliation"]
@@ -285,7 +285,7 @@ def export(
     slide: Annotated[str | None, Query(pattern=_HEX16, description="this slide only")] = None,
     patient: Annotated[str | None, Query(pattern=_HEX16, description="this patient only")] = None,
 ) -> StreamingResponse:
-    """A run, one of its slides or one of its patients as CSV, Parquet or FHIR."""
+    """Export a run, one of its slides or one of its patients as CSV, Parquet or FHIR."""
     table = _table(request, run_key)
     pieces = iter(export_pieces(table, Scope(slide=slide, patient=patient), format))
     first = next(pieces, b"")  # what cannot be exported is said before the answer begins
@@ -305,7 +305,7 @@ def export(
 
 @router.get("/patients/{patient_key}/timeline", responses=_found)
 def timeline(request: Request, patient_key: PatientKey, who: Viewer) -> Timeline:
-    """A patient's course over runs."""
+    """Return a patient's course over runs."""
     found = timelines.timeline(_out(request), patient_key)
     saw(request, "patient", patient_key)
     return found
@@ -313,7 +313,7 @@ def timeline(request: Request, patient_key: PatientKey, who: Viewer) -> Timeline
 
 @router.get("/agreement", responses=_common)
 def agreement(request: Request, who: Viewer) -> Agreement:
-    """How far reviewers and predictions agree."""
+    """Measure how far reviewers and predictions agree."""
     found = measure_agreement(_out(request))
     saw(request, "agreement")
     return found

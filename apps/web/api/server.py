@@ -18,7 +18,7 @@ router = APIRouter(prefix="/api/v1")
 
 
 class Health(Model):
-    """Whether the server is up."""
+    """The state of the server."""
 
     status: Literal["ok"]
     version: str = Field(examples=["0.1.0"])
@@ -26,7 +26,7 @@ class Health(Model):
 
 
 class Me(Model):
-    """Who is asking."""
+    """The user or program that asks."""
 
     name: str
     role: str
@@ -45,13 +45,13 @@ class BundleOut(Model):
 
 @router.get("/health", tags=["server"], responses=documented(400))
 async def health(request: Request) -> Health:
-    """Whether the server answers. Needs no token."""
+    """Say that the server answers. Needs no token."""
     return Health(status="ok", version=software_version(), diagnoses=request.app.state.engine is not None)
 
 
 @router.get("/me", tags=["server"], responses=COMMON)
 async def me(request: Request) -> Me:
-    """Whose token or session it is, and what it may do."""
+    """Say whose token or session it is, and what it may do."""
     who = principal(request)
     if who is None:
         raise SignInNeeded
@@ -60,7 +60,7 @@ async def me(request: Request) -> Me:
 
 @router.get("/bundles", tags=["diagnosis"], responses=COMMON)
 async def bundles(request: Request, who: Viewer) -> list[BundleOut]:
-    """The bundles that are loaded."""
+    """List the bundles that are loaded."""
     engine = request.app.state.engine
     return [] if engine is None else [_bundle(card) for card in engine.bundles]
 

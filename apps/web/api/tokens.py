@@ -29,7 +29,7 @@ class TokenOut(Model):
 
 @router.get("/tokens", tags=["server"], responses=COMMON)
 async def tokens(request: Request, who: Admin) -> list[TokenOut]:
-    """All API tokens, without their secrets."""
+    """List all API tokens, without their secrets."""
     return [TokenOut.model_validate(t) for t in gate_of(request).accounts.book().tokens]
 
 

@@ -41,7 +41,7 @@ class EngineLike(Protocol):
         um_per_px: float | None = None,
         on_stage: Callable[[str], None] | None = None,
     ) -> Any:
-        """A Diagnosis."""
+        """Return a Diagnosis."""
 
     def load(self) -> Any:
         """Return an EngineLoad."""
@@ -228,7 +228,7 @@ class Jobs:
                         await asyncio.sleep(1.0)
                 except Exception as error:
                     _log.error("%s", place_of(error))
-                    item.error = "this image could not be classified because of a fault of the program"
+                    item.error = "this image could not be classified because of a bug in the program"
                     item.fault = True
                 finally:
                     item.seconds = time.monotonic() - job.created

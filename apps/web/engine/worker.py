@@ -140,7 +140,7 @@ class Worker:
                 if said.done():
                     return
                 if kind == "error":
-                    said.set_exception(DeathError(f"a fault of the program ({words})"))
+                    said.set_exception(DeathError(f"a bug in the program ({words})"))
                 elif kind == "bundle":
                     said.set_result(BundleError(words))
                 elif kind == "memory":

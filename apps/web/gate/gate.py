@@ -13,7 +13,7 @@ from fastapi import Request
 from leukoflow.apps.web.gate.accounts import Accounts
 from leukoflow.apps.web.gate.rate_limit import Bucket
 from leukoflow.apps.web.gate.sessions import Sessions
-from leukoflow.apps.web.gate.trail import Trail
+from leukoflow.apps.web.gate.trail import AuditTrail
 from leukoflow.apps.web.settings import WebSettings
 
 _SETUP_MINUTES = 60
@@ -26,7 +26,7 @@ class Gate:
         self.settings = settings
         self.accounts = accounts or Accounts(settings.users_file)
         self.sessions = Sessions(self.accounts, settings.idle_minutes * 60, settings.session_hours * 3600)
-        self.trail = Trail(settings.audit_path())
+        self.trail = AuditTrail(settings.audit_path())
         self.by_address = Bucket(*settings.rates.logins_by_address)
         self.by_name = Bucket(*settings.rates.logins_by_name)
         self.uploads = Bucket(*settings.rates.uploads)

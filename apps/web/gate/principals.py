@@ -16,7 +16,7 @@ from leukoflow.apps.web.settings import SCOPES_OF
 
 @dataclass(frozen=True, slots=True)
 class Principal:
-    """Who is asking. `via` is `session`, `proxy` or `token`."""
+    """The user or program that asks. `via` is `session`, `proxy` or `token`."""
 
     name: str
     role: str

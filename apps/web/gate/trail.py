@@ -22,7 +22,7 @@ from leukoflow.tasks.upkeep.audit import NOTHING, AuditEntry, AuditVerdict, chec
 _ROLL_AT = 32 << 20  # bytes; a server verifies the whole file when it starts
 
 
-class Trail:
+class AuditTrail:
     """The log in one file on the local disk."""
 
     def __init__(self, path: Path) -> None:

@@ -136,10 +136,10 @@ def stage(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Any:
         log=log, root=root, finished=None, outcome=None, manifest=manifest_of(), error=None, config=None
     )
 
-    def open_run(config: Any, begun: Any) -> Any:
+    def open_run(config: Any, report: Any) -> Any:
         log.append("planned")
         played.config = config
-        begun(str(root))
+        report(str(root))
         if played.error is not None:
             raise played.error
         return types.SimpleNamespace(run_id="smears-1", root=str(root), summary=SUMMARY, finished=played.finished)
@@ -271,7 +271,7 @@ def test_an_unusable_source_is_one_line_and_exit_code_2(stage: Any) -> None:
         (FileNotFoundError(2, "No usable temporary directory found in ['/tmp']"), "that of /scratch (TMPDIR)"),
         (
             PermissionError(13, "Permission denied", "/out/run.json"),
-            "give the command as the user whom the runs belong",
+            "run the command as the user who owns the runs",
         ),
     ],
 )
@@ -283,7 +283,7 @@ def test_what_the_system_refuses_is_no_fault_of_the_program(
     result = _run(stage)
     assert result.exit_code == 1
     assert words in result.stderr
-    assert "fault of the program" not in result.stderr
+    assert "bug in the program" not in result.stderr
 
 
 def test_ctrl_c_promises_no_more_than_every_command_holds(stage: Any) -> None:
@@ -291,7 +291,7 @@ def test_ctrl_c_promises_no_more_than_every_command_holds(stage: Any) -> None:
     result = _run(stage)
     assert result.exit_code == 130
     assert result.stderr == (
-        "error: stopped; nothing that was committed is lost, and the same command can be given again\n"
+        "error: stopped; nothing that was committed is lost, and the same command can be run again\n"
     )
 
 

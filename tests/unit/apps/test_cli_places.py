@@ -100,7 +100,7 @@ def test_a_folder_where_a_file_is_wanted_and_a_file_where_a_folder(
     done = call("run", str(archive), "--out", str(tmp_path / "out"), option, str(wrong))
     assert done.exit_code == 1
     assert words in done.output
-    assert "fault of the program" not in done.output
+    assert "bug in the program" not in done.output
 
 
 @pytest.mark.parametrize("name", ["nowhere", "file.txt"])
@@ -246,11 +246,11 @@ def test_a_refused_command_leaves_the_record_of_what_the_run_did(
     config = load_config(**settings, manifest=str(tmp_path / "slides.csv"))
     monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "a key that only these tests have")
     open_run(config)
-    begun: list[str] = []
+    roots: list[str] = []
     monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "another key that only these tests have")
     with pytest.raises(RunConflictError):
-        open_run(config, begun.append)
-    assert begun == []
+        open_run(config, roots.append)
+    assert roots == []
 
 
 def test_numbers_of_things() -> None:

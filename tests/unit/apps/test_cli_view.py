@@ -111,7 +111,7 @@ def test_labels_of_an_old_run_are_named_for_what_they_count(tmp_path: Path) -> N
     assert "of predicted and abstained" in written.getvalue()
 
 
-def test_a_small_share_is_not_told_as_none(tmp_path: Path) -> None:
+def test_a_small_share_is_not_shown_as_none(tmp_path: Path) -> None:
     written = io.StringIO()
     found = manifest_of(members=10_000, predicted=9_999, abstained=0, rejected=0, quarantined=1)
     show_outcome(Console(file=written, width=160), str(tmp_path), found)

@@ -1,4 +1,4 @@
-"""Which Prefect server is used, what its clients are told, and what is said when one does not start; no real server."""
+"""Which Prefect server is used, what its clients get, and what is said when one does not start; no real server."""
 
 from __future__ import annotations
 

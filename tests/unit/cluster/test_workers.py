@@ -1,4 +1,4 @@
-"""What we ask Slurm and Kubernetes for, without either: the job script, the pods, and what is told where they lack."""
+"""What we ask Slurm and Kubernetes for, without either: job script, pods, and what is said where one is missing."""
 
 from __future__ import annotations
 
@@ -153,7 +153,7 @@ def test_a_missing_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
         kubernetes_cluster(PODS, gpu=False)
 
 
-def test_without_slurm_or_kubernetes_the_remedy_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_without_slurm_or_kubernetes_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(ClusterError, match="sbatch is not on the PATH"):
         slurm_cluster(SLURM, gpu=False, security=None)
@@ -176,7 +176,7 @@ def test_gpus_are_those_that_this_process_may_use(monkeypatch: pytest.MonkeyPatc
     [
         ({"address": "gpu1:8786"}, "tcp://HOST:8786"),
         ({"min_workers": 3, "max_workers": 2}, "below min_workers"),
-        ({"address": "tcp://a:1", "max_workers": 2}, "whoever started the scheduler"),
+        ({"address": "tcp://a:1", "max_workers": 2}, "the person who started it"),
         ({"address": "tcp://a:1", "tls": {"ca_file": "ca.pem"}}, "write tls://"),
         ({"address": "kubernetes", "tls": {"ca_file": "ca.pem"}}, "without TLS"),
         ({"slurm": {"partitoin": "night"}}, r"cluster\.slurm\.partitoin"),

@@ -1,4 +1,4 @@
-"""What Prefect is told beside the task runs, against a small HTTP server that can go away and come back."""
+"""What Prefect is sent beside the task runs, against a small HTTP server that can go away and come back."""
 
 from __future__ import annotations
 
@@ -99,45 +99,45 @@ def soon(what: Callable[[], Any]) -> None:
 
 
 def test_progress_and_summary_arrive_and_nothing_is_noted(api: Api) -> None:
-    with Dashboard("night", str(FLOW_RUN), threading.Event(), print) as told:
-        told.progress(0.0, "starting")
+    with Dashboard("night", str(FLOW_RUN), threading.Event(), print) as board:
+        board.progress(0.0, "starting")
         soon(lambda: "nightly-progress" in api.artifacts)
         for percent in range(1, 51):
-            told.progress(float(percent), f"{percent} of 100")
+            board.progress(float(percent), f"{percent} of 100")
         soon(lambda: api.artifacts["nightly-progress"]["data"] == 50.0)
         assert api.artifacts["nightly-progress"]["description"] == "night: 50 of 100"
         assert api.artifacts["nightly-progress"]["flow_run_id"] == str(FLOW_RUN)
-        assert told.notes() == ()
-        told.summary("## all is well", "what became of it")
+        assert board.notes() == ()
+        board.summary("## all is well", "what became of it")
     assert api.artifacts["nightly-summary"]["data"] == "## all is well"
 
 
 def test_an_outage_that_nobody_has_noticed_yet_is_noted(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run's record is written once; what the thread would find out seconds later must stand in it."""
     monkeypatch.setattr(dashboard, "ASK_SECONDS", 60.0)
-    with Dashboard("night", str(FLOW_RUN), threading.Event(), print) as told:
-        told.progress(0.0, "starting")
+    with Dashboard("night", str(FLOW_RUN), threading.Event(), print) as board:
+        board.progress(0.0, "starting")
         soon(lambda: "nightly-progress" in api.artifacts)
         api.stop()
-        (note,) = told.notes()
+        (note,) = board.notes()
         assert "states of shards and log lines since then" in note
-        assert told.away
+        assert board.away
 
 
 def test_cancel_sets_the_wish(api: Api) -> None:
     wish = threading.Event()
-    with Dashboard("night", str(FLOW_RUN), wish, print) as told:
-        assert not told.cancelled()
+    with Dashboard("night", str(FLOW_RUN), wish, print) as board:
+        assert not board.cancelled()
         assert not wish.is_set()
         api.state = "CANCELLING"
         assert wish.wait(30)
-        assert told.cancelled()
+        assert board.cancelled()
 
 
 def test_a_second_ctrl_c_does_not_wait_for_the_server(monkeypatch: pytest.MonkeyPatch) -> None:
     busy, release, waits = threading.Event(), threading.Event(), list[float | None]()
 
-    def talk(told: Dashboard) -> None:
+    def talk(self: Dashboard) -> None:
         busy.set()
         release.wait(60)
 
@@ -160,20 +160,20 @@ def test_a_second_ctrl_c_does_not_wait_for_the_server(monkeypatch: pytest.Monkey
 
 def test_a_server_that_comes_back_gets_the_newest_and_the_time_is_noted(api: Api) -> None:
     said: list[str] = []
-    with Dashboard("night", str(FLOW_RUN), threading.Event(), said.append) as told:
-        told.progress(10.0, "before")
+    with Dashboard("night", str(FLOW_RUN), threading.Event(), said.append) as board:
+        board.progress(10.0, "before")
         soon(lambda: "nightly-progress" in api.artifacts)
         api.stop()
-        soon(lambda: told.away)
-        told.progress(20.0, "never seen")
-        told.progress(30.0, "seen later")
-        assert not told.cancelled()
-        (note,) = told.notes()
+        soon(lambda: board.away)
+        board.progress(20.0, "never seen")
+        board.progress(30.0, "seen later")
+        assert not board.cancelled()
+        (note,) = board.notes()
         assert " UTC on; " in note
         assert "states of shards and log lines since then" in note
         api.start()
-        soon(lambda: not told.away)
-        (note,) = told.notes()
+        soon(lambda: not board.away)
+        (note,) = board.notes()
         assert " to " in note
         assert "may lack log lines of that time" in note
         soon(lambda: api.artifacts["nightly-progress"]["description"] == "night: seen later")
@@ -186,9 +186,9 @@ def test_a_server_that_comes_back_gets_the_newest_and_the_time_is_noted(api: Api
 
 def test_a_server_that_stays_away_is_given_up_soon(api: Api) -> None:
     api.stop()
-    with Dashboard("night", str(FLOW_RUN), threading.Event(), print) as told:
-        told.summary("## all is well", "what became of it")
-        soon(lambda: told.away)
+    with Dashboard("night", str(FLOW_RUN), threading.Event(), print) as board:
+        board.summary("## all is well", "what became of it")
+        soon(lambda: board.away)
         started = time.monotonic()
     assert time.monotonic() - started < 25
     assert dashboard._given_up.is_set()

@@ -43,15 +43,15 @@ def test_an_ordinary_night_only_finishes() -> None:
     ],
 )
 def test_too_many_call_somebody(changes: dict[str, int], alerts: dict[str, float], event: str) -> None:
-    told = dict(run_events(replace(manifest("night", STARTED), **changes), (), AlertSettings(**alerts)))
-    assert set(told) == {"leukoflow.run.finished", event}
-    assert told["leukoflow.run.finished"]["drift_level"] == "unknown"
-    assert "threshold" in told[event]
+    events = dict(run_events(replace(manifest("night", STARTED), **changes), (), AlertSettings(**alerts)))
+    assert set(events) == {"leukoflow.run.finished", event}
+    assert events["leukoflow.run.finished"]["drift_level"] == "unknown"
+    assert "threshold" in events[event]
 
 
 def test_drift_calls_somebody_and_says_where() -> None:
-    told = dict(run_events(manifest("night", STARTED), drifts(5.0), AlertSettings()))
-    payload = told["leukoflow.run.drift"]
+    events = dict(run_events(manifest("night", STARTED), drifts(5.0), AlertSettings()))
+    payload = events["leukoflow.run.drift"]
     assert payload["drift_level"] == "act"
     assert {"site Site-B"} <= {row["fields of"] for row in payload["drifted"]}
     assert all(row["quantity"] == "stain: red over green" for row in payload["drifted"])

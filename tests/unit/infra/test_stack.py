@@ -138,7 +138,7 @@ def _with_folders(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Stack:
     return found
 
 
-def test_the_first_start_leaves_a_sample_although_the_web_application_has_begun_its_log(
+def test_the_first_start_leaves_a_sample_although_the_web_application_has_started_its_log(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     found = _with_folders(tmp_path, monkeypatch)

@@ -48,7 +48,7 @@ def registry(several: list[Bundle], tmp_path: Path) -> Registry:
 
 
 def states(registry: Registry) -> list[str]:
-    return [b.state for b in registry.ledger().bundles]
+    return [b.state for b in registry.state().bundles]
 
 
 def test_registering_checks_copies_and_enters(several: list[Bundle], registry: Registry) -> None:
@@ -121,7 +121,7 @@ def test_approving_and_going_back(several: list[Bundle], registry: Registry) -> 
     assert states(registry) == ["approved", "retired", "retired"]
     actions = [e.action for e in registry.entries()]
     assert actions == ["register"] * 3 + ["approve"] * 3 + ["rollback"] * 2 + ["approve"] * 2 + ["rollback"]
-    assert c not in registry.ledger().approvals
+    assert c not in registry.state().approvals
 
 
 def test_a_bundle_that_is_damaged_in_the_registry_is_not_approved(registry: Registry, several: list[Bundle]) -> None:
@@ -143,7 +143,7 @@ def test_the_history_tells_when_it_was_altered(registry: Registry) -> None:
     registry.approve("night-1", "ana", "the next entry binds the altered one")
     path.write_text(text)
     with pytest.raises(StorageError, match=r"000005\.json was altered, or does not follow"):
-        registry.ledger()
+        registry.state()
 
 
 def test_cut_off_anywhere_the_registry_holds_the_old_state_or_the_new(
@@ -183,7 +183,7 @@ def test_cut_off_anywhere_the_registry_holds_the_old_state_or_the_new(
                 assert registry.resolve("approved").name == "new"
                 break
         assert registry.resolve("approved").name == "old"
-        for bundle in registry.ledger().bundles:
+        for bundle in registry.state().bundles:
             registry.check(bundle.digest)
         registry.register(several[1].path, "ana", "new")
         registry.approve("new", "ana", "")
@@ -199,9 +199,9 @@ def test_readers_and_writers_at_once_see_one_state_after_the_other(registry: Reg
     def read() -> int:
         seen = 0
         while not over.is_set():
-            ledger = Registry(registry.storage.root).ledger()
-            assert [b.state for b in ledger.bundles].count("approved") == 1
-            assert ledger.approved in digests
+            state = Registry(registry.storage.root).state()
+            assert [b.state for b in state.bundles].count("approved") == 1
+            assert state.approved in digests
             seen += 1
         return seen
 
@@ -245,7 +245,7 @@ def settings(source: str, tmp_path: Path, registry: Registry, **more: Any) -> An
     return load_config(source=source, out=str(tmp_path / "out"), **(chosen | more))
 
 
-def test_a_run_keeps_the_bundle_that_it_was_begun_with(
+def test_a_run_keeps_the_bundle_that_it_started_with(
     several: list[Bundle], registry: Registry, source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     registry.approve("night-0", "ana", "")
@@ -282,7 +282,7 @@ def test_once_it_is_finished_the_newly_approved_bundle_gives_a_run_of_its_own(
     second = open_run(config)
     assert (second.bundle.digest, second.finished, second.run_id == first.run_id) == (several[1].digest, None, False)
     registry.approve("night-2", "ana", "")
-    assert open_run(config).run_id == second.run_id  # begun and not finished: it is taken up
+    assert open_run(config).run_id == second.run_id  # started and not finished: it is taken up
     registry.rollback("ana", "", to="night-0")
     assert open_run(config).finished == manifest
 

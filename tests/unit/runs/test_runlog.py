@@ -30,8 +30,8 @@ class Client:
         del self.handlers[topic]
 
     def tell(self, message: str, level: int = logging.INFO, run: str = "night") -> None:
-        told = {"run": run, "shard": "00003", "stage": "segment", "level": level, "message": message, "worker": 2}
-        self.handlers[TOPIC]((0.0, told))
+        record = {"run": run, "shard": "00003", "stage": "segment", "level": level, "message": message, "worker": 2}
+        self.handlers[TOPIC]((0.0, record))
 
 
 @pytest.fixture(autouse=True)

@@ -176,7 +176,7 @@ def test_xz_with_a_dictionary_beyond_the_limit_is_named(tmp_path: Path) -> None:
 
 def test_zeros_are_no_archive(tmp_path: Path) -> None:
     for data in (bytes(4096), bytes(10_240), gzip.compress(bytes(10_240))):
-        with pytest.raises(SourceError, match=r"source\.zip is all zeros, no archive"):
+        with pytest.raises(SourceError, match=r"source\.zip is all zeros, not an archive"):
             listed(tmp_path, data)
     source, members, listing = listed(tmp_path, bytes(4096) + zip_of(FILES))
     assert contents(source, members) == FILES

@@ -13,7 +13,7 @@ from leukoflow.core.errors import StorageError
 from leukoflow.sources.survey import survey, unaltered
 
 
-def test_a_file_that_cannot_be_looked_at_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_that_cannot_be_examined_is_not_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "miller.jpg").write_bytes(JPEG)
     (entry,) = survey(str(tmp_path))
 
@@ -21,7 +21,7 @@ def test_a_file_that_cannot_be_looked_at_is_not_named(tmp_path: Path, monkeypatc
         raise OSError(errno.EIO, "Input/output error", path)
 
     monkeypatch.setattr("leukoflow.sources.survey.os.lstat", fail)
-    with pytest.raises(StorageError, match=r"a file in .* cannot be looked at") as raised:
+    with pytest.raises(StorageError, match=r"a file in .* cannot be examined") as raised:
         unaltered(str(tmp_path), entry)
     assert "miller" not in str(raised.value)
 

@@ -197,7 +197,7 @@ def test_promotion_interrupted_between_units_is_completed(storage: Storage) -> N
 
 
 def test_promotions_at_once_lose_nothing(storage: Storage) -> None:
-    """Whoever retries a shard completes its commit, also while the first one is still about it."""
+    """A retry of a shard completes its commit, even while the first attempt is still at it."""
     for n in range(30 if storage.is_local else 5):
         files = {f"masks.zarr/{n:05d}/zarr.json": b"{}", f"masks.zarr/{n:05d}/c/0": b"x"}
         parts = put(storage, f"_attempts/{n:05d}/one", files)

@@ -74,7 +74,7 @@ def test_groups_stay_whole_and_every_field_is_tested_once(protocol: Protocol) ->
     assert len(split("random", labels, 0)) == FOLDS
 
 
-def test_another_seed_deals_the_groups_anew_and_spreads_classes() -> None:
+def test_another_seed_deals_the_groups_again_and_spreads_classes() -> None:
     labels = _labels(clusters=7)
     groups = np.array(labels.cluster)
     deals = [grouped_folds(labels.y, groups, FOLDS, seed) for seed in (0, 0, 1)]

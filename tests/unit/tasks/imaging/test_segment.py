@@ -80,7 +80,7 @@ def test_white_cells_are_found_in_every_stain_and_nothing_else(stain: str) -> No
     np.testing.assert_allclose(found, sorted(places), atol=2)
 
 
-def test_nucleus_and_cytoplasm_are_told_apart_where_they_differ() -> None:
+def test_nucleus_and_cytoplasm_are_distinguished_where_they_differ() -> None:
     semantic = pseudo_semantic(smear("pinkish", [(100, 100)]))
     truth = semantic_of((100, 100, 13, 10), side=224)
     nucleus = semantic == 2

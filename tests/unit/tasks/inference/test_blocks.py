@@ -7,7 +7,7 @@ import numpy as np
 from leukoflow.tasks.inference.blocks import inference_batches
 
 
-def test_members_keep_their_slot_whoever_is_missing() -> None:
+def test_members_keep_their_slot_whichever_are_missing() -> None:
     everybody = inference_batches(np.arange(16, 24, dtype=np.int32), 4)
     assert everybody == ((0, 1, 2, 3), (4, 5, 6, 7))
     without_18_and_20 = inference_batches(np.array([16, 17, 19, 21, 22, 23], np.int32), 4)

@@ -60,7 +60,7 @@ def patients(*names: str | None) -> list[str | None]:
         ("image_key,um_per_px\na.jpg,0.42\nb.jpg,420\n", "line 3: um_per_px is not between 0.01 and 100"),
         ("image_key,um_per_px\na.jpg,4.2e-7\n", "line 2: um_per_px is not between 0.01 and 100"),
         ("image_key,site,Site \na.jpg,Family,Family\n", "has more than one column site"),
-        (HEADER.encode() + b"a.jpg,S1,Family\0\n", "line 2 has zero bytes"),
+        (HEADER.encode() + b"a.jpg,S1,Family\0\n", "line 2 contains zero bytes"),
         (b"PK\x03\x04Family", "is a workbook of a spreadsheet: save it as CSV"),
         (b"\xff\xfeF\0a\0m", "looks like UTF-16 and is damaged"),
         (b"PAR1Family", "is a damaged Parquet file"),
@@ -260,7 +260,7 @@ def test_text_of_parquet_that_is_no_utf8_is_refused_unquoted(tmp_path: Path, kin
     for read_it in (lambda: read_manifest(path, (), KEY), lambda: manifest_keys(path)):
         with pytest.raises(ConfigError) as refused:
             read_it()
-        assert str(refused.value) == f"the manifest {path} has text that is no UTF-8: write it again"
+        assert str(refused.value) == f"the manifest {path} has text that is not UTF-8: write it again"
 
 
 def test_a_scale_that_is_a_list_is_refused(tmp_path: Path) -> None:

@@ -136,7 +136,7 @@ def test_compressed_tar_offsets_count_within_the_shard(tmp_path: Path) -> None:
 
 def test_empty_sources_are_refused(tmp_path: Path) -> None:
     source = archive(tmp_path, ["Thumbs.db", "folder/"])
-    with pytest.raises(SourceError, match=r"holds no images \(2 folders and litter\)"):
+    with pytest.raises(SourceError, match=r"holds no images \(2 folders and files that are not images\)"):
         planned(tmp_path, source)
     with pytest.raises(SourceError, match="holds no images"):
         planned(tmp_path, archive(tmp_path, []))

@@ -103,7 +103,7 @@ def test_small_nights_do_not_cry_wolf() -> None:
     assert sum(level != "none" for level, _ in found) <= 2
 
 
-def test_a_real_change_is_told() -> None:
+def test_a_real_change_is_reported() -> None:
     rng = np.random.default_rng(6)
     assert sum(judged(rng, 12, 8, 2.5)[0] == "act" for _ in range(20)) >= 18
 

@@ -20,8 +20,7 @@ from harness import ROOT, until
 from made_up_nights import facts, manifest, put
 from prometheus_client.parser import text_string_to_metric_families
 
-from leukoflow.cluster.telemetry import WORKER_METRICS
-from leukoflow.cluster.telemetry import stage_telemetry as told
+from leukoflow.cluster.telemetry import WORKER_METRICS, stage_telemetry
 from leukoflow.core.codec import dumps
 from leukoflow.core.errors import ConfigError
 from leukoflow.runs.layout import OutKey
@@ -155,9 +154,9 @@ def test_workers_keep_figures_of_their_stages() -> None:
         return REGISTRY.get_sample_value(name, {"stage": "segment"}) or 0.0
 
     done, failed = of("leukoflow_stage_seconds_count"), of("leukoflow_stage_failures_total")
-    with told("run", "00000", "segment"):
+    with stage_telemetry("run", "00000", "segment"):
         pass
-    with pytest.raises(ValueError, match="no"), told("run", "00000", "segment"):
+    with pytest.raises(ValueError, match="no"), stage_telemetry("run", "00000", "segment"):
         raise ValueError("no")
     assert (of("leukoflow_stage_seconds_count"), of("leukoflow_stage_failures_total")) == (done + 1, failed + 1)
 

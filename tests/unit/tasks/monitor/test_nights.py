@@ -75,7 +75,7 @@ def test_an_unfinished_run_counts_with_what_it_has_committed(out: str) -> None:
     assert last.images_per_second is None
 
 
-def test_drift_is_told_where_it_is_and_nowhere_else(out: str) -> None:
+def test_drift_is_reported_where_it_is_and_nowhere_else(out: str) -> None:
     found = seen(out)
     assert found.reference is not None
     assert found.reference.endswith("_baseline/drift.json")

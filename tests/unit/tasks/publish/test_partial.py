@@ -71,7 +71,7 @@ def test_a_late_run_is_warned_of_once_and_the_note_follows_the_rate(monkeypatch:
 @pytest.mark.parametrize(
     ("at_deadline", "ahead", "stops"), [("stop", 0.05, True), ("continue", 0.05, False), ("stop", -5.0, False)]
 )
-def test_at_its_deadline_a_run_hands_over_and_stops_where_it_is_told_to(
+def test_at_its_deadline_a_run_hands_over_and_stops_where_it_is_asked_to(
     copy: Path, night: Run, monkeypatch: pytest.MonkeyPatch, at_deadline: Any, ahead: float, stops: bool
 ) -> None:
     """A deadline that had passed when the session began was that of an earlier one: it stops nothing."""
@@ -208,10 +208,10 @@ def test_deadline_and_urgency_are_no_part_of_the_fingerprint() -> None:
 
 
 def test_a_resumed_run_keeps_what_decides_and_takes_the_rest_from_now() -> None:
-    begun = load_config(source="a", out="b", bundle="one", shard_size=16, limits={"max_megapixels": 50})
+    bound = load_config(source="a", out="b", bundle="one", shard_size=16, limits={"max_megapixels": 50})
     today = load_config(source="a", out="b", bundle="two", limits={"max_megapixels": 60, "stage_seconds": 7})
-    taken_up = today.bound_as(begun)
+    taken_up = today.bound_as(bound)
     assert (taken_up.bundle, taken_up.shard_size, taken_up.limits.max_megapixels) == ("one", 16, 50)
     assert taken_up.limits.stage_seconds == 7
     key = ("i", "b", "cpu", "")
-    assert taken_up.fingerprint(*key) == begun.fingerprint(*key) != today.fingerprint(*key)
+    assert taken_up.fingerprint(*key) == bound.fingerprint(*key) != today.fingerprint(*key)

@@ -223,7 +223,7 @@ def test_what_was_done_to_verdicts_is_found(copy: Path, name: str) -> None:
     harm(copy / "verdicts")
     found = verify_run(str(copy))
     assert any(words in f.what for f in found.findings), found.findings
-    assert all(f.where.startswith("verdicts/") and "predictions are not concerned" in f.remedy for f in found.findings)
+    assert all(f.where.startswith("verdicts/") and "predictions are not affected" in f.remedy for f in found.findings)
     assert found.skipped is None
 
 

@@ -18,7 +18,7 @@ from leukoflow.models.bundle import Bundle
 from leukoflow.runs.records import CLASSES
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.imaging.classify import standardize
-from leukoflow.tasks.inference.stages import classify, extract, prepare, probe, recall, segment, trail_of
+from leukoflow.tasks.inference.stages import classify, extract, prepare, probe, recall, segment, written_by
 from leukoflow.tasks.inference.worker import planned
 from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.intake.plan_file import shards
@@ -54,7 +54,7 @@ def through(job: ShardJob) -> None:
     while first < job.shard.first + job.shard.count:
         block = prepare(job, first)
         segmented = segment(job, block, seen)
-        features, seen, first = extract(job, segmented, features), trail_of(segmented), block.next
+        features, seen, first = extract(job, segmented, features), written_by(segmented), block.next
     classify(job, features)
 
 

@@ -261,7 +261,7 @@ def test_of_two_at_once_one_waits_for_people(copy: Path) -> None:
 # --- a compacted run that is repaired --------------------------------------------------------------------------------
 
 
-def test_a_lost_summary_of_a_compacted_run_is_published_anew_from_the_same_bytes(
+def test_a_lost_summary_of_a_compacted_run_is_published_again_from_the_same_bytes(
     night: Run, copy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compact_run(str(copy))

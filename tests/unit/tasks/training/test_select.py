@@ -1,4 +1,4 @@
-"""mRMR against a plain implementation that looks at every pair anew."""
+"""mRMR against a plain implementation that looks at every pair again."""
 
 from __future__ import annotations
 

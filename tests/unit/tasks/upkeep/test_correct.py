@@ -192,7 +192,7 @@ def test_the_command(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", "the key that somebody has mistyped")
     wrong = invoke("--slide", "S0", "--patient", "ruth")
     assert (wrong.exit_code, "another key than the one that made the pseudonyms of night" in wrong.stderr) == (1, True)
-    with pytest.raises(ConfigError, match="run night is concerned, and its pseudonyms were made with another"):
+    with pytest.raises(ConfigError, match="run night is affected, but its pseudonyms were made with another"):
         correct_patient(str(copy.parent), RUTH, slide="S0", key=b"the key that somebody has mistyped")
     assert patients(copy) == before
     monkeypatch.setenv("LEUKOFLOW_PATIENT_KEY", KEY.decode())

@@ -16,7 +16,7 @@ from leukoflow.apps.cli.main import app
 from leukoflow.core.codec import dumps, loads
 from leukoflow.core.errors import BundleError, ConfigError, StorageError
 from leukoflow.models.bundle import Bundle
-from leukoflow.models.registry import Entry, Ledger, Registry, fold
+from leukoflow.models.registry import Entry, Registry, RegistryState, fold
 from leukoflow.runs.progress import RunBinding
 from leukoflow.storage.base import Storage
 from leukoflow.storage.local import LocalStorage
@@ -27,8 +27,8 @@ from leukoflow.tasks.upkeep.retention import plan_retention, retain
 MOMENT = datetime(2026, 3, 1, 12, tzinfo=UTC)
 
 
-def history(*actions: tuple[str, str, float]) -> Ledger:
-    """A ledger from (action, digest, days ago)."""
+def history(*actions: tuple[str, str, float]) -> RegistryState:
+    """A state from (action, digest, days ago)."""
     entries = [
         Entry(i, (MOMENT - timedelta(days=days)).isoformat(), "ana", action, digest, digest, "", (), "")  # type: ignore[arg-type]
         for i, (action, digest, days) in enumerate(actions, 1)
@@ -37,11 +37,11 @@ def history(*actions: tuple[str, str, float]) -> Ledger:
 
 
 def test_the_policy() -> None:
-    ledger = history(
+    state = history(
         *(("register", name, 300) for name in "abcdefg"), ("approve", "a", 200), ("approve", "b", 150),
         ("approve", "c", 100), ("register", "new", 3), ("prune", "g", 50),
     )  # fmt: skip
-    found = {v.bundle.digest: (v.remove, v.why) for v in decide(ledger, {"d": "out/night"}, 30, MOMENT)}
+    found = {v.bundle.digest: (v.remove, v.why) for v in decide(state, {"d": "out/night"}, 30, MOMENT)}
     assert found == {
         "a": (True, "retired for 150 days, and no run needs it"),
         "b": (False, "a rollback goes back to it"),
@@ -51,7 +51,7 @@ def test_the_policy() -> None:
         "f": (True, "registered for 300 days, and no run needs it"),
         "new": (False, "registered within 30 days"),
     }
-    assert not any(v.remove for v in decide(ledger, {}, 400, MOMENT))
+    assert not any(v.remove for v in decide(state, {}, 400, MOMENT))
 
 
 @pytest.fixture
@@ -73,7 +73,7 @@ def test_what_nothing_needs_goes_and_the_history_tells(registry: Registry, tmp_p
     assert len(registry.entries()) == 8
     prune(registry, [out], 0, "ana")
     left = registry.storage.names("bundles")
-    assert sorted(left) == sorted(b.digest for b in registry.ledger().bundles if b.state != "removed")
+    assert sorted(left) == sorted(b.digest for b in registry.state().bundles if b.state != "removed")
     assert len(left) == 3
     assert [(e.action, e.name, e.by) for e in registry.entries()[-2:]] == [
         ("prune", "b0", "ana"),
@@ -120,11 +120,11 @@ def test_cut_off_the_next_call_removes_the_files(registry: Registry, tmp_path: P
 
 
 def test_an_unfinished_run_needs_its_bundle_as_well(registry: Registry, night: Run, tmp_path: Path) -> None:
-    root = tmp_path / "out" / "begun"
+    root = tmp_path / "out" / "unfinished"
     root.mkdir()
     digest = registry.resolve("registry:b3").digest
     bound = loads(RunBinding, (Path(night.root) / "run.json").read_bytes(), "")
-    (root / "run.json").write_bytes(dumps(replace(bound, run_id="begun", bundle_digest=digest)))
+    (root / "run.json").write_bytes(dumps(replace(bound, run_id="unfinished", bundle_digest=digest)))
     assert [v.bundle.name for v in prune(registry, [str(tmp_path / "out")], 0, "ana") if v.remove] == ["b0"]
 
 
@@ -143,8 +143,8 @@ def test_the_commands(registry: Registry, tmp_path: Path, small: Bundle) -> None
     listed = invoke("list").output
     assert ("retired" in listed, "none: for a test" in listed) == (True, True)
     assert f"b2  {registry.resolve('registry:b2').digest[:12]}  is approved again" in invoke("rollback").output
-    told = invoke("history").output
-    assert all(word in told for word in ("register", "approve", "rollback", "better"))
+    shown = invoke("history").output
+    assert all(word in shown for word in ("register", "approve", "rollback", "better"))
     out = str(tmp_path / "out")
     assert "new" in invoke("prune", "--keep-days", "0", "--out", out, "--dry-run").output
     assert invoke("prune", "--keep-days", "0").exit_code == 1

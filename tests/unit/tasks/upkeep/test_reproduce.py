@@ -1,4 +1,4 @@
-"""Computing a run again: the same bits here, and what is told where they are not."""
+"""Computing a run again: the same bits here, and what is reported where they are not."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_shards_are_drawn_by_the_seed() -> None:
     assert len(set(sample(100, 7, 1))) == 7
 
 
-def test_what_is_different_here_is_told() -> None:
+def test_what_is_different_here_is_reported() -> None:
     host = this_host()
     assert environment_differences([host], [host]) == ()
     other = replace(host, cpu="another", cores=99, threads=host.threads + 1, gpus=("a", "b"))
@@ -258,7 +258,7 @@ def test_the_command(copy: Path, tmp_path: Path) -> None:
     group["cells"][0, 0] += np.float32(1)  # type: ignore[index, operator]
     other = invoke("--verify", "--json", str(tmp_path / "found.json"))
     assert other.exit_code == 3
-    assert "other here: cpu: another processor then" in other.output
+    assert "different here: cpu: another processor then" in other.output
     assert "features.zarr/cells: 1 of" in other.output
     assert json.loads((tmp_path / "found.json").read_text())["same"] is False
     lone = invoke("--shards", "1")

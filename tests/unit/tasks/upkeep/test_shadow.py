@@ -60,7 +60,7 @@ def test_it_sees_the_same_with_the_candidate(accompanied: tuple[Path, Run], cand
     assert run.binding.command.startswith(f"leukoflow shadow {night.parent} night --bundle ")
 
 
-def test_what_it_would_have_changed_is_told_without_names(accompanied: tuple[Path, Run]) -> None:
+def test_what_it_would_have_changed_is_reported_without_names(accompanied: tuple[Path, Run]) -> None:
     night, run = accompanied
     found = compare(str(night.parent), run.run_id)
     direct = diff_runs(str(night), run.root)
@@ -86,8 +86,8 @@ def test_nobody_takes_it_for_the_nights_result(accompanied: tuple[Path, Run]) ->
     assert "A shadow run" not in build_report(str(night), read_manifest(open_storage(str(night))))
     settings = {"COLUMNS": "200", "TERM": "dumb", "NO_COLOR": "1"}
     assert f"{run.run_id}  shadow" in CliRunner().invoke(app, ["status", out], env=settings).output
-    told = CliRunner().invoke(app, ["status", out, run.run_id], env=settings).output
-    assert "not the night's result" in told
+    status = CliRunner().invoke(app, ["status", out, run.run_id], env=settings).output
+    assert "not the night's result" in status
 
 
 def test_the_same_command_finds_it_also_after_a_correction(accompanied: tuple[Path, Run], candidate: Bundle) -> None:
@@ -145,22 +145,22 @@ def test_the_flow_screens_compares_and_tells(copy: Path, candidate: Bundle, monk
 
     import leukoflow.flows.shadow
 
-    told: list[str] = []
+    said: list[str] = []
 
     def screened(config: RunConfig) -> Any:
         finish_here(config)
         return Completed(message="done")
 
     monkeypatch.setattr(leukoflow.flows.shadow.nightly, "fn", screened)
-    monkeypatch.setattr(leukoflow.flows.shadow, "_be_nice", lambda: told.append("nice"))
+    monkeypatch.setattr(leukoflow.flows.shadow, "_be_nice", lambda: said.append("nice"))
     monkeypatch.setattr(leukoflow.flows.shadow, "get_run_logger", lambda: logging.getLogger("leukoflow"))
     monkeypatch.setattr(
-        leukoflow.flows.shadow, "create_markdown_artifact", lambda text, key, description: told.append(text)
+        leukoflow.flows.shadow, "create_markdown_artifact", lambda text, key, description: said.append(text)
     )
     state = leukoflow.flows.shadow.shadow.fn(str(copy.parent), None, str(candidate.path))
     assert state.is_completed()
-    assert told[0] == "nice"
-    assert "Not the night's result" in told[1]
+    assert said[0] == "nice"
+    assert "Not the night's result" in said[1]
     assert (copy.parent / f"night-shadow-{candidate.digest[:8]}" / "shadow.json").exists()
     refused = leukoflow.flows.shadow.shadow.fn(str(copy.parent), "nothing", str(candidate.path))
     assert (refused.is_failed(), "there is no run nothing" in str(refused.message)) == (True, True)

@@ -121,7 +121,7 @@ def test_swapped_parts_are_found_and_named(copy: Path, folder: str) -> None:
     two.rename(one)
     (copy / "aside").rename(two)
     found = verify_run(str(copy))
-    assert f"holds what belongs into {folder}/part-{SHARD}.parquet" in found.findings[0].what
+    assert f"holds what belongs in {folder}/part-{SHARD}.parquet" in found.findings[0].what
     assert len(found.findings) == 2
 
 
@@ -336,7 +336,7 @@ def test_the_command_says_what_is_wrong_and_what_to_do(copy: Path) -> None:
     (copy / "cells" / "stray.parquet").touch()
     harmed = verify(out)
     assert harmed.exit_code == 1
-    for part in (f"{FIRST[0]}: altered", "→ give the run's command again", "cells/stray.parquet: added", "2 findings"):
+    for part in (f"{FIRST[0]}: altered", "→ repeat the run's command", "cells/stray.parquet: added", "2 findings"):
         assert part in harmed.output
     assert "Traceback" not in harmed.output
 
@@ -344,13 +344,13 @@ def test_the_command_says_what_is_wrong_and_what_to_do(copy: Path) -> None:
 def test_one_broken_run_does_not_hide_the_others(copy: Path) -> None:
     (copy.parent / "broken").mkdir()
     (copy.parent / "broken" / "manifest.json").write_text("{")
-    (copy.parent / "begun").mkdir()
-    shutil.copy(copy / "run.json", copy.parent / "begun")
+    (copy.parent / "unfinished").mkdir()
+    shutil.copy(copy / "run.json", copy.parent / "unfinished")
     found = verify(str(copy.parent))
     assert found.exit_code == 1
     assert "broken cannot be verified" in found.output
     assert "night is as it was committed" in found.output
-    assert "not finished, so not verified: begun" in found.output
+    assert "not finished, so not verified: unfinished" in found.output
 
 
 def test_the_command_without_a_run_is_one_line(tmp_path: Path) -> None:

@@ -129,7 +129,7 @@ def test_the_commands(copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert {r["patient_id"] for r in csv_rows(target.read_bytes())} == {MARY}
     for again, words in (
         (("export", out, "night", "--to", str(target)), "exists"),
-        (("export", out, "night", "--to", "x.xlsx"), "the name says the format"),
+        (("export", out, "night", "--to", "x.xlsx"), "the ending of the name decides the format"),
         (("export", out, "other", "--to", str(tmp_path / "x.csv")), "no such run"),
         (("labels", out, "--to", str(tmp_path / "data")), "nothing to train on"),
     ):

@@ -26,9 +26,9 @@ demo: install
 test: install
 	for folder in unit integration web; do $(BIN)/python -m pytest -m "not chaos" $(SIDE_BY_SIDE) tests/$$folder || exit 1; done
 
-# For every save: no servers, no browser.
+# For every save: no servers, no browser, nothing slow; 90 s on two idle cores.
 unit: install
-	$(BIN)/python -m pytest -m "not chaos and not slow" $(SIDE_BY_SIDE) tests/unit
+	$(BIN)/python -m pytest -m "not chaos and not slow" -p no:schemathesis $(SIDE_BY_SIDE) tests/unit
 
 coverage: install
 	$(BIN)/python -m pytest -m "not chaos" -n $(TEST_WORKERS) --dist loadfile --cov=leukoflow --cov-report=term:skip-covered --cov-report=html:coverage tests/unit

@@ -376,3 +376,7 @@ def fetched(client: Any, prefix: str, target: Path) -> Path:
 
 def unfinished(client: Any) -> list[str]:
     return [upload["Key"] for upload in client.list_multipart_uploads(Bucket="lab").get("Uploads", ())]
+
+
+def keys_of(direct: Any, prefix: str) -> list[str]:
+    return [item["Key"] for item in direct.list_objects_v2(Bucket="lab", Prefix=prefix).get("Contents", ())]

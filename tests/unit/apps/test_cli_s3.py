@@ -13,6 +13,8 @@ from typer.testing import CliRunner
 from leukoflow.apps.cli.main import app
 from leukoflow.apps.doctor import check_storage
 
+pytestmark = pytest.mark.slow  # a server of moto, behind a proxy
+
 
 @pytest.fixture
 def proxy(monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:

@@ -152,6 +152,7 @@ def _instead_of_prefect(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: s
         ("something else", "leukoflow doctor"),
     ],
 )
+@pytest.mark.slow
 def test_a_server_that_does_not_start_names_its_last_words_and_a_remedy(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, complaint: str, remedy: str
 ) -> None:
@@ -163,6 +164,7 @@ def test_a_server_that_does_not_start_names_its_last_words_and_a_remedy(
     assert "ended at once with status 1" in str(failed.value)
 
 
+@pytest.mark.slow
 def test_a_server_that_never_answers_is_given_up_and_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     _instead_of_prefect(tmp_path, monkeypatch, "import os, time; print(os.getpid(), flush=True); time.sleep(60)")
     monkeypatch.setattr(prefect_server, "STARTUP_SECONDS", 1.0)
@@ -186,6 +188,7 @@ def create_app(final):
 """
 
 
+@pytest.mark.slow
 def test_the_port_is_taken_before_the_server_starts_and_nobody_can_take_it_meanwhile(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -222,6 +225,7 @@ def test_the_port_is_taken_before_the_server_starts_and_nobody_can_take_it_meanw
     assert not prefect_server._is_locked(tmp_path / "home")
 
 
+@pytest.mark.slow
 def test_a_port_that_a_stranger_has_is_not_used(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, healthy_url: str
 ) -> None:
@@ -232,6 +236,7 @@ def test_a_port_that_a_stranger_has_is_not_used(
     assert server.url != healthy_url
 
 
+@pytest.mark.slow
 def test_a_server_that_is_to_stay_is_started_once_by_two_commands_at_the_same_time(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,6 +256,7 @@ def test_a_server_that_is_to_stay_is_started_once_by_two_commands_at_the_same_ti
                 server.process.wait(10)
 
 
+@pytest.mark.slow
 def test_a_server_that_is_to_stay_is_known_before_it_answers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The command that starts it may be killed while it waits."""
     _instead_of_prefect(tmp_path, monkeypatch, "import time; time.sleep(60)")

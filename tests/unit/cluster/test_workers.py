@@ -105,6 +105,7 @@ def closed(part: Any) -> Any:
     return made
 
 
+@pytest.mark.slow
 def test_the_pods_are_what_the_operator_takes() -> None:
     spec = kubernetes_spec(PODS, gpu=True)
     jsonschema.validate({"spec": spec["spec"]}, schema("daskcluster"))

@@ -46,6 +46,7 @@ def test_a_field_does_not_depend_on_its_neighbours() -> None:
     np.testing.assert_array_equal(a[0], b[0])
 
 
+@pytest.mark.slow
 def test_learns_to_find_discs() -> None:
     torch.manual_seed(0)
     y, x = np.mgrid[:48, :48]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -17,9 +18,15 @@ from leukoflow.tasks.report.model_card import render
 COMPONENTS = ("segmenter", "features", "classifier")
 
 
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Bundle:
+    return random_bundle(tmp_path_factory.mktemp("bundles") / "b", 3, tiny=True)
+
+
 @pytest.fixture
-def bundle(tmp_path: Path) -> Bundle:
-    return random_bundle(tmp_path / "b", 3, tiny=True)
+def bundle(made: Bundle, tmp_path: Path) -> Bundle:
+    """A copy of its own for each test."""
+    return load_bundle(Path(shutil.copytree(made.path, tmp_path / "b")))
 
 
 def test_same_seed_same_digest_and_loading_changes_nothing(bundle: Bundle, tmp_path: Path) -> None:

@@ -122,6 +122,7 @@ def test_hub_is_asked_by_name_and_its_absence_explained(monkeypatch: pytest.Monk
         build_backbone(TINY[0], "hub")
 
 
+@pytest.mark.slow
 def test_full_size_networks_on_a_few_images() -> None:
     full = preset("full")
     assert full.method.select.k == 2000

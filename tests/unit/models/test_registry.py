@@ -267,6 +267,7 @@ def test_a_run_keeps_the_bundle_that_it_started_with(
     assert by_path.fingerprint == named.fingerprint  # as the command that resumes has it
 
 
+@pytest.mark.slow
 def test_once_it_is_finished_the_newly_approved_bundle_gives_a_run_of_its_own(
     several: list[Bundle], registry: Registry, source: str, tmp_path: Path
 ) -> None:

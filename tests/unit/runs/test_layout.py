@@ -9,6 +9,7 @@ import pytest
 
 from leukoflow.runs.layout import LedgerKey, OutKey, RunKey, Stage
 from leukoflow.runs.records import Shard
+from leukoflow.storage import base, local
 from leukoflow.tasks.store.commit import STAGES
 
 FORMAT = (Path(__file__).parents[3] / "docs" / "data-format.md").read_text()
@@ -89,6 +90,13 @@ def test_attempts_have_names_of_their_own() -> None:
     first, second = RunKey.new_attempt("compact"), RunKey.new_attempt("compact")
     assert first != second
     assert re.fullmatch(r"_attempts/compact-[0-9a-f]{8}", first)
+
+
+def test_storage_spells_the_folder_of_attempts_as_the_layout_does() -> None:
+    """Storage lies below runs and cannot import the layout."""
+    for module in (base, local):
+        spelled = re.findall(r"[\"'](_[a-z]+)\b", Path(module.__file__).read_text())
+        assert set(spelled) == {RunKey.ATTEMPTS}, module.__name__
 
 
 @pytest.mark.parametrize(

@@ -147,6 +147,7 @@ def test_the_work_of_an_old_run_is_taken_over(night: Run, copy: Path) -> None:
     assert set(marker.receipt.resumed) == {"masks", "features", "activations"}
 
 
+@pytest.mark.slow
 def test_an_old_run_computed_again_is_the_same(copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     class Here:
         def submit(self, function: Any, *arguments: Any) -> Future[Any]:

@@ -35,7 +35,7 @@ def store() -> Iterator[str]:
         yield url
 
 
-@pytest.fixture(params=["local", "s3"])
+@pytest.fixture(params=["local", pytest.param("s3", marks=pytest.mark.slow)])
 def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A root of its own for each test; the store is started only where it is asked for."""
     if request.param == "local":

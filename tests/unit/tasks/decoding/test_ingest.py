@@ -113,18 +113,21 @@ def test_an_image_that_ends_the_child_is_blamed(troubled: Callable[..., Decoder]
     assert outcomes(troubled(), b"EXIT")[0].reason == "decoding it ends the decoder (exit code 3)"
 
 
+@pytest.mark.slow
 def test_cpu_time_is_limited(troubled: Callable[..., Decoder]) -> None:
     spinning, after = outcomes(troubled(decode_seconds=0.5), b"SPIN", b"good")
     assert spinning.reason == "decoding it takes too long: its CPU time is used up"
     assert after.rgb is not None
 
 
+@pytest.mark.slow
 def test_waiting_for_ever_is_limited(troubled: Callable[..., Decoder]) -> None:
     sleeping, after = outcomes(troubled(decode_seconds=0.3), b"SLEEP", b"good")
     assert sleeping.reason == "decoding it takes too long: the decoder does not answer"
     assert after.rgb is not None
 
 
+@pytest.mark.slow
 def test_memory_is_limited_and_the_next_image_is_served() -> None:
     big = encoded(Image.fromarray(np.zeros((8000, 8000, 3), np.uint8)), "PNG", compress_level=1)
     with Decoder(LimitSettings(decode_memory_mb=256), SETTINGS) as small:

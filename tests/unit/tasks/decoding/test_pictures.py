@@ -440,6 +440,7 @@ def test_cmyk_jpegs_are_inverted_only_where_adobe_says_so() -> None:
 # ---------------------------------------------------------------- the process
 
 
+@pytest.mark.slow
 def test_rare_codecs_are_imported_only_for_the_pictures_that_need_them() -> None:
     code = (
         "import sys; from leukoflow.tasks.decoding.decode_child import decode_image;"
@@ -479,6 +480,7 @@ def test_random_damage_gives_pixels_or_a_reason() -> None:
                 assert "OpenCV" not in (out.reason or "")
 
 
+@pytest.mark.slow
 def test_the_child_decodes_them_within_its_limits() -> None:
     kinds = [
         tiff(RGB, photometric="rgb", compression="jpeg2000"),

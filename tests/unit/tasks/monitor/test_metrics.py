@@ -292,6 +292,7 @@ def test_promtool_finds_rules_and_configuration_right(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(shutil.which("prometheus") is None, reason="prometheus is not installed (apt: prometheus)")
+@pytest.mark.slow
 def test_a_real_prometheus_scrapes_the_figures(out: str, tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))

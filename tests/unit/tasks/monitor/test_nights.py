@@ -288,6 +288,7 @@ def test_commands(out: str, tmp_path: Path) -> None:
     assert runner.invoke(app, ["report", out, "night-1", "--to", "x.html"]).exit_code == 1
 
 
+@pytest.mark.slow
 def test_nights_on_an_object_store(monkeypatch: pytest.MonkeyPatch) -> None:
     with moto_server() as url:
         for name, value in s3_account(url).items():

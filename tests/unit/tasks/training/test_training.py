@@ -293,6 +293,7 @@ def _teacher(folder: Path) -> str:
     return str(path)
 
 
+@pytest.mark.slow
 def test_training_makes_a_bundle_that_diagnoses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(backbone_module, "BATCH", 32)
     data_dir, work, out = tmp_path / "data", tmp_path / "work", tmp_path / "bundle"
@@ -326,6 +327,7 @@ def test_training_makes_a_bundle_that_diagnoses(tmp_path: Path, monkeypatch: pyt
     assert all(v.attention.sum() == pytest.approx(1) for v in verdicts)
 
 
+@pytest.mark.slow
 def test_segmenter_phase_restarts_from_what_is_there(tmp_path: Path) -> None:
     data_dir, work = tmp_path / "data", tmp_path / "work"
     _synthetic(data_dir)

@@ -29,6 +29,7 @@ def test_a_log_follows_line_by_line(log: bytes, tmp_path: Path) -> None:
     assert verify_log(str(tmp_path / "nowhere")) is None
 
 
+@pytest.mark.slow
 def test_every_bit_counts(log: bytes) -> None:
     for position in range(len(log)):
         data = bytearray(log)

@@ -124,6 +124,7 @@ def test_a_dry_run_and_what_makes_no_sense_change_nothing(copy: Path) -> None:
     assert digests(copy.parent) == before
 
 
+@pytest.mark.slow
 def test_cut_off_anywhere_any_such_command_finishes(copy: Path, tmp_path: Path, monkeypatch: Any) -> None:
     class Crash(BaseException):
         pass

@@ -139,6 +139,7 @@ def test_a_run_is_the_same_as_its_copy(night: Run, copy: Path) -> None:
     assert (result.exit_code, "all 38 images have the same outcome" in result.output) == (0, True)
 
 
+@pytest.mark.slow
 def test_another_classifier_changes_what_the_tables_say(night: Run, other: Run) -> None:
     """Against an independent comparison of whole tables."""
     seen: list[ImageChange] = []

@@ -164,6 +164,7 @@ def test_an_erased_run_is_finished_and_nobody_takes_its_blank_parts_over(
     assert adopt_stages(job, open_storage(str(copy)), keys, {}) == {}
 
 
+@pytest.mark.slow
 def test_cut_off_anywhere_the_same_command_finishes(night: Run, copy: Path, tmp_path: Path, monkeypatch: Any) -> None:
     class Crash(BaseException):
         pass

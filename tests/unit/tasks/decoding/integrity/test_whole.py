@@ -20,6 +20,7 @@ def test_whole_pictures_pass_without_a_remark(way: str) -> None:
         assert decode(stored(way, seed)).remarks == ()
 
 
+@pytest.mark.slow
 def test_a_run_accounts_for_damaged_and_odd_pictures(small: Bundle, tmp_path: Path) -> None:
     jpeg, png = stored("jpeg"), stored("png")
     members: dict[str, bytes] = {

@@ -187,6 +187,7 @@ def test_a_run_plans_then_starts_a_server_then_the_flow_and_stops_the_server(sta
         assert part in result.output
 
 
+@pytest.mark.slow
 def test_options_reach_the_settings(stage: Any, tmp_path: Path) -> None:
     (tmp_path / "night.toml").write_text('bundle = "mine"\nshard_size = 64\n[cluster]\nworkers = 7\n')
     _run(stage, "--config", str(tmp_path / "night.toml"), "--shard-size", "32", "--device", "cpu", "--um-per-px", "0.5")

@@ -90,7 +90,7 @@ def test_workers_that_a_run_would_start_are_asked_for_where_that_works(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "takes jobs" in _only(check_cluster("slurm")).remedy
+    assert "can submit jobs" in _only(check_cluster("slurm")).remedy
     (tmp_path / "sbatch").touch(mode=0o755)
     assert {kind: _only(check_cluster(kind)).verdict for kind in ("local", "slurm")} == {"local": "ok", "slurm": "ok"}
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
@@ -134,6 +134,7 @@ def test_little_disk_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert [c.verdict for c in check_storage(str(tmp_path))] == ["ok", "warn"]
 
 
+@pytest.mark.slow
 def test_a_configured_server_must_answer(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:1/api")
     check = _only(check_prefect(start=True))

@@ -112,6 +112,7 @@ def test_progress_and_summary_arrive_and_nothing_is_noted(api: Api) -> None:
     assert api.artifacts["nightly-summary"]["data"] == "## all is well"
 
 
+@pytest.mark.slow
 def test_an_outage_that_nobody_has_noticed_yet_is_noted(api: Api, monkeypatch: pytest.MonkeyPatch) -> None:
     """The run's record is written once; what the thread would find out seconds later must stand in it."""
     monkeypatch.setattr(dashboard, "ASK_SECONDS", 60.0)
@@ -158,6 +159,7 @@ def test_a_second_ctrl_c_does_not_wait_for_the_server(monkeypatch: pytest.Monkey
     release.set()
 
 
+@pytest.mark.slow
 def test_a_server_that_comes_back_gets_the_newest_and_the_time_is_noted(api: Api) -> None:
     said: list[str] = []
     with Dashboard("night", str(FLOW_RUN), threading.Event(), said.append) as board:
@@ -184,6 +186,7 @@ def test_a_server_that_comes_back_gets_the_newest_and_the_time_is_noted(api: Api
     assert not dashboard._given_up.is_set()
 
 
+@pytest.mark.slow
 def test_a_server_that_stays_away_is_given_up_soon(api: Api) -> None:
     api.stop()
     with Dashboard("night", str(FLOW_RUN), threading.Event(), print) as board:

@@ -53,6 +53,7 @@ def test_a_process_is_found_again_by_another_command_and_ended(processes: Proces
     assert processes.log("dask worker, GPU 0").name == "dask-worker-GPU-0.log"
 
 
+@pytest.mark.slow
 def test_what_does_not_heed_is_killed_with_its_children(processes: Processes) -> None:
     shell = ["/bin/sh", "-c", 'trap "" TERM; "$@" & wait; wait', "sh", *STUBBORN]
     processes.start("stubborn", shell, dict(os.environ))

@@ -146,7 +146,7 @@ def test_a_copy_that_fails_late_is_repeated(proxy: FaultyProxy) -> None:
     storage.promote("_attempts/x", files)
     assert storage.intact(files)
     storage.delete("_attempts")
-    storage.promote("_attempts/x", files)  # whoever completes another's commit finds it done
+    storage.promote("_attempts/x", files)  # completing another's commit finds it done
     assert storage.intact(files)
 
 

@@ -120,6 +120,7 @@ def test_inner_folds_hold_whole_clusters_out(monkeypatch: pytest.MonkeyPatch) ->
     assert unseen.logits.shape == (len(labels), 4)
 
 
+@pytest.mark.slow
 def test_a_fold_answers_and_is_kept(context: Context) -> None:
     job = FoldJob("cluster", 0, 0, WHOLE, calibrated=True)
     found = run_fold(context, job)
@@ -132,6 +133,7 @@ def test_a_fold_answers_and_is_kept(context: Context) -> None:
     np.testing.assert_array_equal(again.probabilities, found.probabilities)
 
 
+@pytest.mark.slow
 def test_attention_to_the_one_telling_cell_is_faithful(context: Context) -> None:
     results = [run_fold(context, FoldJob("cluster", 0, f, WHOLE, calibrated=True)) for f in range(FOLDS)]
     found = faithfulness(results)

@@ -68,6 +68,7 @@ def test_a_late_run_is_warned_of_once_and_the_note_follows_the_rate(monkeypatch:
     assert notes[-1] == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("at_deadline", "ahead", "stops"), [("stop", 0.05, True), ("continue", 0.05, False), ("stop", -5.0, False)]
 )

@@ -173,6 +173,7 @@ def steps_of(root: Path, monkeypatch: pytest.MonkeyPatch) -> int:
     return len(log)
 
 
+@pytest.mark.slow
 def test_wherever_it_is_cut_off_the_run_is_readable_and_finished_by_the_same_command(
     night: Run, copy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

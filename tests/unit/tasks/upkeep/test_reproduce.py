@@ -39,6 +39,8 @@ from leukoflow.tasks.upkeep.recompute import compare_arrays, compare_columns
 from leukoflow.tasks.upkeep.reproduce import Reproduction, environment_differences, reproduce_run, sample
 from leukoflow.tasks.upkeep.verify import verify_run
 
+pytestmark = pytest.mark.slow  # computes whole runs again
+
 KEY = b"a key that only these tests have"
 
 

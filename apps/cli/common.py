@@ -20,6 +20,7 @@ import typer
 from typer.core import TyperGroup
 
 from leukoflow.core.errors import QUOTING, ConfigError, LeukoflowError
+from leukoflow.core.extras import how_to_install
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -75,6 +76,8 @@ def reported(debug: bool = False) -> Iterator[None]:
     except Exception as error:
         if debug:
             traceback.print_exc()
+        if isinstance(error, ModuleNotFoundError) and (words := how_to_install(error)):
+            fail(words, 1)
         if isinstance(error, OSError) and (words := _system_trouble(error)):
             fail(words, 1)
         where = traceback.extract_tb(error.__traceback__)[-1]

@@ -13,7 +13,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from leukoflow.core.errors import RequestError
+from leukoflow.core.errors import LeukoflowError, RequestError
+from leukoflow.core.extras import how_to_install
 from leukoflow.runs.records import CLASS_NAMES, CLASSES, Status
 from leukoflow.tasks.inference.single import Examination, TileView, examine, load_models
 from leukoflow.tasks.review.wording import CLASS_CAUTION, NO_ANSWER, RESEARCH_USE, Scale, reason_words
@@ -105,6 +106,7 @@ def diagnose(
     Raises:
         RequestError: the pixels are not uint8 [H, W, 3], or the scale is not a positive number.
         BundleError: the bundle is not there or damaged.
+        LeukoflowError: torch is not installed; the message says which extra brings it.
         FileNotFoundError: there is no such file.
 
     Examples:
@@ -151,7 +153,10 @@ def _opened(bundle: str, device: str) -> tuple[Models, Decoder]:
     from leukoflow.core.config import LimitSettings
     from leukoflow.tasks.decoding.ingest import Decoder
 
-    models = load_models(bundle, device)
+    try:
+        models = load_models(bundle, device)
+    except ModuleNotFoundError as error:
+        raise LeukoflowError(how_to_install(error) or str(error)) from error
     decoder = Decoder(LimitSettings(), models.bundle.spec.method.segment)
     atexit.register(decoder.close)
     return models, decoder

@@ -234,7 +234,7 @@ def test_a_server_can_be_kept(stage: Any) -> None:
         (manifest_of(source_truncated="the end is missing", quarantined=1, predicted=89), 4),
     ],
 )
-def test_the_exit_code_is_that_of_themanifest_of(stage: Any, manifest: RunManifest, code: int) -> None:
+def test_the_exit_code_is_that_of_the_manifest(stage: Any, manifest: RunManifest, code: int) -> None:
     stage.manifest = manifest
     assert _run(stage).exit_code == code
 

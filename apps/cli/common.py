@@ -134,7 +134,7 @@ def execute(settings: RunConfig, keep_prefect: bool, debug: bool) -> int:
                 life.enter_context(beating(root, "planning the source"))
 
             opened = open_run(settings, begin)
-        if note := os.environ.get(ROOT_FILE):
+        if note := os.environ.pop(ROOT_FILE, ""):
             Path(note).write_text(json.dumps({"root": opened.root}))
         if opened.finished is not None:
             console.print(f"[green]{opened.run_id} is finished already[/]; nothing was started.")

@@ -34,12 +34,15 @@ class Outcome:
 
 
 def check_storable(bundle: Bundle) -> None:
-    """Raise BundleError unless the bundle's classes are those for which the stored tables have columns."""
+    """Raise BundleError unless the bundle's classes are those of the stored tables' columns, in that order.
+
+    Pages and exports read probabilities by their place, so another order would show those of another class.
+    """
     classes = bundle.spec.classes
-    if sorted(classes) != sorted(PROBABILITY_OF):
+    if tuple(classes) != tuple(PROBABILITY_OF):
         raise BundleError(
             f"bundle {bundle.spec.name} names the classes {', '.join(classes)}; a run can store "
-            f"{', '.join(PROBABILITY_OF)}: choose a bundle of these"
+            f"{', '.join(PROBABILITY_OF)}: choose a bundle of these, in this order"
         )
 
 

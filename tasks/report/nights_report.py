@@ -11,7 +11,6 @@ from statistics import median
 from markupsafe import Markup
 
 from leukoflow.core.errors import StorageError
-from leukoflow.runs.layout import OutKey
 from leukoflow.runs.records import CLASSES
 from leukoflow.tasks.monitor.drift import (
     ACT,
@@ -60,7 +59,7 @@ def nights_page(found: Nights) -> str:
     outcomes, stages = _outcomes(nights), _stages(nights)
     pace = Series("images per second", _ACCENT, [n.images_per_second for n in nights])
     return render(
-        OutKey.NIGHTS_PAGE,
+        "nights.html",
         sections=_SECTIONS,
         found=found,
         nights=nights,

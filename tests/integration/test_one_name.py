@@ -17,6 +17,7 @@ import pytest
 from harness import ROOT, smears, until, write_zip
 
 pytestmark = [pytest.mark.integration, pytest.mark.timeout(600)]
+NIGHTLY = "leukoflow night/nightly"
 USERS_OWN = 'raise ImportError("this is the user\'s own module")\n'
 
 
@@ -126,6 +127,9 @@ def worker(server: str, place: Path, tmp_path: Path) -> Iterator[subprocess.Pope
             stdout=log, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
     yield process
+    # The server is shared with other tests: what is scheduled for tonight must not stand among their runs.
+    call(place, "-m", "prefect", "--no-prompt", "deployment", "delete", NIGHTLY)
+    call(place, "-m", "prefect", "--no-prompt", "work-pool", "delete", "leukoflow")
     process.terminate()
     try:
         process.wait(60)
@@ -147,6 +151,6 @@ def test_a_deployment_is_started_by_a_worker(
     file = ROOT / "deployments" / "prefect.yaml"
     done = call(place, "-m", "prefect", "--no-prompt", "deploy", "--prefect-file", str(file), "-n", "nightly")
     assert done.returncode == 0, done.stdout + done.stderr
-    done = call(place, "-m", "prefect", "deployment", "run", "leukoflow night/nightly", "--watch")
+    done = call(place, "-m", "prefect", "deployment", "run", NIGHTLY, "--watch")
     assert done.returncode == 0, done.stdout + (tmp_path / "worker.log").read_text()[-3000:]
     assert list((place / "nights").glob("*/manifest.json"))

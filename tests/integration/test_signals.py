@@ -107,6 +107,7 @@ def test_ctrl_c_drains(
 
 def test_cancel_in_prefect_drains(launch: Launch, server: str, tmp_path: Path) -> None:
     from prefect.client.orchestration import get_client
+    from prefect.client.schemas.filters import FlowRunFilter, FlowRunFilterTags
     from prefect.client.schemas.sorting import FlowRunSort
     from prefect.states import Cancelling
 
@@ -115,7 +116,8 @@ def test_cancel_in_prefect_drains(launch: Launch, server: str, tmp_path: Path) -
     attempts = (tmp_path / "long" / "_attempts").glob
     until(lambda: any(attempts("*/*/started/*")), 240, "the first shard has started", command)
     with get_client(sync_client=True) as client:
-        newest = client.read_flow_runs(limit=1, sort=FlowRunSort.EXPECTED_START_TIME_DESC)[0]
+        ours = FlowRunFilter(tags=FlowRunFilterTags(all_=["run:long"]))
+        newest = client.read_flow_runs(flow_run_filter=ours, limit=1, sort=FlowRunSort.EXPECTED_START_TIME_DESC)[0]
         assert newest.name == "screening, run long"
         assert set(newest.tags) == {"leukoflow", "run:long"}
         client.set_flow_run_state(uuid.UUID(str(newest.id)), Cancelling())

@@ -116,7 +116,7 @@ def test_damaged_parts_are_said(copy: Path) -> None:
         open_run_table(str(copy.parent), NIGHT)
 
 
-def test_without_a_manifest_nobody_knows_what_isknown_missing() -> None:
+def test_without_a_manifest_nobody_knows_what_is_known_to_be_missing() -> None:
     assert known_missing(0, '{"manifest": null}') is None
     assert known_missing(0, '{"manifest": "night.csv"}') == 0
     assert known_missing(2, '{"manifest": "night.csv"}') == 2

@@ -132,7 +132,7 @@ def test_a_second_signal_ends_at_once(launch: Launch, server: str, tmp_path: Pat
     until(lambda: command.find("leukoflow.tasks.decoding.decode_child"), 240, "a worker decodes", command)
     command.process.terminate()
     log = tmp_path / "long" / "logs"
-    until(lambda: "finishing what is on its way" in next(log.iterdir()).read_text(), 60, "the first is heard", command)
+    until(lambda: "finishing what is in progress" in next(log.iterdir()).read_text(), 60, "the first is heard", command)
     began = time.monotonic()
     command.process.terminate()
     assert command.wait(100) == 130, command.text()[-3000:]

@@ -13,11 +13,12 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from leukoflow.apps.notebook import words
 from leukoflow.core.errors import LeukoflowError, RequestError
 from leukoflow.core.extras import how_to_install
-from leukoflow.runs.records import CLASS_NAMES, CLASSES, Status
+from leukoflow.runs.records import CLASSES, Status
 from leukoflow.tasks.inference.single import Examination, TileView, examine, load_models
-from leukoflow.tasks.review.wording import CLASS_CAUTION, NO_ANSWER, RESEARCH_USE, Scale, reason_words
+from leukoflow.tasks.review.wording import Scale
 
 if TYPE_CHECKING:
     from leukoflow.tasks.decoding.ingest import Decoder
@@ -70,9 +71,7 @@ class Diagnosis:
     @property
     def headline(self) -> str:
         """The result in one line."""
-        if self.label is None:
-            return NO_ANSWER if self.status == Status.ABSTAINED else f"No answer: {self.status}."
-        return f"{CLASS_NAMES[self.label]}, {self.probabilities[self.label]:.3f}"
+        return words.headline(self.status, self.label, None if self.label is None else self.probabilities[self.label])
 
     def __repr__(self) -> str:
         reason = f" ({self.reason})" if self.reason else ""
@@ -164,8 +163,9 @@ def _opened(bundle: str, device: str) -> tuple[Models, Decoder]:
 
 def _diagnosis(found: Examination, um_per_px: float | None, models: Models) -> Diagnosis:
     answered = found.status is Status.PREDICTED
-    scale = Scale(found.width_px, found.height_px, um_per_px, models.bundle.spec.method.segment)
-    what, remedy, measured = reason_words(found.reason, scale, "notebook") if found.reason else ("", "", "")
+    spec = models.bundle.spec
+    alpha = spec.calibration.alpha
+    scale = Scale(found.width_px, found.height_px, um_per_px, spec.method.segment)
     empty = pa.table({"cell_id": pa.array([], pa.int32()), "attention": pa.array([], pa.float32())})
     return Diagnosis(
         status=str(found.status),
@@ -180,7 +180,13 @@ def _diagnosis(found: Examination, um_per_px: float | None, models: Models) -> D
         sha256=found.sha256,
         remarks=found.remarks,
         tiles=found.tiles,
-        sentences=tuple(filter(None, (
-            *((scale.caution, CLASS_CAUTION) if answered else (what, remedy, measured)), RESEARCH_USE,
-        ))),
-    )  # fmt: skip
+        sentences=words.sentences(
+            found.status,
+            found.reason,
+            scale,
+            found.prediction_set,
+            found.probabilities,
+            alpha,
+            "notebook",
+        ),
+    )

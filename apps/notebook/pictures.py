@@ -67,7 +67,7 @@ def _bars(probabilities: Mapping[str, float]) -> str:
         f'<tr><td style="padding:.1em .6em .1em 0">{escape(CLASS_NAMES.get(name, name))}</td>'
         f'<td style="width:14em"><span style="display:block;height:.8em;width:{100 * value:.1f}%;'
         f'background:{COLOURS.get(name.lower(), COLOURS["quiet"])[0]}"></span></td>'
-        f'<td style="padding-left:.6em;font-variant-numeric:tabular-nums">{probability(value)}</td></tr>'
+        f'<td style="padding-left:.6em;font-variant-numeric:tabular-nums">{escape(probability(value))}</td></tr>'
         for name, value in probabilities.items()
     )
     return f'<table style="border-collapse:collapse;margin:.4em 0">{rows}</table>' if rows else ""

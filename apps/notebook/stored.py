@@ -5,19 +5,28 @@ Reading tables and masks needs neither torch nor Prefect.
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.dataset as ds
 import zarr
 from numpy.typing import NDArray
 
+from leukoflow.apps.notebook import words
 from leukoflow.core.errors import NotFoundError
 from leukoflow.runs.layout import RunKey
-from leukoflow.runs.records import CLASS_NAMES, CLASSES, RunManifest, Status
+from leukoflow.runs.records import RunManifest, Status, read_reason
+from leukoflow.runs.schema import PROBABILITY_OF
 from leukoflow.storage.base import Storage
+from leukoflow.tasks.review.bundle_settings import alpha_of, segment_settings
+from leukoflow.tasks.review.field_view import view
+from leukoflow.tasks.review.pixels import Pixels, shared_decoder
+from leukoflow.tasks.review.runs import open_run_named
+from leukoflow.tasks.review.wording import SHADOW, Scale
 from leukoflow.tasks.store.tables import finished, table_files
 
 if TYPE_CHECKING:
@@ -44,26 +53,23 @@ class Field:
     image_key: str
     row: dict[str, Any]
     tiles: tuple[Tile, ...]
-    cells: Any
-    remarks: tuple[str, ...]
+    cells: pa.Table
+    sentences: tuple[str, ...]
 
     @property
     def headline(self) -> str:
         """What the run says of the image, in one line."""
-        if self.row["status"] != Status.PREDICTED:
-            return f"No answer: {self.row['status']}." + (f" {self.row['reason']}" if self.row["reason"] else "")
-        return f"{CLASS_NAMES[self.row['label']]}, {self.row['confidence']:.3f}"
+        return words.headline(self.row["status"], self.row["label"], self.row["confidence"])
 
     def __repr__(self) -> str:
         return f"<Field {self.image_key!r}: {self.headline} {len(self.cells)} cells>"
 
     def _repr_html_(self) -> str:
         from leukoflow.apps.notebook.pictures import field_html
-        from leukoflow.tasks.review.wording import RESEARCH_USE
 
         answered = self.row["status"] == Status.PREDICTED
-        shown = {name: self.row[f"prob_{name.lower()}"] for name in CLASSES} if answered else {}
-        return field_html(self.tiles, self.cells, self.headline, (*self.remarks, RESEARCH_USE), shown)
+        shown = {name: self.row[column] for name, column in PROBABILITY_OF.items()} if answered else {}
+        return field_html(self.tiles, self.cells, self.headline, self.sentences, shown)
 
 
 class Run:
@@ -117,21 +123,28 @@ class Run:
         Raises:
             NotFoundError: the run has no such image, or its source is gone or has changed; the message says which.
         """
-        field = self.show(image_key)
-        if not field.tiles or (field.remarks and not field.tiles[0].original.size):
-            raise NotFoundError(f"{image_key}: {' '.join(field.remarks) or 'there is no picture of it'}")
-        return field.tiles[0].original
+        row = self.row(image_key)
+        with ExitStack() as stack:
+            pixels = Pixels(self.storage, self.manifest.bundle, stack, shared_decoder(self.manifest.bundle))
+            decoded, remark = pixels.image(row)
+        if decoded is None or decoded.rgb is None:
+            raise NotFoundError(f"{image_key}: {remark.removesuffix('; only the mask is shown')}")
+        return decoded.rgb
 
     def show(self, image_key: str) -> Field:
         """Return one image with its pictures, cells and words, for display in a notebook."""
-        from leukoflow.tasks.review.field_view import view
-        from leukoflow.tasks.review.runs import open_run_named
-
         row = self.row(image_key)
         out, _, run_id = self.storage.root.rpartition("/")
         table = open_run_named(out, run_id)
         seen = view(table, table.ordinal_of(image_key))
-        return Field(image_key, row, seen.tiles, seen.cells, seen.remarks)
+        bundle = self.manifest.bundle
+        scale = Scale(row["width_px"], row["height_px"], row["um_per_px"], segment_settings(bundle))
+        probabilities = [row[column] for column in PROBABILITY_OF.values()]
+        said = words.sentences(
+            row["status"], row["reason"], scale, row["prediction_set"] or (), probabilities, alpha_of(bundle), "run"
+        )
+        shadow = (SHADOW,) if self.manifest.shadow_of is not None else ()
+        return Field(image_key, row, seen.tiles, seen.cells, (*shadow, *seen.remarks, *said))
 
     def row(self, image_key: str) -> dict[str, Any]:
         """Return the image's row of `predictions`. Raises NotFoundError."""
@@ -141,7 +154,7 @@ class Run:
                 f"run {self.run_id} has no image {image_key!r}; the column image_key of `predictions` lists them"
             )
         row: dict[str, Any] = found[0]
-        return row
+        return {**row, "reason": read_reason(row["reason"])}
 
     def _dataset(self, keys: list[str]) -> ds.Dataset:
         if self.storage.is_local:

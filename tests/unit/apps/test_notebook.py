@@ -22,13 +22,16 @@ import leukoflow
 from leukoflow.apps.notebook.diagnosis import Diagnosis, _opened, diagnose
 from leukoflow.apps.notebook.pictures import field_html
 from leukoflow.apps.notebook.stored import Run, open_run
+from leukoflow.apps.notebook.words import sentences
 from leukoflow.core.config import LimitSettings
 from leukoflow.core.errors import NotFoundError, RequestError, StorageError
+from leukoflow.core.geometry import field_geometry
 from leukoflow.models.bundle import Bundle, write_spec
 from leukoflow.runs.records import CLASS_NAMES, CLASSES
 from leukoflow.tasks.inference.single import examine
 from leukoflow.tasks.intake.binding import Run as FinishedRun
-from leukoflow.tasks.review.wording import NO_ANSWER
+from leukoflow.tasks.review.bundle_settings import segment_settings
+from leukoflow.tasks.review.wording import CLASS_CAUTION, NO_ANSWER, RESEARCH_USE, SCALE_CAUTION, Scale
 
 
 @pytest.fixture(scope="module")
@@ -126,7 +129,7 @@ def test_an_abstained_image_of_a_run_shows_no_bars_either(opened: Run, rows: lis
     assert "<table" in field._repr_html_()
     assert field.headline.startswith(CLASS_NAMES[field.row["label"]])
     field = replace(field, row=field.row | {"status": "abstained", "reason": "ambiguous"})
-    assert field.headline == "No answer: abstained. ambiguous"
+    assert field.headline == NO_ANSWER
     assert "<table" not in field._repr_html_()
 
 
@@ -154,12 +157,37 @@ def test_what_comes_from_outside_is_escaped(opened: Run, rows: list[dict[str, An
     shown = "&lt;img src=x onerror=&quot;alert(1)&quot;&gt;.jpg"
     field = opened.show(key_with(rows, "predicted"))
     for html in (
-        replace(field, remarks=(f"{name} has changed",))._repr_html_(),
-        replace(field, row=field.row | {"status": "quarantined", "reason": name})._repr_html_(),
+        replace(field, sentences=(f"{name} has changed",))._repr_html_(),
+        replace(field, row=field.row | {"status": name})._repr_html_(),
         field_html((), None, name, (name,), {name: 0.5}),
     ):
         assert name not in html
         assert shown in html
+
+
+def test_no_probability_is_rounded_to_certainty(opened: Run, rows: list[dict[str, Any]]) -> None:
+    field = opened.show(key_with(rows, "predicted"))
+    sure = replace(field, row=field.row | {"confidence": 0.99996, "prob_benign": 0.99996, "prob_pro": 0.00004})
+    assert sure.headline.endswith(", > 0.999")
+    html = sure._repr_html_()
+    assert "&gt; 0.999" in html
+    assert "&lt; 0.001" in html
+    assert "1.000" not in html
+    assert "0.000" not in html
+
+
+def test_what_is_said_below_an_answer_and_below_none() -> None:
+    guessed = Scale(1000, 1000, None)
+    answer = sentences("predicted", None, guessed, ("Pre",), (0.1, 0.1, 0.7, 0.1), 0.05, "run")
+    assert answer[0] == SCALE_CAUTION
+    assert answer[1].startswith("Prediction set: Pre-B. This excludes no other class: by design")
+    assert answer[2:] == (CLASS_CAUTION, RESEARCH_USE)
+    for where, remedy in (("run", "--um-per-px"), ("notebook", "um_per_px=...")):
+        none = sentences("abstained", "ambiguous: 0.51 < 0.60", guessed, ("Pre",), (0.1, 0.1, 0.7, 0.1), 0.05, where)
+        assert none[0] == "No class stands out."
+        assert remedy in " ".join(none)
+        assert not any(said in " ".join(none) for said in ("Prediction set", "Pre-B"))
+        assert none[-1] == RESEARCH_USE
 
 
 # --- a finished run --------------------------------------------------------------------------------------------------
@@ -189,7 +217,11 @@ def test_masks_have_the_shapes_that_are_documented(opened: Run, rows: list[dict[
     assert len(ids) == row["n_cells"]
     assert set(np.unique(mask.cells[mask.cells > 0]).tolist()) == set(ids)
     assert set(np.unique(mask.semantic).tolist()) <= {0, 1, 2}
-    assert opened.image(key).shape == (*mask.semantic.shape[1:], 3)
+    geometry = field_geometry(
+        row["width_px"], row["height_px"], row["um_per_px"], segment_settings(opened.manifest.bundle)
+    )
+    assert len(geometry.origins) == n
+    assert opened.image(key).shape == (geometry.height, geometry.width, 3)  # the whole image, not one tile of it
 
 
 def test_images_without_masks_and_unknown_ones_are_named(opened: Run, rows: list[dict[str, Any]]) -> None:
@@ -202,6 +234,19 @@ def test_images_without_masks_and_unknown_ones_are_named(opened: Run, rows: list
             opened.mask(row["image_key"])
         assert row["image_key"] in str(caught.value)
         assert row["reason"] in str(caught.value)
+
+
+def test_pixels_that_are_gone_are_no_picture(night: FinishedRun, copy: Path, rows: list[dict[str, Any]]) -> None:
+    """A white picture in their place would be taken for the image."""
+    key = key_with(rows, "predicted")
+    source = Path(night.root).parent.parent / "night.zip"
+    hidden = source.rename(source.with_suffix(".away"))
+    try:
+        with pytest.raises(NotFoundError, match="can no longer be read"):
+            open_run(str(copy)).image(key)
+        assert "can no longer be read" in open_run(str(copy)).show(key)._repr_html_()
+    finally:
+        hidden.rename(source)
 
 
 def test_what_is_no_finished_run_is_refused(copy: Path) -> None:

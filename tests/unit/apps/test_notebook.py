@@ -12,9 +12,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import boto3
 import numpy as np
 import pyarrow.dataset as ds
 import pytest
+from faults import moto_server, s3_account
 from harness import ROOT
 from PIL import Image
 
@@ -28,6 +30,7 @@ from leukoflow.core.errors import NotFoundError, RequestError, StorageError
 from leukoflow.core.geometry import field_geometry
 from leukoflow.models.bundle import Bundle, write_spec
 from leukoflow.runs.records import CLASS_NAMES, CLASSES
+from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.inference.single import examine
 from leukoflow.tasks.intake.binding import Run as FinishedRun
 from leukoflow.tasks.review.bundle_settings import segment_settings
@@ -247,6 +250,27 @@ def test_pixels_that_are_gone_are_no_picture(night: FinishedRun, copy: Path, row
         assert "can no longer be read" in open_run(str(copy)).show(key)._repr_html_()
     finally:
         hidden.rename(source)
+
+
+@pytest.mark.slow
+def test_a_run_on_an_object_store_is_read_as_one_on_a_disk(
+    opened: Run, rows: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = key_with(rows, "predicted")
+    with moto_server() as url:
+        for name, value in s3_account(url).items():
+            monkeypatch.setenv(name, value)
+        boto3.client("s3").create_bucket(Bucket="lab")
+        remote = open_storage("s3://lab/out/night")
+        for file in opened.storage.files(""):
+            remote.write(file, opened.storage.read(file))
+        far = open_run("s3://lab/out/night")
+        assert far.predictions.to_table().equals(opened.predictions.to_table())
+        assert far.cells.to_table().equals(opened.cells.to_table())
+        assert far.slides.to_table().equals(opened.slides.to_table())
+        assert np.array_equal(far.mask(key).cells, opened.mask(key).cells)
+        assert np.array_equal(far.image(key), opened.image(key))
+        assert far.show(key).headline == opened.show(key).headline
 
 
 def test_what_is_no_finished_run_is_refused(copy: Path) -> None:

@@ -12,6 +12,7 @@ import boto3
 import numpy as np
 import pytest
 import zarr
+from attempts import FILES, put
 from faults import moto_server, s3_account
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -48,19 +49,6 @@ def root(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.fixture
 def storage(root: str) -> Storage:
     return open_storage(root)
-
-
-def put(storage: Storage, attempt: str, files: dict[str, bytes]) -> tuple[tuple[str, int, str], ...]:
-    for key, data in files.items():
-        storage.write(f"{attempt}/{key}", data)
-    return tuple(storage.child(attempt).digest(key) for key in files)
-
-
-FILES = {
-    "masks.zarr/00001/zarr.json": b"{}",
-    "masks.zarr/00001/cells/c/0": b"x" * 99,
-    "fields/part-00001.parquet": b"p",
-}
 
 
 def test_what_is_written_is_read(storage: Storage) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from attempts import FILES, put
 
 from leukoflow.core.errors import StorageError
 from leukoflow.storage.base import Storage
@@ -18,19 +19,6 @@ from leukoflow.storage.opening import open_storage
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
     return open_storage(str(tmp_path / "run"))
-
-
-def put(storage: Storage, attempt: str, files: dict[str, bytes]) -> tuple[tuple[str, int, str], ...]:
-    for key, data in files.items():
-        storage.write(f"{attempt}/{key}", data)
-    return tuple(storage.child(attempt).digest(key) for key in files)
-
-
-FILES = {
-    "masks.zarr/00001/zarr.json": b"{}",
-    "masks.zarr/00001/cells/c/0": b"x" * 99,
-    "fields/part-00001.parquet": b"p",
-}
 
 
 def test_writes_replace_whole(storage: Storage) -> None:

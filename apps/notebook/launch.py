@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -24,8 +25,8 @@ class RunFailedError(LeukoflowError):
 def run(source: str | Path, out: str | Path, show: Callable[[str], object] | None = print, **options: Any) -> Run:
     """Run the nightly flow over a source and open what it leaves; the same as the command `leukoflow run`.
 
-    The same call resumes a run that was stopped, and returns at once for a finished one. Interrupting the kernel lets
-    the shards in work finish, as Ctrl-C does.
+    The same call resumes a run that was stopped, and returns at once for a finished one. Interrupting once lets
+    the shards in work finish, a second time ends the run at once, as Ctrl-C does.
 
     Args:
         source: a folder, a zip, a tar, one image, or an `s3://` address of these.
@@ -51,16 +52,39 @@ def run(source: str | Path, out: str | Path, show: Callable[[str], object] | Non
     with tempfile.TemporaryDirectory() as folder:
         noted = Path(folder) / "root.json"
         environment = os.environ | {ROOT_FILE: str(noted), "PYTHONPATH": os.pathsep.join(paths), "NO_COLOR": "1"}
-        said: list[str] = []
         with subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-            errors="replace", env=environment,
+            errors="replace", env=environment, start_new_session=True,
         ) as process:  # fmt: skip
-            assert process.stdout is not None
+            said = follow(process, show)
+        if process.returncode not in (0, 3, 4) or not noted.exists():
+            raise RunFailedError(next((s for s in reversed(said) if s.startswith("error: ")), "\n".join(said[-5:])))
+        return open_run(json.loads(noted.read_text())["root"])
+
+
+def follow(process: subprocess.Popen[str], show: Callable[[str], object] | None) -> list[str]:
+    """Read the lines of a process until it ends, and return them; each interrupt is passed on to it, once.
+
+    The process must have a session of its own, or a terminal and some notebooks would interrupt it a second time, which
+    ends a run at once.
+
+    Raises:
+        KeyboardInterrupt: after the process has ended, if there was one.
+    """
+    assert process.stdout is not None
+    said: list[str] = []
+    interrupted = False
+    while True:
+        try:
             for line in process.stdout:
                 said.append(line.rstrip())
                 if show is not None:
                     show(said[-1])
-        if process.returncode not in (0, 3, 4) or not noted.exists():
-            raise RunFailedError(next((s for s in reversed(said) if s.startswith("error: ")), "\n".join(said[-5:])))
-        return open_run(json.loads(noted.read_text())["root"])
+            process.wait()
+            break
+        except KeyboardInterrupt:
+            interrupted = True
+            process.send_signal(signal.SIGINT)
+    if interrupted:
+        raise KeyboardInterrupt
+    return said

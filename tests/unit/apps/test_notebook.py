@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
+import os
 import shutil
+import signal
 import subprocess
 import sys
 import zipfile
@@ -279,6 +281,40 @@ def test_what_is_no_finished_run_is_refused(copy: Path) -> None:
     (copy / "manifest.json").unlink()
     with pytest.raises(StorageError, match="run night is not finished"):
         open_run(str(copy))
+
+
+CHILD = """
+import signal, sys, time
+heard = []
+signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+print("ready", flush=True)
+while not heard:
+    time.sleep(0.02)
+time.sleep(0.3)  # the shards in work
+print("finished", len(heard), flush=True)
+"""
+NOTEBOOK = f"""
+import subprocess, sys
+from leukoflow.apps.notebook.launch import follow
+command = [sys.executable, "-c", {CHILD!r}]
+with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as it:
+    try:
+        follow(it, lambda line: print(line, flush=True))
+    except KeyboardInterrupt:
+        print("interrupted", it.returncode)
+"""
+
+
+def test_an_interrupt_reaches_the_run_once_and_is_raised_when_it_has_ended() -> None:
+    """Also where the whole group is interrupted, as by a terminal."""
+    with subprocess.Popen(
+        [sys.executable, "-c", NOTEBOOK], cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        os.killpg(process.pid, signal.SIGINT)
+        assert process.stdout.read() == "finished 1\ninterrupted 0\n"
+        assert process.wait(30) == 0
 
 
 # --- the package -----------------------------------------------------------------------------------------------------

@@ -9,8 +9,9 @@ from html import escape
 import numpy as np
 import pyarrow as pa
 
-from leukoflow.apps.web.drawing.layers import Tile, outline, png
+from leukoflow.apps.web.drawing.layers import Tile, png
 from leukoflow.runs.records import CLASS_NAMES
+from leukoflow.tasks.report.overlay import outline
 from leukoflow.tasks.report.palette import COLOURS, attention_colour
 from leukoflow.tasks.review.wording import probability
 

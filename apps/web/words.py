@@ -123,7 +123,7 @@ def reason_words(
 ) -> tuple[str, str, str]:
     """Put a stored reason in words: what, the likeliest cause with what to do about it, and the measured part."""
     what, remedy, measured = wording.reason_words(reason, scale, where, remarks)
-    return (shown(what, 300), remedy, shown(measured, 200))
+    return (numbers.shown(what, 300), remedy, numbers.shown(measured, 200))
 
 
 def quality_words(quality: Quality | None) -> tuple[tuple[str, str], ...]:
@@ -148,12 +148,12 @@ def uncertain_of(summary: Summary) -> str:
 
 def bundle_name(bundle: str) -> str:
     """Return a bundle's name without its folder."""
-    return shown(bundle.rstrip("/").rpartition("/")[2] or bundle, 80)
+    return numbers.shown(bundle.rstrip("/").rpartition("/")[2] or bundle, 80)
 
 
 def number(value: float, digits: int = 0) -> str:
     """Format a number with thin spaces between thousands."""
-    return f"{value:,.{digits}f}".replace(",", "\u202f")
+    return numbers.number(value, digits).replace(",", "\u202f")
 
 
 def prob(value: float) -> str:
@@ -178,12 +178,12 @@ def moment(at: str | None) -> str:
     try:
         return f"{datetime.fromisoformat(at).astimezone(UTC):%Y-%m-%d %H:%M}"
     except ValueError:
-        return shown(at, 40)
+        return numbers.shown(at, 40)
 
 
 def sentence(text: object, limit: int = 300) -> str:
     """Format foreign text as a sentence: with a capital and a full stop."""
-    return wording.sentence(shown(text, limit))
+    return wording.sentence(numbers.shown(text, limit))
 
 
 def upload_words(items: Sequence[Any], images: int) -> str:
@@ -264,9 +264,3 @@ def _blocks(text: str) -> Iterator[CardBlock]:
 
 def _plain(text: str) -> str:
     return text.replace("`", "").replace("**", "")
-
-
-def shown(value: object, limit: int = 140) -> str:
-    """Return foreign text without control or direction-changing characters, of bounded length. Templates escape it."""
-    text = "".join(c if c.isprintable() else f"\\u{ord(c):04x}" for c in str(value))
-    return text if len(text) <= limit else f"{text[: limit // 2]}…{text[-limit // 2 :]}"

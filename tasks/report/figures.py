@@ -14,14 +14,12 @@ from markupsafe import Markup
 
 from leukoflow.core.method import SegmentSettings
 from leukoflow.runs.layout import RunKey, Stage
-from leukoflow.runs.records import CLASSES
+from leukoflow.runs.schema import PROBABILITY_OF
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.report.overlay import Heat, draw_field, heaviest_cells
 from leukoflow.tasks.review.bundle_settings import alpha_of, segment_settings
 from leukoflow.tasks.review.pixels import Pixels
 from leukoflow.tasks.review.wording import Scale, reason_words, set_words
-
-_PROBABILITIES = ("prob_benign", "prob_early", "prob_pre", "prob_pro")
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +44,7 @@ class Figure:
     @property
     def probabilities(self) -> list[tuple[str, float]]:
         """Classes with their probabilities."""
-        return [(name, self.row[column]) for name, column in zip(CLASSES, _PROBABILITIES, strict=True)]
+        return [(name, self.row[column]) for name, column in PROBABILITY_OF.items()]
 
     @property
     def scale(self) -> Scale:

@@ -121,11 +121,15 @@ def _heat_png(values: NDArray[np.float64]) -> bytes:
     return data.tobytes()
 
 
-def outline(mask: NDArray[np.bool_]) -> str:
-    """Return the SVG path of the outer contours of a mask, bool [H, W], in pixel coordinates."""
-    contours, _ = cv2.findContours(mask.astype(np.uint8), cv2.RETR_EXTERNAL, cv2.CHAIN_APPROX_NONE)
+def outline(mask: NDArray[np.bool_], holes: bool = False) -> str:
+    """Return the SVG path of a mask's contours, bool [H, W], in pixel coordinates; empty for an empty mask.
+
+    `holes` asks for the inner contours as well.
+    """
+    mode = cv2.RETR_CCOMP if holes else cv2.RETR_EXTERNAL
+    contours, _ = cv2.findContours(mask.astype(np.uint8), mode, cv2.CHAIN_APPROX_NONE)
     path = []
     for contour in contours:
-        points = cv2.approxPolyDP(contour, 0.7, True).reshape(-1, 2) + 0.5
+        points = cv2.approxPolyDP(contour, 0.6, True).reshape(-1, 2) + 0.5
         path.append("M" + "L".join(f"{x:g} {y:g}" for x, y in points) + "Z")
     return "".join(path)

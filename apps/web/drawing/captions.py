@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from leukoflow.apps.web.words import Subject, prob, shown
+from leukoflow.apps.web.words import Subject, prob
 from leukoflow.runs.records import CLASSES
+from leukoflow.tasks.report.numbers import shown
 from leukoflow.tasks.review.wording import LEANING, NO_ANSWER, class_name, set_words
 
 

@@ -13,9 +13,10 @@ from fpdf.fonts import TTFFont
 from leukoflow.apps.web.drawing.captions import headline, statements
 from leukoflow.apps.web.drawing.export_png import annotated
 from leukoflow.apps.web.drawing.layers import Tile, rgb_of
-from leukoflow.apps.web.words import Cell, Subject, prob, shown
+from leukoflow.apps.web.words import Cell, Subject, prob
 from leukoflow.runs.records import CLASS_NAMES, CLASSES
 from leukoflow.tasks.imaging.cytoplasm import measured, measured_words
+from leukoflow.tasks.report.numbers import shown
 from leukoflow.tasks.report.palette import COLOURS
 from leukoflow.tasks.review.wording import ATTENTION_NOTE, RESEARCH_USE
 

@@ -13,7 +13,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 from leukoflow.apps.web.drawing.captions import headline, probabilities, provenance, statements
 from leukoflow.apps.web.drawing.layers import CYTOPLASM, NUCLEUS, Tile, rgb_of, shapes
-from leukoflow.apps.web.words import Cell, Subject, shown
+from leukoflow.apps.web.words import Cell, Subject
+from leukoflow.tasks.report.numbers import shown
 from leukoflow.tasks.review.wording import ATTENTION_NOTE, RESEARCH_USE
 
 ENLARGED = 900  # pixels of the longer side of an exported picture, at least

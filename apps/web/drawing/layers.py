@@ -18,6 +18,7 @@ from PIL import Image
 
 from leukoflow.apps.web.words import Cell
 from leukoflow.runs.records import CLASSES
+from leukoflow.tasks.report.overlay import outline
 from leukoflow.tasks.report.palette import AGAINST, FOR, attention_colour
 
 NUCLEUS, CYTOPLASM = "#35d6ff", "#ffd23e"  # visible on violet nuclei and on the pale background
@@ -79,17 +80,6 @@ def png(pixels: NDArray[np.uint8]) -> bytes:
     sink = BytesIO()
     Image.fromarray(pixels).save(sink, "PNG", compress_level=4)
     return sink.getvalue()
-
-
-def outline(mask: NDArray[np.bool_], holes: bool = False) -> str:
-    """Return the SVG path of a mask's contours, in pixel coordinates. `mask` bool [H, W]; empty for an empty mask."""
-    mode = cv2.RETR_CCOMP if holes else cv2.RETR_EXTERNAL
-    contours, _ = cv2.findContours(mask.astype(np.uint8), mode, cv2.CHAIN_APPROX_NONE)
-    parts = []
-    for contour in contours:
-        points = cv2.approxPolyDP(contour, 0.6, True).reshape(-1, 2) + 0.5
-        parts.append("M" + "L".join(f"{x:g} {y:g}" for x, y in points) + "Z")
-    return "".join(parts)
 
 
 def nucleus_path(tile: Tile) -> str:

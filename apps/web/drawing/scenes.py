@@ -7,7 +7,6 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from leukoflow.apps.web import words
 from leukoflow.apps.web.drawing import layers
 from leukoflow.apps.web.drawing.layers import Shape, Tile
 from leukoflow.apps.web.drawing.view_cache import field_of
@@ -16,6 +15,7 @@ from leukoflow.core.counts import count_of
 from leukoflow.runs.records import Status
 from leukoflow.tasks.imaging import cytoplasm
 from leukoflow.tasks.inference.single import Examination
+from leukoflow.tasks.report import numbers
 from leukoflow.tasks.review.field_view import FieldView
 from leukoflow.tasks.review.table import RunTable
 
@@ -120,7 +120,7 @@ def _scene(
         label=label,
         maps=mapped and bool(mine) and layers.has_maps(view),
         gone="" if pixels else f"The pixels of this field cannot be shown: {'; '.join(remarks) or 'they are gone'}.",
-        remarks=tuple(words.shown(r, 300) for r in remarks) if pixels else (),
+        remarks=tuple(numbers.shown(r, 300) for r in remarks) if pixels else (),
         nucleus=layers.nucleus_path(view),
         cytoplasm=layers.cytoplasm_path(view),
         shapes=layers.shapes(view, mine),

@@ -8,6 +8,7 @@ from leukoflow.apps.web.words import Subject
 from leukoflow.core.errors import LeukoflowError
 from leukoflow.runs.records import CLASSES, Status
 from leukoflow.tasks.inference.single import Examination
+from leukoflow.tasks.report import numbers
 from leukoflow.tasks.review import bundle_settings, reference_cells, runs
 from leukoflow.tasks.review import confidence as review_confidence
 from leukoflow.tasks.review.confidence import Frequency
@@ -31,7 +32,7 @@ def of_line(table: RunTable, line: FieldLine) -> Subject:
         quality.append(("Mean lightness", f"{d.exposure:.2f}"))
     facts = [("Slide", line.slide_title), ("Patient", line.patient), ("Site", line.site), ("Scanner", line.scanner)]
     return Subject(
-        title=words.shown(line.image_key),
+        title=numbers.shown(line.image_key),
         status=str(line.status),
         reason=line.reason,
         label=line.label,
@@ -43,11 +44,11 @@ def of_line(table: RunTable, line: FieldLine) -> Subject:
         um_per_px=d.um_per_px,
         n_cells=line.n_cells,
         quality=tuple(quality),
-        remarks=tuple(words.shown(flag, 200) for flag in d.quality_flags),
+        remarks=tuple(numbers.shown(flag, 200) for flag in d.quality_flags),
         bundle=words.bundle_name(bundle),
         bundle_digest=d.bundle_digest,
         sha256=d.member_sha256,
-        facts=tuple((k, words.shown(v, 120)) for k, v in facts if v),
+        facts=tuple((k, numbers.shown(v, 120)) for k, v in facts if v),
         settings=bundle_settings.segment_settings(bundle),
         alpha=bundle_settings.alpha_of(bundle),
         max_ood=bundle_settings.max_ood_of(bundle),
@@ -92,7 +93,7 @@ def of_item(item: Item) -> Subject:
     found: Examination = item.diagnosis
     answered = found.status == Status.PREDICTED
     return Subject(
-        title=words.shown(item.name),
+        title=numbers.shown(item.name),
         status=str(found.status),
         reason=found.reason,
         label=found.label if answered else None,
@@ -104,7 +105,7 @@ def of_item(item: Item) -> Subject:
         um_per_px=item.um_per_px,
         n_cells=0 if found.cells is None else len(found.cells),
         quality=words.quality_words(found.quality),
-        remarks=tuple(words.shown(r, 200) for r in found.remarks),
+        remarks=tuple(numbers.shown(r, 200) for r in found.remarks),
         bundle=words.bundle_name(found.bundle),
         bundle_digest=found.bundle_digest,
         sha256=found.sha256,

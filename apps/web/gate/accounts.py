@@ -28,6 +28,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from leukoflow.apps.web.settings import ROLES, SCOPES, SCOPES_OF
 from leukoflow.core.errors import ConfigError, LeukoflowError
+from leukoflow.runs.progress import now
 
 NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 MIN_PASSWORD = 12
@@ -144,7 +145,7 @@ class Accounts:
     def add(self, name: str, role: str, password: str) -> User:
         """Add a user. Raises AccountError."""
         self.check_new(name, role)
-        user = User(name, role, self.hashed(name, password), created=_now())
+        user = User(name, role, self.hashed(name, password), created=now())
 
         def change(book: Book) -> Book:
             if any(u.name.lower() == name.lower() for u in book.users):
@@ -158,7 +159,7 @@ class Accounts:
         """Add the first administrator. Raises AccountError if there are users already."""
         if not NAME.fullmatch(name):
             raise AccountError("a name has up to 64 letters, digits, dots, hyphens, underscores or @")
-        user = User(name, "admin", self.hashed(name, password), created=_now())
+        user = User(name, "admin", self.hashed(name, password), created=now())
 
         def change(book: Book) -> Book:
             if book.users:
@@ -303,10 +304,6 @@ class Accounts:
 def _check_role(role: str) -> None:
     if role not in ROLES:
         raise AccountError(f"there is no role {role!r}; there are {', '.join(ROLES)}")
-
-
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def shown(token: Token) -> dict[str, Any]:

@@ -7,7 +7,6 @@ import hashlib
 from fastapi import APIRouter, Request
 from starlette.responses import Response
 
-from leukoflow.apps.web import words
 from leukoflow.apps.web.drawing import scenes, subjects
 from leukoflow.apps.web.drawing.view_cache import field_of
 from leukoflow.apps.web.gate.errors import Refused
@@ -18,6 +17,7 @@ from leukoflow.apps.web.pages.pictures import KINDS, export_response, picture_re
 from leukoflow.apps.web.pages.rendering import render, table_of, translate_errors
 from leukoflow.core.errors import NotFoundError
 from leukoflow.runs.records import Status
+from leukoflow.tasks.report import numbers
 from leukoflow.tasks.review.lines import FieldLine
 from leukoflow.tasks.review.table import RunTable
 
@@ -77,7 +77,7 @@ def field_view_fragment(request: Request, run_key: str, ordinal: int, who: Viewe
     with translate_errors():
         scene = scenes.of_field(table, ordinal, tile, base)
         if scene is None:
-            remarks = [words.shown(r, 300) for r in field_of(table, ordinal).remarks]
+            remarks = [numbers.shown(r, 300) for r in field_of(table, ordinal).remarks]
             return render(request, "_no_view.html", remarks=remarks)
     return render(request, "_view.html", scene=scene)
 

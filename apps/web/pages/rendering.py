@@ -21,6 +21,7 @@ from leukoflow.core.errors import LeukoflowError, NotFoundError, RequestError, R
 from leukoflow.runs.records import CLASSES
 from leukoflow.tasks.imaging import cytoplasm
 from leukoflow.tasks.inference.single import STAGES
+from leukoflow.tasks.report import numbers
 from leukoflow.tasks.review import runs, wording
 from leukoflow.tasks.review.table import RunTable
 
@@ -64,7 +65,7 @@ def render(request: Request, template: str, here: str = "", /, status: int = 200
         "uncertain_of": words.uncertain_of,
         "class_caution": wording.CLASS_CAUTION,
         "caution_of": subjects.caution_of,
-        "shown": words.shown,
+        "shown": numbers.shown,
         "bundle_name": words.bundle_name,
         "shares": plots.shares,
         "hundred": plots.hundred,

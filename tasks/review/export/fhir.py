@@ -20,8 +20,6 @@ from leukoflow.tasks.review.wording import (
     sentence,
 )
 
-FHIR_VERSION = "4.3.0"
-"""R4B; the resources and elements that are used here are the same in R4."""
 LOCAL = "urn:leukoflow:codes"
 """Our own code system: what a model says of pictures is none of the quantities that LOINC or SNOMED CT name."""
 

@@ -32,7 +32,7 @@ def test_the_file_is_private_and_holds_neither_passwords_nor_tokens(accounts: Ac
     written = accounts.path.read_text()
     assert PASSWORD not in written
     assert text not in written
-    assert text.rpartition("_")[2] not in written
+    assert text.split("_", 2)[2] not in written  # the secret may itself hold underscores
     assert json.loads(written)["users"][0]["password"].startswith("$argon2id$")
     assert [p.name for p in accounts.path.parent.iterdir() if p.name.endswith(".tmp")] == []
 

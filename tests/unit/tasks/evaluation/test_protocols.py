@@ -141,6 +141,7 @@ def test_attention_to_the_one_telling_cell_is_faithful(context: Context) -> None
     assert found["top"][0] > 2 * abs(found["random"][0])
 
 
+@pytest.mark.slow
 def test_summaries_of_folds_and_baselines(context: Context) -> None:
     results = [run_fold(context, FoldJob("cluster", 0, f, WHOLE, calibrated=True)) for f in range(FOLDS)]
     model = protocol_summary(context.labels, "cluster", results)

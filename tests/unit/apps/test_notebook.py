@@ -294,8 +294,9 @@ time.sleep(0.3)  # the shards in work
 print("finished", len(heard), flush=True)
 """
 NOTEBOOK = f"""
-import subprocess, sys
+import signal, subprocess, sys
 from leukoflow.apps.notebook.launch import follow
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs inherit that it is ignored
 command = [sys.executable, "-c", {CHILD!r}]
 with subprocess.Popen(command, stdout=subprocess.PIPE, text=True, start_new_session=True) as it:
     try:

@@ -22,7 +22,7 @@ from leukoflow.runs.records import Shard, ShardReceipt
 from leukoflow.sources.spool import spool
 from leukoflow.storage.local import is_full
 from leukoflow.storage.opening import open_storage
-from leukoflow.tasks.inference.worker import open_plan, planned
+from leukoflow.tasks.inference.worker import open_plan, planned, scaled
 from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.commands import command_about
 from leukoflow.tasks.intake.open_run import spooled
@@ -151,10 +151,10 @@ class Dispatch:
 
 def pending_shards(run: Run) -> Iterator[Shard]:
     """Yield the shards that are not wholly committed, in order. What is there is checked in threads, ahead of them."""
-    storage = open_storage(run.root)
+    storage, settings = open_storage(run.root), run.bundle.spec.method.segment
 
     def is_done(shard: Shard) -> bool:
-        found = committed(storage, shard, stage_keys(run.bundle, planned(run.root, shard), run.device))
+        found = committed(storage, shard, stage_keys(run.bundle, scaled(run.root, shard, settings), run.device))
         return "predictions" in found
 
     listed = in_order_of_urgency(run)

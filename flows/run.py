@@ -29,9 +29,11 @@ from leukoflow.flows.dashboard import Dashboard
 from leukoflow.flows.deadline import watch_deadline
 from leukoflow.flows.dispatch import Dispatch, pending_shards
 from leukoflow.flows.life import describe_wait, drain_on_signals, open_dashboard
+from leukoflow.flows.scales import measure_scales
 from leukoflow.flows.shard_task import Work
 from leukoflow.runs.heart import Heart, beating
 from leukoflow.runs.layout import RunKey
+from leukoflow.runs.records import Shard
 from leukoflow.runs.runlog import run_log
 from leukoflow.storage.base import Storage
 from leukoflow.storage.opening import open_storage
@@ -131,11 +133,14 @@ def _process_shards(run: Run, stop: threading.Event, dashboard: Dashboard, heart
 
     Raises RunCancelledError, ShardError, PreflightError, ClusterError, StorageError.
     """
-    pending = pending_shards(run)
-    first = next(pending, None)
     born = psutil.Process().create_time()
-    if first is None:
-        return time.time() - born, 0.0, 0
+    pending: Iterator[Shard] | None = None
+    if open_storage(run.root).exists(RunKey.SCALES):
+        known = pending_shards(run)
+        first = next(known, None)
+        if first is None:
+            return time.time() - born, 0.0, 0
+        pending = itertools.chain([first], known)
     settings, gpu = run.config.cluster, run.device == "cuda"
     preflight(run, local_sizes(settings, gpu)[-1] if settings.address == "local" else 0)
     heart.phase(describe_wait(settings, gpu))
@@ -144,10 +149,12 @@ def _process_shards(run: Run, stop: threading.Event, dashboard: Dashboard, heart
         cluster.prepare_workers(partial(load_models, run.bundle_uri, run.bundle.digest, run.device))
         started = time.time()
         work = Work(run, cluster)
-        heart.phase("screening images")
         try:
             with worker_messages(cluster.client, run.run_id):
-                images = Dispatch(work, stop, dashboard).process(itertools.chain([first], pending))
+                heart.phase("measuring red cells for the scale")
+                measure_scales(work, stop)
+                heart.phase("screening images")
+                images = Dispatch(work, stop, dashboard).process(pending or pending_shards(run))
         finally:
             open_storage(run.root).delete(work.spool)
     return started - born, time.time() - started, images

@@ -26,7 +26,7 @@ from leukoflow.storage.base import Storage
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.inference.bisect import find_culprits
 from leukoflow.tasks.inference.stages import classify, extract, next_of, prepare, recall, segment, written_by
-from leukoflow.tasks.inference.worker import planned
+from leukoflow.tasks.inference.worker import scaled
 from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.open_run import spooled
 from leukoflow.tasks.store.commit import ACTIVATIONS, adopt_stages, committed, forget, stage_keys
@@ -136,7 +136,8 @@ def process_shard(work: Work, shard: Shard) -> ShardReceipt:
 def _attempt(work: Work, shard: Shard) -> ShardReceipt | None:
     """Try what is missing of a shard; return None when it was lost through no fault of the shard."""
     job, storage = work.job(shard), open_storage(work.run.root)
-    keys = stage_keys(work.run.bundle, planned(job.root, shard), job.device)
+    members = scaled(job.root, shard, work.run.bundle.spec.method.segment)
+    keys = stage_keys(work.run.bundle, members, job.device)
     done = committed(storage, shard, keys)
     if work.run.config.reuse:
         done = adopt_stages(job, open_storage(work.run.config.out).child(work.run.config.reuse), keys, done)

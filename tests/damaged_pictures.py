@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import struct
 import zlib
+from dataclasses import replace
 from functools import cache
 
 import numpy as np
@@ -17,7 +18,7 @@ from leukoflow.core.method import SegmentSettings
 from leukoflow.runs.records import CLASSES
 from leukoflow.tasks.decoding.decode import Field, decode_image
 from leukoflow.tasks.decoding.errors import RefusedError
-from leukoflow.tasks.imaging.synthetic import render_field
+from leukoflow.tasks.imaging.synthetic import render_field, slide_style
 
 SETTINGS = SegmentSettings()
 
@@ -43,7 +44,13 @@ WAYS: dict[str, tuple[str, dict[str, object]]] = {
 
 @cache
 def drawn(seed: int) -> NDArray[np.uint8]:
-    return render_field(np.random.default_rng(seed), CLASSES[seed % 4]).rgb
+    rng = np.random.default_rng(seed)
+    style = slide_style(rng)
+    # Red cells as they were drawn when it was measured what damage is seen: another picture is other bytes.
+    same = np.random.default_rng(seed)
+    same.normal(0, 1, 3), same.uniform(0, 1, 1 + 3 * 3)
+    style = replace(style, red_cells=int(same.integers(45, 120)), red_radius=same.uniform(7.6, 9.2))
+    return render_field(rng, CLASSES[seed % 4], style=style).rgb
 
 
 @cache

@@ -27,10 +27,12 @@ from torch import nn
 from leukoflow.cluster.code import code_digest
 from leukoflow.core.config import RunConfig, load_config
 from leukoflow.models.bundle import Bundle, load_bundle, random_bundle, save_bundle, write_spec
+from leukoflow.runs.records import Shard
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.imaging.synthetic import write_sample
+from leukoflow.tasks.inference.measure import measure, settle_scales
 from leukoflow.tasks.inference.stages import classify, extract, prepare, segment
-from leukoflow.tasks.inference.worker import planned
+from leukoflow.tasks.inference.worker import members_of
 from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.intake.plan_file import shards
@@ -132,20 +134,38 @@ def screen_here(source: Path | str, out: Path | str, run_id: str | None, bundle:
 def finish_here(config: RunConfig) -> Run:
     """The same from a whole configuration; what `reuse` offers is taken over."""
     run = open_run(config)
-    for shard in shards(run.summary):
-        job = ShardJob(
-            run.root, run.run_id, run.source, shard, "one", run.bundle_uri, run.bundle.digest, run.device,
-            code_digest(), run.config.limits, run.config.meta_columns,
-        )  # fmt: skip
+    jobs = jobs_of(run)
+    measure_here(run)
+    for shard, job in jobs.items():
         done: dict[str, Any] = {}
         if config.reuse is not None:
-            keys = stage_keys(run.bundle, planned(run.root, shard), run.device)
+            keys = stage_keys(run.bundle, members_of(job), run.device)
             done = adopt_stages(job, open_storage(config.out).child(config.reuse), keys, {})
         features = None if "features" in done else extract(job, segment(job, prepare(job, shard.first)))
         classify(job, features, tuple(done))
     publish(run, 1.0, 2.0, run.summary.members)
     open_storage(run.root).delete("_attempts")
     return run
+
+
+def jobs_of(run: Run) -> dict[Shard, ShardJob]:
+    """The shards of a run with the one attempt at each."""
+    return {
+        shard: ShardJob(
+            run.root, run.run_id, run.source, shard, "one", run.bundle_uri, run.bundle.digest, run.device,
+            code_digest(), run.config.limits, run.config.meta_columns,
+        )
+        for shard in shards(run.summary)
+    }  # fmt: skip
+
+
+def measure_here(run: Run) -> None:
+    """Settle the scales of a run, where nothing has yet."""
+    storage = open_storage(run.root)
+    if not storage.exists("scales.parquet"):
+        for job in jobs_of(run).values():
+            measure(job)
+        settle_scales(storage, run.summary)
 
 
 # --- what a run has left ---------------------------------------------------------------------------------------------

@@ -14,6 +14,7 @@ import pyarrow.parquet as pq
 from leukoflow.core.codec import dumps, loads
 from leukoflow.runs.progress import read_manifest
 from leukoflow.runs.records import CLASSES, Marker, PartRef
+from leukoflow.runs.schema import SINCE_3
 from leukoflow.storage.base import Storage
 from leukoflow.storage.opening import open_storage
 
@@ -22,7 +23,8 @@ NEW, OLD = "out of distribution", "foreign"
 
 def as_schema_1(root: Path, abstain: int = 0) -> None:
     """Rewrites a run's tables, markers and manifest as they were: no run in cells and slides, no square micrometres,
-    labels of abstained images counted with the others, and the old word for what is out of distribution.
+    labels of abstained images counted with the others, the old word for what is out of distribution, and no scale but
+    what was stated.
 
     So many predicted rows of the first shard become abstained ones for that reason first.
     """
@@ -44,7 +46,8 @@ def as_schema_1(root: Path, abstain: int = 0) -> None:
                 row |= {"status": "abstained", "reason": f"{NEW}: distance from the training images 9.00 > 1.50"}
             if row["reason"] is not None:
                 row["reason"] = row["reason"].replace(NEW, OLD)
-        schema = pq.read_schema(path)
+            row["um_per_px"] = row["um_per_px_stated"]
+        schema = pa.schema([f for f in pq.read_schema(path) if f.name not in SINCE_3])
         refs[_key(root, path)] = _rewrite(storage, path, lambda t, r=rows, s=schema: pa.Table.from_pylist(r, s))
         mine = Counter(r["label"] for r in rows if r["label"] is not None)
         labels += mine
@@ -78,11 +81,12 @@ def as_schema_1(root: Path, abstain: int = 0) -> None:
                 labels=tuple(labels[c] for c in CLASSES),
                 reasons=tuple(reasons.most_common()),
                 parts=tuple(_older(p, refs) if p.stage == "predictions" else p for p in manifest.parts),
-                tables=tuple(refs.get(f[0], f) for f in manifest.tables),
+                tables=tuple(refs.get(f[0], f) for f in manifest.tables if f[0] != "scales.parquet"),
             )
         ),
     )
     storage.delete("drift.json")
+    storage.delete("scales.parquet")
 
 
 def _older(part: PartRef, refs: dict[str, tuple[str, int, str]]) -> PartRef:

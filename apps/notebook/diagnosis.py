@@ -44,6 +44,8 @@ class Mask:
 class Diagnosis:
     """What one bundle says of one image. A notebook shows it with its cells outlined.
 
+    `um_per_px` is the scale in use and `um_per_px_source` how it is known: `manifest` (stated), `metadata` (of the
+    file), `ruler` (measured on red cells) or `assumed`, with which there is no answer; None where nothing was decoded.
     `label` and `prediction_set` are empty where the model gave no answer; `reason` says why in one line.
     `probabilities` are calibrated for answers; of an abstained image they are no answer. `cells` has a row for each
     cell (columns as in a run's `cells/`, docs/data-format.md).
@@ -56,6 +58,7 @@ class Diagnosis:
     reason: str | None
     cells: pa.Table
     um_per_px: float | None
+    um_per_px_source: str | None
     bundle: str
     bundle_digest: str
     sha256: str
@@ -97,8 +100,8 @@ def diagnose(
 
     Args:
         image: a path, an `s3://` address, a file's bytes, or pixels uint8 [H, W, 3] in sRGB.
-        um_per_px: micrometres per pixel of the image; without it, a picture of another size than the training fields'
-            may be judged at the wrong size, and the sentences say so.
+        um_per_px: micrometres per pixel of the image; without it, the image's own red cells are measured, and where
+            there are too few there is no answer.
         bundle: name, folder or `s3://` prefix of the bundle.
         device: `cpu` or `cuda`.
 
@@ -123,7 +126,7 @@ def diagnose(
     with _one_at_a_time:  # a decoder serves one image at a time
         models, decoder = _opened(bundle, device)
         found = examine(data, um_per_px, models, LimitSettings(), decoder, lambda stage: None)
-    return _diagnosis(found, um_per_px, models)
+    return _diagnosis(found, models)
 
 
 def _bytes_of(image: str | Path | bytes | NDArray[np.uint8]) -> bytes:
@@ -161,11 +164,12 @@ def _opened(bundle: str, device: str) -> tuple[Models, Decoder]:
     return models, decoder
 
 
-def _diagnosis(found: Examination, um_per_px: float | None, models: Models) -> Diagnosis:
+def _diagnosis(found: Examination, models: Models) -> Diagnosis:
     answered = found.status is Status.PREDICTED
     spec = models.bundle.spec
     alpha = spec.calibration.alpha
-    scale = Scale(found.width_px, found.height_px, um_per_px, spec.method.segment)
+    size = found.scale
+    scale = Scale(found.width_px, found.height_px, size.known, spec.method.segment, str(size.source))
     empty = pa.table({"cell_id": pa.array([], pa.int32()), "attention": pa.array([], pa.float32())})
     return Diagnosis(
         status=str(found.status),
@@ -174,7 +178,8 @@ def _diagnosis(found: Examination, um_per_px: float | None, models: Models) -> D
         prediction_set=found.prediction_set if answered else (),
         reason=found.reason,
         cells=empty if found.cells is None else found.cells,
-        um_per_px=um_per_px,
+        um_per_px=size.um_per_px,
+        um_per_px_source=None if size.um_per_px is None else str(size.source),
         bundle=found.bundle,
         bundle_digest=found.bundle_digest,
         sha256=found.sha256,

@@ -138,7 +138,8 @@ class Run:
         table = open_run_named(out, run_id)
         seen = view(table, table.ordinal_of(image_key))
         bundle = self.manifest.bundle
-        scale = Scale(row["width_px"], row["height_px"], row["um_per_px"], segment_settings(bundle))
+        size = (row["width_px"], row["height_px"], row["um_per_px"])
+        scale = Scale(*size, segment_settings(bundle), row.get("um_per_px_source"))
         probabilities = [row[column] for column in PROBABILITY_OF.values()]
         said = words.sentences(
             row["status"], row["reason"], scale, row["prediction_set"] or (), probabilities, alpha_of(bundle), "run"

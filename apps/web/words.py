@@ -77,7 +77,7 @@ class Subject:
     ood: float | None
     width_px: int | None
     height_px: int | None
-    um_per_px: float | None
+    um_per_px: float | None  # that lengths and areas may be given in; None where it is an assumption
     n_cells: int
     quality: tuple[tuple[str, str], ...]
     remarks: tuple[str, ...]
@@ -90,12 +90,14 @@ class Subject:
     max_ood: float | None = None  # distance above which its model abstains
     frequency: Frequency | None = None  # what the confidence of its answer means; None without an answer
     where: str = "run"  # or "bench"
+    source: str | None = None  # how the scale is known (`ScaleSource`)
+    scale: str = ""  # the scale in words
     shadow: str = ""  # what precedes everything reported about a field of a shadow run
 
     @property
     def why(self) -> tuple[str, str, str]:
         """Why there is no answer: what, the likeliest cause with what to do about it, and the measured part."""
-        scale = Scale(self.width_px, self.height_px, self.um_per_px, self.settings)
+        scale = Scale(self.width_px, self.height_px, self.um_per_px, self.settings, self.source)
         return reason_words(self.reason, scale, self.where, self.remarks)
 
     @property

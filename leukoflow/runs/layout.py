@@ -34,6 +34,7 @@ class RunKey:
     # what the run is, and what came of it
     BINDING: Final = "run.json"
     PLAN: Final = "plan.parquet"
+    SCALES: Final = "scales.parquet"
     MISSING: Final = "missing.parquet"
     SLIDES: Final = "slides.parquet"
     DUPLICATES: Final = "duplicates.parquet"
@@ -63,6 +64,7 @@ class RunKey:
     # the run's own book-keeping
     MARKERS: Final = "markers"
     ATTEMPTS: Final = "_attempts"
+    RED_CELLS: Final = "_attempts/red-cells"  # of the shards, until they are pooled in `scales.parquet`
     LOGS: Final = "logs"
     HOSTS: Final = "hosts"
     FAILURES: Final = "failures"
@@ -71,7 +73,7 @@ class RunKey:
     INTENT: Final = "amend.json"  # there while an erasure or a correction comes into force; no repair before that
 
     FILES: Final = (
-        BINDING, PLAN, MISSING, SLIDES, DUPLICATES, REPORT, DRIFT, MANIFEST, SHADOW, HEARTBEAT, LOCK, INTENT,
+        BINDING, PLAN, SCALES, MISSING, SLIDES, DUPLICATES, REPORT, DRIFT, MANIFEST, SHADOW, HEARTBEAT, LOCK, INTENT,
     )  # fmt: skip
     """All files that may lie directly below the root."""
 
@@ -104,6 +106,11 @@ class RunKey:
     def attempt(name: str) -> str:
         """Return the prefix below which something is written aside, before it comes into force."""
         return f"_attempts/{name}"
+
+    @staticmethod
+    def red_cells(shard: str) -> str:
+        """Return the key of a shard's measured red cells."""
+        return f"_attempts/red-cells/part-{shard}.parquet"
 
     @staticmethod
     def new_attempt(kind: str) -> str:

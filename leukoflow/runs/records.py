@@ -68,13 +68,45 @@ class Source:
     size_bytes: int
 
 
+class ScaleSource(StrEnum):
+    """How the micrometres per pixel of an image are known."""
+
+    MANIFEST = "manifest"  # a person's word: the manifest's column, or the setting for images that have none there
+    METADATA = "metadata"  # the image file's own, where the software that wrote it is known to mean it
+    RULER = "ruler"  # measured on the smear's red cells
+    ASSUMED = "assumed"  # that the picture is one field of the size that the model learned from
+
+
+@dataclass(frozen=True, slots=True)
+class ImageScale:
+    """Micrometres per pixel of one image's source.
+
+    `um_per_px` is the one in use, None where a field's size is assumed. `sd` is its standard deviation in the same
+    unit, None where nobody knows it; `stated` is what manifest or file say. `doubt` says why the model gives no answer
+    at this scale, `remark` what else is odd about it; both are empty where nothing is.
+    """
+
+    um_per_px: float | None = None
+    source: ScaleSource = ScaleSource.ASSUMED
+    sd: float | None = None
+    stated: float | None = None
+    doubt: str = ""
+    remark: str = ""
+
+    @property
+    def known(self) -> float | None:
+        """Micrometres per pixel that lengths and areas may be given in; None where they would rest on an assumption."""
+        return None if self.source is ScaleSource.ASSUMED else self.um_per_px
+
+
 @dataclass(frozen=True, slots=True)
 class Member:
     """One entry of the source, as the frozen plan records it.
 
     `locator` says where the bytes are: the path below the root for a directory, the name for an image; archives use
     `offset` instead (zip: of the local header; tar: of the data; compressed tar: within the shard's spool file).
-    `refusal` is a reason for quarantine that planning already knew (encrypted, a symbolic link, ...).
+    `refusal` is a reason for quarantine that planning already knew (encrypted, a symbolic link, ...). `um_per_px` is
+    what was stated, `scale` what is in use: the plan does not know it, see `tasks.store.scales`.
     """
 
     ordinal: int
@@ -92,6 +124,7 @@ class Member:
     scanner: str | None = None
     um_per_px: float | None = None
     meta: tuple[tuple[str, str | None], ...] = ()
+    scale: ImageScale = ImageScale()
 
 
 @dataclass(frozen=True, slots=True)
@@ -251,7 +284,7 @@ class RunManifest:
     timings: tuple[StageTiming, ...]  # summed over shards
     slowest: tuple[tuple[str, float], ...]  # (shard, seconds)
     parts: tuple[PartRef, ...]
-    tables: tuple[FileRef, ...]  # plan, slides, duplicates, missing
+    tables: tuple[FileRef, ...]  # plan, scales, slides, duplicates, missing
     software: tuple[tuple[str, str], ...]
     notes: tuple[str, ...] = field(default=())  # what the numbers do not say, for people
     hosts: tuple[Host, ...] = field(default=())  # the kinds of machines that computed parts

@@ -8,9 +8,10 @@ import pyarrow as pa
 
 from leukoflow.runs.records import CLASSES
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 """Of what a run stores. Since 2, `cells/` and slides name their run, areas are given in square micrometres as well, and
-labels are counted over the predicted images alone."""
+labels are counted over the predicted images alone. Since 3, `um_per_px` of the predictions is the scale in use, with
+its source, uncertainty and what was stated; before, it was what was stated."""
 
 PROBABILITY_OF = dict(zip(CLASSES, ("prob_benign", "prob_early", "prob_pre", "prob_pro"), strict=True))
 """Class to the column of its probability. What is stored is bound to these four classes: the tables by their columns,
@@ -27,6 +28,9 @@ PREDICTIONS = pa.schema(
         pa.field("site", pa.string()),
         pa.field("scanner", pa.string()),
         pa.field("um_per_px", pa.float64()),
+        pa.field("um_per_px_source", pa.string()),
+        pa.field("um_per_px_sd", pa.float64()),
+        pa.field("um_per_px_stated", pa.float64()),
         pa.field("status", pa.string(), nullable=False),
         pa.field("reason", pa.string()),
         pa.field("label", pa.string()),
@@ -136,6 +140,9 @@ VERDICTS = pa.schema(
 """What people said of a field (`image_key`) or a slide (`slide_id`, `grouping`), and of which prediction."""
 
 
+SINCE_3 = ("um_per_px_source", "um_per_px_sd", "um_per_px_stated")
+"""Columns of `predictions/` that runs of schema 1 and 2 do not have."""
+
 SINCE_2 = ("run_id", "nucleus_area_um2", "cell_area_um2")
 """Columns of `cells/` that runs of schema 1 do not have."""
 
@@ -155,9 +162,14 @@ def as_cells(table: pa.Table, run_id: str) -> pa.Table:
     return pa.table(columns, schema=CELLS)
 
 
-def predictions_schema(meta_columns: Sequence[str] = ()) -> pa.Schema:
-    """Return the schema of `predictions/`, with the manifest columns that the settings list as `meta_<name>`."""
+def predictions_schema(meta_columns: Sequence[str] = (), schema_version: int = SCHEMA_VERSION) -> pa.Schema:
+    """Return the schema of `predictions/` in a run whose manifest has this schema version.
+
+    The manifest columns that the settings list come last, as `meta_<name>`.
+    """
     schema = PREDICTIONS
+    if schema_version < 3:
+        schema = pa.schema([f for f in schema if f.name not in SINCE_3])
     for name in meta_columns:
         schema = schema.append(pa.field(f"meta_{name}", pa.string()))
     return schema

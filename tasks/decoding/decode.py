@@ -18,11 +18,13 @@ from leukoflow.tasks.decoding.colour import has_colours, hides_everything, to_sr
 from leukoflow.tasks.decoding.conversion import TURNED, colour_mode, pixels_of, resize, to_rgb, turn_upright
 from leukoflow.tasks.decoding.errors import MissingError, RefusedError, UnreadableError
 from leukoflow.tasks.decoding.headers.kinds import refusal_of
+from leukoflow.tasks.decoding.headers.pixel_size import stated_um_per_px
 from leukoflow.tasks.decoding.headers.png import PROFILE_BYTES
 from leukoflow.tasks.decoding.integrity.pixels import check_end
 from leukoflow.tasks.decoding.integrity.png import sound_png
 from leukoflow.tasks.decoding.integrity.words import ends_early
 from leukoflow.tasks.decoding.picture import PNG, Picture, open_picture
+from leukoflow.tasks.imaging.ruler import measure_red_cells
 
 if TYPE_CHECKING:
     from leukoflow.core.method import SegmentSettings
@@ -81,6 +83,19 @@ def decode_image(
         if "truncated" in words or "end of file" in words.lower():
             raise RefusedError(ends_early(data)) from None
         raise RefusedError(f"damaged: {words[:200]}") from None
+
+
+def measure_image(
+    data: bytes, settings: SegmentSettings, max_pixels: int, min_side_px: int
+) -> dict[str, list[float] | float | None]:
+    """Measure the red cells of an image at its own scale; limits and errors are those of `decode_image`.
+
+    Returns:
+        `red_cells`: diameters in source pixels; `um_per_px`: what the file's metadata say, None where they say nothing.
+    """
+    field = decode_image(data, settings.um_per_px, settings, max_pixels, min_side_px)
+    diameters = [round(float(px), 2) for px in measure_red_cells(field.rgb)]
+    return {"red_cells": diameters, "um_per_px": stated_um_per_px(data)}
 
 
 def check_image(data: bytes) -> None:

@@ -5,7 +5,8 @@ one request at a time from standard input and answers on standard output before 
 A crash, a memory or a CPU limit ends it too, and is then blamed on the image in hand.
 
 Frames (little endian): first, once, the limits as LIMITS and the settings as JSON; the process answers READY. Then
-requests of REQUEST and the image's bytes, answered by ANSWER, a text of words for people, and pixels.
+requests of REQUEST and the image's bytes, answered by ANSWER, a text of words for people, and pixels. Where red cells
+are to be measured, there are no pixels, and the text is a `Measured` as JSON.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, BinaryIO, cast
 import cv2
 import numpy as np
 
-from leukoflow.tasks.decoding.decode import Field, decode_image
+from leukoflow.tasks.decoding.decode import Field, decode_image, measure_image
 from leukoflow.tasks.decoding.errors import RefusedError
 
 if TYPE_CHECKING:
@@ -30,8 +31,9 @@ if TYPE_CHECKING:
 
 SETUP = struct.Struct("<3QdQ")
 """Limits (pixels, shortest side in pixels, memory in bytes, CPU seconds an image) and the length of the settings."""
-REQUEST = struct.Struct("<Qd")
-"""Length of the image's bytes, micrometres per pixel (not a number where unknown)."""
+REQUEST = struct.Struct("<QdB")
+"""Length of the image's bytes, micrometres per pixel (not a number where unknown), and PIXELS or RED_CELLS."""
+PIXELS, RED_CELLS = 0, 1
 ANSWER = struct.Struct("<B5L")
 """Decoded (1) or refused (0), height and width of the pixels, width and height of the source, length of the text."""
 READY = b"leukoflow decoder\n"
@@ -54,10 +56,13 @@ def main() -> None:
     sink.flush()
     os.dup2(1, 2)  # from here on, complaints of image libraries are not ours
     while len(header := source.read(REQUEST.size)) == REQUEST.size:
-        length, scale = REQUEST.unpack(header)
+        length, scale, wanted = REQUEST.unpack(header)
         _allow_cpu(cpu_seconds)
         try:
             data = _exactly(source, length)
+            if wanted == RED_CELLS:
+                _answer(sink, None, json.dumps(measure_image(data, settings, max_pixels, min_side)), good=True)
+                continue
             field = decode_image(data, None if math.isnan(scale) else scale, settings, max_pixels, min_side)
         except RefusedError as refusal:
             _answer(sink, None, str(refusal))
@@ -75,10 +80,10 @@ def _exactly(source: BinaryIO, length: int) -> bytes:
     return data
 
 
-def _answer(sink: BinaryIO, field: Field | None, text: str) -> None:
+def _answer(sink: BinaryIO, field: Field | None, text: str, good: bool = False) -> None:
     words = text.encode("utf-8", "replace")
     if field is None:
-        sink.write(ANSWER.pack(0, 0, 0, 0, 0, len(words)) + words)
+        sink.write(ANSWER.pack(good, 0, 0, 0, 0, len(words)) + words)
     else:
         height, width = field.rgb.shape[:2]
         sink.write(ANSWER.pack(1, height, width, field.source_width, field.source_height, len(words)) + words)

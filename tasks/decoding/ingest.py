@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import select
 import signal
@@ -17,11 +18,11 @@ import sys
 import threading
 import time
 import weakref
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Self, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -32,7 +33,9 @@ from leukoflow.core.errors import LeukoflowError, MemberError
 from leukoflow.core.method import SegmentSettings
 from leukoflow.runs.records import Member
 from leukoflow.sources.reading import Reader
-from leukoflow.tasks.decoding.decode_child import ANSWER, OUT_OF_MEMORY, READY, REQUEST, SETUP
+from leukoflow.tasks.decoding.decode_child import ANSWER, OUT_OF_MEMORY, PIXELS, READY, RED_CELLS, REQUEST, SETUP
+
+T = TypeVar("T")
 
 _PIPE_BYTES = 1 << 20
 _START_SECONDS = 120.0  # importing the libraries takes under a second, but disks of shared nodes can be slow at night
@@ -56,12 +59,39 @@ class Decoded:
     remarks: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """What one image says of its own scale.
+
+    `red_cells` float32 [n], diameters in source pixels; `um_per_px` from the file's metadata, None where they say
+    nothing.
+    """
+
+    red_cells: NDArray[np.float32]
+    um_per_px: float | None
+
+
+UNMEASURED = Measured(np.zeros(0, np.float32), None)
+"""Of an image that could not be read."""
+
+
 class _DeathError(Exception):
     """The child ended or hangs; says how, and whether another try makes sense."""
 
     def __init__(self, words: str, worth_a_retry: bool = True) -> None:
         super().__init__(words)
         self.worth_a_retry = worth_a_retry
+
+
+@dataclass(frozen=True, slots=True)
+class _Answer:
+    """The child's answer before the pixels: `sizes` are height and width of these, width and height of the source."""
+
+    child: subprocess.Popen[bytes]
+    deadline: float
+    good: bool
+    sizes: tuple[int, ...]
+    text: str
 
 
 class Decoder:
@@ -96,42 +126,68 @@ class Decoder:
     def decode_one(self, data: bytes, um_per_px: float | None = None) -> Decoded:
         """Decode one image. Raises LeukoflowError only where no child process can be started."""
         sha256 = hashlib.sha256(data).hexdigest()
+        try:
+            return self._twice(lambda: self._exchange(data, um_per_px, sha256))
+        except _DeathError as death:
+            return Decoded(None, str(death), 0, 0, sha256)
+
+    def measure(self, data: bytes) -> Measured:
+        """Measure the red cells of one image, and read what its file says of its scale.
+
+        Of an image that cannot be decoded nothing is known. Raises LeukoflowError only where no child process can be
+        started.
+        """
+        try:
+            return self._twice(lambda: self._exchange_measures(data))
+        except _DeathError:
+            return UNMEASURED
+
+    def _twice(self, exchange: Callable[[], T]) -> T:
+        """Exchange a request for an answer, and once more in a new process where the first one dies of it."""
         with self._lock:
             try:
-                return self._exchange(data, um_per_px, sha256)
-            except _DeathError as first:
+                return exchange()
+            except _DeathError as death:
                 self._stop()
-                death = first
+                if not death.worth_a_retry:
+                    raise
             except BaseException:  # an interrupt amid an exchange leaves half an answer in the pipe
                 self._stop()
                 raise
-            if death.worth_a_retry:
-                try:
-                    return self._exchange(data, um_per_px, sha256)
-                except _DeathError as second:
-                    death = second
-                    self._stop()
-                except BaseException:
-                    self._stop()
-                    raise
-        return Decoded(None, str(death), 0, 0, sha256)
+            try:
+                return exchange()
+            except BaseException:
+                self._stop()
+                raise
 
     def close(self) -> None:
         """End the child process. The decoder can be used again and starts another then."""
         with self._lock:
             self._stop()
 
-    def _exchange(self, data: bytes, um_per_px: float | None, sha256: str) -> Decoded:
+    def _request(self, data: bytes, um_per_px: float | None, wanted: int) -> _Answer:
+        """Send an image and receive the answer up to its pixels."""
         alive = self._children and self._children[0].poll() is None
         child = self._children[0] if alive else self._start()
         deadline = time.monotonic() + _WALL_FACTOR * self.limits.decode_seconds
         scale = float("nan") if um_per_px is None else um_per_px
-        _send(child, REQUEST.pack(len(data), scale), deadline)
+        _send(child, REQUEST.pack(len(data), scale, wanted), deadline)
         _send(child, data, deadline)
-        answer = _receive(child, ANSWER.size, deadline)
-        good, height, width, source_width, source_height, length = ANSWER.unpack(answer)
-        text = bytes(_receive(child, length, deadline)).decode()
-        if not good:
+        good, *sizes, length = ANSWER.unpack(_receive(child, ANSWER.size, deadline))
+        return _Answer(child, deadline, bool(good), tuple(sizes), bytes(_receive(child, length, deadline)).decode())
+
+    def _exchange_measures(self, data: bytes) -> Measured:
+        answer = self._request(data, None, RED_CELLS)
+        if not answer.good:
+            return UNMEASURED
+        found = json.loads(answer.text)
+        return Measured(np.array(found["red_cells"], np.float32), found["um_per_px"])
+
+    def _exchange(self, data: bytes, um_per_px: float | None, sha256: str) -> Decoded:
+        answer = self._request(data, um_per_px, PIXELS)
+        child, deadline, text = answer.child, answer.deadline, answer.text
+        height, width, source_width, source_height = answer.sizes
+        if not answer.good:
             return Decoded(None, text, 0, 0, sha256)
         pixels = _receive(child, height * width * 3, deadline)
         rgb = np.frombuffer(pixels, np.uint8).reshape(height, width, 3)
@@ -254,6 +310,13 @@ def too_large(size_bytes: int, limits: LimitSettings) -> str | None:
     return f"too large: {size_bytes:,} bytes, the limit is {limits.max_member_mb << 20:,}"
 
 
+def read_bytes(reader: Reader, member: Member, limits: LimitSettings) -> bytes:
+    """Read a member's bytes. Raises MemberError where they are too many or cannot be had."""
+    if (reason := too_large(member.size_bytes, limits)) is not None:
+        raise MemberError(reason)
+    return reader.read(member)
+
+
 def ingest(reader: Reader, members: Iterable[Member], limits: LimitSettings, decoder: Decoder) -> Iterator[Decoded]:
     """Read and decode members one at a time, in order; one result for each, whatever it is.
 
@@ -261,12 +324,9 @@ def ingest(reader: Reader, members: Iterable[Member], limits: LimitSettings, dec
     StorageError where not the member but the source fails.
     """
     for member in members:
-        if (reason := too_large(member.size_bytes, limits)) is not None:
-            yield Decoded(None, reason, 0, 0, None)
-            continue
         try:
-            data = reader.read(member)
+            data = read_bytes(reader, member, limits)
         except MemberError as error:
             yield Decoded(None, str(error), 0, 0, None)
             continue
-        yield decoder.decode_one(data, member.um_per_px)
+        yield decoder.decode_one(data, member.scale.um_per_px)

@@ -9,7 +9,7 @@ from scipy import ndimage
 
 from leukoflow.core.method import SegmentSettings
 from leukoflow.tasks.imaging.stain import optical_density, white_signal
-from leukoflow.tasks.imaging.watershed import drop_small, split_touching
+from leukoflow.tasks.imaging.watershed import drop_small, fill_holes, split_touching
 
 BACKGROUND, CYTOPLASM, NUCLEUS = 0, 1, 2
 """Classes of pixels."""
@@ -43,7 +43,7 @@ def pseudo_semantic(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
     signal = white_signal(red, green, blue)
     kernel = cv2.getStructuringElement(cv2.MORPH_ELLIPSE, (5, 5))
     opened = cv2.morphologyEx(np.asarray(signal > CELL_DENSITY, np.uint8), cv2.MORPH_OPEN, kernel)
-    cell = np.asarray(ndimage.binary_fill_holes(opened), np.uint8)
+    cell = fill_holes(opened)
     cells = split_touching(cell, SegmentSettings().peak_distance_px)
     core = cv2.erode(cell, kernel) > 0
     out = np.zeros(cell.shape, np.uint8)
@@ -72,7 +72,7 @@ def red_cell_px(rgb: NDArray[np.uint8], semantic: NDArray[np.uint8]) -> float | 
     grey = np.asarray(cv2.cvtColor(rgb, cv2.COLOR_RGB2GRAY), np.uint8)
     white = cv2.dilate(np.asarray(semantic > BACKGROUND, np.uint8), _disc(2)) > 0
     red = cv2.morphologyEx(np.asarray((grey < RED_BELOW) & ~white, np.uint8), cv2.MORPH_OPEN, _disc(1))
-    depth = cv2.distanceTransform(np.asarray(ndimage.binary_fill_holes(red), np.uint8), cv2.DIST_L2, 5)
+    depth = cv2.distanceTransform(fill_holes(red), cv2.DIST_L2, 5)
     depth = np.asarray(cv2.GaussianBlur(depth, (0, 0), 1.0))
     radii = np.sort(depth[(depth >= cv2.dilate(depth, _disc(4))) & (depth > MIN_RED_RADIUS_PX)])
     if not radii.size:
@@ -98,7 +98,7 @@ def clean_semantic(rgb: NDArray[np.uint8], semantic: NDArray[np.uint8]) -> tuple
         areas = cv2.connectedComponentsWithStats(cell)[2][1:, cv2.CC_STAT_AREA]
         diameter = float(np.sqrt(areas.max() / np.pi)) if areas.size else MIN_RED_PX
     red_area = np.pi / 4 * min(max(diameter, MIN_RED_PX), MAX_RED_PX) ** 2
-    cell = np.asarray(ndimage.binary_fill_holes(cell), np.uint8)
+    cell = fill_holes(cell)
     speck = max(1, int(SPECK_SHARE * red_area))
     nucleus = drop_small(np.asarray(semantic == NUCLEUS, np.uint8), speck)
     gaps = (1 - nucleus).astype(np.uint8)

@@ -36,6 +36,13 @@ def drop_small(mask: NDArray[np.uint8] | cv2.typing.MatLike, smallest: int) -> N
     return np.asarray(keep[labels], np.uint8)
 
 
+def fill_holes(mask: NDArray[np.uint8] | cv2.typing.MatLike) -> NDArray[np.uint8]:
+    """Fill what is not connected, by edges of pixels, with the outside: uint8 [H, W] of 0 and 1, as `mask` is."""
+    gaps = np.pad(1 - np.asarray(mask, np.uint8), 1, constant_values=1)
+    labels = cv2.connectedComponents(gaps, connectivity=4)[1]
+    return np.asarray(labels[1:-1, 1:-1] != labels[0, 0], np.uint8)
+
+
 def _merge_shallow(labels: NDArray[np.int32], depth: NDArray[np.float32]) -> NDArray[np.int32]:
     """Map basins to cells, int32: neighbours whose waist is nearly as deep as the shallower one are one cell."""
     peak = np.zeros(int(labels.max()) + 1, np.float32)

@@ -12,8 +12,10 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from leukoflow.core.errors import BundleError
-from leukoflow.models.bundle import Bundle
-from leukoflow.runs.records import Member, Status
+from leukoflow.core.geometry import scale_of
+from leukoflow.core.method import SegmentSettings
+from leukoflow.models.bundle import Bundle, BundleSpec
+from leukoflow.runs.records import ImageScale, Member, Status
 from leukoflow.runs.schema import CELLS, PROBABILITY_OF, predictions_schema
 from leukoflow.tasks.imaging.cells import CellTable, square_micrometres
 from leukoflow.tasks.imaging.classify import ImageDiagnosis
@@ -46,19 +48,21 @@ def check_storable(bundle: Bundle) -> None:
         )
 
 
-def outcome(fact: Fact, diagnosis: ImageDiagnosis | None, classes: Sequence[str]) -> Outcome:
+def outcome(fact: Fact, diagnosis: ImageDiagnosis | None, classes: Sequence[str], scale: ImageScale) -> Outcome:
     """Say what became of an image: its diagnosis or abstention, else what ingest and quality say.
 
     Args:
         fact: of the image.
         diagnosis: of the image, None where there is none.
         classes: the bundle's, in the order of the diagnosis.
+        scale: of the image; in doubt about it nothing is answered, whatever the numbers at this scale say.
     """
     if diagnosis is None:
         return Outcome(fact.status or Status.QUARANTINED, fact.reason)
+    abstained = scale.doubt or diagnosis.abstained
     return Outcome(
-        Status.ABSTAINED if diagnosis.abstained else Status.PREDICTED,
-        diagnosis.abstained,
+        Status.ABSTAINED if abstained else Status.PREDICTED,
+        abstained,
         classes[int(np.argmax(diagnosis.probabilities))],
         tuple(float(p) for p in diagnosis.probabilities),
         tuple(c for c, inside in zip(classes, diagnosis.prediction_set, strict=True) if inside),
@@ -71,7 +75,7 @@ def prediction_rows(
     members: Sequence[Member],
     facts: Sequence[Fact],
     diagnoses: Mapping[int, ImageDiagnosis],
-    classes: Sequence[str],
+    spec: BundleSpec,
 ) -> pa.Table:
     """Make the rows of `predictions/`: one per member, in plan order.
 
@@ -80,14 +84,15 @@ def prediction_rows(
         members: of the shard.
         facts: of each member.
         diagnoses: of the diagnosed members, by ordinal.
-        classes: the bundle's, in the order of the diagnoses; see `check_storable`.
+        spec: of the bundle; its classes are in the order of the diagnoses, see `check_storable`.
     """
+    classes = spec.classes
     columns = [PROBABILITY_OF[name] for name in classes]
     rows: list[dict[str, Any]] = []
     for member, fact in zip(members, facts, strict=True):
         diagnosis = diagnoses.get(fact.ordinal)
-        found = outcome(fact, diagnosis, classes)
-        quality = fact.quality
+        found = outcome(fact, diagnosis, classes, member.scale)
+        quality, scale = fact.quality, member.scale
         row: dict[str, Any] = {
             "run_id": job.run_id,
             "image_key": member.image_key,
@@ -97,7 +102,10 @@ def prediction_rows(
             "patient_id": member.patient_id,
             "site": member.site,
             "scanner": member.scanner,
-            "um_per_px": member.um_per_px,
+            "um_per_px": used_um_per_px(scale, fact, spec.method.segment),
+            "um_per_px_source": None if fact.width is None else str(scale.source),
+            "um_per_px_sd": None if fact.width is None else scale.sd,
+            "um_per_px_stated": scale.stated,
             "status": str(found.status),
             "reason": found.reason,
             "n_cells": None if diagnosis is None else diagnosis.n_cells,
@@ -108,7 +116,7 @@ def prediction_rows(
             "height_px": fact.height,
             "focus": quality and quality.focus,
             "exposure": quality and quality.exposure,
-            "quality_flags": list(quality.flags) if quality else None,
+            "quality_flags": [*quality.flags, *([scale.remark] if scale.remark else [])] if quality else None,
             "bundle_digest": job.bundle_digest,
         }
         if diagnosis is not None:
@@ -122,6 +130,15 @@ def prediction_rows(
         row |= dict(member.meta)
         rows.append(row)
     return pa.Table.from_pylist(rows, predictions_schema(job.meta_columns))
+
+
+def used_um_per_px(scale: ImageScale, fact: Fact, settings: SegmentSettings) -> float | None:
+    """Return the micrometres per source pixel that an image was judged at, None where it was not decoded."""
+    if not fact.width or not fact.height:
+        return None
+    if scale.um_per_px is not None:
+        return scale.um_per_px
+    return settings.um_per_px * scale_of(fact.width, fact.height, None, settings)
 
 
 def cell_rows(

@@ -13,7 +13,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
@@ -24,9 +24,11 @@ from numpy.typing import NDArray
 from leukoflow.core.config import LimitSettings
 from leukoflow.core.errors import ShardError
 from leukoflow.core.geometry import field_geometry
-from leukoflow.core.method import MethodSettings
-from leukoflow.runs.records import CLASSES, Quality, Status
-from leukoflow.tasks.decoding.ingest import Decoded, Decoder, too_large
+from leukoflow.core.method import MethodSettings, SegmentSettings
+from leukoflow.runs.records import CLASSES, ImageScale, Quality, Status
+from leukoflow.tasks.decoding.ingest import Decoded, Decoder, Measured, too_large
+from leukoflow.tasks.imaging.magnification import magnify_alone, read_image
+from leukoflow.tasks.imaging.scale import settle_scale, stated_scale
 
 if TYPE_CHECKING:
     from torch import nn
@@ -81,7 +83,7 @@ class Examination:
     diagnosed. `width_px` and `height_px` are the upright source's, 0 where it could not be decoded. `cells` has the
     rows of `runs.schema.CELLS` in the order of `cell_id`; `run_id` and `image_key` are "", `zarr_index` the tile;
     None where nothing was diagnosed. `tiles` are at the model's scale; a rejected image has them too, without cells.
-    `seconds` are (stage, wall seconds).
+    `seconds` are (stage, wall seconds). `scale` is the one in use, its `um_per_px` also where it is an assumption.
     """
 
     sha256: str
@@ -100,6 +102,7 @@ class Examination:
     cells: pa.Table | None
     tiles: tuple[TileView, ...]
     seconds: tuple[tuple[str, float], ...]
+    scale: ImageScale = field(default_factory=ImageScale)
 
 
 @dataclass(frozen=True, slots=True)
@@ -137,7 +140,7 @@ def warm(models: Models) -> None:
     features = models.bundle.spec.method.features
     drawn = render_field(np.random.default_rng(0), CLASSES[0]).rgb
     height, width = drawn.shape[:2]
-    _examined(Decoded(drawn, None, width, height, ""), None, models, _Clock(lambda stage: None))
+    _examined(Decoded(drawn, None, width, height, ""), ImageScale(), models, _Clock(lambda stage: None))
     networks = models.networks
     assert networks.readout is not None
     for size in [s for s in SHAPES if s <= features.cell_batch]:
@@ -189,7 +192,7 @@ def examine(
 
     Args:
         data: the image file's bytes, untrusted; only the decoder's disposable process looks into them.
-        um_per_px: micrometres per source pixel, None where unknown.
+        um_per_px: micrometres per source pixel as stated; without them the image's own red cells are measured.
         models: of one bundle.
         limits: on bytes; those on pixels, time and memory are the decoder's.
         decoder: made with the settings of this bundle (`models.bundle.spec.method.segment`).
@@ -201,39 +204,45 @@ def examine(
     clock = _Clock(announce)
     with clock("decode"):
         if (reason := too_large(len(data), limits)) is not None:
-            image = Decoded(None, reason, 0, 0, hashlib.sha256(data).hexdigest())
+            scale, image = stated_scale(um_per_px), Decoded(None, reason, 0, 0, hashlib.sha256(data).hexdigest())
         else:
-            image = decoder.decode_one(data, um_per_px)
-    return _examined(image, um_per_px, models, clock)
+            scale = _scale_of(decoder.measure(data), um_per_px, models.bundle.spec.method.segment)
+            image = decoder.decode_one(data, scale.um_per_px)
+    return _examined(image, scale, models, clock)
 
 
-def _examined(image: Decoded, um_per_px: float | None, models: Models, clock: _Clock) -> Examination:
+def _scale_of(measured: Measured, stated: float | None, settings: SegmentSettings) -> ImageScale:
+    """Settle the scale of an image that stands alone."""
+    return settle_scale(stated, measured.um_per_px, magnify_alone(read_image(measured.red_cells)), settings)
+
+
+def _examined(image: Decoded, scale: ImageScale, models: Models, clock: _Clock) -> Examination:
     """Do all that follows decoding."""
     from leukoflow.tasks.inference.blocks import prepare_block, prepare_image
     from leukoflow.tasks.inference.chain import diagnose_block
     from leukoflow.tasks.inference.rows import cell_rows
 
-    method = models.bundle.spec.method
+    method, um_per_px = models.bundle.spec.method, scale.um_per_px
     if image.rgb is None:
-        return _diagnosis(models, image, prepare_image(0, image, um_per_px, method).fact, None, clock)
+        return _diagnosis(models, image, scale, prepare_image(0, image, um_per_px, method).fact, None, clock)
     with clock("normalize"):
         ready = prepare_image(0, image, um_per_px, method)
         block = prepare_block([ready], method, shape=shape_for)
         if ready.fact.status is not None:
             pictures = _undiagnosed(image.rgb, um_per_px, image, models)
     if ready.fact.status is not None:
-        return _diagnosis(models, image, ready.fact, None, clock, tiles=pictures)
+        return _diagnosis(models, image, scale, ready.fact, None, clock, tiles=pictures)
     try:
         found = diagnose_block(block, models.networks, shape_for, clock)
     except ShardError as error:  # more cells than can be numbered
         crowded = replace(ready.fact, status=Status.QUARANTINED, reason=str(error))
-        return _diagnosis(models, image, crowded, None, clock)
+        return _diagnosis(models, image, scale, crowded, None, clock)
     with clock("classify"):
         (diagnosed,), cells, n = found.images, found.cells, len(block.tiles)
-        rows = cell_rows(cells.table, cells.offsets, [""] * n, [diagnosed], block.to_source, [um_per_px] * n)
+        rows = cell_rows(cells.table, cells.offsets, [""] * n, [diagnosed], block.to_source, [scale.known] * n)
         chosen = _most_attended(diagnosed.attention, cells.offsets)
         views = tuple(_view(image.rgb, block, t, found, method) for t in chosen)
-    return _diagnosis(models, image, ready.fact, diagnosed, clock, cells=rows, tiles=views, n_tiles=n)
+    return _diagnosis(models, image, scale, ready.fact, diagnosed, clock, cells=rows, tiles=views, n_tiles=n)
 
 
 class _Clock:
@@ -257,6 +266,7 @@ class _Clock:
 def _diagnosis(
     models: Models,
     image: Decoded,
+    scale: ImageScale,
     fact: Fact,
     diagnosed: ImageDiagnosis | None,
     clock: _Clock,
@@ -265,10 +275,10 @@ def _diagnosis(
     n_tiles: int = 0,
 ) -> Examination:
     """Gather what is said of an image."""
-    from leukoflow.tasks.inference.rows import outcome
+    from leukoflow.tasks.inference.rows import outcome, used_um_per_px
 
-    found = outcome(fact, diagnosed, models.bundle.spec.classes)
-    remarks = image.remarks
+    found = outcome(fact, diagnosed, models.bundle.spec.classes, scale)
+    remarks = (*image.remarks, *([scale.remark] if scale.remark else []))
     if n_tiles > len(tiles):
         remarks = (*remarks, f"pictures of the {len(tiles)} of {n_tiles} tiles that were attended to most")
     assert image.sha256 is not None
@@ -289,6 +299,7 @@ def _diagnosis(
         cells=cells,
         tiles=tiles,
         seconds=tuple(clock.seconds.items()),
+        scale=replace(scale, um_per_px=used_um_per_px(scale, fact, models.bundle.spec.method.segment)),
     )
 
 

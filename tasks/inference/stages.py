@@ -6,12 +6,10 @@ block's task commits. A shard is one block unless its images are large; blocks b
 
 from __future__ import annotations
 
-import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -22,15 +20,21 @@ from leukoflow.core.errors import ShardError
 from leukoflow.runs.layout import RunKey
 from leukoflow.runs.receipts import StageTiming
 from leukoflow.runs.records import CLASSES, ShardReceipt, Status
-from leukoflow.sources.reading import Reader, open_reader
-from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.decoding.ingest import ingest
 from leukoflow.tasks.imaging.cells import Cells, CellTable
 from leukoflow.tasks.imaging.extract import Features
 from leukoflow.tasks.inference.blocks import Block, Prepared, prepare_block, prepare_image, refused
 from leukoflow.tasks.inference.chain import classify_block, extract_block, segment_block
 from leukoflow.tasks.inference.rows import cell_rows, prediction_rows
-from leukoflow.tasks.inference.worker import component, decoder_of, guarded, members_of, opened_bundle, readout_of
+from leukoflow.tasks.inference.worker import (
+    component,
+    decoder_of,
+    guarded,
+    members_of,
+    opened_bundle,
+    opened_reader,
+    readout_of,
+)
 from leukoflow.tasks.store.arrays import read_cells, read_features, read_labels, write_features, write_maps, write_masks
 from leukoflow.tasks.store.commit import ACTIVATIONS, commit, stage_keys
 from leukoflow.tasks.store.facts import Fact, read_facts, write_facts
@@ -70,7 +74,7 @@ def prepare(job: ShardJob, first: int) -> Block:
         wanted = [m for m in members if m.refusal is None and m.ordinal not in culprits and _looked_at(job, m.ordinal)]
         done: list[Prepared] = []
         tiles = 0
-        with _reader(job) as reader:
+        with opened_reader(job) as reader:
             decoder = decoder_of(job.limits, method.segment.model_dump_json())
             images = ingest(reader, wanted, job.limits, decoder)
             for member in members:
@@ -80,7 +84,7 @@ def prepare(job: ShardJob, first: int) -> Block:
                 if refusal is not None or not _looked_at(job, member.ordinal):
                     done.append(Prepared(refused(member.ordinal, refusal or "not looked at")))
                     continue
-                done.append(prepare_image(member.ordinal, next(images), member.um_per_px, method))
+                done.append(prepare_image(member.ordinal, next(images), member.scale.um_per_px, method))
                 tiles += len(done[-1].tiles)
         return prepare_block(done, method, first, time.perf_counter() - started)
 
@@ -93,26 +97,6 @@ def next_of(block: Block) -> int:
 def _looked_at(job: ShardJob, ordinal: int) -> bool:
     """Say whether a member is processed, while searching for culprits."""
     return job.only is None or ordinal in job.only
-
-
-@contextmanager
-def _reader(job: ShardJob) -> Iterator[Reader]:
-    """Open the source's members; those of a compressed tar from the shard's spooled bytes."""
-    bound = job.limits.max_member_mb << 20
-    if job.spool is None:
-        with open_reader(job.source, member_bytes=bound) as reader:
-            yield reader
-        return
-    storage = open_storage(job.root)
-    with tempfile.NamedTemporaryFile(prefix="leukoflow-spool-") as local:
-        path = storage.uri(job.spool)
-        if not storage.is_local:
-            for piece in storage.pieces(job.spool):
-                local.write(piece)
-            local.flush()
-            path = local.name
-        with open_reader(job.source, spool_file=path, member_bytes=bound) as reader:
-            yield reader
 
 
 # --- segment ---------------------------------------------------------------------------------------------------------
@@ -222,9 +206,9 @@ def classify(job: ShardJob, written: Written | None, resumed: tuple[str, ...] = 
         n_tiles = np.array([f.n_tiles for _, f in diagnosed], np.int64)
         images = classify_block(features, n_tiles, bundle, classifier, job.device)
         by_ordinal = {f.ordinal: image for (_, f), image in zip(diagnosed, images, strict=True)}
-        rows = prediction_rows(job, members, facts, by_ordinal, bundle.spec.classes)
+        rows = prediction_rows(job, members, facts, by_ordinal, bundle.spec)
         keys = [m.image_key for m, f in diagnosed for _ in range(f.n_tiles)]
-        scales = [m.um_per_px for m, f in diagnosed for _ in range(f.n_tiles)]
+        scales = [m.scale.known for m, f in diagnosed for _ in range(f.n_tiles)]
         found_cells = cell_rows(table, offsets, keys, images, to_source, scales, job.run_id)
         write_parquet(job, RunKey.part(RunKey.PREDICTIONS, job.shard.name), rows)
         write_parquet(job, RunKey.part(RunKey.CELLS, job.shard.name), found_cells)

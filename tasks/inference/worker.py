@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import lru_cache
 from typing import Any
 
@@ -22,12 +24,15 @@ from leukoflow.models.bundle import Bundle, load_bundle
 from leukoflow.models.hybrid_cn_nas import Readout
 from leukoflow.runs.layout import RunKey
 from leukoflow.runs.records import Member, Shard
+from leukoflow.sources.reading import Reader, open_reader
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.decoding.ingest import Decoder
 from leukoflow.tasks.imaging.classify import readout
+from leukoflow.tasks.imaging.scale import settle_scale, stated_scale
 from leukoflow.tasks.inference.rows import check_storable
 from leukoflow.tasks.intake.plan_file import read_shard
 from leukoflow.tasks.store.job import ShardJob, attempt_prefix, started_key
+from leukoflow.tasks.store.scales import StoredScale, read_scales
 
 NOTE_SECONDS = 60.0
 """How long a process that has exceeded its time may take to leave a note of why it ends."""
@@ -95,9 +100,56 @@ def planned(root: str, shard: Shard) -> list[Member]:
         return read_shard(open_plan(root), shard.ordinal)
 
 
+def scaled(root: str, shard: Shard, settings: SegmentSettings) -> list[Member]:
+    """Read a shard's members from the frozen plan, each with its scale.
+
+    A run that older versions have started has no `scales.parquet`; its images have the scale that was stated.
+    """
+    members, storage = planned(root, shard), open_storage(root)
+    stored: Sequence[StoredScale | None] = [None] * len(members)
+    with suppress(FileNotFoundError), _plan_lock:
+        stored = read_scales(_open_scales(root, storage.stamp(RunKey.SCALES)), shard.ordinal)
+    return [
+        replace(
+            member,
+            scale=stated_scale(member.um_per_px)
+            if one is None
+            else settle_scale(member.um_per_px, one.of_file, one.found, settings),
+        )
+        for member, one in zip(members, stored, strict=True)
+    ]
+
+
+@lru_cache(maxsize=2)
+def _open_scales(root: str, stamp: str) -> pq.ParquetFile:
+    """Open the run's scales; `stamp` changes when they are written."""
+    storage = open_storage(root)
+    return pq.ParquetFile(storage.uri(RunKey.SCALES) if storage.is_local else storage.open(RunKey.SCALES))
+
+
 def members_of(job: ShardJob) -> list[Member]:
-    """Read the members of the job's shard from the frozen plan."""
-    return planned(job.root, job.shard)
+    """Read the members of the job's shard from the frozen plan, each with its scale."""
+    return scaled(job.root, job.shard, opened_bundle(job.bundle, job.bundle_digest).spec.method.segment)
+
+
+@contextmanager
+def opened_reader(job: ShardJob) -> Iterator[Reader]:
+    """Open the source's members; those of a compressed tar from the shard's spooled bytes."""
+    bound = job.limits.max_member_mb << 20
+    if job.spool is None:
+        with open_reader(job.source, member_bytes=bound) as reader:
+            yield reader
+        return
+    storage = open_storage(job.root)
+    with tempfile.NamedTemporaryFile(prefix="leukoflow-spool-") as local:
+        path = storage.uri(job.spool)
+        if not storage.is_local:
+            for piece in storage.pieces(job.spool):
+                local.write(piece)
+            local.flush()
+            path = local.name
+        with open_reader(job.source, spool_file=path, member_bytes=bound) as reader:
+            yield reader
 
 
 def _current_task() -> str | None:

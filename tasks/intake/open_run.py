@@ -103,7 +103,7 @@ def _open(config: RunConfig, manifest: Path | FetchedFile | None, started: Calla
         if bound is not None and main is None:
             _check_key(run_id, bound.patient_key_check)
     if bound is None:
-        for key in (RunKey.PLAN, RunKey.MISSING):
+        for key in (RunKey.PLAN, RunKey.MISSING, RunKey.SCALES, RunKey.RED_CELLS):
             storage.delete(key)  # of a source or manifest that nobody knows any more
         bound = RunBinding(
             run_id=run_id,
@@ -222,8 +222,8 @@ def _accompanied(out: Storage, config: RunConfig, source: Source) -> RunBinding 
 
 
 def _take_plan(main: Storage, storage: Storage) -> None:
-    """Give a shadow run the plan of the run that it accompanies, patients and all, whatever became of its manifest."""
-    for key in (RunKey.MISSING, RunKey.PLAN):
+    """Give a shadow run plan and scales of the run that it accompanies, patients and all, whatever became of it."""
+    for key in (RunKey.MISSING, RunKey.SCALES, RunKey.PLAN):
         if not storage.exists(key) and main.exists(key):
             storage.write(key, main.read(key))
 

@@ -14,7 +14,7 @@ from leukoflow.core.errors import ReconciliationError
 from leukoflow.runs.layout import RunKey, Stage
 from leukoflow.runs.progress import now, read_manifest
 from leukoflow.runs.receipts import RunTotals
-from leukoflow.runs.records import Host, PartRef, RunManifest, ShardReceipt, Status
+from leukoflow.runs.records import Host, PartRef, RunManifest, ScaleSource, ShardReceipt, Status
 from leukoflow.runs.schema import SCHEMA_VERSION
 from leukoflow.storage.base import Storage
 from leukoflow.storage.opening import open_storage
@@ -22,7 +22,7 @@ from leukoflow.tasks.inference.worker import open_plan
 from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.plan_file import shards
 from leukoflow.tasks.publish.ranking import CONFLICT_COLUMNS, Ranking, SharedImages, list_conflicts
-from leukoflow.tasks.review.wording import Scale, scale_note
+from leukoflow.tasks.review.wording import scale_note
 from leukoflow.tasks.store.commit import ACTIVATIONS, STAGES, read_marker
 
 NAMED = 5
@@ -56,6 +56,7 @@ def publish(
     else:
         storage.delete(RunKey.DUPLICATES)
     tables.append(storage.digest(RunKey.PLAN))
+    tables.append(storage.digest(RunKey.SCALES))
     if run.summary.missing:
         tables.append(storage.digest(RunKey.MISSING))
     parts = tuple(_parts(run, storage))
@@ -94,7 +95,7 @@ def publish(
         notes=(
             *run.summary.remarks,
             *_notes(run, parts),
-            *_scale_notes(run, guessed, sum(slides["n_abstained"].to_pylist())),
+            *filter(None, [scale_note(guessed, sum(slides["n_abstained"].to_pylist()))]),
             *notes,
         ),
         hosts=_hosts(storage),
@@ -148,11 +149,6 @@ def _notes(run: Run, parts: Sequence[PartRef]) -> tuple[str, ...]:
     )
 
 
-def _scale_notes(run: Run, guessed: int, abstained: int) -> tuple[str, ...]:
-    note = scale_note(guessed, abstained, run.bundle.spec.method.segment)
-    return (note,) if note else ()
-
-
 def _table(storage: Storage, name: str, table: pa.Table) -> tuple[str, int, str]:
     sink = io.BytesIO()
     pq.write_table(table, sink, compression="zstd", use_dictionary=False)
@@ -163,15 +159,15 @@ def _table(storage: Storage, name: str, table: pa.Table) -> tuple[str, int, str]
 def _read_tables(run: Run, storage: Storage) -> tuple[pa.Table, pa.Table, int, int]:
     """Pass over the predictions once, a part at a time.
 
-    Return slides, conflicts, the number of rows, and how many abstentions are from pictures whose scale is a guess.
-    Keys are compared with the plan's, part by part, so that a row too few, too many or for somebody else is found.
+    Return slides, conflicts, the number of rows, and how many abstentions are from pictures of assumed
+    scale. Keys are compared with the plan's, part by part, so that a row too few, too many or for somebody else is
+    found.
     """
     ranking, images = Ranking(), SharedImages()
     frozen, rows, guessed = open_plan(run.root), 0, 0
-    settings = run.bundle.spec.method.segment
     columns = [
         "run_id", "image_key", "member_sha256", "slide_id", "patient_id", "site", "status", "n_cells",
-        "prob_benign", "prob_early", "prob_pre", "prob_pro", "confidence", "um_per_px", "width_px", "height_px",
+        "prob_benign", "prob_early", "prob_pre", "prob_pro", "confidence", "um_per_px_source",
     ]  # fmt: skip
     for shard in shards(run.summary):
         part = _read_part(storage, shard.name, columns)
@@ -184,7 +180,7 @@ def _read_tables(run: Run, storage: Storage) -> tuple[pa.Table, pa.Table, int, i
         for row in found:
             ranking.add(row)
             if row["status"] == Status.ABSTAINED:
-                guessed += Scale(row["width_px"], row["height_px"], row["um_per_px"], settings).guessed
+                guessed += row["um_per_px_source"] == ScaleSource.ASSUMED
     shared = images.digests()
     parts = (_read_part(storage, shard.name, CONFLICT_COLUMNS) for shard in shards(run.summary) if shared)
     return ranking.table(), list_conflicts(parts, shared), rows, guessed

@@ -49,7 +49,8 @@ class Figure:
     @property
     def scale(self) -> Scale:
         """What is known of the picture's size."""
-        return Scale(self.row["width_px"], self.row["height_px"], self.row["um_per_px"], self.settings)
+        size = (self.row["width_px"], self.row["height_px"], self.row["um_per_px"])
+        return Scale(*size, self.settings, self.row.get("um_per_px_source"))
 
     @property
     def set_words(self) -> str:

@@ -48,8 +48,8 @@ FAILURES = """\
 - Clusters are few, so intervals are wide. A random split of the same data looks far better and means little: the colour
   histogram, which knows no cells, shows how much photography gives away.
 - The class is that of the field's whole smear. A field with no blast in it carries the label of its smear all the same.
-- Fields at another magnification than the training's are misread, mostly without an abstention (benchmarks/LOG.md has
-  the figures): give `um_per_px` in the manifest.
+- Fields at another magnification than the training's are brought to its scale, as stated or as their red cells tell it
+  (benchmarks/LOG.md has the figures); at a wrong scale they are misread, so without any nothing is answered.
 - A prediction set of one class excludes no other: sets are built to miss the true class in up to one of twenty fields.
 - The segmenter often sees no cytoplasm; the nucleus-to-cell ratio of such a cell is not a measurement.
 - Smudge cells are outlined in pieces and may count as cells; what is smaller than a red cell is no cell.

@@ -92,7 +92,7 @@ def build_report(root: str, manifest: RunManifest | None) -> str:
         finished=manifest is not None,
         progress=progress,
         answered_note=answered_scale_note(survey.guessed["predicted"], counts["predicted"], survey.settings),
-        abstained_note=scale_note(survey.guessed["abstained"], counts["abstained"], survey.settings),
+        abstained_note=scale_note(survey.guessed["abstained"], counts["abstained"]),
         without=survey.without,
         slides=slides,
         slides_open=SLIDES_OPEN,

@@ -35,6 +35,7 @@ _SLIDES_KEPT = 200
 _COLUMNS = (
     "image_key", "slide_id", "status", "reason", "label", "confidence", "prob_benign", "prob_early", "prob_pre",
     "prob_pro", "prediction_set", "n_cells", "shard", "zarr_index", "n_tiles", "um_per_px", "width_px", "height_px",
+    "um_per_px_source",
 )  # fmt: skip
 
 Row = dict[str, Any]
@@ -76,7 +77,9 @@ def survey_predictions(storage: Storage, keys: Iterable[str], settings: SegmentS
     for key in dict.fromkeys(keys):
         try:
             with storage.open(key) as file:
-                for batch in pq.ParquetFile(file).iter_batches(batch_size=1024, columns=list(_COLUMNS)):
+                reader = pq.ParquetFile(file)
+                columns = [name for name in _COLUMNS if name in set(reader.schema_arrow.names)]
+                for batch in reader.iter_batches(batch_size=1024, columns=columns):
                     for row in batch.to_pylist():
                         _take(survey, row)
         except FileNotFoundError:
@@ -91,7 +94,8 @@ def _take(survey: Survey, row: Row) -> None:
         if len(listed) < KEYS_SHOWN:
             listed.append((key, read_reason(row["reason"]) or ""))
     if status in ("predicted", "abstained"):
-        guessed = Scale(row["width_px"], row["height_px"], row["um_per_px"], survey.settings).guessed
+        size = (row["width_px"], row["height_px"], row["um_per_px"])
+        guessed = Scale(*size, survey.settings, row.get("um_per_px_source")).guessed
         survey.guessed[status] += guessed
     if row["label"] is None:
         return

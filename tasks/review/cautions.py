@@ -13,7 +13,7 @@ from leukoflow.tasks.review.lines import FieldLine, PatientLine, SlideLine
 from leukoflow.tasks.review.table import RunTable
 from leukoflow.tasks.review.wording import RESEARCH_USE, SHADOW, Scale, answered_scale_note, sentence
 
-_SIZES = ("width_px", "height_px", "um_per_px")
+_SIZES = ("width_px", "height_px", "um_per_px", "um_per_px_source")
 
 
 def notice_of(table: RunTable) -> str:
@@ -24,10 +24,10 @@ def notice_of(table: RunTable) -> str:
 def scale_guessed(table: RunTable, rows: Ints) -> list[bool]:
     """Tell of each of these rows whether its field was answered although its scale is a guess."""
     settings, answered = segment_settings(table.bundle[0]), table.frame.answer[rows] >= 0
-    width, height, um = (table.frame.column(name).take(pa.array(rows)).to_pylist() for name in _SIZES)
+    sizes = [table.frame.column(name).take(pa.array(rows)).to_pylist() for name in _SIZES]
     return [
-        said and Scale(w, h, u, settings).guessed
-        for said, w, h, u in zip(answered.tolist(), width, height, um, strict=True)
+        said and Scale(width, height, um_per_px, settings, source).guessed
+        for said, width, height, um_per_px, source in zip(answered.tolist(), *sizes, strict=True)
     ]
 
 

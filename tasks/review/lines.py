@@ -228,7 +228,10 @@ class FieldDetails:
 
     member_sha256: str | None
     bundle_digest: str
-    um_per_px: float | None
+    um_per_px: float | None  # in use
+    um_per_px_source: str | None
+    um_per_px_sd: float | None
+    um_per_px_stated: float | None
     width_px: int | None
     height_px: int | None
     focus: float | None

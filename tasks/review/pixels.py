@@ -19,12 +19,18 @@ from numpy.typing import NDArray
 from leukoflow.core.config import LimitSettings, RunConfig
 from leukoflow.core.errors import LeukoflowError
 from leukoflow.runs.layout import RunKey
-from leukoflow.runs.records import Member, SourceKind
+from leukoflow.runs.records import Member, ScaleSource, SourceKind
 from leukoflow.sources.reading import open_reader
 from leukoflow.storage.base import Storage
 from leukoflow.tasks.decoding.ingest import Decoded, Decoder
 from leukoflow.tasks.intake.plan_file import read_shard, read_summary
 from leukoflow.tasks.review.bundle_settings import segment_settings
+
+
+def _decoded_at(row: Mapping[str, Any]) -> float | None:
+    """Return the micrometres per pixel that an image of a run was decoded with, None where they were assumed."""
+    assumed = row.get("um_per_px_source") == str(ScaleSource.ASSUMED)
+    return None if assumed else row["um_per_px"]
 
 
 class Pixels:
@@ -58,7 +64,7 @@ class Pixels:
         if self._reader is None or self._decoder is None:
             return None, self.note
         try:
-            decoded = self._decoder.decode_one(self._reader.read(self._member(row)), row["um_per_px"])
+            decoded = self._decoder.decode_one(self._reader.read(self._member(row)), _decoded_at(row))
         except (LeukoflowError, OSError) as error:
             return None, f"the image can no longer be read ({error}); only the mask is shown"
         if decoded.rgb is None:

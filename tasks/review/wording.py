@@ -12,7 +12,8 @@ from typing import Any
 from leukoflow.core.counts import count_of
 from leukoflow.core.geometry import scale_is_guessed
 from leukoflow.core.method import SegmentSettings
-from leukoflow.runs.records import CLASS_NAMES, CLASSES, OUT_OF_DISTRIBUTION, read_reason
+from leukoflow.runs.records import CLASS_NAMES, CLASSES, OUT_OF_DISTRIBUTION, ScaleSource, read_reason
+from leukoflow.tasks.imaging.scale import CONTRADICTED, NO_SCALE
 
 RESEARCH_USE = (
     "Research use only. Not a medical device: no diagnosis, and no decision about a patient, may rest on this. "
@@ -82,6 +83,16 @@ _REASONS = {
         "Check the white balance, and that the image shows a Romanowsky-stained smear.",
     ),
 }
+_OF_SCALE = {
+    NO_SCALE: (
+        "Nobody stated its scale, and its red cells do not tell it.",
+        "Without a scale, cells may have been judged at the wrong size.",
+    ),
+    CONTRADICTED: (
+        "The scale that was stated does not fit its red cells.",
+        "One of the two is wrong, so cells may have been judged at the wrong size.",
+    ),
+}
 _ABSTENTIONS = (OUT_OF_DISTRIBUTION, "ambiguous", "too few cells")
 _DEPTH = "bits in 16?"
 """How the remark on values that fill a small part of their range ends (`tasks.decoding.wide_pixels`)."""
@@ -105,10 +116,17 @@ class Scale:
     height_px: int | None
     um_per_px: float | None
     settings: SegmentSettings = field(default_factory=SegmentSettings)
+    source: str | None = None  # how the scale is known (`ScaleSource`); None in runs of schema 1 and 2
 
     @property
     def guessed(self) -> bool:
-        """Whether nobody gave the scale of a picture that is not of the training fields' size."""
+        """Whether the scale is no more than a guess.
+
+        In runs of schema 1 and 2 it is one where nobody gave the scale of a picture that is not of the training
+        fields' size.
+        """
+        if self.source is not None:
+            return self.source == ScaleSource.ASSUMED
         if not self.width_px or not self.height_px:
             return False
         return scale_is_guessed(self.width_px, self.height_px, self.um_per_px, self.settings)
@@ -239,6 +257,9 @@ def reason_words(
         kind, rest = f"{kind}: {rest}", ""
     if kind == "damaged":
         return (f"The file is damaged{f' ({rest})' if rest else ''}.", "Copy or export it again.", "")
+    if kind in _OF_SCALE:
+        what, so = _OF_SCALE[kind]
+        return (what, f"{so} {_REMEDIES[where]}", rest.partition(";")[0])
     if kind not in _REASONS:
         return (sentence(reason), "", "")
     what, remedy = _REASONS[kind]
@@ -254,6 +275,24 @@ def reason_words(
     if scale is not None and scale.guessed:
         return (what, f"{_missing_scale(scale)} {_REMEDIES[where]} {_THEN}", rest)
     return (what, remedy or _stain(scale), rest)
+
+
+def scale_words(um_per_px: float | None, source: str | None, sd: float | None) -> str:
+    """Say what scale an image was judged at and how it is known; empty where nothing is known.
+
+    Args:
+        um_per_px: micrometres per pixel in use.
+        source: as in the column `um_per_px_source`; None in runs of schema 1 and 2, which knew stated scales alone.
+        sd: standard deviation in the same unit, None where it is not known.
+    """
+    if um_per_px is None:
+        return ""
+    value = f"{um_per_px:.3f}{f' ± {sd:.3f}' if sd else ''} µm per pixel"
+    return {
+        str(ScaleSource.METADATA): f"{value}, as the file states",
+        str(ScaleSource.RULER): f"{value}, measured on red cells",
+        str(ScaleSource.ASSUMED): f"{value}, an assumption",
+    }.get(source or "", f"{value}, as stated")
 
 
 def sentence(text: str) -> str:
@@ -280,21 +319,20 @@ def answered_scale_note(guessed: int, answered: int, settings: SegmentSettings) 
     )
 
 
-def scale_note(guessed: int, abstained: int, settings: SegmentSettings) -> str:
+def scale_note(guessed: int, abstained: int) -> str:
     """Say of a whole run that abstentions may come from a missing scale; empty where none does.
 
     Args:
         guessed: abstentions from pictures of unknown scale (`Scale.guessed`).
         abstained: all abstentions.
-        settings: of the method.
     """
     if not guessed:
         return ""
     return (
         f"{guessed:,} of {count_of(abstained, 'abstention')} "
-        f"{'is from a picture' if guessed == 1 else 'are from pictures'} of another size than the training fields "
-        f"({settings.field_px} px), and without a scale: the missing scale is the likeliest cause. Repeat the run with "
-        "--um-per-px, or with the column um_per_px in the manifest"
+        f"{'is from a picture' if guessed == 1 else 'are from pictures'} without a scale, neither stated nor told by "
+        "red cells: the missing scale is the likeliest cause. Repeat the run with --um-per-px, or with the column "
+        "um_per_px in the manifest"
     )
 
 
@@ -308,7 +346,8 @@ def _missing_scale(scale: Scale) -> str:
 
 def _stain(scale: Scale | None) -> str:
     given = scale.um_per_px if scale is not None else None
-    too = f", or the scale that was given ({given:g} µm per pixel)," if given else ""
+    how = "measured on red cells" if scale is not None and scale.source == ScaleSource.RULER else "given"
+    too = f", or the scale that was {how} ({given:g} µm per pixel)," if given else ""
     return f"Another stain, scanner or tissue{too} may be the cause. Judge the slide by eye."
 
 

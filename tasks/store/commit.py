@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import astuple, replace
 from functools import lru_cache, partial
 
 import numpy as np
@@ -29,16 +29,19 @@ ACTIVATIONS = Stage.ACTIVATIONS
 """The stage that no other is made from: a shard may lack it and yet be whole. It is made while the pixels are there."""
 STAGES = (Stage.MASKS, Stage.FEATURES, Stage.ACTIVATIONS, Stage.PREDICTIONS)
 
-REVISIONS = {"masks": 4, "features": 1, ACTIVATIONS: 1, "predictions": 2}
+REVISIONS = {"masks": 4, "features": 1, ACTIVATIONS: 1, "predictions": 3}
 """Raised when a stage's code changes what it writes; part of every content key."""
 
 
 def stage_keys(bundle: Bundle, members: Sequence[Member], device: str) -> dict[str, str]:
-    """Return the content address of each stage of a shard: what it is made from, upstream's key included."""
+    """Return the content address of each stage of a shard: what it is made from, upstream's key included.
+
+    `members` are those of the shard, each with its scale.
+    """
     who = hashlib.sha256()
     for m in members:
-        who.update(repr((m.image_key, m.identity, m.refusal, m.um_per_px)).encode())
-    manifest = repr([(m.slide_id, m.patient_id, m.site, m.scanner, m.meta) for m in members])
+        who.update(repr((m.image_key, m.identity, m.refusal, m.scale.um_per_px)).encode())
+    manifest = repr([(m.slide_id, m.patient_id, m.site, m.scanner, m.meta, astuple(m.scale)) for m in members])
     chain, keys = who.hexdigest(), {}
     for stage, component, extra in (
         ("masks", "segmenter", device),

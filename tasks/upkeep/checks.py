@@ -190,6 +190,12 @@ def check_rows(planned: pa.Table, rows: pa.Table, m: RunManifest, shard: str) ->
     return None
 
 
+def check_stated(planned: pa.ChunkedArray, stated: pa.ChunkedArray) -> str | None:
+    """Say whether predictions state another scale than the plan does; where it states none, a file's own may stand."""
+    same = pc.or_(pc.is_null(planned), pc.fill_null(pc.equal(planned, stated), False))
+    return None if pc.all(same).as_py() else "its stated um_per_px are not those of the plan's members"
+
+
 def count_rows(rows: pa.Table, into: Counter[str], schema_version: int = SCHEMA_VERSION) -> None:
     """Add a table's statuses, and the labels that a manifest of this schema version counts."""
     counted = rows if schema_version < 2 else rows.filter(pc.field("status") == str(Status.PREDICTED))

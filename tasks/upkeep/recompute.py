@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from leukoflow.cluster.host import this_host
 from leukoflow.runs.layout import RunKey, Stage
 from leukoflow.runs.records import Host, read_reason
-from leukoflow.runs.schema import SINCE_2
+from leukoflow.runs.schema import SINCE_2, SINCE_3
 from leukoflow.storage.base import Storage
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.inference.stages import classify, extract, prepare, segment, written_by
-from leukoflow.tasks.inference.worker import opened_bundle, planned
+from leukoflow.tasks.inference.worker import members_of, opened_bundle
 from leukoflow.tasks.intake.manifest import META_PREFIX
 from leukoflow.tasks.store.commit import STAGES, marker_key, read_marker, stage_keys
 from leukoflow.tasks.store.compact import shard_counts_of
@@ -31,6 +31,9 @@ from leukoflow.tasks.upkeep.amendment import rows_of
 from leukoflow.tasks.upkeep.erase import erased_key
 
 TABLES = (RunKey.FIELDS, RunKey.PREDICTIONS, RunKey.CELLS)
+_LATER = {(RunKey.CELLS, name) for name in SINCE_2} | {(RunKey.PREDICTIONS, name) for name in SINCE_3}
+"""Columns of tables that runs of older schemas do not have."""
+
 _ERASURES = 100
 """So many patients may have been erased from one shard for it to be recognised."""
 
@@ -130,14 +133,17 @@ def _compare(job: ShardJob, scratch: Storage, stored: Storage, files: dict[str, 
             mine, theirs = mine.filter(kept), theirs.filter(kept)
         for column in dict.fromkeys([*theirs.column_names, *mine.column_names]):
             where = f"{name}/{column}"
-            if name == RunKey.CELLS and column in SINCE_2 and column not in theirs.column_names:
-                continue  # a run of schema 1 has nothing to compare it with
+            if (name, column) in _LATER and column not in theirs.column_names:
+                continue  # a run of an older schema has nothing to compare it with
             if column not in theirs.column_names or column not in mine.column_names:
                 found.append(Difference(shard, where, len(theirs), len(theirs), None))
                 continue
             values.append((where, len(theirs)))
+            again = mine[column]
+            if where == "predictions/um_per_px" and "um_per_px_stated" not in theirs.column_names:
+                again = mine["um_per_px_stated"]  # which is what it was until schema 3
             stored_column = _in_todays_words(theirs[column]) if column == "reason" else theirs[column]
-            found += _some(compare_columns(shard, where, stored_column, mine[column]))
+            found += _some(compare_columns(shard, where, stored_column, again))
     tiles, cells = _places(stored, shard, rows[RunKey.PREDICTIONS], gone)
     for top in RunKey.STORES:
         group_key = RunKey.group(top, shard)
@@ -175,7 +181,7 @@ def _some(found: Difference | None) -> list[Difference]:
 def _erased(job: ShardJob, stored: Storage, rows: pa.Table) -> set[str]:
     """Find the images from which a patient was erased: their parts' key says so, and they have no identity."""
     marker = read_marker(stored, Stage.MASKS, job.shard)
-    members, bundle = planned(job.root, job.shard), opened_bundle(job.bundle, job.bundle_digest)
+    members, bundle = members_of(job), opened_bundle(job.bundle, job.bundle_digest)
     keys = {stage_keys(bundle, members, device)[Stage.MASKS] for device in ("cpu", "cuda")}
     if marker is None or marker.part.key in keys:
         return set()

@@ -254,7 +254,9 @@ def _jobs(
     chosen: Sequence[int],
 ) -> Iterator[tuple[ShardJob, tuple[tuple[str, str], ...]]]:
     """Yield the shards to do, each with the files that it is held against; a compressed tar is unpacked ahead."""
-    (Path(folder) / RunKey.PLAN).write_bytes(storage.read(RunKey.PLAN))
+    for name in (RunKey.PLAN, RunKey.SCALES):
+        if storage.exists(name):  # older runs have no scales
+            (Path(folder) / name).write_bytes(storage.read(name))
     with storage.open(RunKey.PLAN) as file:
         plan = pq.ParquetFile(file)
         summary = read_summary(file)

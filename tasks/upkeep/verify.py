@@ -51,6 +51,7 @@ from leukoflow.tasks.upkeep.checks import (
     check_manifest,
     check_marker,
     check_rows,
+    check_stated,
     check_totals,
     compute_again,
     count_rows,
@@ -67,7 +68,7 @@ LISTED = 200
 MEMBER_TABLES = (RunKey.PREDICTIONS, RunKey.FIELDS)
 """Tables with one row for every member."""
 
-PLAN_COLUMNS = ("image_key", "slide_id", "patient_id", "site", "scanner", "um_per_px")
+PLAN_COLUMNS = ("image_key", "slide_id", "patient_id", "site", "scanner")
 _VERDICTS_LOST = (
     "predictions are not affected; take the folder verdicts/ from a backup, or leave it and find out what happened: "
     "verdicts cannot be made again"
@@ -227,6 +228,11 @@ def _digests(
 def _remedy(key: str, m: RunManifest, storage: Storage, again: str) -> str:
     if key == RunKey.PLAN:
         return f"delete it and repeat the run's command, which plans again and keeps what is committed: {again}"
+    if key == RunKey.SCALES:
+        return (
+            "delete it and repeat the run's command, which measures red cells again and keeps what is committed: "
+            f"{again}"
+        )
     if key == RunKey.MISSING:
         return "take it from a backup, or run the source again under another --run-id"
     if key in {name for name, _, _ in m.tables}:
@@ -358,15 +364,16 @@ def _rows(storage: Storage, m: RunManifest, cells: Sequence[int], again: str, bo
             return 0
         if book.findings:
             return 0
+        stated = "um_per_px" if m.schema_version < 3 else "um_per_px_stated"
         columns = [*PLAN_COLUMNS, *metas]
-        more = ("run_id", "source_uri", "bundle_digest", "shard", "status", "label", "confidence", "n_cells",
+        more = (stated, "run_id", "source_uri", "bundle_digest", "shard", "status", "label", "confidence", "n_cells",
                 "prob_benign", "prob_early", "prob_pre", "prob_pro")  # fmt: skip
         predictions = stream(storage, (f.key for f in table_files(m.parts, RunKey.PREDICTIONS)), [*columns, *more])
         cell_rows = stream(storage, (f.key for f in table_files(m.parts, RunKey.CELLS)), ["image_key"])
         counted, total = Counter[str](), 0
         groups = zip(regroup(predictions, counts), regroup(cell_rows, cells), strict=True)
         for ordinal, (rows, own) in enumerate(groups):
-            planned = plan.read_row_group(ordinal, columns=["ordinal", *columns])
+            planned = plan.read_row_group(ordinal, columns=["ordinal", "um_per_px", *columns])
             first = ordinal * m.shard_size
             wrong = None
             if planned["ordinal"].to_pylist() != list(range(first, first + counts[ordinal])):
@@ -375,6 +382,7 @@ def _rows(storage: Storage, m: RunManifest, cells: Sequence[int], again: str, bo
                 wrong = "it has no rows"
             else:
                 wrong = wrong or check_rows(planned.select(columns), rows, m, shard_name(ordinal))
+                wrong = wrong or check_stated(planned["um_per_px"], rows[stated])
                 wrong = wrong or check_cells(rows, own)
                 count_rows(rows, counted, m.schema_version)
                 total += len(rows)
@@ -388,7 +396,8 @@ def _shapes(
     storage: Storage, m: RunManifest, metas: Sequence[str], cells: Sequence[int], again: str
 ) -> Iterator[Discrepancy]:
     """Check number of rows and schema of every Parquet part, from its footer."""
-    expected = {RunKey.PREDICTIONS: predictions_schema(metas), RunKey.CELLS: cells_schema(m.schema_version)}
+    version = m.schema_version
+    expected = {RunKey.PREDICTIONS: predictions_schema(metas, version), RunKey.CELLS: cells_schema(version)}
     counts = shard_counts(m)
 
     def footer(key: str) -> tuple[int, pa.Schema]:

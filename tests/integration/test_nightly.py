@@ -47,7 +47,7 @@ def test_every_member_has_exactly_one_row(runs: dict[str, Path], kind: str, memb
     assert manifest.ignored == 1
     assert manifest.exit_code == 3
     assert manifest.cells == len(table(root, "cells")) == sum(n or 0 for n in rows["n_cells"].to_pylist())
-    assert sum(manifest.labels) == status["predicted"] + status["abstained"]
+    assert sum(manifest.labels) == status["predicted"]
     reasons = dict(zip(rows["image_key"].to_pylist(), rows["reason"].to_pylist(), strict=True))
     assert reasons["slide-b/empty.jpg"] == "empty: 0 bytes"
     assert "truncated" in reasons["slide-b/cut.jpg"]
@@ -69,6 +69,7 @@ def test_a_run_leaves_what_the_data_format_says(runs: dict[str, Path]) -> None:
     assert {p.name for p in root.iterdir()} == {
         "activations.zarr", "cells", "drift.json", "features.zarr", "fields", "heartbeat.json", "hosts", "logs",
         "manifest.json", "markers", "masks.zarr", "plan.parquet", "predictions", "report.html", "run.json",
+        "scales.parquet",
         "slides.parquet",
     }  # fmt: skip
     for name, schema in (("predictions", PREDICTIONS), ("cells", CELLS)):
@@ -180,7 +181,7 @@ def test_large_fields_in_several_blocks(screen: Any, tmp_path: Path) -> None:
     ids = arrays(tmp_path / "blocks", "masks.zarr", "cells")[0]
     for name in (names[3] + "-large.jpg", names[9] + "-scaled.jpg"):
         row = rows[name]
-        assert row["n_tiles"] > 9
+        assert row["n_tiles"] >= 9
         assert (row["width_px"], row["height_px"]) == (3000, 3000)
         mine = [c for c in cells if c["image_key"] == name]
         assert sorted(c["cell_id"] for c in mine) == list(range(1, row["n_cells"] + 1))

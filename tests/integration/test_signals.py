@@ -114,7 +114,7 @@ def test_cancel_in_prefect_drains(launch: Launch, server: str, tmp_path: Path) -
     command = launch(PREFECT_API_URL=server, TEST_DELAY_SECONDS="1.0")  # it is asked for every few seconds
     # Four of eight shards are on their way, and none is through before somebody looks whether Cancel was pressed.
     attempts = (tmp_path / "long" / "_attempts").glob
-    until(lambda: any(attempts("*/*/started/*")), 240, "the first shard has started", command)
+    until(lambda: any(attempts("*/*/started/prepare-*")), 240, "the first shard has started", command)
     with get_client(sync_client=True) as client:
         ours = FlowRunFilter(tags=FlowRunFilterTags(all_=["run:long"]))
         newest = client.read_flow_runs(flow_run_filter=ours, limit=1, sort=FlowRunSort.EXPECTED_START_TIME_DESC)[0]

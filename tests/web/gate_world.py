@@ -22,6 +22,7 @@ from leukoflow.apps.web.engine.engine import EngineLoad
 from leukoflow.apps.web.engine.frames import BundleCard
 from leukoflow.apps.web.settings import Rates, WebSettings
 from leukoflow.runs.records import CLASSES, Quality, Status
+from leukoflow.tasks.imaging.scale import stated_scale
 from leukoflow.tasks.inference.single import Examination
 
 PASSWORD = "a smear under the lamp"
@@ -60,6 +61,7 @@ class FakeEngine:
             status=Status.PREDICTED, reason=None, label="Early", probabilities=(0.1, 0.7, 0.1, 0.1),
             prediction_set=("Early",), ood=0.5, width_px=64, height_px=64,
             quality=Quality(10.0, 0.8, 0.0, 0.3, 0.1), remarks=(), cells=None, tiles=(), seconds=(("decode", 0.01),),
+            scale=stated_scale(um_per_px),
         )  # fmt: skip
 
     def load(self) -> Any:

@@ -187,7 +187,7 @@ def test_where_the_model_abstained_there_is_no_answer_to_accept(browser: Any, si
     rows = pq.read_table(part).to_pylist()
     given = next(r for r in rows if r["status"] == "predicted")
     given |= {"status": "abstained", "reason": "ambiguous: confidence 0.51 < 0.53", "prediction_set": ["Pre"]}
-    given |= {"label": "Pre", "width_px": 2592, "height_px": 1944, "um_per_px": None}
+    given |= {"label": "Pre", "width_px": 2592, "height_px": 1944, "um_per_px": None, "um_per_px_source": None}
     pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(part)), part, use_dictionary=False)
     with served(tmp_path, tmp_path / "out") as other:
         page = page_of(browser, other)

@@ -314,7 +314,7 @@ def test_every_page_of_a_shadow_run_says_so(place: World) -> None:
 
 def test_a_guessed_scale_is_said_on_the_slide_and_in_its_rows(place: World) -> None:
     for path in (Path(str(place.settings.out)) / "night" / "predictions").iterdir():
-        unknown = {"width_px": 1999, "height_px": 1999, "um_per_px": None}
+        unknown = {"width_px": 1999, "height_px": 1999, "um_per_px": None, "um_per_px_source": None}
         rows = [row | (unknown if row["slide_id"] == "S1" else {}) for row in pq.read_table(path).to_pylist()]
         pq.write_table(pa.Table.from_pylist(rows, pq.read_schema(path)), path, use_dictionary=False)
     program, browser = place.program("rita", "read"), place.browser("rita")

@@ -83,6 +83,13 @@ class Diagnosis(Model):
     ood_score: float | None = Field(None, description="distance from the training fields, 1 is typical")
     width_px: int | None = None
     height_px: int | None = None
+    um_per_px: float | None = Field(None, description="micrometres per pixel in use; null: not decoded")
+    um_per_px_source: Literal["manifest", "metadata", "ruler", "assumed"] | None = Field(
+        None,
+        description="how the scale is known: stated with the request, by the file, measured on red cells, or an "
+        "assumption, with which nothing is answered",
+    )
+    um_per_px_sd: float | None = Field(None, description="standard deviation of a measured scale, µm per pixel")
     quality: QualityOut | None = None
     remarks: list[str] = Field([])
     cells: list[CellOut] | None = None
@@ -235,6 +242,9 @@ def diagnosis(item: Item, cells: bool = True) -> Diagnosis:
         ood_score=found.ood,
         width_px=found.width_px,
         height_px=found.height_px,
+        um_per_px=found.scale.um_per_px,
+        um_per_px_source=None if found.scale.um_per_px is None else str(found.scale.source),
+        um_per_px_sd=found.scale.sd,
         quality=QualityOut.model_validate(found.quality) if found.quality else None,
         remarks=list(found.remarks),
         cells=_cells(found.cells) if cells and found.cells is not None else None,

@@ -31,6 +31,7 @@ def export_json(subject: Subject, cells: Sequence[Cell], by: str) -> bytes:
         "width_px": subject.width_px,
         "height_px": subject.height_px,
         "um_per_px": subject.um_per_px,
+        "um_per_px_source": subject.source,
         "quality": dict(subject.quality),
         "remarks": list(subject.remarks),
         "bundle": subject.bundle,

@@ -12,7 +12,7 @@ from leukoflow.apps.web.drawing.layers import Shape, Tile
 from leukoflow.apps.web.drawing.view_cache import field_of
 from leukoflow.apps.web.words import Cell
 from leukoflow.core.counts import count_of
-from leukoflow.runs.records import Status
+from leukoflow.runs.records import ScaleSource, Status
 from leukoflow.tasks.imaging import cytoplasm
 from leukoflow.tasks.inference.single import Examination
 from leukoflow.tasks.report import numbers
@@ -140,13 +140,14 @@ def of_field(table: RunTable, ordinal: int, tile: int | None, base: str) -> Scen
     """Return the scene of a field of a run; None if there is nothing to draw. Raises NotFoundError."""
     tiles, cells, view = field_tiles(table, ordinal)
     line = table.field(ordinal)
-    scale = line.details.um_per_px if line.details else None
+    d = line.details
+    scale = d.um_per_px if d is not None and d.um_per_px_source != ScaleSource.ASSUMED else None
     return _scene(tiles, cells, tile, base, line.label, view.pixels, view.mapped, view.remarks, scale)
 
 
-def of_diagnosis(diagnosis: Examination, tile: int, base: str, um_per_px: float | None = None) -> Scene | None:
+def of_diagnosis(diagnosis: Examination, tile: int, base: str) -> Scene | None:
     """Return the scene of a diagnosis on the bench; None if the image could not be decoded."""
     cells = cells_of(diagnosis.cells, diagnosis.tiles)
     mapped = bool(diagnosis.probabilities)
     label = diagnosis.label if diagnosis.status == Status.PREDICTED else None
-    return _scene(diagnosis.tiles, cells, tile, base, label, True, mapped, (), um_per_px)
+    return _scene(diagnosis.tiles, cells, tile, base, label, True, mapped, (), diagnosis.scale.known)

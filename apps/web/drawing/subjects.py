@@ -6,10 +6,10 @@ from leukoflow.apps.web import words
 from leukoflow.apps.web.engine.jobs import Item
 from leukoflow.apps.web.words import Subject
 from leukoflow.core.errors import LeukoflowError
-from leukoflow.runs.records import CLASSES, Status
+from leukoflow.runs.records import CLASSES, ScaleSource, Status
 from leukoflow.tasks.inference.single import Examination
 from leukoflow.tasks.report import numbers
-from leukoflow.tasks.review import bundle_settings, reference_cells, runs
+from leukoflow.tasks.review import bundle_settings, reference_cells, runs, wording
 from leukoflow.tasks.review import confidence as review_confidence
 from leukoflow.tasks.review.confidence import Frequency
 from leukoflow.tasks.review.lines import FieldLine
@@ -41,7 +41,9 @@ def of_line(table: RunTable, line: FieldLine) -> Subject:
         ood=line.ood,
         width_px=d.width_px,
         height_px=d.height_px,
-        um_per_px=d.um_per_px,
+        um_per_px=None if d.um_per_px_source == ScaleSource.ASSUMED else d.um_per_px,
+        source=d.um_per_px_source,
+        scale=wording.scale_words(d.um_per_px, d.um_per_px_source, d.um_per_px_sd),
         n_cells=line.n_cells,
         quality=tuple(quality),
         remarks=tuple(numbers.shown(flag, 200) for flag in d.quality_flags),
@@ -75,17 +77,18 @@ def frequency_of(item: Item) -> Frequency | None:
 
 def caution_of(item: Item) -> str:
     """Return the caution for an answer on the bench that may rest on a wrong size; empty otherwise."""
-    found: Examination = item.diagnosis
-    return Scale(
-        found.width_px, found.height_px, item.um_per_px, bundle_settings.segment_settings(found.bundle)
-    ).caution
+    return _scale(item.diagnosis).caution
 
 
 def why_of(item: Item) -> tuple[str, str, str]:
     """Return why an image has no answer: what, the likeliest cause with the remedy, and what was measured."""
     found: Examination = item.diagnosis
-    scale = Scale(found.width_px, found.height_px, item.um_per_px, bundle_settings.segment_settings(found.bundle))
-    return words.reason_words(found.reason, scale, "bench", found.remarks)
+    return words.reason_words(found.reason, _scale(found), "bench", found.remarks)
+
+
+def _scale(found: Examination) -> Scale:
+    settings = bundle_settings.segment_settings(found.bundle)
+    return Scale(found.width_px, found.height_px, found.scale.known, settings, str(found.scale.source))
 
 
 def of_item(item: Item) -> Subject:
@@ -102,7 +105,9 @@ def of_item(item: Item) -> Subject:
         ood=found.ood,
         width_px=found.width_px or None,
         height_px=found.height_px or None,
-        um_per_px=item.um_per_px,
+        um_per_px=found.scale.known,
+        source=str(found.scale.source),
+        scale=wording.scale_words(found.scale.um_per_px, str(found.scale.source), found.scale.sd),
         n_cells=0 if found.cells is None else len(found.cells),
         quality=words.quality_words(found.quality),
         remarks=tuple(numbers.shown(r, 200) for r in found.remarks),

@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 from pydantic import Field, TypeAdapter, ValidationError
 
 from leukoflow.core.errors import LeukoflowError
-from leukoflow.runs.records import Quality, Status
+from leukoflow.runs.records import ImageScale, Quality, Status
 from leukoflow.runs.schema import CELLS
 from leukoflow.tasks.inference.single import Examination, TileView
 
@@ -163,6 +163,7 @@ class Answer:
     seconds: tuple[tuple[str, float], ...]
     cells: Count | None
     tiles: tuple[TileShape, ...]
+    scale: ImageScale
 
 
 Buffer = bytes | memoryview
@@ -225,7 +226,7 @@ def diagnosis_frame(number: int, diagnosis: Examination) -> list[Buffer]:
         number, diagnosis.sha256, diagnosis.bundle, diagnosis.bundle_digest, diagnosis.status, diagnosis.reason,
         diagnosis.label, diagnosis.probabilities, diagnosis.prediction_set, diagnosis.ood, diagnosis.width_px,
         diagnosis.height_px, diagnosis.quality, diagnosis.remarks, diagnosis.seconds,
-        None if diagnosis.cells is None else len(diagnosis.cells), tuple(shapes),
+        None if diagnosis.cells is None else len(diagnosis.cells), tuple(shapes), diagnosis.scale,
     )  # fmt: skip
     return frame(answer, *(array.reshape(-1).view(np.uint8).data for array in body))
 
@@ -252,7 +253,7 @@ def diagnosis_of(answer: Answer, body: bytes | bytearray) -> Examination:
     return Examination(
         answer.sha256, answer.bundle, answer.bundle_digest, answer.status, answer.reason, answer.label,
         answer.probabilities, answer.prediction_set, answer.ood, answer.width_px, answer.height_px, answer.quality,
-        answer.remarks, cells, tuple(tiles), answer.seconds,
+        answer.remarks, cells, tuple(tiles), answer.seconds, answer.scale,
     )  # fmt: skip
 
 

@@ -158,7 +158,7 @@ async def bench_field(request: Request, job_id: str, number: int, who: Diagnoser
     """Show one answer with its picture."""
     job, item, diagnosis = _item(request, job_id, number, who)
     base = path_of(request, f"/bench/{job_id}/{number}")
-    scene = await asyncio.to_thread(scenes.of_diagnosis, diagnosis, tile, base, item.um_per_px)
+    scene = await asyncio.to_thread(scenes.of_diagnosis, diagnosis, tile, base)
     done = [n for n, i in enumerate(job.items) if i.diagnosis is not None]
     at = done.index(number)
     same = [(n, i) for n, i in enumerate(job.items) if i.name == item.name and i.data is item.data]
@@ -180,7 +180,7 @@ def bench_picture(request: Request, job_id: str, number: int, picture: str, who:
     """Return the picture with its layers, one layer, or an export."""
     _, item, diagnosis = _item(request, job_id, number, who)
     if picture == "view":
-        scene = scenes.of_diagnosis(diagnosis, tile, path_of(request, f"/bench/{job_id}/{number}"), item.um_per_px)
+        scene = scenes.of_diagnosis(diagnosis, tile, path_of(request, f"/bench/{job_id}/{number}"))
         return render(request, "_view.html", scene=scene)
     cells = scenes.cells_of(diagnosis.cells, diagnosis.tiles)
     if picture.startswith("export."):

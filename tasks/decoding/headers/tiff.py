@@ -11,6 +11,7 @@ _SIZES = {1: 1, 2: 1, 3: 2, 4: 4, 5: 8, 6: 1, 7: 1, 8: 2, 9: 4, 10: 8, 11: 4, 12
 _CODES = {1: "B", 3: "H", 4: "L", 6: "b", 8: "h", 9: "l", 11: "f", 12: "d", 13: "L", 16: "Q", 17: "q", 18: "Q"}
 _MOST_PAGES, _MOST_ENTRIES, _MOST_VALUES = 1024, 4096, 1 << 20
 _PROFILE_TAG, _SUB_IFDS = 34675, 330
+_RATIONAL = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,6 +35,7 @@ class TiffPage:
     extra: tuple[int, ...] = ()
     description: str = ""
     software: str = ""
+    x_resolution: float = 0.0
     tags: frozenset[int] = field(default=frozenset(), repr=False)
     profile: bytes = field(default=b"", repr=False)
     segments: tuple[tuple[int, int], ...] = field(default=(), repr=False)
@@ -107,6 +109,9 @@ def _directory(data: bytes, at: int, order: str, big: bool) -> tuple[dict[int, t
         if size and place + size <= len(data):
             if kind in (2, 7):
                 tags[tag] = (data[place : place + min(size, 1 << 24)],)
+            elif kind == _RATIONAL and values == 1:
+                above, below = struct.unpack_from(f"{order}2L", data, place)
+                tags[tag] = (above / below if below else 0.0,)
             elif kind in _CODES and values <= _MOST_VALUES:
                 tags[tag] = struct.unpack_from(f"{order}{values}{_CODES[kind]}", data, place)
     following = struct.unpack_from(order + pointer, data, at + entry_size * count)[0]
@@ -161,6 +166,7 @@ def _page(tags: dict[int, tuple[float | bytes, ...]], place: tuple[int, ...]) ->
         extra=_whole_numbers(tags.get(338, ())),
         description=text(270),
         software=text(305),
+        x_resolution=next((float(v) for v in tags.get(282, ()) if not isinstance(v, bytes)), 0.0),
         tags=frozenset(tags),
         profile=profile if isinstance(profile, bytes) else b"",
         segments=tuple(zip(offsets, lengths, strict=False)),

@@ -69,7 +69,7 @@ def test_an_old_run_verifies_and_compacts(old: Path) -> None:
 
 def test_a_new_run_counts_answers_alone(night: Run, copy: Path) -> None:
     m = manifest_of(copy)
-    assert m.schema_version == SCHEMA_VERSION == 2
+    assert m.schema_version == SCHEMA_VERSION == 3
     assert m.labels == answered(copy)
     assert sum(m.labels) == m.predicted
     for name in open_storage(str(copy)).names("markers/predictions"):
@@ -107,7 +107,7 @@ def test_words_alone_are_no_difference(copy: Path) -> None:
     as_schema_1(aside)
     found = diff_runs(str(aside), str(copy))
     assert found.same
-    assert ("schema_version", "1", "2") in found.setup
+    assert ("schema_version", "1", "3") in found.setup
 
 
 def test_cells_of_an_old_run_have_nulls_for_what_it_lacks(old: Path) -> None:

@@ -8,9 +8,9 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from harness import jobs_of, measure_here
 
 import leukoflow.tasks.publish.publish
-from leukoflow.cluster.code import code_digest
 from leukoflow.core.codec import dumps
 from leukoflow.core.config import load_config
 from leukoflow.core.errors import ReconciliationError
@@ -21,10 +21,8 @@ from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.inference.stages import classify, extract, prepare, segment
 from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.intake.open_run import open_run
-from leukoflow.tasks.intake.plan_file import shards
 from leukoflow.tasks.publish.publish import publish
 from leukoflow.tasks.store.commit import marker_key
-from leukoflow.tasks.store.job import ShardJob
 
 
 @pytest.fixture(scope="module")
@@ -42,11 +40,8 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Callable[[Path], Run]:
             source=str(folder / "ward"), out=str(out), run_id="r", bundle=str(bundle.path), shard_size=16
         )
         run = open_run(config)
-        for shard in shards(run.summary):
-            job = ShardJob(
-                run.root, run.run_id, run.source, shard, "one", config.bundle, run.bundle.digest, run.device,
-                code_digest(), config.limits, (),
-            )  # fmt: skip
+        measure_here(run)
+        for shard, job in jobs_of(run).items():
             classify(job, extract(job, segment(job, prepare(job, shard.first))))
         return run
 
@@ -107,17 +102,17 @@ def test_a_shard_that_is_not_committed_is_never_published(
 
 def test_abstentions_from_pictures_without_a_scale_are_said(made: Callable[[Path], Run], tmp_path: Path) -> None:
     run = made(tmp_path)
-    sizes = [(2592, None), (2592, 0.19), (run.bundle.spec.method.segment.field_px, None), (100, None)]
+    sources = ["assumed", "manifest", "ruler", "assumed"]
 
     def abstain(table: pa.Table) -> pa.Table:
         rows = table.to_pylist()
-        for row, (side, scale) in zip(rows, sizes, strict=True):
-            row |= {"status": "abstained", "width_px": side, "height_px": side, "um_per_px": scale}
+        for row, source in zip(rows, sources, strict=True):
+            row |= {"status": "abstained", "um_per_px": 0.2, "um_per_px_source": source}
         return pa.Table.from_pylist(rows, table.schema)
 
     rewrite(run, abstain)
     (note,) = publish(run, 1.0, 2.0, 20).notes
-    assert note.startswith("2 of 4 abstentions are from pictures of another size than the training fields")
+    assert note.startswith("2 of 4 abstentions are from pictures without a scale, neither stated nor told by")
     assert "--um-per-px" in note
     assert "um_per_px in the manifest" in note
 

@@ -58,7 +58,7 @@ def test_a_field_without_an_answer_shows_none(run: tuple[Path, RunManifest]) -> 
     before, _, after = caption.partition("<details>")
     assert "Pre-B" not in before
     assert after.startswith("<summary>Probabilities, which are no answer</summary>")
-    assert "1 of 1 abstention is from a picture of another size than the training fields (224 px)" in plain(page)
+    assert "1 of 1 abstention is from a picture without a scale, neither stated nor told by red cells" in plain(page)
 
 
 def test_an_answer_of_unknown_scale_is_cautioned_against(run: tuple[Path, RunManifest]) -> None:

@@ -15,6 +15,7 @@ from review_world import MARY, NIGHT
 from leukoflow.core.codec import dumps
 from leukoflow.core.errors import NotFoundError, StorageError
 from leukoflow.runs.progress import Heartbeat, now, read_manifest
+from leukoflow.runs.schema import SCHEMA_VERSION
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.intake.binding import Run
 from leukoflow.tasks.review.keys import patient_key_of
@@ -105,7 +106,7 @@ def test_a_run_of_an_older_version(copy: Path) -> None:
 
 def test_a_run_of_a_newer_version_is_refused(copy: Path) -> None:
     path = copy / "manifest.json"
-    path.write_text(path.read_text().replace('"schema_version": 2', '"schema_version": 99'))
+    path.write_text(path.read_text().replace(f'"schema_version": {SCHEMA_VERSION}', '"schema_version": 99'))
     with pytest.raises(StorageError, match="newer leukoflow"):
         open_run_table(str(copy.parent), NIGHT)
 

@@ -30,8 +30,8 @@ KEYS = {
     ),
     "PatientLine": "patient_key patient site slides summary worst_slide missing",
     "FieldDetails": (
-        "member_sha256 bundle_digest um_per_px width_px height_px focus exposure quality_flags shard zarr_index "
-        "n_tiles verdicts"
+        "member_sha256 bundle_digest um_per_px um_per_px_source um_per_px_sd um_per_px_stated width_px height_px "
+        "focus exposure quality_flags shard zarr_index n_tiles verdicts"
     ),
     "FieldLine": (
         "ordinal image_key slide_key slide patient_key patient site scanner status reason label confidence "

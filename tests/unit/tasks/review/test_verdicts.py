@@ -295,7 +295,7 @@ def test_erasing_takes_a_patients_verdicts_and_leaves_the_chain(night: Run, copy
     add(str(out), verdict(HERS, comment="later"))
     assert verify_run(str(copy)).ok
     listed = {key for key, _, _ in read_manifest(open_storage(str(copy))).tables}  # type: ignore[union-attr]
-    assert listed == {"plan.parquet", "slides.parquet", "duplicates.parquet", "missing.parquet"}
+    assert listed == {"plan.parquet", "scales.parquet", "slides.parquet", "duplicates.parquet", "missing.parquet"}
     assert erase_patient(str(out), MARY) == ()
 
 

@@ -18,6 +18,7 @@ from leukoflow.tasks.review.wording import (
     reason_words,
     repeated_words,
     scale_note,
+    scale_words,
     set_words,
 )
 
@@ -125,9 +126,9 @@ def test_other_reasons_stay_as_they_are() -> None:
 
 
 def test_a_run_says_how_many_abstentions_lack_a_scale() -> None:
-    assert scale_note(0, 5, SMALL) == ""
-    words = scale_note(3, 5, SMALL)
-    assert words.startswith("3 of 5 abstentions are from pictures of another size than the training fields (224 px)")
+    assert scale_note(0, 5) == ""
+    words = scale_note(3, 5)
+    assert words.startswith("3 of 5 abstentions are from pictures without a scale, neither stated nor told by red")
     assert "--um-per-px" in words
 
 
@@ -190,3 +191,39 @@ def test_a_mean_is_never_rounded_to_certainty() -> None:
         "–", "< 0.01", "< 0.01", "0.01", "0.93", "0.99", "> 0.99", "> 0.99",
     ]  # fmt: skip
     assert "no differential count" in MEAN_MALIGNANT_NOTE
+
+
+def test_why_a_scale_kept_the_model_from_answering() -> None:
+    what, remedy, measured = reason_words("no scale: 2 round red cells in the image, 3 are needed; give um_per_px")
+    assert what == "Nobody stated its scale, and its red cells do not tell it."
+    assert remedy.endswith("--um-per-px, or the column um_per_px of the manifest.")
+    assert measured == "2 round red cells in the image, 3 are needed"
+    stored = "scale contradicted: stated scale 0.1 µm per pixel, red cells say 0.42; check um_per_px"
+    what, remedy, measured = reason_words(stored, where="bench")
+    assert what == "The scale that was stated does not fit its red cells."
+    assert remedy.endswith("Enter the scale (µm per pixel) on the bench and send the picture again.")
+    assert measured == "stated scale 0.1 µm per pixel, red cells say 0.42"
+
+
+@pytest.mark.parametrize(
+    ("um_per_px", "source", "sd", "words"),
+    [
+        (0.42, "ruler", 0.034, "0.420 ± 0.034 µm per pixel, measured on red cells"),
+        (0.25, "metadata", None, "0.250 µm per pixel, as the file states"),
+        (0.25, "manifest", None, "0.250 µm per pixel, as stated"),
+        (0.25, None, None, "0.250 µm per pixel, as stated"),  # schema 2 knew no other
+        (0.147, "assumed", None, "0.147 µm per pixel, an assumption"),
+        (None, None, None, ""),
+    ],
+)
+def test_the_scale_in_words(um_per_px: float | None, source: str | None, sd: float | None, words: str) -> None:
+    assert scale_words(um_per_px, source, sd) == words
+
+
+def test_a_measured_scale_is_no_guess_and_is_named_as_measured() -> None:
+    measured = Scale(640, 480, 0.19, SMALL, "ruler")
+    assert not measured.guessed
+    assert measured.caution == ""
+    reason = "out of distribution: distance from the training images 9.00 > 1.50"
+    assert "or the scale that was measured on red cells (0.19 µm per pixel)" in reason_words(reason, measured)[1]
+    assert Scale(224, 224, 0.42, SMALL, "assumed").guessed

@@ -19,7 +19,7 @@ from leukoflow.runs.records import CLASSES
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.imaging.classify import standardize
 from leukoflow.tasks.inference.stages import classify, extract, prepare, probe, recall, segment, written_by
-from leukoflow.tasks.inference.worker import planned
+from leukoflow.tasks.inference.worker import members_of
 from leukoflow.tasks.intake.open_run import open_run
 from leukoflow.tasks.intake.plan_file import shards
 from leukoflow.tasks.store.commit import STAGES, adopt_stages, committed, stage_keys
@@ -59,7 +59,7 @@ def through(job: ShardJob) -> None:
 
 
 def keys(job: ShardJob, bundle: Bundle) -> dict[str, str]:
-    return stage_keys(bundle, planned(job.root, job.shard), job.device)
+    return stage_keys(bundle, members_of(job), job.device)
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ from leukoflow.cluster.code import code_digest
 from leukoflow.core.config import LimitSettings
 from leukoflow.core.errors import StorageError
 from leukoflow.models.bundle import Bundle, random_bundle
-from leukoflow.runs.records import Marker, Member, Shard, ShardReceipt, Source, SourceKind
+from leukoflow.runs.records import ImageScale, Marker, Member, ScaleSource, Shard, ShardReceipt, Source, SourceKind
 from leukoflow.storage.local import LocalStorage
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.store.commit import (
@@ -204,7 +204,9 @@ MEMBER = Member(0, "a.jpg", "a.jpg", 0, 10, 10, 0, "crc", slide_id="s", um_per_p
         ({"meta": (("ward", "3"),)}, ["predictions"]),
         ({"identity": "other"}, list(KEYS)),
         ({"image_key": "b.jpg"}, list(KEYS)),
-        ({"um_per_px": 0.25}, list(KEYS)),
+        ({"um_per_px": 0.25}, []),  # what is stated counts where it is in use
+        ({"scale": ImageScale(0.25, ScaleSource.RULER)}, list(KEYS)),
+        ({"scale": ImageScale(remark="of the scale")}, ["predictions"]),
         ({"refusal": "encrypted"}, list(KEYS)),
     ],
 )

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
-from harness import arrays, digests, table
+from harness import arrays, digests, measure_here, table
 from typer.testing import CliRunner
 
 from leukoflow.apps.cli.main import app
@@ -149,7 +149,7 @@ def test_an_erased_run_is_finished_and_nobody_takes_its_blank_parts_over(
     run = open_run(night.config.model_copy(update={"out": str(copy.parent)}))
     assert run.finished == read_manifest(open_storage(str(copy)))
     from leukoflow.cluster.code import code_digest
-    from leukoflow.tasks.inference.worker import planned
+    from leukoflow.tasks.inference.worker import members_of
     from leukoflow.tasks.intake.plan_file import shards
     from leukoflow.tasks.store.commit import stage_keys
     from leukoflow.tasks.store.job import ShardJob
@@ -158,7 +158,8 @@ def test_an_erased_run_is_finished_and_nobody_takes_its_blank_parts_over(
     shard = next(iter(shards(new.summary)))
     job = ShardJob(new.root, "again", new.source, shard, "x", new.config.bundle, new.bundle.digest, new.device,
                    code_digest(), new.config.limits, new.config.meta_columns)  # fmt: skip
-    keys = stage_keys(new.bundle, planned(new.root, shard), new.device)
+    measure_here(new)
+    keys = stage_keys(new.bundle, members_of(job), new.device)
     assert list(adopt_stages(job, open_storage(night.root), keys, {})) == ["masks", "features", "activations"]
     open_storage(new.root).delete("markers")
     assert adopt_stages(job, open_storage(str(copy)), keys, {}) == {}

@@ -53,7 +53,7 @@ def test_a_whole_run_passes(night: Run) -> None:
     assert seen[0][0] == 0
     assert seen[-1] == (found.bytes, found.bytes)
     tables = {name for name, _, _ in manifest_of(Path(night.root)).tables}
-    assert tables == {"plan.parquet", "slides.parquet", "duplicates.parquet", "missing.parquet"}
+    assert tables == {"plan.parquet", "scales.parquet", "slides.parquet", "duplicates.parquet", "missing.parquet"}
 
 
 def committed(night: Run) -> list[str]:

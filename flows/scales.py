@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 
@@ -12,25 +13,26 @@ from distributed.client import ClosedClientError
 from prefect import get_run_logger
 
 from leukoflow.core.counts import count_of
-from leukoflow.core.errors import AttemptError, ClusterError, RunCancelledError
+from leukoflow.core.errors import AttemptError, ClusterError, RunCancelledError, SourceError, StorageError
 from leukoflow.flows.dispatch import unpack_ahead
-from leukoflow.flows.shard_task import Work
+from leukoflow.flows.shard_task import LOSSES, Work
 from leukoflow.runs.layout import RunKey
 from leukoflow.runs.records import Shard
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.imaging.magnification import Magnification
 from leukoflow.tasks.inference.measure import give_up_measuring, measure, settle_scales, unmeasured_shards
 from leukoflow.tasks.intake.open_run import spooled
-from leukoflow.tasks.store.job import attempt_prefix
+from leukoflow.tasks.store.job import attempt_prefix, started_key
 
-TRIES = 3
-"""How often the red cells of a shard are measured where workers die of it, before its images count as without any."""
+DEATHS = 5
+"""How many workers die of measuring a shard before its images count as without red cells."""
 
 
 def measure_scales(work: Work, stop: threading.Event) -> None:
     """Measure what is not measured yet, pool it, and write the run's scales. Does nothing where they are there.
 
-    Raises RunCancelledError after a wish to stop, ClusterError once the cluster is lost for good, StorageError.
+    Raises RunCancelledError after a wish to stop, ClusterError once the cluster is lost for good, StorageError,
+    SourceError.
     """
     run, log = work.run, get_run_logger()
     storage = open_storage(run.root)
@@ -38,7 +40,8 @@ def measure_scales(work: Work, stop: threading.Event) -> None:
         return
     upcoming = unpack_ahead(work, iter(unmeasured_shards(storage, run.summary)))
     on_the_way: set[Future[None]] = set()
-    with ThreadPoolExecutor(max_workers=256) as pool:
+    pool = ThreadPoolExecutor(max_workers=256)
+    try:
         while True:
             on_the_way |= {pool.submit(_measure, work, shard) for shard in _next(work, upcoming, stop, len(on_the_way))}
             if not on_the_way:
@@ -46,6 +49,8 @@ def measure_scales(work: Work, stop: threading.Event) -> None:
             done, on_the_way = wait(on_the_way, return_when=FIRST_COMPLETED)
             for future in done:
                 future.result()
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)  # whoever ends the run now does not wait for them
     if stop.is_set() and unmeasured_shards(storage, run.summary):
         raise RunCancelledError(
             f"run {run.run_id} was asked to stop while red cells were measured. To take it up again: "
@@ -67,24 +72,37 @@ def _next(work: Work, upcoming: Iterator[Shard], stop: threading.Event, busy: in
 
 
 def _measure(work: Work, shard: Shard) -> None:
-    """Measure one shard on a worker, again where that is lost with its worker."""
-    storage, client = open_storage(work.run.root), work.cluster.client
+    """Measure one shard on a worker, again where that is lost with its worker or its source cannot be reached.
+
+    Raises StorageError, SourceError and ClusterError.
+    """
+    storage, limits = open_storage(work.run.root), work.run.config.limits
+    deaths = failures = 0
     try:
-        for number in range(TRIES):
+        for _ in range(LOSSES):
             job = work.job(shard)
             try:
-                name = f"measure-{shard.name}-{job.attempt}-{number}"
-                work.cluster.result(client.submit(measure, job, key=name, pure=False))
-            except (KilledWorker, AttemptError, ClosedClientError):
+                name = f"measure-{shard.name}-{job.attempt}"
+                work.cluster.result(work.cluster.client.submit(measure, job, key=name, pure=False))
+            except KilledWorker as death:
+                deaths += storage.exists(started_key(job, str(death.task)))  # else it only waited at that worker
+                work.cluster.settle()
+            except (AttemptError, ClosedClientError):
                 work.cluster.settle()
             except ClusterError:  # a worker with other code that has just joined, and will be sent away
                 work.cluster.check()
                 work.cluster.settle()
+            except (StorageError, SourceError):
+                failures += 1
+                if failures > limits.shard_retries:
+                    raise
+                time.sleep(limits.retry_delay_seconds)
             else:
                 return
             finally:
                 storage.delete(attempt_prefix(shard, job.attempt))
-            client = work.cluster.client
+            if deaths == DEATHS:
+                break
         give_up_measuring(storage, shard)
     finally:
         if spooled(work.run.source):

@@ -29,7 +29,7 @@ demo: install
 test: install
 	for folder in unit integration web; do $(BIN)/python -m pytest -m "not chaos" $(SIDE_BY_SIDE) tests/$$folder || exit 1; done
 
-# For every save: no servers, no browser, nothing slow; 90 s on two idle cores.
+# For every save: no servers, no browser, nothing slow; about 90 s on two idle cores.
 unit: install
 	$(BIN)/python -m pytest -m "not chaos and not slow" -p no:schemathesis $(SIDE_BY_SIDE) tests/unit
 

@@ -64,7 +64,7 @@ class RunKey:
     # the run's own book-keeping
     MARKERS: Final = "markers"
     ATTEMPTS: Final = "_attempts"
-    RED_CELLS: Final = "_attempts/red-cells"  # of the shards, until they are pooled in `scales.parquet`
+    RED_CELLS: Final = "_attempts/red-cells"  # a table while the run has no `scales.parquet`
     LOGS: Final = "logs"
     HOSTS: Final = "hosts"
     FAILURES: Final = "failures"
@@ -106,11 +106,6 @@ class RunKey:
     def attempt(name: str) -> str:
         """Return the prefix below which something is written aside, before it comes into force."""
         return f"_attempts/{name}"
-
-    @staticmethod
-    def red_cells(shard: str) -> str:
-        """Return the key of a shard's measured red cells."""
-        return f"_attempts/red-cells/part-{shard}.parquet"
 
     @staticmethod
     def new_attempt(kind: str) -> str:

@@ -34,8 +34,7 @@ TELLING_CELLS = 4
 SAME = 0.22
 """Difference of the natural logarithms of two diameters below which they are of one magnification: a factor of 1.25.
 
-Patients differ: of 44 fields of one microscope, from healthy ones and such with thalassaemia, nine tenths lie within
-0.18."""
+Patients differ: of 44 fields of one microscope, many with abnormal red cells, nine tenths lie within 0.18."""
 APART = 0.33
 """Difference above which they certainly are not: a factor of 1.4."""
 

@@ -13,6 +13,8 @@ import cv2
 import numpy as np
 from numpy.typing import NDArray
 
+from leukoflow.tasks.imaging.stain import optical_density
+
 RED_CELL_UM = 7.2
 """Mean diameter of red cells in dried smears of healthy people, in micrometres; from 6.7 to 7.7 (Price-Jones 1933)."""
 
@@ -22,12 +24,11 @@ MAX_SIDE = 2048
 _RAYS, _STEPS = 32, np.linspace(0.5, 1.6, 23, dtype=np.float32)
 _ANGLES = np.arange(_RAYS, dtype=np.float32) * np.float32(2 * np.pi / _RAYS)
 _X, _Y = np.cos(_ANGLES), np.sin(_ANGLES)
-_BACKGROUND_SHARE = 0.9  # of the pixels are darker than the background's level
 _MAX_DENSITY = 2.5
 _RED_CELL_DENSITY = 1.5  # summed over the channels; what is denser counts as this, so that nuclei do not set the level
 _FILLED = 9.0  # density that no pixel has
 _BEYOND = -5.0  # what a ray reads beyond the image
-_CANDIDATES = 600
+_CANDIDATES = 600  # more would tell little more; those in the middle are taken, whatever their size
 _MIN_RADIUS_PX = 3.0
 _MIN_SUPPORT, _MIN_VISIBLE, _MAX_SPREAD, _MAX_NUCLEAR = 0.6, 0.55, 0.10, 0.30
 
@@ -69,15 +70,11 @@ def _middle(rgb: NDArray[np.uint8]) -> NDArray[np.uint8]:
 
 
 def _densities(rgb: NDArray[np.uint8]) -> list[NDArray[np.float32]]:
-    """Compute natural optical densities of the channels against the image's own background, each float32 [H, W]."""
-    levels = np.log(np.arange(256, dtype=np.float32) + 1)
-    planes: list[NDArray[np.float32]] = []
-    for plane in cv2.split(rgb):
-        counts = cv2.calcHist([plane], [0], None, [256], [0, 256]).ravel().cumsum()
-        background = levels[min(255, int(np.searchsorted(counts, _BACKGROUND_SHARE * counts[-1])))]
-        table = np.clip(background - levels, 0, _MAX_DENSITY).astype(np.float32)
-        planes.append(cv2.GaussianBlur(cv2.LUT(plane, table), (0, 0), 1.0).astype(np.float32, copy=False))
-    return planes
+    """Compute smoothed optical densities of the channels against the image's own background, each float32 [H, W]."""
+    return [
+        np.asarray(cv2.GaussianBlur(np.clip(plane, 0, _MAX_DENSITY), (0, 0), 1.0), np.float32)
+        for plane in optical_density(rgb)
+    ]
 
 
 def _stained(total: NDArray[np.float32]) -> tuple[NDArray[np.uint8], float]:
@@ -120,8 +117,11 @@ def _inscribed_circles(
     peaks[:2] = peaks[-2:] = False
     peaks[:, :2] = peaks[:, -2:] = False
     places = np.argwhere(peaks)
-    order = np.argsort(-distance[peaks], kind="stable")[:_CANDIDATES]
-    radius = distance[peaks][order].astype(np.float32)
+    away = ((places - np.array(stained.shape) / 2) ** 2).sum(1)
+    places = places[np.argsort(away, kind="stable")[:_CANDIDATES]]
+    radius = np.asarray(distance, np.float32)[places[:, 0], places[:, 1]]
+    order = np.argsort(-radius, kind="stable")
+    radius = radius[order]
     x, y = places[order, 1].astype(np.float32), places[order, 0].astype(np.float32)
     keep = np.ones(len(x), bool)
     for i in range(len(x)):

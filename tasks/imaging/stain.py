@@ -30,5 +30,5 @@ def optical_density(
     planes = []
     for plane in cv2.split(rgb):
         white = np.percentile(plane[::2, ::2], 90) + 1
-        planes.append(np.log(white / levels).astype(np.float32)[plane])
+        planes.append(np.asarray(cv2.LUT(plane, np.log(white / levels).astype(np.float32)), np.float32))
     return planes[0], planes[1], planes[2]

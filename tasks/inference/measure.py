@@ -19,7 +19,7 @@ from leukoflow.storage.base import Storage
 from leukoflow.storage.opening import open_storage
 from leukoflow.tasks.decoding.ingest import read_bytes
 from leukoflow.tasks.imaging.magnification import Magnification, Reading, magnify, read_image
-from leukoflow.tasks.inference.worker import decoder_of, guarded, members_of, opened_bundle, opened_reader
+from leukoflow.tasks.inference.worker import decoder_of, guarded, opened_bundle, opened_reader, planned
 from leukoflow.tasks.intake.plan_file import shards
 from leukoflow.tasks.store.job import ShardJob
 from leukoflow.tasks.store.scales import ImageRedCells, read_red_cells, write_red_cells, write_scales
@@ -39,7 +39,7 @@ def measure(job: ShardJob) -> None:
         culprits = {ordinal for ordinal, _ in job.culprits}
         found: list[ImageRedCells] = []
         with opened_reader(job) as reader:
-            for member in members_of(job):
+            for member in planned(job.root, job.shard):
                 found.append(_UNSEEN)
                 if member.refusal is not None or member.ordinal in culprits:
                     continue
@@ -53,8 +53,8 @@ def measure(job: ShardJob) -> None:
 
 def unmeasured_shards(storage: Storage, summary: PlanSummary) -> list[Shard]:
     """Return the shards whose red cells are not measured yet, in order."""
-    done = set(storage.names(RunKey.RED_CELLS))
-    return [shard for shard in shards(summary) if RunKey.red_cells(shard.name).rpartition("/")[2] not in done]
+    done = {RunKey.shard_of_part(name) for name in storage.names(RunKey.RED_CELLS)}
+    return [shard for shard in shards(summary) if shard.name not in done]
 
 
 def give_up_measuring(storage: Storage, shard: Shard) -> None:

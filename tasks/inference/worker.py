@@ -81,14 +81,14 @@ def decoder_of(limits: LimitSettings, settings: str) -> Decoder:
 
 def open_plan(root: str) -> pq.ParquetFile:
     """Open the frozen plan; its footer is read once per process. For one thread: others use `planned`."""
-    return _open_plan(root, open_storage(root).stamp(RunKey.PLAN))
+    return _opened_table(root, RunKey.PLAN, open_storage(root).stamp(RunKey.PLAN))
 
 
-@lru_cache(maxsize=2)
-def _open_plan(root: str, stamp: str) -> pq.ParquetFile:
-    """Open the plan; `stamp` changes with a run that was deleted and started again while this process lived on."""
+@lru_cache(maxsize=4)
+def _opened_table(root: str, key: str, stamp: str) -> pq.ParquetFile:
+    """Open a table; `stamp` changes with a run that was deleted and started again while this process lived on."""
     storage = open_storage(root)
-    return pq.ParquetFile(storage.uri(RunKey.PLAN) if storage.is_local else storage.open(RunKey.PLAN))
+    return pq.ParquetFile(storage.uri(key) if storage.is_local else storage.open(key))
 
 
 _plan_lock = threading.Lock()
@@ -108,7 +108,7 @@ def scaled(root: str, shard: Shard, settings: SegmentSettings) -> list[Member]:
     members, storage = planned(root, shard), open_storage(root)
     stored: Sequence[StoredScale | None] = [None] * len(members)
     with suppress(FileNotFoundError), _plan_lock:
-        stored = read_scales(_open_scales(root, storage.stamp(RunKey.SCALES)), shard.ordinal)
+        stored = read_scales(_opened_table(root, RunKey.SCALES, storage.stamp(RunKey.SCALES)), shard.ordinal)
     return [
         replace(
             member,
@@ -118,13 +118,6 @@ def scaled(root: str, shard: Shard, settings: SegmentSettings) -> list[Member]:
         )
         for member, one in zip(members, stored, strict=True)
     ]
-
-
-@lru_cache(maxsize=2)
-def _open_scales(root: str, stamp: str) -> pq.ParquetFile:
-    """Open the run's scales; `stamp` changes when they are written."""
-    storage = open_storage(root)
-    return pq.ParquetFile(storage.uri(RunKey.SCALES) if storage.is_local else storage.open(RunKey.SCALES))
 
 
 def members_of(job: ShardJob) -> list[Member]:

@@ -73,12 +73,12 @@ def write_red_cells(storage: Storage, shard: Shard, found: Sequence[ImageRedCell
         [one.of_file for one in found],
     ]
     table = pa.table([pa.array(c, f.type) for c, f in zip(columns, _RED_CELLS, strict=True)], schema=_RED_CELLS)
-    storage.write(RunKey.red_cells(shard.name), _bytes([table], _RED_CELLS))
+    storage.write(RunKey.part(RunKey.RED_CELLS, shard.name), _bytes([table], _RED_CELLS))
 
 
 def read_red_cells(storage: Storage, shard: Shard) -> list[ImageRedCells]:
     """Read the red cells of a shard's images. Raises FileNotFoundError while they are not measured."""
-    table = pq.read_table(io.BytesIO(storage.read(RunKey.red_cells(shard.name))), schema=_RED_CELLS)
+    table = pq.read_table(io.BytesIO(storage.read(RunKey.part(RunKey.RED_CELLS, shard.name))), schema=_RED_CELLS)
     rows = zip(*(table[name].to_pylist() for name in _RED_CELLS.names), strict=True)
     return [
         ImageRedCells(Reading(np.array(own, np.float32), cells, math.nan if log_px is None else log_px), of_file)

@@ -84,7 +84,7 @@ def test_workers_that_die_of_something_else_are_not_counted(tmp_path: Path) -> N
     cluster = Workers(tmp_path, [*[killed() for _ in range(DEATHS + 2)], None], started=False)
     scales._measure(work(tmp_path, cluster), SHARD)
     assert cluster.asked == DEATHS + 3
-    assert not open_storage(str(tmp_path)).exists(RunKey.red_cells(SHARD.name))
+    assert not open_storage(str(tmp_path)).exists(RunKey.part(RunKey.RED_CELLS, SHARD.name))
 
 
 def test_a_store_that_fails_is_asked_as_often_as_for_a_shard(tmp_path: Path) -> None:

@@ -82,3 +82,17 @@ def test_the_same_smear_enlarged_has_cells_that_much_wider() -> None:
         assert float(np.median(measure_red_cells(np.asarray(resized, np.uint8)))) == pytest.approx(
             before * factor, rel=0.05
         )
+
+
+def test_of_very_many_cells_those_in_the_middle_count_whatever_their_size() -> None:
+    """Not the largest of all: a large picture of small cells would seem to be magnified more."""
+    rng = np.random.default_rng(4)
+    image = smear(1400)
+    drawn = {}
+    for x in range(20, 1400, 28):
+        for y in range(20, 1400, 28):
+            drawn[x, y] = float(rng.uniform(14, 22))
+            draw(image, x, y, drawn[x, y])
+    found = measure_red_cells(image)
+    assert 500 < len(found) <= 600
+    assert float(np.median(found)) == pytest.approx(float(np.median(list(drawn.values()))), rel=0.06)

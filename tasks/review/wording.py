@@ -331,8 +331,7 @@ def scale_note(guessed: int, abstained: int) -> str:
     return (
         f"{guessed:,} of {count_of(abstained, 'abstention')} "
         f"{'is from a picture' if guessed == 1 else 'are from pictures'} without a scale, neither stated nor told by "
-        "red cells: the missing scale is the likeliest cause. Repeat the run with --um-per-px, or with the column "
-        "um_per_px in the manifest"
+        "red cells. State it: repeat the run with --um-per-px, or with the column um_per_px in the manifest"
     )
 
 
